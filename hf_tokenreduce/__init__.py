@@ -1,0 +1,44 @@
+"""Token reduction for the vision transformers of Hugging Face: `reduce_tokens(model, ToMeConfig(r=13))`."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .convert import reduce_tokens, restore
+from .modeling.configuration_tokenreduce import (
+    EViTConfig,
+    TokenReduceDeiTConfig,
+    TokenReduceViTConfig,
+    ToMeConfig,
+    TopKConfig,
+)
+from .modeling.modeling_tokenreduce_deit import (
+    TokenReduceDeiTForImageClassification,
+    TokenReduceDeiTForImageClassificationWithTeacher,
+    TokenReduceDeiTModel,
+)
+from .modeling.modeling_tokenreduce_vit import TokenReduceViTForImageClassification, TokenReduceViTModel
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EViTConfig",
+    "ToMeConfig",
+    "TokenReduceDeiTConfig",
+    "TokenReduceDeiTForImageClassification",
+    "TokenReduceDeiTForImageClassificationWithTeacher",
+    "TokenReduceDeiTModel",
+    "TokenReduceViTConfig",
+    "TokenReduceViTForImageClassification",
+    "TokenReduceViTModel",
+    "TopKConfig",
+    "reduce_tokens",
+    "restore",
+]
+
+# Folders that carry our code load with it through `trust_remote_code`; with this package imported, without.
+AutoConfig.register("tokenreduce_vit", TokenReduceViTConfig)
+AutoModel.register(TokenReduceViTConfig, TokenReduceViTModel)
+AutoModelForImageClassification.register(TokenReduceViTConfig, TokenReduceViTForImageClassification)
+AutoConfig.register("tokenreduce_deit", TokenReduceDeiTConfig)
+AutoModel.register(TokenReduceDeiTConfig, TokenReduceDeiTModel)
+AutoModelForImageClassification.register(TokenReduceDeiTConfig, TokenReduceDeiTForImageClassification)

@@ -1,0 +1,234 @@
+# Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
+"""The reduced attention, layer, model and heads that every backbone shares, as mixins over its stock classes.
+
+Parameter names stay those of the stock model; a method's own are `layers.{i}.reducer.*`. The annotations of a mixin
+are what it expects the stock class to have.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import AttentionView, attend, split_heads
+from .hooks import Reducer
+from .reducers import build_reducer
+from .tokens import TokenMap, TokenState, apply_map, move, start
+
+
+@dataclass
+class TokenReduceModelOutput(BaseModelOutputWithPooling):
+    """token_counts: long (B, L), the tokens that leave each layer, prefix tokens included.
+    patch_map: long (B, N0), for each patch the index into `last_hidden_state` of the token that holds it, -1 if it
+        was dropped. Only with `output_patch_map=True`.
+    """
+
+    token_counts: Tensor | None = None
+    patch_map: Tensor | None = None
+
+
+@dataclass
+class TokenReduceImageClassifierOutput(ImageClassifierOutput):
+    """An `ImageClassifierOutput` with the `token_counts` and `patch_map` of `TokenReduceModelOutput`."""
+
+    token_counts: Tensor | None = None
+    patch_map: Tensor | None = None
+
+
+class ReducedAttention(nn.Module):
+    """The stock attention, except that a reducer may select the queries, and that keys may carry a bias."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    head_dim: int
+
+    def forward(
+        self, hidden_states: Tensor, state: TokenState, reducer: Reducer, **kwargs
+    ) -> tuple[Tensor, Tensor | None, AttentionView, TokenMap | None]:
+        key = split_heads(self.k_proj(hidden_states), self.head_dim)
+        value = split_heads(self.v_proj(hidden_states), self.head_dim)
+        key_bias = None
+        if reducer.prop_attn and state.size is not None:
+            key_bias = F.pad(state.size.detach().log(), (state.num_prefix_tokens, 0))
+        view = AttentionView(self, hidden_states, key, value, key_bias, state.num_prefix_tokens)
+        selected = reducer.select_queries(view, state)
+        rows = hidden_states if selected is None else move(hidden_states, selected, state.num_prefix_tokens)
+        query = split_heads(self.q_proj(rows), self.head_dim)
+        output, weights = attend(self, query, key, value, key_bias, **kwargs)
+        return self.o_proj(output.flatten(2)), weights, view, selected
+
+
+class ReducedLayer(nn.Module):
+    """The stock layer with its reducer's hooks. Takes the fields of a `TokenState` and returns a `TokenState`."""
+
+    attention_class: type[nn.Module]
+    layernorm_before: nn.Module
+    layernorm_after: nn.Module
+    mlp: nn.Module
+    dropout: nn.Module
+    reducer: Reducer
+
+    def __init__(self, config, layer: int):
+        super().__init__(config)
+        self.attention = self.attention_class(config)
+        self.reducer = build_reducer(config, layer)
+
+    def forward(self, *state_fields: Any, **kwargs) -> TokenState:
+        state = self._attention_block(TokenState(*state_fields), **kwargs)
+        hidden_states = state.hidden_states
+        hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        return self.reducer.after_layer(state._replace(hidden_states=hidden_states))
+
+    def _attention_block(self, state: TokenState, **kwargs) -> TokenState:
+        # A method of its own, so that keys and values are freed before the MLP needs its memory.
+        output, _, view, selected = self.attention(
+            self.layernorm_before(state.hidden_states), state, self.reducer, **kwargs
+        )
+        if selected is not None:
+            state = apply_map(state, selected)
+        state = state._replace(hidden_states=state.hidden_states + self.dropout(output))
+        return self.reducer.after_attention(view, state)
+
+
+class ReducedPreTrainedModel(nn.Module):
+    """What all reduced models of a backbone share."""
+
+    config: Any
+    base_model: Any
+    base_model_prefix: str
+    post_init: Any
+    loss_function: Any
+    _init_weights: Any
+
+    def set_reduction(self, reduction) -> None:
+        """Change the method in place: a method configuration, its dictionary form, or None. Weights stay as they
+        are; the learned parts of the method that was there are dropped, those of the new one start untrained.
+        """
+        self.config.reduction = reduction
+        for index, layer in enumerate(self.base_model.layers):
+            like = layer.layernorm_before.weight
+            layer.reducer = build_reducer(self.config, index).to(device=like.device, dtype=like.dtype)
+            layer.reducer.apply(self._init_weights).train(layer.training)
+
+
+class ReducedModel(ReducedPreTrainedModel):
+    """The stock model, except that every layer may hand on fewer tokens than it got."""
+
+    layer_class: type[nn.Module]
+    embeddings_class: type[nn.Module]
+    pooler_class: type[nn.Module]
+    embeddings: Any
+
+    def __init__(self, config, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        super().__init__(config)
+        self.embeddings = self.embeddings_class(config, use_mask_token=use_mask_token)
+        self.layers: Any = nn.ModuleList(
+            [self.layer_class(config, index) for index in range(config.num_hidden_layers)]
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = self.pooler_class(config) if add_pooling_layer else None
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: Tensor | None = None,
+        output_patch_map: bool = False,
+        **kwargs,
+    ) -> TokenReduceModelOutput:
+        """As the stock model's, and `output_patch_map`: return the `patch_map`."""
+        images = self._checked_images(pixel_values, interpolate_pos_encoding, attention_mask)
+        embedded = self.embeddings(
+            images.to(self.embeddings.patch_embeddings.projection.weight.dtype),
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        state = start(embedded, self.config.num_prefix_tokens, track_patches=output_patch_map)
+        state = self.layers[0].reducer.before_encoder(state)
+        counts = []
+        for layer in self.layers:
+            state = TokenState(*layer(*state, **kwargs))
+            counts.append(state.counts())
+
+        last_hidden_state = self.layernorm(state.hidden_states)
+        patch_map = state.patch_map
+        if patch_map is not None:
+            patch_map = torch.where(patch_map < 0, patch_map, patch_map + state.num_prefix_tokens)
+        return TokenReduceModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=self.pooler(last_hidden_state) if self.pooler is not None else None,
+            token_counts=torch.stack(counts, dim=1),
+            patch_map=patch_map,
+        )
+
+    def _checked_images(self, pixel_values, interpolate_pos_encoding, attention_mask) -> Tensor:
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing: pass a batch of images, (batch, channels, height, width).")
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask does not work with token reduction: it would name tokens that may be gone. Leave it "
+                "out, or use the stock model: hf_tokenreduce.restore(model)."
+            )
+        height, width = pixel_values.shape[-2:]
+        expected = tuple(self.embeddings.image_size)
+        if not interpolate_pos_encoding and (height, width) != expected:
+            raise ValueError(
+                f"The images are {height}x{width}, the model takes {expected[0]}x{expected[1]}. Resize them, or pass "
+                "interpolate_pos_encoding=True."
+            )
+        return pixel_values
+
+
+class ReducedForImageClassification(ReducedPreTrainedModel):
+    """The stock classifier on a reduced model; its output also has `token_counts` and `patch_map`."""
+
+    model_class: type[nn.Module]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        setattr(self, self.base_model_prefix, self.model_class(config, add_pooling_layer=False))
+        self.classifier = classification_head(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: Tensor | None = None,
+        output_patch_map: bool = False,
+        **kwargs,
+    ) -> TokenReduceImageClassifierOutput:
+        outputs = self.base_model(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            output_patch_map=output_patch_map,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        return TokenReduceImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            token_counts=outputs.token_counts,
+            patch_map=outputs.patch_map,
+        )
+
+
+def classification_head(config) -> nn.Module:
+    return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()

@@ -1,0 +1,42 @@
+# Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
+"""The places of a model where a method can act."""
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .attention import AttentionView
+from .tokens import TokenMap, TokenState
+
+
+class Reducer(nn.Module):
+    """Reduces nothing. A method subclasses it and overrides the hook it uses:
+
+        pixels -> embeddings -> before_encoder -> layer x L -> norm -> head
+        layer:    norm -> k, v -> select_queries -> attention -> + residual -> after_attention -> norm -> MLP
+                  -> + residual -> after_layer
+
+    Every layer owns one reducer, built with the model's configuration and its own 0-based index; `before_encoder` is
+    asked of the first layer's. A hook decides, with a pure function, on a `TokenMap`, and returns the state with the
+    map applied (`apply_map`). It must not change the state it is given, nor keep anything between calls: gradient
+    checkpointing runs layers twice. Learned parts are ordinary parameters and submodules of the reducer.
+    """
+
+    prop_attn = False
+    """Whether attention in this layer counts a token once per patch it stands for."""
+
+    def __init__(self, config: PreTrainedConfig, layer: int):
+        super().__init__()
+
+    def before_encoder(self, state: TokenState) -> TokenState:
+        return state
+
+    def select_queries(self, view: AttentionView, state: TokenState) -> TokenMap | None:
+        """The tokens that go on, decided before attention: only their queries are computed. None: all."""
+        return None
+
+    def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
+        """`view` is of this layer's attention and its tokens are those of `state`, unless queries were selected."""
+        return state
+
+    def after_layer(self, state: TokenState) -> TokenState:
+        return state

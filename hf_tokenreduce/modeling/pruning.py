@@ -1,0 +1,62 @@
+# Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
+"""Pruning by class attention: Top-K and EViT.
+
+B images · N patch tokens
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from .attention import AttentionView
+from .hooks import Reducer
+from .tokens import TokenMap, TokenState, apply_map
+
+
+def keep_best(scores: Tensor, count: int, fuse: bool = False) -> TokenMap:
+    """Keep the `count` patch tokens of highest score (B, N), the highest first; equal scores keep their order.
+
+    With `fuse` the others become one more token, the last: their sum, each weighted by its score.
+    """
+    best_first = scores.detach().argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(best_first).scatter(1, best_first, _ranks(best_first))
+    kept = rank < count
+    if not fuse:
+        return TokenMap(torch.where(kept, rank, -1), count)
+    return TokenMap(rank.clamp(max=count), count + 1, torch.where(kept, 1.0, scores))
+
+
+def rounded_up_share(rate: float, count: int) -> int:
+    """ceil(rate * count), blind to the last digits of a float: a share of 0.55 of 100 tokens is 55 tokens, not 56."""
+    return math.ceil(rate * count - 1e-9)
+
+
+class TopKReducer(Reducer):
+    """Keeps, after attention, the share of patch tokens that the class token attends to most."""
+
+    fuse = False
+
+    def __init__(self, config: PreTrainedConfig, layer: int):
+        super().__init__(config, layer)
+        self.keep_rate = config.reduction.schedule().get(layer, 1.0)
+
+    def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
+        count = rounded_up_share(self.keep_rate, state.num_patch_tokens)
+        if count == state.num_patch_tokens:
+            return state
+        scores = view.class_attention().mean(dim=1)[:, state.num_prefix_tokens :]
+        return apply_map(state, keep_best(scores, count, self.fuse))
+
+
+class EViTReducer(TopKReducer):
+    """Top-K, with the tokens not kept fused into one if the configuration says so."""
+
+    def __init__(self, config: PreTrainedConfig, layer: int):
+        super().__init__(config, layer)
+        self.fuse = config.reduction.fuse
+
+
+def _ranks(index: Tensor) -> Tensor:
+    return torch.arange(index.shape[1], device=index.device).expand_as(index)
