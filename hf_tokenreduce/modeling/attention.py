@@ -62,12 +62,10 @@ def attend(
     mask = None
     head_dim = value.shape[-1]
     if key_bias is not None:
-        if "flash" in implementation:
-            query, key, value = fold_key_bias(query, key, value, key_bias, attention.scaling)
-        else:
+        if implementation in ("eager", "sdpa"):
             mask = key_bias.to(query.dtype)[:, None, None, :]
-            if implementation == "flex_attention":  # indexes its mask by query too
-                mask = mask.expand(-1, -1, query.shape[2], -1)
+        else:  # flash kernels take no mask; flex attention would recompile, and on CPU crash, with one
+            query, key, value = fold_key_bias(query, key, value, key_bias, attention.scaling)
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     output, weights = interface(
         attention,

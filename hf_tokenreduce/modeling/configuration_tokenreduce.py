@@ -85,8 +85,8 @@ class ToMeConfig(ReductionConfig):
         if _is_sequence(r):
             return list(r)
         first = int(r * (1 - self.inflect))
-        step = 2 * (r - first) / max(num_layers - 1, 1)
-        return [int(first + step * layer) for layer in range(num_layers)]
+        steps = max(num_layers - 1, 1)
+        return [(first * steps + 2 * (r - first) * layer) // steps for layer in range(num_layers)]
 
     def check_fit(self, config: PreTrainedConfig) -> None:
         if not isinstance(self.r, int) and len(self.r) != config.num_hidden_layers:

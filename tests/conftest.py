@@ -1,0 +1,30 @@
+import os
+import tempfile
+
+
+# Before transformers is imported: nothing may reach for the network, nor share a module cache with other runs.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from helpers import SHARED
+from transformers.utils import logging
+
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared():
+    """The folder with real weights and photographs, which lies beside a checkout where there is one."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real weights and photographs: {SHARED} is not there (set TOKENREDUCE_SHARED to point to it)")
+    return SHARED

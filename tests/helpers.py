@@ -1,0 +1,72 @@
+"""Tiny models, and the rows of the test matrix: a new method or backbone is one more row."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from hf_tokenreduce import EViTConfig, ToMeConfig, TopKConfig
+
+
+SHARED = Path(os.environ.get("TOKENREDUCE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+SIZES = {
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 4,
+    "num_labels": 5,
+}
+NUM_PATCHES = 64
+
+BACKBONES = {
+    "vit": (ViTForImageClassification, ViTConfig),
+    "deit": (DeiTForImageClassification, DeiTConfig),
+    "deit-teacher": (DeiTForImageClassificationWithTeacher, DeiTConfig),
+}
+BASES = {"vit": (ViTModel, ViTConfig), "deit": (DeiTModel, DeiTConfig)}
+
+# name -> (setting that reduces, setting that reduces nothing)
+METHODS = {
+    "tome": (ToMeConfig(r=7), ToMeConfig(r=0)),
+    "tome-no-prop": (ToMeConfig(r=[9, 0, 5, 40], prop_attn=False), ToMeConfig(r=(0, -1.0), prop_attn=False)),
+    "tome-decreasing": (ToMeConfig(r=(8, -1.0)), ToMeConfig(r=[0, 0, 0, 0])),
+    "evit": (EViTConfig(keep_rate=0.6, layers=(0, 2)), EViTConfig(keep_rate=1.0, layers=(0, 2))),
+    "evit-no-fuse": (EViTConfig(keep_rate=[0.9, 0.3], layers=(1, 2), fuse=False), EViTConfig(layers=())),
+    "topk": (TopKConfig(keep_rate=0.5, layers=(1, 3)), TopKConfig(keep_rate=[1.0], layers=[2])),
+}
+
+
+def tiny_model(backbone: str = "vit", classes=BACKBONES, **changes):
+    """A stock model with weights large enough that every token matters and decisions have margins."""
+    model_class, config_class = classes[backbone]
+    torch.manual_seed(1)
+    model = model_class(config_class(**{**SIZES, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.5 if "position" in name or "token" in name else 0.2
+            parameter.copy_((parameter.ndim == 1 and name.endswith("weight")) + spread * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_images(count: int = 3, size: int = 32, seed: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def enable_checkpointing(model, arguments: dict) -> None:
+    """By the name this version of transformers has for it: the older one is deprecated in the newer ones."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(arguments)
+    else:
+        model.gradient_checkpointing_enable(arguments)

@@ -1,0 +1,73 @@
+"""Even methods have static shapes: one graph, no recompilation for a second batch of the same shape."""
+
+import pytest
+import torch
+from helpers import BACKBONES, METHODS, tiny_images, tiny_model
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from hf_tokenreduce import reduce_tokens
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_equals_eager(backbone, method, backend, grad):
+    model = reduce_tokens(tiny_model(backbone), METHODS[method][0])
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.set_grad_enabled(grad):
+        for seed in (2, 3):
+            images = tiny_images(seed=seed)
+            ours = compiled(images, output_patch_map=True)
+            theirs = model(images, output_patch_map=True)
+            torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+            assert torch.equal(ours.patch_map, theirs.patch_map)
+            assert torch.equal(ours.token_counts, theirs.token_counts)
+    assert counter.frame_count == 1
+    if grad:
+        model.zero_grad()
+        compiled(images).logits.pow(2).sum().backward()
+        ours = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        model(images).logits.pow(2).sum().backward()
+        for a, p in zip(ours, model.parameters(), strict=True):
+            torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "method"),
+    [("vit", "tome"), ("vit", "evit"), ("vit", "topk"), ("deit", "evit"), ("deit-teacher", "tome")],
+)
+def test_one_graph(backbone, method):
+    compiled_equals_eager(backbone, method, "aot_eager", grad=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("method", METHODS)
+def test_one_graph_everywhere(backbone, method):
+    compiled_equals_eager(backbone, method, "aot_eager", grad=True)
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "topk"])
+def test_inductor(method):
+    compiled_equals_eager("vit", method, "inductor", grad=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["vit", "deit"])
+@pytest.mark.parametrize("method", ["tome", "evit", "topk"])
+def test_inductor_trains(backbone, method):
+    compiled_equals_eager(backbone, method, "inductor", grad=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_export(method):
+    model = reduce_tokens(tiny_model(), METHODS[method][0])
+    program = torch.export.export(model, (tiny_images(),))
+    output = program.module()(tiny_images(seed=5))
+    torch.testing.assert_close(output.logits, model(tiny_images(seed=5)).logits, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,99 @@
+"""reduce_tokens and restore: other classes around the same weights."""
+
+import pytest
+import torch
+from helpers import BACKBONES, enable_checkpointing, tiny_images, tiny_model
+from peft import LoraConfig, get_peft_model
+from transformers import ViTForImageClassification
+
+from hf_tokenreduce import EViTConfig, ToMeConfig, reduce_tokens, restore
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_weights_are_shared_and_the_model_given_stays_as_it_was(backbone):
+    stock = tiny_model(backbone)
+    before = stock(tiny_images()).logits
+    reduced = reduce_tokens(stock, ToMeConfig(r=5))
+    swapped = reduce_tokens(reduced, EViTConfig(keep_rate=0.5, layers=(1,)))
+    plain = restore(swapped)
+    assert type(plain) is type(stock)
+    assert type(plain.config) is type(stock.config)
+    for model in (reduced, swapped, plain):
+        ours = dict(model.named_parameters())
+        assert list(ours) == [name for name, _ in stock.named_parameters()]
+        assert all(ours[name] is parameter for name, parameter in stock.named_parameters())
+    assert torch.equal(stock(tiny_images()).logits, before)
+    assert torch.equal(plain(tiny_images()).logits, before)
+    assert reduced.config.reduction == ToMeConfig(r=5)
+    assert not hasattr(stock.config, "reduction") and not hasattr(plain.config, "reduction")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_configuration_survives(backbone):
+    stock = tiny_model(backbone, id2label={0: "cat", 1: "dog"}, num_labels=2, layer_norm_eps=1e-5)
+    stock.name_or_path = stock.config.name_or_path = "someone/pets"
+    plain = restore(reduce_tokens(stock, ToMeConfig(r=5)))
+    ours, theirs = plain.config.to_dict(), stock.config.to_dict()
+    assert {**ours, "architectures": None} == {**theirs, "architectures": None}
+    assert plain.config.name_or_path == "someone/pets"
+    assert plain.config._attn_implementation == stock.config._attn_implementation
+
+
+def test_dtype_mode_frozen_parts_and_checkpointing_are_kept():
+    stock = tiny_model(hidden_dropout_prob=0.5).to(torch.bfloat16).train()
+    stock.vit.embeddings.requires_grad_(False)
+    stock.vit.layers[1].eval()
+    enable_checkpointing(stock, {"use_reentrant": False})
+    for model in (reduce_tokens(stock, ToMeConfig(r=5)), restore(reduce_tokens(stock, ToMeConfig(r=5)))):
+        assert model.dtype == torch.bfloat16
+        assert model.training and model.vit.layers[0].training and model.vit.layers[0].attention.training
+        assert not model.vit.layers[1].training and not model.vit.layers[1].attention.training
+        assert not any(p.requires_grad for p in model.vit.embeddings.parameters())
+        assert all(layer.gradient_checkpointing for layer in model.vit.layers)
+        model(tiny_images()).logits.float().sum().backward()
+
+
+def test_set_reduction_changes_the_method_in_place():
+    model = reduce_tokens(tiny_model(), ToMeConfig(r=5)).train()
+    model.set_reduction({"method": "evit", "keep_rate": 0.5, "layers": [1]})
+    assert model.config.reduction == EViTConfig(keep_rate=0.5, layers=(1,))
+    assert all(layer.reducer.training for layer in model.vit.layers)
+    assert model(tiny_images()).token_counts[0].tolist() == [65, 34, 34, 34]
+    model.vit.set_reduction(None)
+    assert model.config.reduction is None
+    assert model(tiny_images()).token_counts[0].tolist() == [65] * 4
+
+
+def test_hub_loading_from_the_stock_class_gives_the_same(tmp_path):
+    stock = tiny_model()
+    stock.save_pretrained(tmp_path)
+    loaded = ViTForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(
+        reduce_tokens(loaded, ToMeConfig(r=5))(tiny_images()).logits,
+        reduce_tokens(stock, ToMeConfig(r=5))(tiny_images()).logits,
+    )
+
+
+@pytest.mark.parametrize("order", ["lora first", "reduction first"])
+def test_lora_trains_and_merges(order):
+    stock = tiny_model()
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, modules_to_save=["classifier"])
+    if order == "lora first":
+        wrapped = get_peft_model(stock, lora)
+        model = reduce_tokens(wrapped.get_base_model(), ToMeConfig(r=5))
+    else:
+        wrapped = get_peft_model(reduce_tokens(stock, ToMeConfig(r=5)), lora)
+        model = wrapped
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(tiny_images(), labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+    model.eval()
+    trained = model(tiny_images()).logits
+    assert (trained - reduce_tokens(tiny_model(), ToMeConfig(r=5))(tiny_images()).logits).abs().max() > 1e-3
+    if order == "reduction first":
+        merged = wrapped.merge_and_unload()
+        torch.testing.assert_close(merged(tiny_images()).logits, trained, rtol=1e-4, atol=1e-4)
+        assert type(merged).__name__ == "TokenReduceViTForImageClassification"

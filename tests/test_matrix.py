@@ -1,0 +1,236 @@
+"""What every method keeps on every backbone, whatever the attention kernel, the dtype or the batch."""
+
+import pytest
+import torch
+from helpers import BACKBONES, BASES, METHODS, NUM_PATCHES, enable_checkpointing, tiny_images, tiny_model
+from naive import naive_forward
+
+from hf_tokenreduce import reduce_tokens, restore
+
+
+ATTENTIONS = ["eager", "sdpa"]
+CASES = pytest.mark.parametrize("backbone", BACKBONES), pytest.mark.parametrize("method", METHODS)
+
+
+def matrix(test):
+    for mark in CASES:
+        test = mark(test)
+    return test
+
+
+def reduced(backbone, method, **changes):
+    return reduce_tokens(tiny_model(backbone, **changes), METHODS[method][0])
+
+
+def labels_for(backbone):
+    return {} if backbone == "deit-teacher" else {"labels": torch.tensor([0, 3, 1])}
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@matrix
+def test_off_is_off(backbone, method, attention):
+    stock = tiny_model(backbone, attn_implementation=attention)
+    model = reduce_tokens(stock, METHODS[method][1])
+    output = model(tiny_images(), output_patch_map=True, output_hidden_states=True)
+    expected = stock(tiny_images(), output_hidden_states=True)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=0, atol=1e-5)
+    for ours, theirs in zip(output.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    prefix = model.config.num_prefix_tokens
+    assert torch.equal(output.patch_map, torch.arange(prefix, prefix + NUM_PATCHES).repeat(3, 1))
+    assert (output.token_counts == prefix + NUM_PATCHES).all()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@matrix
+def test_fast_equals_naive_outputs_and_gradients(backbone, method, attention):
+    stock = tiny_model(backbone, attn_implementation=attention)
+    setting = METHODS[method][0]
+    model = reduce_tokens(stock, setting)
+    images = tiny_images().requires_grad_()
+    output = model(images, output_patch_map=True, output_hidden_states=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = torch.randn_like(output.logits)
+    ours = torch.autograd.grad((output.logits * weights).sum(), [images, *parameters], allow_unused=True)
+
+    arguments = {**setting.to_dict(), "layers": list(getattr(setting, "layers", []))}
+    if getattr(setting, "inflect", 0.0):
+        arguments["r"] = (setting.r, setting.inflect)
+    results = [naive_forward(stock, image, arguments) for image in images]
+    for index, result in enumerate(results):
+        torch.testing.assert_close(output.logits[index], result.logits, rtol=1e-4, atol=1e-5)
+        assert output.token_counts[index].tolist() == result.token_counts
+        assert output.patch_map[index].tolist() == result.patch_map
+        for ours_hidden, theirs_hidden in zip(output.hidden_states[1:], result.hidden_states, strict=True):
+            torch.testing.assert_close(ours_hidden[index], theirs_hidden, rtol=1e-4, atol=1e-4)
+    logits = torch.stack([result.logits for result in results])
+    theirs = torch.autograd.grad((logits * weights).sum(), [images, *parameters], allow_unused=True)
+    for ours_gradient, theirs_gradient in zip(ours, theirs, strict=True):
+        assert (ours_gradient is None) == (theirs_gradient is None)
+        if ours_gradient is not None:
+            torch.testing.assert_close(ours_gradient, theirs_gradient, rtol=1e-3, atol=1e-4)
+
+
+@matrix
+def test_alone_or_in_any_batch(backbone, method):
+    model = reduced(backbone, method)
+    images = tiny_images(7)
+    together = model(images, output_patch_map=True)
+    order = torch.randperm(7)
+    shuffled = model(images[order], output_patch_map=True)
+    torch.testing.assert_close(shuffled.logits, together.logits[order], rtol=0, atol=1e-5)
+    assert torch.equal(shuffled.patch_map, together.patch_map[order])
+    for index in range(7):
+        alone = model(images[index : index + 1], output_patch_map=True)
+        torch.testing.assert_close(alone.logits[0], together.logits[index], rtol=0, atol=1e-5)
+        assert torch.equal(alone.patch_map[0], together.patch_map[index])
+        assert torch.equal(alone.token_counts[0], together.token_counts[index])
+
+
+@matrix
+def test_the_same_twice(backbone, method):
+    model = reduced(backbone, method)
+    first, second = model(tiny_images()), model(tiny_images())
+    assert torch.equal(first.logits, second.logits)
+
+
+@matrix
+def test_attention_implementations_agree(backbone, method):
+    outputs = [reduced(backbone, method, attn_implementation=name)(tiny_images()) for name in ATTENTIONS]
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@matrix
+def test_half_precision(backbone, method, attention, dtype):
+    model = reduced(backbone, method, attn_implementation=attention)
+    full = model(tiny_images())
+    half = model.to(dtype)(tiny_images())
+    assert half.logits.dtype == dtype
+    assert torch.equal(half.token_counts, full.token_counts)
+    # Decisions may differ where scores nearly tie, so this only sees gross errors; off must be exact to rounding.
+    assert torch.nn.functional.cosine_similarity(half.logits.float(), full.logits, dim=-1).min() > 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@matrix
+def test_off_is_off_in_half_precision(backbone, method, dtype):
+    stock = tiny_model(backbone).to(dtype)
+    model = reduce_tokens(stock, METHODS[method][1])
+    assert torch.equal(model(tiny_images()).logits, stock(tiny_images()).logits)
+
+
+@matrix
+def test_autocast_runs_and_trains(backbone, method):
+    model = reduced(backbone, method).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(tiny_images())
+    output.logits.float().pow(2).mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert model.base_model.layers[0].attention.q_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@matrix
+def test_gradient_checkpointing_changes_nothing(backbone, method, reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = reduced(backbone, method).train()
+        if checkpointing:
+            enable_checkpointing(model, {"use_reentrant": reentrant})
+        images = tiny_images().requires_grad_()
+        output = model(images, output_patch_map=True)
+        output.logits.pow(2).sum().backward()
+        gradients.append([output.logits, images.grad, *[p.grad for p in model.parameters()]])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert (plain is None) == (checkpointed is None)
+        if plain is not None:
+            torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+@matrix
+def test_patch_maps_agree_with_counts(backbone, method):
+    model = reduced(backbone, method)
+    output = model(tiny_images(), output_patch_map=True)
+    prefix, length = model.config.num_prefix_tokens, output.token_counts[0, -1].item()
+    for patch_map in output.patch_map:
+        held = patch_map[patch_map >= 0]
+        assert set(held.tolist()) == set(range(prefix, length))
+        if method.startswith("tome") or method == "evit":
+            assert len(held) == NUM_PATCHES
+
+
+@matrix
+def test_hidden_states_have_each_layers_length(backbone, method):
+    model = reduced(backbone, method)
+    output = model(tiny_images(), output_hidden_states=True)
+    prefix = model.config.num_prefix_tokens
+    lengths = [hidden.shape for hidden in output.hidden_states]
+    assert lengths[0] == (3, prefix + NUM_PATCHES, 48)
+    assert lengths[1:] == [(3, count, 48) for count in output.token_counts[0].tolist()]
+
+
+@matrix
+def test_attentions_under_eager(backbone, method):
+    model = reduced(backbone, method, attn_implementation="eager")
+    output = model(tiny_images(), output_attentions=True)
+    before = [model.config.num_prefix_tokens + NUM_PATCHES, *output.token_counts[0].tolist()[:-1]]
+    assert [tuple(a.shape) for a in output.attentions] == [(3, 3, n, n) for n in before]
+    for attention in output.attentions:
+        torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]))
+
+
+@pytest.mark.parametrize("backbone", BASES)
+@pytest.mark.parametrize("pooling", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_base_models_with_and_without_pooler(backbone, method, pooling):
+    model_class, config_class = BASES[backbone]
+    config = tiny_model(backbone, BASES).config
+    stock = model_class(config_class(**config.to_dict()), add_pooling_layer=pooling).eval()
+    model = reduce_tokens(stock, METHODS[method][0])
+    output = model(tiny_images())
+    assert (output.pooler_output is not None) == pooling
+    assert output.last_hidden_state.shape[1] == output.token_counts[0, -1]
+    torch.testing.assert_close(restore(model)(tiny_images()).last_hidden_state, stock(tiny_images()).last_hidden_state)
+
+
+@matrix
+def test_every_parameter_learns_and_the_loss_falls(backbone, method):
+    model = reduced(backbone, method).train()
+    for parameter in model.parameters():
+        parameter.data.mul_(0.3)
+    images, labels = tiny_images(8), torch.randint(0, 5, (8,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(model(images).logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@matrix
+def test_reduction_is_real(backbone, method):
+    model = reduced(backbone, method)
+    output = model(tiny_images())
+    assert output.token_counts.dtype == torch.long and output.token_counts.shape == (3, 4)
+    assert output.token_counts[0, -1] < model.config.num_prefix_tokens + NUM_PATCHES
+    stock = restore(model)
+    assert (output.logits - stock(tiny_images()).logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_other_image_and_patch_sizes(backbone, method):
+    for image_size, patch_size in (([48, 32], 8), (40, [8, 4])):
+        model = reduced(backbone, method, image_size=image_size, patch_size=patch_size)
+        height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
+        output = model(torch.randn(2, 3, height, width), output_patch_map=True)
+        assert output.patch_map.shape[1] == model.base_model.embeddings.patch_embeddings.num_patches
+    model = reduced(backbone, method)
+    output = model(tiny_images(2, size=48), interpolate_pos_encoding=True, output_patch_map=True)
+    assert output.patch_map.shape == (2, 144)

@@ -1,0 +1,80 @@
+"""The public names, and the rules that let `modeling/` travel to the Hub."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SIZES, tiny_images, tiny_model
+from transformers import Trainer, TrainingArguments
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
+
+import hf_tokenreduce
+from hf_tokenreduce import ToMeConfig, reduce_tokens
+from hf_tokenreduce.modeling.configuration_tokenreduce import REDUCTIONS
+from hf_tokenreduce.modeling.reducers import REDUCERS
+
+
+MODELING = Path(hf_tokenreduce.__file__).parent / "modeling"
+FILES = sorted(MODELING.glob("*.py"))
+ALLOWED = {"collections", "dataclasses", "huggingface_hub", "math", "numbers", "torch", "transformers", "typing"}
+
+
+def test_public_names():
+    assert sorted(hf_tokenreduce.__all__) == [
+        "EViTConfig",
+        "ToMeConfig",
+        "TokenReduceDeiTConfig",
+        "TokenReduceDeiTForImageClassification",
+        "TokenReduceDeiTForImageClassificationWithTeacher",
+        "TokenReduceDeiTModel",
+        "TokenReduceViTConfig",
+        "TokenReduceViTForImageClassification",
+        "TokenReduceViTModel",
+        "TopKConfig",
+        "reduce_tokens",
+        "restore",
+    ]
+    assert all(hasattr(hf_tokenreduce, name) for name in hf_tokenreduce.__all__)
+
+
+def test_every_method_has_a_configuration_and_a_module():
+    assert REDUCERS.keys() == REDUCTIONS.keys()
+    assert all(config.method == name for name, config in REDUCTIONS.items())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_modeling_files_can_travel(file):
+    """By transformers' own rules: flat siblings, `from .name import x`, and no package that may be missing."""
+    assert set(get_imports(file)) <= ALLOWED
+    names = get_relative_imports(file)
+    assert all((MODELING / f"{name}.py").is_file() for name in names), names
+    relative = [
+        line.strip() for line in file.read_text().splitlines() if line.strip().startswith(("from .", "import ."))
+    ]
+    assert sorted({line.split()[1].removeprefix(".") for line in relative}) == sorted(names)
+
+
+@pytest.mark.parametrize("backbone", ["vit", "deit"])
+def test_everything_a_model_needs_is_found_from_its_file(backbone):
+    found = {Path(file).name for file in get_relative_import_files(MODELING / f"modeling_tokenreduce_{backbone}.py")}
+    other = {"vit": "deit", "deit": "vit"}[backbone]
+    own_or_foreign = {"__init__.py", f"modeling_tokenreduce_{backbone}.py", f"modeling_tokenreduce_{other}.py"}
+    assert found == {file.name for file in FILES} - own_or_foreign
+
+
+def test_modeling_does_not_need_the_rest_of_the_package():
+    for file in FILES:
+        assert "from .." not in file.read_text()
+
+
+def test_trainer_predictions_are_no_tuples(tmp_path):
+    images, labels = tiny_images(6), torch.tensor([0, 1, 2, 3, 4, 0])
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=2, report_to=[], use_cpu=True
+    )
+    trainer = Trainer(reduce_tokens(tiny_model(), ToMeConfig(r=5)), arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    predictions = trainer.predict(rows)
+    assert predictions.predictions.shape == (6, SIZES["num_labels"])
+    assert (tmp_path / "checkpoint-2" / "modeling_tokenreduce_vit.py").is_file()

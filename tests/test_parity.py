@@ -1,0 +1,103 @@
+"""Held against what the authors' released code computes on a small random ViT (numbers in parity/)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_tokenreduce import EViTConfig, ToMeConfig, reduce_tokens
+
+
+FOLDER = Path(__file__).parent / "parity"
+CONFIG = {
+    "hidden_size": 96,
+    "num_attention_heads": 3,
+    "intermediate_size": 192,
+    "num_hidden_layers": 6,
+    "image_size": 64,
+    "patch_size": 8,
+    "num_labels": 10,
+    "layer_norm_eps": 1e-6,
+}
+SETTINGS = {
+    "tome/r4_prop": ToMeConfig(r=4),
+    "tome/r8_prop": ToMeConfig(r=8),
+    "tome/r4_noprop": ToMeConfig(r=4, prop_attn=False),
+    "evit/fuse": EViTConfig(keep_rate=0.6, layers=(1, 3)),
+    "evit/nofuse": EViTConfig(keep_rate=0.6, layers=(1, 3), fuse=False),
+}
+
+
+@pytest.fixture(scope="module")
+def stock():
+    numbers = load_file(FOLDER / "model_seed1.safetensors")
+    model = ViTForImageClassification(ViTConfig(**CONFIG)).eval()
+    weights = {name: value for name, value in numbers.items() if name.startswith(("vit.", "classifier."))}
+    model.load_state_dict(weights)
+    return model, numbers["pixel_values"].float(), numbers
+
+
+def expected(setting):
+    method, prefix = setting.split("/")
+    numbers = load_file(FOLDER / f"{method}_seed1.safetensors")
+    return {name.removeprefix(prefix + "/"): v for name, v in numbers.items() if name.startswith(prefix + "/")}
+
+
+def run(stock, setting):
+    """Logits, gradient of their sum in the images, and the states that left each layer."""
+    model = reduce_tokens(stock[0], SETTINGS[setting])
+    states = []
+    for layer in model.vit.layers:
+        layer.register_forward_hook(lambda module, args, state: states.append(state))
+    pixels = stock[1].clone().requires_grad_()
+    output = model(pixels, output_patch_map=True)
+    output.logits.sum().backward()
+    return output, pixels.grad, states
+
+
+def close(ours, theirs, tolerance):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * max(1.0, theirs.abs().max().item()))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_logits_counts_class_token_and_gradients(stock, setting):
+    output, gradient, states = run(stock, setting)
+    theirs = expected(setting)
+    close(output.logits, theirs["logits"], 2e-5)
+    assert output.token_counts.tolist() == [theirs["counts"].tolist()] * 3
+    for layer, state in enumerate(states):
+        close(state.hidden_states[:, 0], theirs[f"block{layer}/cls"], 2e-5)
+    close(gradient.flatten(1).norm(dim=1), theirs["grad_norm"], 1e-4)
+    close(gradient[:, 1, 20, 10:30], theirs["grad_slice"], 1e-4)
+    patches = gradient.unfold(2, 8, 8).unfold(3, 8, 8).pow(2).sum(dim=(1, 4, 5)).sqrt().flatten(1)
+    close(patches, theirs["grad_patch_norm"], 1e-4)
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if name.startswith("tome")])
+def test_tome_merges_the_same_tokens(stock, setting):
+    _, _, states = run(stock, setting)
+    theirs = expected(setting)
+    for layer, state in enumerate(states):
+        assert torch.equal(state.patch_map + 1, theirs[f"block{layer}/assign"][:, 1:])
+        assert torch.equal(state.size, theirs[f"block{layer}/size"][:, 1:])
+    if "last_hidden" in theirs:
+        close(states[-1].hidden_states, theirs["last_hidden"], 2e-5)
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if name.startswith("evit")])
+def test_evit_keeps_the_same_tokens(stock, setting):
+    _, _, states = run(stock, setting)
+    theirs = expected(setting)
+    for layer in (1, 3):
+        length = states[layer].hidden_states.shape[1] - 1
+        for image, kept in enumerate(theirs[f"block{layer}/kept_original"].tolist()):
+            patch_map = states[layer].patch_map[image]
+            alone = {patch + 1 for patch in range(64) if (patch_map == patch_map[patch]).sum() == 1}
+            if setting == "evit/nofuse":
+                alone = {patch + 1 for patch in range(64) if patch_map[patch] >= 0}
+            assert alone == {number for number in kept if number > 0}
+            assert len([number for number in kept if number != 0]) == length
+    if setting == "evit/fuse":
+        close(states[1].hidden_states[:, -1], theirs["block1/fused_token_after_block"], 2e-5)

@@ -1,0 +1,125 @@
+"""Real checkpoints, with the key names that the Hub still has."""
+
+import pytest
+import torch
+from helpers import tiny_images, tiny_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor
+
+from hf_tokenreduce import (
+    EViTConfig,
+    TokenReduceDeiTForImageClassification,
+    TokenReduceDeiTForImageClassificationWithTeacher,
+    TokenReduceDeiTModel,
+    TokenReduceViTForImageClassification,
+    TokenReduceViTModel,
+    ToMeConfig,
+    reduce_tokens,
+)
+
+
+FOLDERS = ["deit-tiny-patch16-224", "vit-tiny-patch16-224"]
+OLD_NAMES = [
+    ("layers.", "encoder.layer."),
+    ("attention.q_proj", "attention.attention.query"),
+    ("attention.k_proj", "attention.attention.key"),
+    ("attention.v_proj", "attention.attention.value"),
+    ("attention.o_proj", "attention.output.dense"),
+    ("mlp.fc1", "intermediate.dense"),
+    ("mlp.fc2", "output.dense"),
+]
+
+
+def photographs(shared, folder, count=4):
+    files = sorted((shared / "data" / "nips17_1000" / "val").glob("*/*.jpg"))[:: 1000 // count][:count]
+    processor = ViTImageProcessor.from_pretrained(shared / "models" / folder)
+    return processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt").pixel_values
+
+
+@pytest.mark.parametrize("reduction", [None, ToMeConfig(r=8), EViTConfig(keep_rate=0.7)])
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_hub_checkpoint_loads_whole(shared, tmp_path, folder, reduction):
+    path = shared / "models" / folder
+    assert any(".encoder.layer." in name for name in load_file(path / "model.safetensors"))
+    stock = ViTForImageClassification.from_pretrained(path).eval()
+    ours, info = TokenReduceViTForImageClassification.from_pretrained(
+        path, reduction=reduction, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    pixels = photographs(shared, folder)
+    with torch.no_grad():
+        expected = reduce_tokens(stock, reduction)(pixels).logits
+        assert torch.equal(ours.eval()(pixels).logits, expected)
+        if reduction is None:
+            torch.testing.assert_close(expected, stock(pixels).logits, rtol=0, atol=1e-5)
+        ours.save_pretrained(tmp_path)
+        again, info = TokenReduceViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()), info
+        assert torch.equal(again.eval()(pixels).logits, expected)
+        auto = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        assert torch.equal(auto(pixels).logits, expected)
+    assert again.config.id2label[0] == "tench, Tinca tinca"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "model_class"),
+    [
+        ("vit", TokenReduceViTForImageClassification),
+        ("vit", TokenReduceViTModel),
+        ("deit", TokenReduceDeiTForImageClassification),
+        ("deit", TokenReduceDeiTModel),
+        ("deit-teacher", TokenReduceDeiTForImageClassificationWithTeacher),
+    ],
+)
+def test_old_key_names_on_every_class(tmp_path, backbone, model_class):
+    stock = tiny_model(backbone)
+    stock.save_pretrained(tmp_path)
+    weights = {}
+    for name, value in stock.state_dict().items():
+        for new, old in OLD_NAMES:
+            name = name.replace(new, old)
+        weights[name] = value
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    options = {} if "For" in model_class.__name__ else {"add_pooling_layer": False}
+    model, info = model_class.from_pretrained(tmp_path, reduction=ToMeConfig(r=5), output_loading_info=True, **options)
+    assert not info["missing_keys"] and not info["mismatched_keys"], info
+    expected = reduce_tokens(stock, ToMeConfig(r=5)).base_model(tiny_images()).last_hidden_state
+    torch.testing.assert_close(model.eval().base_model(tiny_images()).last_hidden_state, expected)
+
+
+def test_a_new_label_set(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model, info = TokenReduceViTForImageClassification.from_pretrained(
+        tmp_path,
+        reduction=ToMeConfig(r=5),
+        num_labels=3,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    assert {name for name, *_ in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
+    assert model(tiny_images()).logits.shape == (3, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "r", "accuracy"),
+    [
+        ("deit-tiny-patch16-224", 0, 87.6),
+        ("deit-tiny-patch16-224", 8, 87.1),
+        ("deit-tiny-patch16-224", 13, 85.0),
+        ("vit-tiny-patch16-224", 0, 89.3),
+        ("vit-tiny-patch16-224", 13, 86.8),
+        ("vit-tiny-patch16-224", 16, 82.9),
+    ],
+)
+def test_top1_is_that_of_the_authors_code(shared, folder, r, accuracy):
+    pixels = photographs(shared, folder, count=1000)
+    files = sorted((shared / "data" / "nips17_1000" / "val").glob("*/*.jpg"))
+    labels = torch.tensor([int(file.parent.name.split("_")[0]) for file in files])
+    model = TokenReduceViTForImageClassification.from_pretrained(
+        shared / "models" / folder, reduction=ToMeConfig(r=r)
+    ).eval()
+    with torch.inference_mode():
+        predicted = torch.cat([model(batch).logits.argmax(dim=-1) for batch in pixels.split(50)])
+    assert 100 * (predicted == labels).float().mean().item() == pytest.approx(accuracy, abs=0.25)
