@@ -116,6 +116,9 @@ def test_wrong_inputs_to_forward():
         model()
     with pytest.raises(ValueError, match="channel"):
         model(torch.randn(1, 1, 32, 32))
+    teacher = reduce_tokens(tiny_model("deit-teacher"), ToMeConfig(r=2))
+    with pytest.raises(ValueError, match=r"has no loss.*TokenReduceDeiTForImageClassification\."):
+        teacher(tiny_images(), labels=torch.tensor([0, 1, 2]))
 
 
 @pytest.mark.parametrize("config_class", [TokenReduceViTConfig, TokenReduceDeiTConfig])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -144,7 +146,7 @@ class ReducedModel(ReducedPreTrainedModel):
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         output_patch_map: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenReduceModelOutput:
         """As the stock model's, and `output_patch_map`: return the `patch_map`."""
         images = self._checked_images(pixel_values, interpolate_pos_encoding, attention_mask)
@@ -209,7 +211,7 @@ class ReducedForImageClassification(ReducedPreTrainedModel):
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         output_patch_map: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenReduceImageClassifierOutput:
         outputs = self.base_model(
             pixel_values,

@@ -13,6 +13,8 @@ from transformers.models.deit.modeling_deit import (
     DeiTPooler,
     DeiTPreTrainedModel,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .backbone import (
@@ -76,8 +78,13 @@ class TokenReduceDeiTForImageClassificationWithTeacher(ReducedPreTrainedModel, T
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         output_patch_map: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenReduceDeiTWithTeacherOutput:
+        if kwargs.get("labels") is not None:
+            raise ValueError(
+                "TokenReduceDeiTForImageClassificationWithTeacher is for inference only and has no loss. To train, "
+                "load the checkpoint as TokenReduceDeiTForImageClassification."
+            )
         outputs = self.deit(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
