@@ -1,0 +1,64 @@
+"""Every example runs, on tiny data, as a user would run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model
+from PIL import Image
+from transformers import ViTImageProcessor
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(name, *arguments, check=True):
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert not check or done.returncode == 0, done.stderr
+    return done.stdout if check else done
+
+
+@pytest.fixture
+def model_and_images(tmp_path):
+    tiny_model(
+        label2id={"cat": 0, "dog": 1, "0002_owl": 2}, id2label={0: "cat", 1: "dog", 2: "0002_owl"}
+    ).save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    for name in ("cat", "0001_dog"):
+        folder = tmp_path / "images" / "validation" / name
+        folder.mkdir(parents=True)
+        for number in range(3):
+            pixels = torch.randint(0, 256, (40, 30, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "model", tmp_path / "images"
+
+
+def test_quickstart(tmp_path, model_and_images):
+    model, _ = model_and_images
+    # EViT's default layers do not fit four layers, and the message says so
+    done = run("quickstart.py", "--output_dir", tmp_path / "demo", "--model_name_or_path", model, check=False)
+    assert done.returncode != 0 and "there is no layer 6 in a model of 4 layers" in done.stderr
+    printed = run("quickstart.py", "--output_dir", tmp_path / "demo", "--batch_size", 2, "--repeats", 1)
+    assert printed.count("e+00 |") == 4
+    assert (tmp_path / "demo" / "0-tome" / "modeling_tokenreduce_vit.py").is_file()
+
+
+def test_measure_accuracy(model_and_images):
+    model, images = model_and_images
+    arguments = ["--model_name_or_path", model, "--data_dir", images, "--batch_size", 4]
+    printed = run("measure_accuracy.py", *arguments, "--reduction", '{"method": "tome", "r": 5}')
+    rows = [line.split("|")[1:4] for line in printed.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["dense", '{"method": "tome", "r": 5}']
+    assert [row[2].strip() for row in rows] == ["65", "45"]
+
+
+def test_measure_speed(tmp_path):
+    printed = run(
+        "measure_speed.py", "--size", "tiny", "--batch_size", 1, "--repeats", 1, "--json", tmp_path / "r.json"
+    )
+    assert printed.count("| ToMe r=13 |") == 1
+    assert (tmp_path / "r.json").is_file()
