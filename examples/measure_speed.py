@@ -117,7 +117,8 @@ def main():
     record = {"settings": vars(args), "torch": torch.__version__, "median_seconds": median, "peak_mib": memory}
     for name in METHODS:
         speedup, share = median["dense"] / median[name], median[f"{name} oracle"] / median[name]
-        print(f"| {name} | {speedup:.2f} | {share:.3f} | {memory[name] / memory['dense']:.2f} |")
+        peak = f"{memory[name] / memory['dense']:.2f}" if memory["dense"] else "too small to see"
+        print(f"| {name} | {speedup:.2f} | {share:.3f} | {peak} |")
     if args.json:
         with open(args.json, "w") as file:
             json.dump(record, file, indent=1)

@@ -24,9 +24,10 @@ def run(name, *arguments, check=True):
 
 @pytest.fixture
 def model_and_images(tmp_path):
-    tiny_model(
-        label2id={"cat": 0, "dog": 1, "0002_owl": 2}, id2label={0: "cat", 1: "dog", 2: "0002_owl"}
-    ).save_pretrained(tmp_path / "model")
+    model = tiny_model()
+    model.config.id2label = dict(enumerate(["cat", "dog", "owl", "hen", "fox"]))
+    model.config.label2id = {name: index for index, name in model.config.id2label.items()}
+    model.save_pretrained(tmp_path / "model")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
     for name in ("cat", "0001_dog"):
         folder = tmp_path / "images" / "validation" / name
