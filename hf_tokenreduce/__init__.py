@@ -4,7 +4,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .convert import reduce_tokens, restore
 from .modeling.configuration_tokenreduce import (
+    ATSConfig,
     EViTConfig,
+    LTMPConfig,
     TokenReduceDeiTConfig,
     TokenReduceViTConfig,
     ToMeConfig,
@@ -21,7 +23,9 @@ from .modeling.modeling_tokenreduce_vit import TokenReduceViTForImageClassificat
 __version__ = "0.1.0"
 
 __all__ = [
+    "ATSConfig",
     "EViTConfig",
+    "LTMPConfig",
     "ToMeConfig",
     "TokenReduceDeiTConfig",
     "TokenReduceDeiTForImageClassification",

@@ -1,9 +1,12 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Attention with a weight per key, and the scores that reduction methods read from it.
+"""Attention over even and packed tokens, with a weight per key, and the scores that methods read from it.
 
-B images · T tokens · Q query tokens · H heads · d features per head
+B images · T tokens, of which the first P are prefix tokens and N = T - P patch tokens · Q query tokens · H heads ·
+d features per head. Of packed tokens there is one "image" of all rows, (1, H, sum of lengths, d).
 """
 
+from contextlib import suppress
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +15,28 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
+from .tokens import pad
+
+
+varlen_attn: Any = None
+with suppress(ImportError):  # in torch 2.10 and later
+    from torch.nn.attention.varlen import varlen_attn
+
+Lengths = tuple[int, ...] | None
+
 
 class AttentionView(NamedTuple):
-    """What a hook may ask an attention layer for. Nothing is computed until a method is called.
+    """What a hook may ask an attention layer for. Nothing is computed until a method is called, and what comes back
+    is even: padded with zeros to the longest image where tokens are packed.
 
     attention: the attention module
-    hidden_states: (B, T, D), its normalised input
-    key, value: (B, H, T, d)
-    key_bias: (B, T) float32 added to the logits of each key, or None
+    hidden_states: (B, T, D) or packed, its normalised input
+    key, value: (B, H, T, d) or packed
+    key_bias: (B, T) or packed, float32 added to the logits of each key, or None
     num_prefix_tokens: P
+    lengths: the tokens of each image if packed, else None
+    received: (B, T) float32, the attention each token receives, mean over heads and live queries; after attention and
+        for reducers with `needs_received` only
     """
 
     attention: Any
@@ -29,19 +45,43 @@ class AttentionView(NamedTuple):
     value: Tensor
     key_bias: Tensor | None
     num_prefix_tokens: int
+    lengths: Lengths = None
+    received: Tensor | None = None
 
     def class_attention(self) -> Tensor:
         """How much the class token attends to each token: (B, H, T) float32. One row per head, never the whole map."""
-        query = split_heads(self.attention.q_proj(self.hidden_states[:, :1]), self.attention.head_dim)
+        head_dim = self.attention.head_dim
+        if self.lengths is None:
+            first, key, bias, padding = self.hidden_states[:, :1], self.key, self.key_bias, None
+        else:
+            starts = torch.tensor([0, *accumulate(self.lengths[:-1])], device=self.key.device)
+            first = self.hidden_states[0].index_select(0, starts)[:, None]
+            key = split_heads(pad(self.key.transpose(1, 2).flatten(2), self.lengths), head_dim)
+            bias = None if self.key_bias is None else pad(self.key_bias, self.lengths)
+            real = torch.ones(1, sum(self.lengths), dtype=torch.bool, device=key.device)
+            padding = ~pad(real, self.lengths)
+        query = split_heads(self.attention.q_proj(first), head_dim)
         with full_precision(query):
-            logits = query.float() @ self.key.float().transpose(2, 3) * self.attention.scaling  # (B, H, 1, T)
-            if self.key_bias is not None:
-                logits = logits + self.key_bias[:, None, None, :]
+            logits = query.float() @ key.float().transpose(2, 3) * self.attention.scaling  # (B, H, 1, T)
+            if bias is not None:
+                logits = logits + bias[:, None, None, :]
+            if padding is not None:
+                logits = logits.masked_fill(padding[:, None, None, :], -torch.inf)
             return logits.softmax(dim=-1).squeeze(2)
 
     def patch_keys(self) -> Tensor:
         """The keys of the patch tokens, averaged over the heads: (B, N, d) float32."""
-        return self.key[:, :, self.num_prefix_tokens :].mean(dim=1, dtype=torch.float32)
+        keys = self.key.mean(dim=1, dtype=torch.float32)
+        if self.lengths is not None:
+            keys = pad(keys, self.lengths)
+        return keys[:, self.num_prefix_tokens :]
+
+    def value_norms(self) -> Tensor:
+        """The length of each token's value vector in each head: (B, H, T) float32."""
+        norms = self.value.float().norm(dim=-1)  # (B, H, T)
+        if self.lengths is not None:
+            norms = pad(norms.transpose(1, 2), self.lengths).transpose(1, 2)
+        return norms
 
 
 def split_heads(rows: Tensor, head_dim: int) -> Tensor:
@@ -55,9 +95,103 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 
 def attend(
+    attention: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    query_lengths: Lengths = None,
+    key_lengths: Lengths = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by the implementation the configuration names: (B, Q, H, d), packed if the queries are, and, from
+    eager attention, the map (B, H, Q, T), padded with zeros.
+
+    Packed on CUDA and in half precision: one kernel of variable length. Else image by image, which on a CPU costs
+    little: the time is in the linear layers, and those see all rows at once.
+    """
+    if query_lengths is None:
+        return _attend_evenly(attention, query, key, value, key_bias, **kwargs)
+    if key_lengths is None:
+        batch, length = key.shape[0], key.shape[2]
+        key, value = _pack_heads(key), _pack_heads(value)
+        key_bias = None if key_bias is None else key_bias.reshape(1, -1)
+        key_lengths = (length,) * batch
+    if _has_varlen_kernel(attention, query):
+        return _attend_varlen(attention, query, key, value, key_bias, query_lengths, key_lengths), None
+    biases: Any = [None] * len(key_lengths) if key_bias is None else key_bias.split(key_lengths, dim=1)
+    outputs, maps = [], []
+    for one_query, one_key, one_value, one_bias in zip(
+        query.split(query_lengths, dim=2),
+        key.split(key_lengths, dim=2),
+        value.split(key_lengths, dim=2),
+        biases,
+        strict=True,
+    ):
+        output, weights = _attend_evenly(attention, one_query, one_key, one_value, one_bias, **kwargs)
+        outputs.append(output)
+        if weights is not None:
+            maps.append(weights)
+    return torch.cat(outputs, dim=1), _pad_maps(maps, query_lengths, key_lengths) if maps else None
+
+
+def attend_with_map(
+    attention: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    lengths: Lengths = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Attention for methods that need more of its map than a row: (output, map or None, received attention (B, T)).
+
+    mask: (B, T), 1 for a live token and 0 for one that would be gone. Keys count by it, differentiably; queries that
+    are gone attend, but their attention is not counted as received.
+    """
+    if lengths is None:
+        output, weights = _plain_attention(attention, query, key, value, key_bias, mask)
+        rows = weights.detach().float().mean(dim=1)  # (B, T, T)
+        if mask is None:
+            received = rows.mean(dim=1)
+        else:
+            live = (mask > 0.5).float()
+            received = (rows * live[:, :, None]).sum(dim=1) / live.sum(dim=1, keepdim=True)
+        return output, weights, received
+    biases: Any = [None] * len(lengths) if key_bias is None else key_bias.split(lengths, dim=1)
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    outputs, received_rows = [], []
+    for one_query, one_key, one_value, one_bias in zip(queries, keys, values, biases, strict=True):
+        output, weights = _plain_attention(attention, one_query, one_key, one_value, one_bias, None)
+        outputs.append(output)
+        received_rows.append(weights.detach().float().mean(dim=(1, 2)))
+    return torch.cat(outputs, dim=1), None, pad(torch.cat(received_rows, dim=1), lengths)
+
+
+def fold_key_bias(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Widen the heads so that q·k * scaling carries the key bias, for kernels that take no mask.
+
+    Two extra channels hold bias / scaling, a high and a low part: together they keep float32's precision in half
+    types as well as 16 bits of it can. The heads grow to a multiple of 8, as flash kernels want; the caller crops
+    the output.
+    """
+    extra = 2 + -(query.shape[-1] + 2) % 8
+    wide_bias = key_bias[:, None, :, None] / scaling
+    high = wide_bias.to(key.dtype)
+    low = (wide_bias - high.float()).to(key.dtype)
+    heads = key.shape[1]
+    channels = torch.cat([high, low], dim=-1).expand(-1, heads, -1, -1)  # (B, H, T, 2)
+    key = torch.cat([key, F.pad(channels, (0, extra - 2))], dim=-1)
+    ones = query.new_ones(*query.shape[:-1], 2)
+    query = torch.cat([query, F.pad(ones, (0, extra - 2))], dim=-1)
+    return query, key, F.pad(value, (0, extra))
+
+
+def _attend_evenly(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention by the implementation the configuration names: (B, Q, H, d) and, from eager, the map (B, H, Q, T)."""
     implementation = attention.config._attn_implementation
     mask = None
     head_dim = value.shape[-1]
@@ -80,22 +214,60 @@ def attend(
     return output[..., :head_dim], weights
 
 
-def fold_key_bias(
-    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Widen the heads so that q·k * scaling carries the key bias, for kernels that take no mask.
+def _plain_attention(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Eager attention, (B, Q, H, d) and the map, in which a key counts by its mask too."""
+    with full_precision(query):
+        logits = (query @ key.transpose(2, 3)).float() * attention.scaling
+        if key_bias is not None:
+            logits = logits + key_bias[:, None, None, :]
+        if mask is None:
+            weights = logits.softmax(dim=-1)
+        else:
+            weights = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp() * mask[:, None, None, :]
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        dropped = F.dropout(weights, attention.attention_dropout, attention.training)
+        return (dropped.to(value.dtype) @ value).transpose(1, 2), weights
 
-    Two extra channels hold bias / scaling, a high and a low part: together they keep float32's precision in half
-    types as well as 16 bits of it can. The heads grow to a multiple of 8, as flash kernels want; the caller crops
-    the output.
-    """
-    extra = 2 + -(query.shape[-1] + 2) % 8
-    wide_bias = key_bias[:, None, :, None] / scaling
-    high = wide_bias.to(key.dtype)
-    low = (wide_bias - high.float()).to(key.dtype)
-    heads = key.shape[1]
-    channels = torch.cat([high, low], dim=-1).expand(-1, heads, -1, -1)  # (B, H, T, 2)
-    key = torch.cat([key, F.pad(channels, (0, extra - 2))], dim=-1)
-    ones = query.new_ones(*query.shape[:-1], 2)
-    query = torch.cat([query, F.pad(ones, (0, extra - 2))], dim=-1)
-    return query, key, F.pad(value, (0, extra))
+
+def _has_varlen_kernel(attention: Any, query: Tensor) -> bool:
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and attention.config._attn_implementation != "eager"
+        and not (attention.training and attention.attention_dropout)
+    )
+
+
+def _attend_varlen(
+    attention: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    query_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+) -> Tensor:
+    head_dim = value.shape[-1]
+    if key_bias is not None:
+        query, key, value = fold_key_bias(query, key, value, key_bias, attention.scaling)
+    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (rows, H, d)
+    query_ends, key_ends = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=key.device)
+        for lengths in (query_lengths, key_lengths)
+    )
+    longest = max(query_lengths), max(key_lengths)
+    output = varlen_attn(query, key, value, query_ends, key_ends, *longest, scale=attention.scaling)
+    return output[None, ..., :head_dim]
+
+
+def _pack_heads(heads: Tensor) -> Tensor:
+    """(B, H, T, d) -> (1, H, B * T, d)"""
+    return heads.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+
+
+def _pad_maps(maps: list[Tensor], query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> Tensor:
+    longest = max(query_lengths), max(key_lengths)
+    return torch.cat([F.pad(m, (0, longest[1] - m.shape[3], 0, longest[0] - m.shape[2])) for m in maps])

@@ -17,10 +17,10 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import AttentionView, attend, split_heads
+from .attention import AttentionView, attend, attend_with_map, split_heads
 from .hooks import Reducer
 from .reducers import build_reducer
-from .tokens import TokenMap, TokenState, apply_map, move, start
+from .tokens import TokenMap, TokenState, apply_map, move, pad, start, unpad
 
 
 @dataclass
@@ -28,18 +28,25 @@ class TokenReduceModelOutput(BaseModelOutputWithPooling):
     """token_counts: long (B, L), the tokens that leave each layer, prefix tokens included.
     patch_map: long (B, N0), for each patch the index into `last_hidden_state` of the token that holds it, -1 if it
         was dropped. Only with `output_patch_map=True`.
+    auxiliary_loss: what a method adds to the task's loss in training, if it does.
     """
 
     token_counts: Tensor | None = None
     patch_map: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
 
 
 @dataclass
 class TokenReduceImageClassifierOutput(ImageClassifierOutput):
-    """An `ImageClassifierOutput` with the `token_counts` and `patch_map` of `TokenReduceModelOutput`."""
+    """An `ImageClassifierOutput` with the `token_counts` and `patch_map` of `TokenReduceModelOutput`.
+
+    If a method adds a loss of its own in training, `loss` is the sum of `task_loss` and `auxiliary_loss`.
+    """
 
     token_counts: Tensor | None = None
     patch_map: Tensor | None = None
+    task_loss: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
 
 
 class ReducedAttention(nn.Module):
@@ -56,14 +63,24 @@ class ReducedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, AttentionView, TokenMap | None]:
         key = split_heads(self.k_proj(hidden_states), self.head_dim)
         value = split_heads(self.v_proj(hidden_states), self.head_dim)
+        prefix, lengths = state.num_prefix_tokens, state.lengths
         key_bias = None
         if reducer.prop_attn and state.size is not None:
-            key_bias = F.pad(state.size.detach().log(), (state.num_prefix_tokens, 0))
-        view = AttentionView(self, hidden_states, key, value, key_bias, state.num_prefix_tokens)
+            key_bias = F.pad(state.size.detach().log(), (prefix, 0))
+            if lengths is not None:
+                key_bias = unpad(key_bias, lengths)
+        view = AttentionView(self, hidden_states, key, value, key_bias, prefix, lengths)
         selected = reducer.select_queries(view, state)
-        rows = hidden_states if selected is None else move(hidden_states, selected, state.num_prefix_tokens)
+        rows, query_lengths = hidden_states, lengths
+        if selected is not None:
+            rows, query_lengths = move(hidden_states, selected, prefix, lengths), selected.lengths(prefix)
         query = split_heads(self.q_proj(rows), self.head_dim)
-        output, weights = attend(self, query, key, value, key_bias, **kwargs)
+        if reducer.needs_received or state.mask is not None:
+            mask = None if state.mask is None else F.pad(state.mask, (prefix, 0), value=1.0)
+            output, weights, received = attend_with_map(self, query, key, value, key_bias, lengths, mask)
+            view = view._replace(received=received)
+        else:
+            output, weights = attend(self, query, key, value, key_bias, query_lengths, lengths, **kwargs)
         return self.o_proj(output.flatten(2)), weights, view, selected
 
 
@@ -107,7 +124,11 @@ class ReducedPreTrainedModel(nn.Module):
     base_model_prefix: str
     post_init: Any
     loss_function: Any
-    _init_weights: Any
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, Reducer):
+            module.init_weights()
 
     def set_reduction(self, reduction) -> None:
         """Change the method in place: a method configuration, its dictionary form, or None. Weights stay as they
@@ -138,7 +159,7 @@ class ReducedModel(ReducedPreTrainedModel):
         self.pooler = self.pooler_class(config) if add_pooling_layer else None
         self.post_init()
 
-    @capture_outputs(tie_last_hidden_states=False)
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -156,26 +177,50 @@ class ReducedModel(ReducedPreTrainedModel):
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
         state = start(embedded, self.config.num_prefix_tokens, track_patches=output_patch_map)
+        stages: list[tuple[int, ...] | None] = []
+        outputs = self._encode(state, stages, return_dict=True, **kwargs)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(
+                hidden if lengths is None or hidden is None else pad(hidden, lengths)
+                for hidden, lengths in zip(outputs.hidden_states, stages, strict=True)
+            )
+        return outputs
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def _encode(
+        self, state: TokenState, stages: list[tuple[int, ...] | None], **kwargs: Unpack[TransformersKwargs]
+    ) -> TokenReduceModelOutput:
+        """From embedded images to the output. `stages` is filled with the lengths before and after each layer."""
         state = self.layers[0].reducer.before_encoder(state)
-        counts = []
+        stages.append(state.lengths)
+        counts, kept = [], []
         for layer in self.layers:
             state = TokenState(*layer(*state, **kwargs))
+            stages.append(state.lengths)
             counts.append(state.counts())
+            if state.mask is not None:
+                kept.append(F.pad(state.mask, (state.num_prefix_tokens, 0), value=1.0).mean())
 
         last_hidden_state = self.layernorm(state.hidden_states)
+        if state.lengths is not None:
+            last_hidden_state = pad(last_hidden_state, state.lengths)
         patch_map = state.patch_map
         if patch_map is not None:
             patch_map = torch.where(patch_map < 0, patch_map, patch_map + state.num_prefix_tokens)
+        num_tokens = state.num_prefix_tokens + state.num_patches
         return TokenReduceModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=self.pooler(last_hidden_state) if self.pooler is not None else None,
             token_counts=torch.stack(counts, dim=1),
             patch_map=patch_map,
+            auxiliary_loss=self.layers[0].reducer.auxiliary_loss(torch.stack(kept), num_tokens) if kept else None,
         )
 
     def _checked_images(self, pixel_values, interpolate_pos_encoding, attention_mask) -> Tensor:
         if pixel_values is None:
             raise ValueError("pixel_values is missing: pass a batch of images, (batch, channels, height, width).")
+        if pixel_values.shape[0] == 0:
+            raise ValueError("The batch is empty: pass at least one image.")
         if attention_mask is not None:
             raise ValueError(
                 "attention_mask does not work with token reduction: it would name tokens that may be gone. Leave it "
@@ -221,7 +266,12 @@ class ReducedForImageClassification(ReducedPreTrainedModel):
             **kwargs,
         )
         logits = self.classifier(outputs.last_hidden_state[:, 0])
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = task_loss = auxiliary_loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            auxiliary_loss = outputs.auxiliary_loss
+            if auxiliary_loss is not None:
+                task_loss, loss = loss, loss + auxiliary_loss
         return TokenReduceImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -229,6 +279,8 @@ class ReducedForImageClassification(ReducedPreTrainedModel):
             attentions=outputs.attentions,
             token_counts=outputs.token_counts,
             patch_map=outputs.patch_map,
+            task_loss=task_loss,
+            auxiliary_loss=auxiliary_loss,
         )
 
 

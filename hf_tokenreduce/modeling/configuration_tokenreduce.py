@@ -153,6 +153,101 @@ class EViTConfig(TopKConfig):
         _check_flag("EViTConfig", "fuse", self.fuse)
 
 
+@dataclass(frozen=True)
+class ATSConfig(ReductionConfig):
+    """Adaptive token sampling, after "Adaptive Token Sampling for Efficient Vision Transformers". Every image keeps as
+    many tokens as its scores are spread over. No parameters; works without training.
+
+    layers: 0-based layers that sample, inside their attention.
+    num_tokens: points of the sampling grid, prefix tokens included: the most that a layer can keep. None: the tokens
+        that enter the model, so that only the scores decide.
+    score: "joint" (the authors' code: attention summed over heads times the length of the whole value vector) or
+        "per_head" (the paper's formula: the product in each head, normalised, then summed).
+    max_tokens: no image leaves a layer with more tokens, prefix tokens included, whatever it shows: one number, or a
+        list with one number per entry of `layers`. The highest scores stay.
+    """
+
+    method: ClassVar[str] = "ats"
+
+    layers: Sequence[int] = tuple(range(3, 12))
+    num_tokens: int | None = None
+    score: str = "joint"
+    max_tokens: int | Sequence[int] | None = None
+
+    def __post_init__(self):
+        layers = _checked_layers("ATSConfig", self.layers)
+        if self.num_tokens is not None and (not _is_integer(self.num_tokens) or self.num_tokens < 1):
+            raise ValueError(f"ATSConfig: num_tokens must be at least 1, or None for all, got {self.num_tokens!r}.")
+        if self.score not in ("joint", "per_head"):
+            raise ValueError(f"ATSConfig: score must be 'joint' or 'per_head', got {self.score!r}.")
+        self._set(
+            layers=layers, max_tokens=_checked_caps("ATSConfig", self.max_tokens, len(layers), "entry of layers")
+        )
+
+    def cap(self, layer: int) -> int | None:
+        caps: Any = self.max_tokens
+        return dict(zip(self.layers, caps, strict=True)).get(layer) if isinstance(caps, tuple) else caps
+
+    def check_fit(self, config: PreTrainedConfig) -> None:
+        _check_layers_fit("ATSConfig", self.layers, config.num_hidden_layers)
+        _check_caps_fit("ATSConfig", "max_tokens", self.max_tokens, config)
+        _check_caps_fit("ATSConfig", "num_tokens", self.num_tokens, config)
+
+
+@dataclass(frozen=True)
+class LTMPConfig(ReductionConfig):
+    """Learned thresholds, merging and pruning, after "Learned Thresholds Token Merging and Pruning for Vision
+    Transformers". In every layer tokens merge whose similarity is above one threshold, and those are pruned whose
+    importance is not above another: 2 numbers per layer, learned or calibrated.
+
+    merge, prune: whether each is done.
+    target: share of the multiply-adds to keep, which training aims at.
+    temperature: of the sigmoid whose slope the thresholds learn by (nothing is removed while they learn).
+    budget_weight: factor of the squared distance from `target` in the loss.
+    merge_threshold, prune_threshold: initial values, between 0 and 1. 1.0 merges nothing, 0.0 prunes nothing.
+    max_tokens: no image leaves a layer with more tokens, prefix tokens included: one number, or a list with one per
+        layer. The most important stay.
+    """
+
+    method: ClassVar[str] = "ltmp"
+
+    merge: bool = True
+    prune: bool = True
+    target: float = 0.75
+    temperature: float = 0.1
+    budget_weight: float = 10.0
+    merge_threshold: float = 0.9
+    prune_threshold: float = 0.0
+    max_tokens: int | Sequence[int] | None = None
+
+    def __post_init__(self):
+        _check_flag("LTMPConfig", "merge", self.merge)
+        _check_flag("LTMPConfig", "prune", self.prune)
+        if not (self.merge or self.prune):
+            raise ValueError("LTMPConfig: with merge=False and prune=False nothing is left to do; set one to True.")
+        for name, low, high in (("target", 0, 1), ("merge_threshold", 0, 1), ("prune_threshold", 0, 1)):
+            value = getattr(self, name)
+            if not _is_number(value) or not low <= value <= high:
+                raise ValueError(f"LTMPConfig: {name} must lie between {low} and {high}, got {value!r}.")
+        for name in ("temperature", "budget_weight"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value < float("inf"):
+                raise ValueError(f"LTMPConfig: {name} must be a number above 0, got {value!r}.")
+        self._set(max_tokens=_checked_caps("LTMPConfig", self.max_tokens, None, "layer"))
+
+    def cap(self, layer: int) -> int | None:
+        caps: Any = self.max_tokens
+        return caps[layer] if isinstance(caps, tuple) else caps
+
+    def check_fit(self, config: PreTrainedConfig) -> None:
+        if isinstance(self.max_tokens, tuple) and len(self.max_tokens) != config.num_hidden_layers:
+            raise ValueError(
+                f"LTMPConfig: a list max_tokens needs one value per layer, got {len(self.max_tokens)} values for "
+                f"{config.num_hidden_layers} layers: {list(self.max_tokens)}."
+            )
+        _check_caps_fit("LTMPConfig", "max_tokens", self.max_tokens, config)
+
+
 def parse_reduction(value: Any) -> ReductionConfig | None:
     """A method configuration from one, from the dictionary form of one, or None for no reduction."""
     if value is None:
@@ -190,7 +285,7 @@ class TokenReduceConfigMixin(_StockConfig):
     num_prefix_tokens: ClassVar[int]
     default_auto_map: ClassVar[dict[str, str]]
     reduction: Any
-    keys_to_ignore_at_inference = ["token_counts", "patch_map"]
+    keys_to_ignore_at_inference = ["token_counts", "patch_map", "task_loss", "auxiliary_loss"]
 
     def __setattr__(self, key, value):
         if key == "reduction":
@@ -290,6 +385,29 @@ def _checked_layers(owner: str, layers: Any) -> tuple[int, ...]:
     if len(set(layers)) != len(layers):
         raise ValueError(f"{owner}: layers names a layer twice: {list(layers)}.")
     return tuple(int(layer) for layer in layers)
+
+
+def _checked_caps(owner: str, caps: Any, count: int | None, per: str) -> Any:
+    if caps is None:
+        return None
+    values = tuple(caps) if _is_sequence(caps) else (caps,)
+    for value in values:
+        if not _is_integer(value) or value < 1:
+            raise ValueError(f"{owner}: max_tokens counts tokens: an integer of at least 1, or None, got {value!r}.")
+    if not _is_sequence(caps):
+        return int(caps)
+    if count is not None and len(values) != count:
+        raise ValueError(f"{owner}: a list max_tokens needs one value per {per}, got {len(values)} for {count}.")
+    return tuple(int(value) for value in values)
+
+
+def _check_caps_fit(owner: str, name: str, caps: Any, config: PreTrainedConfig) -> None:
+    for cap in caps if isinstance(caps, tuple) else (caps,):
+        if cap is not None and cap < config.num_prefix_tokens:
+            raise ValueError(
+                f"{owner}: {name}={cap} is less than the {config.num_prefix_tokens} prefix tokens, which always stay; "
+                f"set it to {config.num_prefix_tokens} or more."
+            )
 
 
 def _check_layers_fit(owner: str, layers: Sequence[int], num_layers: int) -> None:

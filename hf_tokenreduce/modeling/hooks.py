@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
 """The places of a model where a method can act."""
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .attention import AttentionView
@@ -24,8 +24,16 @@ class Reducer(nn.Module):
     prop_attn = False
     """Whether attention in this layer counts a token once per patch it stands for."""
 
+    needs_received = False
+    """Whether `after_attention` reads `view.received`, for which the whole attention map is computed."""
+
     def __init__(self, config: PreTrainedConfig, layer: int):
         super().__init__()
+
+    def init_weights(self) -> None:
+        """Give parameters of the reducer itself their initial values, by `transformers.initialization`. Those of
+        stock submodules such as `nn.Linear` get theirs as in the rest of the model.
+        """
 
     def before_encoder(self, state: TokenState) -> TokenState:
         return state
@@ -40,3 +48,9 @@ class Reducer(nn.Module):
 
     def after_layer(self, state: TokenState) -> TokenState:
         return state
+
+    def auxiliary_loss(self, kept: Tensor, num_tokens: int) -> Tensor:
+        """A method's own loss in training, asked of the first layer's reducer when a method masks tokens instead of
+        removing them. `kept`: (L,), the mean share of the `num_tokens` that each layer passes on.
+        """
+        raise NotImplementedError

@@ -1,17 +1,20 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Merging: similar tokens become one. ToMe.
+"""Merging: similar tokens become one. ToMe, LTMP.
 
-B images · N patch tokens · d features of a key
+B images · N patch tokens, padded to the longest image · d features of a key
 """
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
+from transformers import initialization as init
 
 from .attention import AttentionView, full_precision
 from .hooks import Reducer
-from .tokens import TokenMap, TokenState, apply_map, merge
+from .tokens import TokenMap, TokenState, apply_map, follow, merge, move, sum_by_target
 
 
 @torch.no_grad()
@@ -52,3 +55,196 @@ class ToMeReducer(Reducer):
             return state
         token_map = match_most_similar(view.patch_keys(), state.size, self.r, state.num_prefix_tokens)
         return apply_map(state, token_map)
+
+
+class ThresholdDecision(NamedTuple):
+    """What thresholds decide on the patch tokens of each image, all (B, N).
+
+    target: long, the output token each goes into; -1 if pruned, or padding
+    receiver: long, the token each goes into before pruning; itself unless it merges
+    similarity: float32, cosine to the best match; -inf for tokens that cannot merge
+    importance: float32, of the receiver: the highest of those that go into it; -inf for padding
+    """
+
+    target: Tensor
+    receiver: Tensor
+    similarity: Tensor
+    importance: Tensor
+
+
+@torch.no_grad()
+def decide_by_thresholds(
+    keys: Tensor | None,
+    importance: Tensor,
+    valid: Tensor,
+    merge_threshold: Tensor | float,
+    prune_threshold: Tensor | float,
+    num_prefix_tokens: int,
+    max_kept: int | None = None,
+) -> ThresholdDecision:
+    """Merge what is similar, then prune what is unimportant: `keys` (B, N, d), `importance` (B, N), `valid` (B, N).
+
+    The sequence of an image, prefix included, is dealt into two sets by even and odd position. An even token goes
+    into its best match of the odd set if their cosine is above `merge_threshold`; several may go into one. Output
+    tokens whose importance is above `prune_threshold` stay, at most `max_kept` of them, the most important first.
+    Output order: even tokens left over, then odd ones; an image in which nothing merges keeps its order. Without keys
+    nothing merges.
+    """
+    batch, num_tokens = valid.shape
+    natural = torch.arange(num_tokens, device=valid.device)
+    similarity = torch.full((batch, num_tokens), -torch.inf, device=valid.device)
+    receiver = natural.repeat(batch, 1)
+    sequence = receiver
+    if keys is not None and num_tokens > 1:
+        even = slice(num_prefix_tokens % 2, None, 2)
+        odd = slice(1 - num_prefix_tokens % 2, None, 2)
+        keys = F.normalize(keys, dim=-1)
+        with full_precision(keys):
+            cosine = (keys[:, even] @ keys[:, odd].transpose(1, 2)).clamp(max=1.0)  # a threshold of 1 merges nothing
+        best, match = cosine.masked_fill(~valid[:, None, odd], -torch.inf).max(dim=-1)  # (B, N even)
+        similarity[:, even] = best.masked_fill(~valid[:, even], -torch.inf)
+        merges = similarity > merge_threshold
+        receiver = receiver.clone()
+        receiver[:, even] = torch.where(merges[:, even], natural[odd][match], natural[even])
+        dealt = torch.cat([natural[even], natural[odd]])
+        sequence = torch.where(merges.any(dim=1, keepdim=True), dealt, natural)
+
+    importance = importance.masked_fill(~valid, -torch.inf)
+    importance = torch.full_like(importance, -torch.inf).scatter_reduce(1, receiver, importance, "amax")
+    stays = valid & (receiver == natural) & (importance > prune_threshold)
+    if max_kept is not None:
+        order = importance.masked_fill(~stays, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        stays &= torch.empty_like(order).scatter(1, order, natural.expand_as(order)) < max_kept
+    place = torch.empty_like(sequence).scatter(1, sequence, stays.gather(1, sequence).cumsum(dim=1) - 1)
+    target = torch.where(stays, place, -1).gather(1, receiver)
+    return ThresholdDecision(
+        torch.where(valid, target, -1),
+        receiver,
+        similarity,
+        importance.gather(1, receiver).masked_fill(~valid, -torch.inf),
+    )
+
+
+def budget_share(kept: Tensor, num_tokens: int, hidden_size: int) -> Tensor:
+    """Share of the multiply-adds kept when layer l passes on the share kept[l] of the tokens, by LTMP's formula."""
+    before = F.pad(kept[:-1], (1, 0), value=1.0)
+    n, d = num_tokens, hidden_size
+    cost = 2 * before * n * d**2 + (before * n) ** 2 * d + 4 * kept * n * d**2
+    return cost.mean() / (6 * n * d**2 + n**2 * d)
+
+
+class LTMPReducer(Reducer):
+    """Merges and prunes by two thresholds after attention.
+
+    In eval mode tokens are removed. In train mode, where the thresholds learn, they are masked: a mask of ones and
+    zeros with the slope of a sigmoid, by which keys count in attention. What a masked model computes for live tokens
+    is what the same model computes when it removes the others.
+    """
+
+    merge_threshold: nn.Parameter
+    prune_threshold: nn.Parameter
+
+    def __init__(self, config: PreTrainedConfig, layer: int):
+        super().__init__(config, layer)
+        self.settings = config.reduction
+        self.max_tokens = self.settings.cap(layer)
+        self.hidden_size = config.hidden_size
+        self.prop_attn = self.settings.merge
+        self.needs_received = self.settings.prune or self.max_tokens is not None
+        if self.settings.merge:
+            self.merge_threshold = nn.Parameter(torch.tensor(float(self.settings.merge_threshold)))
+        if self.settings.prune:
+            self.prune_threshold = nn.Parameter(torch.tensor(float(self.settings.prune_threshold)))
+
+    def init_weights(self) -> None:
+        for name, parameter in self.named_parameters(recurse=False):
+            init.constant_(parameter, getattr(self.settings, name))
+
+    def before_encoder(self, state: TokenState) -> TokenState:
+        if not self.training:
+            return state
+        mask = torch.ones(state.hidden_states.shape[0], state.num_patch_tokens, device=state.hidden_states.device)
+        return state._replace(mask=mask, rank=_positions(mask))
+
+    def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
+        if state.num_patch_tokens == 0:
+            return state
+        if state.mask is not None and state.rank is not None:
+            return self._mask(view, state, state.mask, state.rank)
+        return self._remove(view, state)
+
+    def _decide(self, view: AttentionView, state: TokenState, valid: Tensor, order: Tensor | None = None):
+        prefix = state.num_prefix_tokens
+        keys = view.patch_keys().detach() if self.settings.merge else None
+        importance = torch.ones(valid.shape, device=valid.device)
+        if view.received is not None:
+            importance = view.received[:, prefix:]
+        if order is not None:
+            keys = None if keys is None else keys.gather(1, order[..., None].expand_as(keys))
+            importance = importance.gather(1, order)
+        return decide_by_thresholds(
+            keys,
+            importance,
+            valid,
+            self.merge_threshold.float() if self.settings.merge else torch.inf,
+            self.prune_threshold.float() if self.settings.prune else -torch.inf,
+            prefix,
+            None if self.max_tokens is None else self.max_tokens - prefix,
+        )
+
+    def _remove(self, view: AttentionView, state: TokenState) -> TokenState:
+        valid = state.valid()
+        if valid is None:
+            shape = state.hidden_states.shape[0], state.num_patch_tokens
+            valid = torch.ones(shape, dtype=torch.bool, device=state.hidden_states.device)
+        decision = self._decide(view, state, valid)
+        counts = tuple((decision.target.amax(dim=1) + 1).tolist())
+        if sum(counts) == int(valid.sum()):
+            return state  # no image loses a token
+        if not self.settings.merge:
+            return apply_map(state, TokenMap(decision.target, counts))
+        size = torch.ones(valid.shape, device=valid.device) if state.size is None else state.size
+        return apply_map(state, merge(decision.target, counts, size))
+
+    def _mask(self, view: AttentionView, state: TokenState, mask: Tensor, rank: Tensor) -> TokenState:
+        # The decision is made on live tokens in the order they have when the others are removed, the rest behind them.
+        live = mask > 0.5
+        order = torch.where(live, rank, rank.shape[1]).argsort(dim=1, stable=True)
+        back = torch.empty_like(order).scatter(1, order, _positions(order))
+        decision = self._decide(view, state, live.gather(1, order), order)
+        target, similarity, importance = (
+            values.gather(1, back) for values in (decision.target, decision.similarity, decision.importance)
+        )
+        if self.settings.prune:
+            mask = mask * self._step(importance, self.prune_threshold)
+        if self.max_tokens is not None:
+            mask = mask * (target >= 0)
+        patch_map = state.patch_map
+        if self.settings.merge:
+            mask = mask * (1 - self._step(similarity, self.merge_threshold))
+            receiver = order.gather(1, decision.receiver).gather(1, back)
+            merged = receiver != _positions(receiver)
+            size = torch.ones_like(similarity) if state.size is None else state.size
+            means = move(state.hidden_states, merge(receiver, receiver.shape[1], size), state.num_prefix_tokens)
+            stays_as_it_is = F.pad(merged, (state.num_prefix_tokens, 0))[..., None]  # its row is masked from here on
+            state = state._replace(
+                hidden_states=torch.where(stays_as_it_is, state.hidden_states, means),
+                size=torch.where(merged, size, sum_by_target(size, receiver, receiver.shape[1])),
+            )
+            patch_map = None if patch_map is None else follow(patch_map, receiver, fill=-1)
+        if patch_map is not None:
+            patch_map = follow(patch_map, torch.where(target < 0, -1, _positions(target)), fill=-1)
+        return state._replace(mask=mask, rank=target, patch_map=patch_map)
+
+    def _step(self, scores: Tensor, threshold: Tensor) -> Tensor:
+        """1 where a score is above the threshold, else 0; with the slope of a sigmoid in the threshold."""
+        soft = torch.sigmoid((scores.clamp(min=-1e4) - threshold.float()) / self.settings.temperature)
+        return (scores > threshold).float() + soft - soft.detach()
+
+    def auxiliary_loss(self, kept: Tensor, num_tokens: int) -> Tensor:
+        share = budget_share(kept, num_tokens, self.hidden_size)
+        return self.settings.budget_weight * (share - self.settings.target) ** 2
+
+
+def _positions(like: Tensor) -> Tensor:
+    return torch.arange(like.shape[1], device=like.device).repeat(like.shape[0], 1)

@@ -4,11 +4,14 @@
 from transformers import PreTrainedConfig
 
 from .hooks import Reducer
-from .merging import ToMeReducer
+from .merging import LTMPReducer, ToMeReducer
 from .pruning import EViTReducer, TopKReducer
+from .sampling import ATSReducer
 
 
 REDUCERS: dict[str, type[Reducer]] = {
+    "ats": ATSReducer,
+    "ltmp": LTMPReducer,
     "tome": ToMeReducer,
     "evit": EViTReducer,
     "topk": TopKReducer,

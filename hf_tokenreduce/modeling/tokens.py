@@ -3,8 +3,13 @@
 
 B images · T tokens per image, of which the first P are prefix tokens and N = T - P patch tokens · N0 patches of the
 image · M patch tokens after a map · D features
+
+Two layouts. Even: every image has T tokens, rows are (B, T, D). Packed: each image has its own number, rows are those
+of all images one after the other, (1, sum of lengths, D), and nothing is computed for padding. What is small, a number
+per token, is kept padded to the longest image in both: (B, N).
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,54 +20,82 @@ from torch.nn import functional as F
 class TokenState(NamedTuple):
     """What goes into a layer and comes out of it. The hidden states come first, where transformers looks for them.
 
-    hidden_states: (B, T, D)
+    hidden_states: (B, T, D), or (1, sum of lengths, D) if packed
     size: (B, N) float32, how many patches each patch token stands for. None: one each.
     patch_map: (B, N0) long, the patch token that now holds each patch of the image, -1 if it was dropped. None: not
         asked for.
     num_prefix_tokens: P
+    num_patches: N0
+    lengths: the tokens of each image, prefix included, if packed; None if even
+    mask, rank: only while thresholds are learned (then nothing is removed). (B, N) each: 1 for a live token and 0 for
+        one that would be gone, differentiable; and the place a live token would have among the patch tokens.
     """
 
     hidden_states: Tensor
     size: Tensor | None = None
     patch_map: Tensor | None = None
     num_prefix_tokens: int = 1
+    num_patches: int = 0
+    lengths: tuple[int, ...] | None = None
+    mask: Tensor | None = None
+    rank: Tensor | None = None
 
     @property
     def num_patch_tokens(self) -> int:
-        return self.hidden_states.shape[1] - self.num_prefix_tokens
+        """N: of every image if even, of the longest if packed."""
+        length = self.hidden_states.shape[1] if self.lengths is None else max(self.lengths)
+        return length - self.num_prefix_tokens
 
     def counts(self) -> Tensor:
         """(B,) long, the tokens of each image, prefix tokens included."""
+        device = self.hidden_states.device
+        if self.lengths is not None:
+            return torch.tensor(self.lengths, device=device)
         batch, length, _ = self.hidden_states.shape
-        return torch.full((batch,), length, dtype=torch.long, device=self.hidden_states.device)
+        if self.mask is not None:
+            return self.num_prefix_tokens + (self.mask > 0.5).sum(dim=1)
+        return torch.full((batch,), length, dtype=torch.long, device=device)
+
+    def valid(self) -> Tensor | None:
+        """(B, N) bool, which patch tokens are not padding. None: all."""
+        if self.lengths is None:
+            return None
+        return _real(self.lengths, self.hidden_states.device)[:, self.num_prefix_tokens :]
 
 
 class TokenMap(NamedTuple):
     """Which output token each patch token goes into. Prefix tokens cannot be named, so they cannot be touched.
 
-    target: (B, N) long, from 0 to num_tokens - 1; -1: dropped
-    num_tokens: M
+    target: (B, N) long, from 0 to the image's number of output tokens - 1; -1: dropped, or padding
+    num_tokens: M if the same for every image (the result is even), else the number for each (the result is packed)
     weight: (B, N), factor each token enters its output token with. None: every output token is one input token as
         it was.
     """
 
     target: Tensor
-    num_tokens: int
+    num_tokens: int | tuple[int, ...]
     weight: Tensor | None = None
+
+    def lengths(self, num_prefix_tokens: int) -> tuple[int, ...] | None:
+        if not isinstance(self.num_tokens, tuple):
+            return None
+        return tuple(num_prefix_tokens + count for count in self.num_tokens)
 
 
 def start(hidden_states: Tensor, num_prefix_tokens: int, track_patches: bool) -> TokenState:
     """The state of embedded images: every patch is its own token."""
+    batch, length, _ = hidden_states.shape
+    num_patches = length - num_prefix_tokens
     patch_map = None
     if track_patches:
-        batch, length, _ = hidden_states.shape
-        patch_map = torch.arange(length - num_prefix_tokens, device=hidden_states.device).repeat(batch, 1)
-    return TokenState(hidden_states, None, patch_map, num_prefix_tokens)
+        patch_map = torch.arange(num_patches, device=hidden_states.device).repeat(batch, 1)
+    return TokenState(hidden_states, None, patch_map, num_prefix_tokens, num_patches)
 
 
-def merge(target: Tensor, num_tokens: int, mass: Tensor) -> TokenMap:
+def merge(target: Tensor, num_tokens: int | tuple[int, ...], mass: Tensor) -> TokenMap:
     """Every output token is the mean of the tokens that go into it, weighted by their `mass` (B, N)."""
-    return TokenMap(target, num_tokens, mass / follow(target, _sum_by_target(mass, target, num_tokens), fill=1.0))
+    totals = sum_by_target(mass, target, _widest(num_tokens))
+    return TokenMap(target, num_tokens, mass / follow(target, totals, fill=1.0))
 
 
 def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
@@ -72,54 +105,92 @@ def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
     if weight is not None and size is None:
         size = torch.ones(target.shape, dtype=torch.float32, device=target.device)
     if size is not None:
-        size = _sum_by_target(size, target, num_tokens)
+        size = sum_by_target(size, target, _widest(num_tokens))
     if patch_map is not None:
         patch_map = follow(patch_map, target, fill=-1)
-    hidden_states = move(state.hidden_states, token_map, state.num_prefix_tokens)
-    return TokenState(hidden_states, size, patch_map, state.num_prefix_tokens)
+    return state._replace(
+        hidden_states=move(state.hidden_states, token_map, state.num_prefix_tokens, state.lengths),
+        size=size,
+        patch_map=patch_map,
+        lengths=token_map.lengths(state.num_prefix_tokens),
+    )
 
 
-def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int) -> Tensor:
-    """Apply a map to one row per token: (B, P + N, D) -> (B, P + M, D).
+def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tuple[int, ...] | None = None) -> Tensor:
+    """Apply a map to one row per token, even or packed by `lengths`: (B, P + N, D) -> (B, P + M, D), or packed.
 
-    Rows are moved in one flat (B * T, D) view, because whole-row copies and sums are several times faster there than
-    gather and scatter with an index expanded to every feature. Sums are formed in float32.
+    Rows are moved in one flat view over all images, because whole-row copies and sums are several times faster there
+    than gather and scatter with an index expanded to every feature. Sums are formed in float32.
     """
-    batch, length, width = rows.shape
-    new_length = num_prefix_tokens + token_map.num_tokens
-    image = torch.arange(batch, device=rows.device)[:, None]
-    flat = rows.reshape(batch * length, width)
+    target = _with_prefix(token_map.target, num_prefix_tokens)
+    batch, length = target.shape
+    flat = rows.flatten(0, 1)
+    new_lengths = token_map.lengths(num_prefix_tokens)
+    if new_lengths is None:
+        shape = (batch, num_prefix_tokens + _widest(token_map.num_tokens), rows.shape[-1])
+        total, new_starts = batch * shape[1], _even_starts(batch, shape[1], rows.device)
+    else:
+        shape = (1, sum(new_lengths), rows.shape[-1])
+        total, new_starts = shape[1], _packed_starts(new_lengths, rows.device)
+    slot = torch.where(target < 0, total, new_starts + target)  # dropped: one row past the end, cut off below
     if token_map.weight is None:
-        index = _with_prefix(_kept_index(token_map), num_prefix_tokens) + image * length
-        return flat.index_select(0, index.flatten()).view(batch, new_length, width)
-    target = _with_prefix(token_map.target, num_prefix_tokens) + image * new_length
-    dropped = F.pad(token_map.target < 0, (num_prefix_tokens, 0))
-    target = torch.where(dropped, batch * new_length, target)  # one row past the end, cut off below
-    weighted = flat * F.pad(token_map.weight, (num_prefix_tokens, 0), value=1.0).view(-1, 1)
-    sums = weighted.new_zeros(batch * new_length + 1, width).index_add(0, target.flatten(), weighted)
-    return sums[:-1].view(batch, new_length, width).to(rows.dtype)
+        starts = _even_starts(batch, length, rows.device) if lengths is None else _packed_starts(lengths, rows.device)
+        source = starts + _positions(target, length)
+        index = target.new_zeros(total + 1).scatter(0, slot.flatten(), source.flatten())[:-1]
+        return flat.index_select(0, index).view(shape)
+    weight = F.pad(token_map.weight, (num_prefix_tokens, 0), value=1.0)
+    if lengths is not None:
+        slot, weight = unpad(slot, lengths), unpad(weight, lengths)
+    weighted = flat * weight.view(-1, 1)
+    sums = weighted.new_zeros(total + 1, rows.shape[-1]).index_add(0, slot.flatten(), weighted)
+    return sums[:-1].view(shape).to(rows.dtype)
+
+
+def pad(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Packed rows (1, sum of lengths, ...) -> (B, longest, ...), zeros at the end of shorter images."""
+    real = _real(lengths, rows.device)
+    padded = rows.new_zeros(real.numel(), *rows.shape[2:])
+    return padded.index_copy(0, real.flatten().nonzero().squeeze(1), rows[0]).unflatten(0, real.shape)
+
+
+def unpad(padded: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """(B, longest, ...) -> packed (1, sum of lengths, ...)"""
+    return padded.flatten(0, 1).index_select(0, _real(lengths, padded.device).flatten().nonzero().squeeze(1))[None]
 
 
 def follow(index: Tensor, values: Tensor, fill: float) -> Tensor:
     """`values` (B, M) at `index` (B, N), and `fill` where the index is -1. Follows one map after another."""
+    if values.shape[1] == 0:  # no token is left in any image
+        return torch.full_like(index, fill, dtype=values.dtype)
     return torch.where(index < 0, fill, values.gather(1, index.clamp(min=0)))
 
 
-def _sum_by_target(values: Tensor, target: Tensor, num_tokens: int) -> Tensor:
+def sum_by_target(values: Tensor, target: Tensor, num_tokens: int) -> Tensor:
+    """(B, N) -> (B, M), the sum over the tokens that go into each output token."""
     sums = values.new_zeros(target.shape[0], num_tokens + 1)
     return sums.scatter_add(1, torch.where(target < 0, num_tokens, target), values)[:, :-1]
 
 
-def _kept_index(token_map: TokenMap) -> Tensor:
-    target, num_tokens, _ = token_map
-    slot = torch.where(target < 0, num_tokens, target)
-    index = target.new_zeros(target.shape[0], num_tokens + 1)
-    return index.scatter(1, slot, _positions(target, target.shape[1]))[:, :-1]
+def _widest(num_tokens: int | tuple[int, ...]) -> int:
+    return max(num_tokens) if isinstance(num_tokens, tuple) else num_tokens
+
+
+def _real(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+def _even_starts(batch: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(batch, device=device)[:, None] * length
+
+
+def _packed_starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths[:-1])], device=device)[:, None]
 
 
 def _positions(like: Tensor, count: int) -> Tensor:
     return torch.arange(count, device=like.device).expand(like.shape[0], count)
 
 
-def _with_prefix(index: Tensor, num_prefix_tokens: int) -> Tensor:
-    return torch.cat([_positions(index, num_prefix_tokens), index + num_prefix_tokens], dim=1)
+def _with_prefix(target: Tensor, num_prefix_tokens: int) -> Tensor:
+    shifted = torch.where(target < 0, target, target + num_prefix_tokens)
+    return torch.cat([_positions(target, num_prefix_tokens), shifted], dim=1)
