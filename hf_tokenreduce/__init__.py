@@ -18,6 +18,7 @@ from .modeling.modeling_tokenreduce_deit import (
     TokenReduceDeiTModel,
 )
 from .modeling.modeling_tokenreduce_vit import TokenReduceViTForImageClassification, TokenReduceViTModel
+from .thresholds import calibrate, load_thresholds, save_thresholds
 
 
 __version__ = "0.1.0"
@@ -35,8 +36,11 @@ __all__ = [
     "TokenReduceViTForImageClassification",
     "TokenReduceViTModel",
     "TopKConfig",
+    "calibrate",
+    "load_thresholds",
     "reduce_tokens",
     "restore",
+    "save_thresholds",
 ]
 
 # Folders that carry our code load with it through `trust_remote_code`; with this package imported, without.

@@ -14,7 +14,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_tokenreduce import EViTConfig, ToMeConfig, TopKConfig
+from hf_tokenreduce import ATSConfig, EViTConfig, LTMPConfig, ToMeConfig, TopKConfig
 
 
 SHARED = Path(os.environ.get("TOKENREDUCE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -45,7 +45,19 @@ METHODS = {
     "evit": (EViTConfig(keep_rate=0.6, layers=(0, 2)), EViTConfig(keep_rate=1.0, layers=(0, 2))),
     "evit-no-fuse": (EViTConfig(keep_rate=[0.9, 0.3], layers=(1, 2), fuse=False), EViTConfig(layers=())),
     "topk": (TopKConfig(keep_rate=0.5, layers=(1, 3)), TopKConfig(keep_rate=[1.0], layers=[2])),
+    "ats": (ATSConfig(layers=(1, 2, 3)), ATSConfig(layers=())),
+    "ats-per-head": (ATSConfig(layers=(0, 2), num_tokens=40, score="per_head"), ATSConfig(layers=())),
+    "ats-capped": (ATSConfig(layers=(0, 2), max_tokens=[30, 12]), ATSConfig(layers=(), max_tokens=5)),
+    "ltmp": (LTMPConfig(merge_threshold=0.5, prune_threshold=0.009), LTMPConfig(merge_threshold=1.0)),
+    "ltmp-merge": (LTMPConfig(merge_threshold=0.4, prune=False), LTMPConfig(merge_threshold=1.0, prune=False)),
+    "ltmp-prune": (LTMPConfig(prune_threshold=0.011, merge=False), LTMPConfig(merge=False)),
+    "ltmp-capped": (
+        LTMPConfig(merge_threshold=0.6, prune_threshold=0.004, max_tokens=[60, 45, 30, 20]),
+        LTMPConfig(merge_threshold=1.0, max_tokens=66),
+    ),
 }
+ADAPTIVE = [name for name in METHODS if name.startswith(("ats", "ltmp"))]
+EVEN = [name for name in METHODS if name not in ADAPTIVE]
 
 
 def tiny_model(backbone: str = "vit", classes=BACKBONES, **changes):

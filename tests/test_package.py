@@ -16,12 +16,15 @@ from hf_tokenreduce.modeling.reducers import REDUCERS
 
 MODELING = Path(hf_tokenreduce.__file__).parent / "modeling"
 FILES = sorted(MODELING.glob("*.py"))
-ALLOWED = {"collections", "dataclasses", "huggingface_hub", "math", "numbers", "torch", "transformers", "typing"}
+ALLOWED = {"collections", "contextlib", "dataclasses", "huggingface_hub", "itertools", "math", "numbers"}
+ALLOWED |= {"torch", "transformers", "typing"}
 
 
 def test_public_names():
     assert sorted(hf_tokenreduce.__all__) == [
+        "ATSConfig",
         "EViTConfig",
+        "LTMPConfig",
         "ToMeConfig",
         "TokenReduceDeiTConfig",
         "TokenReduceDeiTForImageClassification",
@@ -31,8 +34,11 @@ def test_public_names():
         "TokenReduceViTForImageClassification",
         "TokenReduceViTModel",
         "TopKConfig",
+        "calibrate",
+        "load_thresholds",
         "reduce_tokens",
         "restore",
+        "save_thresholds",
     ]
     assert all(hasattr(hf_tokenreduce, name) for name in hf_tokenreduce.__all__)
 

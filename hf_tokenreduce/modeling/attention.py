@@ -144,11 +144,12 @@ def attend_with_map(
     lengths: Lengths = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Attention for methods that need more of its map than a row: (output, map or None, received attention (B, T)).
+    """Attention for methods that need more of its map than a row: (output, map if eager, received attention (B, T)).
 
     mask: (B, T), 1 for a live token and 0 for one that would be gone. Keys count by it, differentiably; queries that
     are gone attend, but their attention is not counted as received.
     """
+    keep_maps = attention.config._attn_implementation == "eager"
     if lengths is None:
         output, weights = _plain_attention(attention, query, key, value, key_bias, mask)
         rows = weights.detach().float().mean(dim=1)  # (B, T, T)
@@ -157,15 +158,18 @@ def attend_with_map(
         else:
             live = (mask > 0.5).float()
             received = (rows * live[:, :, None]).sum(dim=1) / live.sum(dim=1, keepdim=True)
-        return output, weights, received
+        return output, weights if keep_maps else None, received
     biases: Any = [None] * len(lengths) if key_bias is None else key_bias.split(lengths, dim=1)
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    outputs, received_rows = [], []
+    outputs, received_rows, maps = [], [], []
     for one_query, one_key, one_value, one_bias in zip(queries, keys, values, biases, strict=True):
         output, weights = _plain_attention(attention, one_query, one_key, one_value, one_bias, None)
         outputs.append(output)
         received_rows.append(weights.detach().float().mean(dim=(1, 2)))
-    return torch.cat(outputs, dim=1), None, pad(torch.cat(received_rows, dim=1), lengths)
+        if keep_maps:
+            maps.append(weights)
+    padded_maps = _pad_maps(maps, lengths, lengths) if keep_maps else None
+    return torch.cat(outputs, dim=1), padded_maps, pad(torch.cat(received_rows, dim=1), lengths)
 
 
 def fold_key_bias(

@@ -234,7 +234,7 @@ class LTMPReducer(Reducer):
             patch_map = None if patch_map is None else follow(patch_map, receiver, fill=-1)
         if patch_map is not None:
             patch_map = follow(patch_map, torch.where(target < 0, -1, _positions(target)), fill=-1)
-        return state._replace(mask=mask, rank=target, patch_map=patch_map)
+        return state._replace(mask=mask, rank=torch.where(mask > 0.5, target, -1), patch_map=patch_map)
 
     def _step(self, scores: Tensor, threshold: Tensor) -> Tensor:
         """1 where a score is above the threshold, else 0; with the slope of a sigmoid in the threshold."""

@@ -1,0 +1,182 @@
+"""ATS and LTMP on packed tokens: edges, caps, and that nothing is computed for padding."""
+
+import pytest
+import torch
+from helpers import ADAPTIVE, METHODS, SIZES, tiny_images, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_tokenreduce import ATSConfig, LTMPConfig, TokenReduceDeiTConfig, TokenReduceViTConfig, reduce_tokens
+from hf_tokenreduce.evaluation import encoder_multiply_adds
+from hf_tokenreduce.modeling import attention as attention_module
+from hf_tokenreduce.modeling.tokens import pad, unpad
+
+
+def test_pad_and_unpad():
+    rows = torch.randn(1, 9, 2)
+    padded = pad(rows, (4, 0, 5))
+    assert padded.shape == (3, 5, 2)
+    assert torch.equal(padded[0, :4], rows[0, :4]) and torch.equal(padded[2], rows[0, 4:])
+    assert not padded[0, 4:].any() and not padded[1].any()
+    assert torch.equal(unpad(padded, (4, 0, 5)), rows)
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_images_differ_and_padding_is_never_computed(method):
+    """Linear layers see exactly the rows that are there, all images at once."""
+    model = reduce_tokens(tiny_model(), METHODS[method][0])
+    rows = []
+    for layer in model.vit.layers:
+        layer.mlp.fc1.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[:2].numel()))
+    counts = model(tiny_images(6)).token_counts
+    assert rows == counts.sum(dim=0).tolist()
+    if "capped" not in method:
+        assert len(set(counts[:, -1].tolist())) > 1
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_a_constant_image(method):
+    model = reduce_tokens(tiny_model(), METHODS[method][0])
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings.zero_()  # then all patches of it are the same
+    images = torch.cat([torch.zeros(1, 3, 32, 32), tiny_images(2)])
+    together = model(images)
+    assert together.logits.isfinite().all()
+    torch.testing.assert_close(together.logits[:1], model(images[:1]).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [*ADAPTIVE, "tome", "evit"])
+def test_nan_pixels_stay_with_their_image(method):
+    model = reduce_tokens(tiny_model(), METHODS[method][0])
+    images = tiny_images(3)
+    clean = model(images).logits
+    images[1, 0, 5, 5] = torch.nan
+    broken = model(images).logits
+    assert broken[1].isnan().all()
+    torch.testing.assert_close(broken[[0, 2]], clean[[0, 2]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [*ADAPTIVE, "tome", "topk"])
+def test_an_empty_batch_is_an_error(method):
+    with pytest.raises(ValueError, match="batch is empty"):
+        reduce_tokens(tiny_model(), METHODS[method][0])(torch.randn(0, 3, 32, 32))
+
+
+NOTHING_LEFT = {
+    "ats one token": ATSConfig(layers=(1, 2), num_tokens=1),
+    "ats cap of one": ATSConfig(layers=(1, 2), max_tokens=1),
+    "ltmp prunes all": LTMPConfig(prune_threshold=1.0),
+    "ltmp prunes all, no merge": LTMPConfig(prune_threshold=1.0, merge=False),
+    "ltmp cap of one": LTMPConfig(merge_threshold=1.0, max_tokens=1),
+}
+
+
+@pytest.mark.parametrize("setting", NOTHING_LEFT.values(), ids=NOTHING_LEFT)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_nothing_left_but_the_prefix(setting, attention):
+    model = reduce_tokens(tiny_model(attn_implementation=attention), setting)
+    output = model(tiny_images(), output_patch_map=True, output_hidden_states=True)
+    assert (output.token_counts[:, -1] == 1).all()
+    assert (output.patch_map == -1).all()
+    assert output.logits.isfinite().all()
+    assert output.hidden_states[-1].shape == (3, 1, 48)
+    model.zero_grad()
+    output.logits.sum().backward()
+
+
+def test_more_tokens_than_there_are():
+    model = reduce_tokens(tiny_model(), ATSConfig(layers=(1,), num_tokens=5000))
+    counts = model(tiny_images()).token_counts
+    assert (counts[:, -1] <= 65).all() and (counts[:, -1] >= 60).all()
+    model = reduce_tokens(tiny_model(), LTMPConfig(merge_threshold=0.0))
+    counts = model(tiny_images()).token_counts
+    assert (counts >= 33).any() and (counts[:, -1] < 20).all()
+
+
+@pytest.mark.parametrize("cap", [1, 2, 7, 40])
+@pytest.mark.parametrize("make", [lambda cap: ATSConfig(layers=(0, 1, 2, 3), max_tokens=cap), None])
+def test_a_cap_holds_whatever_the_input(cap, make):
+    setting = make(cap) if make else LTMPConfig(merge_threshold=1.0, max_tokens=cap)
+    model = reduce_tokens(tiny_model(), setting)
+    for images in (tiny_images(), torch.zeros(2, 3, 32, 32), 1e3 * tiny_images(seed=9)):
+        assert (model(images).token_counts <= cap).all()
+
+
+def test_a_cap_keeps_the_most_important():
+    stock = tiny_model()
+    free = reduce_tokens(stock, LTMPConfig(merge=False))
+    views = []
+    act = free.vit.layers[0].reducer.after_attention
+    free.vit.layers[0].reducer.after_attention = lambda view, state: views.append(view) or act(view, state)
+    free(tiny_images())
+    capped = reduce_tokens(stock, LTMPConfig(merge=False, max_tokens=[21, 65, 65, 65]))
+    kept = capped(tiny_images(), output_patch_map=True).patch_map >= 0
+    best = views[0].received[:, 1:].argsort(dim=1, descending=True)[:, :20]
+    assert all(
+        set(row.nonzero().flatten().tolist()) == set(order.tolist()) for row, order in zip(kept, best, strict=True)
+    )
+
+
+WRONG = [
+    (lambda: ATSConfig(num_tokens=0), "num_tokens.*0"),
+    (lambda: ATSConfig(num_tokens=2.5), "num_tokens.*2.5"),
+    (lambda: ATSConfig(score="best"), "score.*'best'"),
+    (lambda: ATSConfig(layers=(1, 2), max_tokens=[4]), "1 for 2"),
+    (lambda: ATSConfig(max_tokens=-3), "max_tokens.*-3"),
+    (lambda: LTMPConfig(merge=False, prune=False), "nothing is left"),
+    (lambda: LTMPConfig(target=1.5), "target.*1.5"),
+    (lambda: LTMPConfig(temperature=0), "temperature.*0"),
+    (lambda: LTMPConfig(prune_threshold=-0.1), "prune_threshold.*-0.1"),
+    (lambda: LTMPConfig(max_tokens="9"), "max_tokens.*'9'"),
+    (lambda: TokenReduceViTConfig(**SIZES, reduction=ATSConfig()), "no layer 4 in a model of 4 layers"),
+    (lambda: TokenReduceViTConfig(**SIZES, reduction=LTMPConfig(max_tokens=[9, 9])), "2 values for 4 layers"),
+    (lambda: TokenReduceDeiTConfig(**SIZES, reduction=LTMPConfig(max_tokens=1)), "max_tokens=1 is less than the 2"),
+    (lambda: TokenReduceDeiTConfig(**SIZES, reduction=ATSConfig(layers=(1,), num_tokens=1)), "num_tokens=1 is less"),
+]
+
+
+@pytest.mark.parametrize(("attempt", "message"), WRONG)
+def test_wrong_settings(attempt, message):
+    with pytest.raises(ValueError, match=message):
+        attempt()
+
+
+@pytest.mark.parametrize("method", ["ats", "ltmp", "ltmp-prune", "tome", "evit"])
+def test_multiply_adds_are_those_counted(method):
+    """The analytic count against torch's counter on the real forward, image by image."""
+    model = reduce_tokens(tiny_model(attn_implementation="eager", hidden_size=96), METHODS[method][0])
+    scoring = {"ats": 0.01, "evit": 0.02, "ltmp": 0.03, "tome": 0.03}.get(method, 0.0)
+    for image in tiny_images(2).split(1):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            output = model(image)
+        counted = counter.get_total_flops() / 2
+        outside = 64 * 3 * 4 * 4 * 96 + 96 * 5  # patch embedding and head
+        ours = encoder_multiply_adds(model.config, output.token_counts, 65).item()
+        assert ours <= counted - outside <= (1 + scoring) * ours
+
+
+def test_a_varlen_kernel_gets_what_it_needs(monkeypatch):
+    """With a stand-in for the CUDA kernel that attends one packed sequence after the other."""
+    calls = []
+
+    def varlen(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale):
+        assert query_ends.dtype == key_ends.dtype == torch.int32
+        assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max()
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1]
+        calls.append(len(query))
+        outputs = []
+        for image in range(len(query_ends) - 1):
+            rows = slice(query_ends[image], query_ends[image + 1])
+            keys = slice(key_ends[image], key_ends[image + 1])
+            weights = (torch.einsum("qhd,khd->hqk", query[rows], key[keys]) * scale).softmax(dim=-1)
+            outputs.append(torch.einsum("hqk,khd->qhd", weights, value[keys]))
+        return torch.cat(outputs)
+
+    for setting in (METHODS["ats"][0], LTMPConfig(merge_threshold=0.4, prune=False)):
+        model = reduce_tokens(tiny_model(), setting)
+        expected = model(tiny_images())
+        monkeypatch.setattr(attention_module, "varlen_attn", varlen)
+        monkeypatch.setattr(attention_module, "_has_varlen_kernel", lambda attention, query: True)
+        calls.clear()
+        torch.testing.assert_close(model(tiny_images()).logits, expected.logits, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 3  # the packed layers
+        monkeypatch.undo()

@@ -1,0 +1,184 @@
+"""LTMP's thresholds: what is trained is what runs, the budget, calibration, and their file."""
+
+import pytest
+import torch
+from helpers import BACKBONES, tiny_images, tiny_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import ViTImageProcessor
+
+from hf_tokenreduce import LTMPConfig, ToMeConfig, calibrate, load_thresholds, reduce_tokens, save_thresholds
+from hf_tokenreduce.evaluation import encoder_multiply_adds
+from hf_tokenreduce.modeling.merging import budget_share
+
+
+KINDS = [LTMPConfig(), LTMPConfig(prune=False), LTMPConfig(merge=False), LTMPConfig(max_tokens=[60, 44, 30, 9])]
+
+
+def with_random_thresholds(setting, seed, backbone="vit"):
+    model = reduce_tokens(tiny_model(backbone), setting)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            draw = torch.rand((), generator=generator)
+            if name.endswith("merge_threshold"):
+                parameter.copy_(0.3 + 0.6 * draw)
+            elif name.endswith("prune_threshold"):
+                parameter.copy_(0.016 * draw)
+    return model
+
+
+@pytest.mark.parametrize("setting", KINDS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_masked_equals_removed(setting, backbone):
+    for seed in range(6):
+        model = with_random_thresholds(setting, seed, backbone)
+        images = tiny_images(4, seed=seed)
+        removed = model.eval()(images, output_patch_map=True)
+        masked = model.train()(images, output_patch_map=True)
+        torch.testing.assert_close(masked.logits, removed.logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(masked.token_counts, removed.token_counts)
+        assert torch.equal(masked.patch_map >= 0, removed.patch_map >= 0)
+        assert (removed.token_counts[:, -1] < removed.token_counts[:, 0]).any()
+
+
+@pytest.mark.parametrize("setting", KINDS)
+def test_masked_features_of_live_tokens_are_those_of_packed_ones(setting):
+    model = with_random_thresholds(setting, 1)
+    states = {True: [], False: []}
+    model.vit.layers[2].register_forward_hook(lambda module, args, state: states[module.training].append(state))
+    model.eval()(tiny_images())
+    model.train()(tiny_images())
+    packed, masked = states[False][0], states[True][0]
+    for image, rows in enumerate(packed.hidden_states[0].split(packed.lengths)):
+        torch.testing.assert_close(masked.hidden_states[image, 0], rows[0], rtol=1e-4, atol=1e-4)
+        for row, rank in enumerate(masked.rank[image].tolist()):
+            if rank >= 0:
+                torch.testing.assert_close(masked.hidden_states[image, 1 + row], rows[1 + rank], rtol=1e-4, atol=1e-4)
+        assert (masked.rank[image] >= 0).sum() == len(rows) - 1
+
+
+@pytest.mark.parametrize("setting", KINDS[:3])
+def test_the_loss_has_two_parts_and_every_threshold_learns(setting):
+    model = with_random_thresholds(setting, 0).train()
+    output = model(tiny_images(), labels=torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(output.loss, output.task_loss + output.auxiliary_loss)
+    kept = output.token_counts.float().mean(dim=0) / 65
+    expected = 10 * (budget_share(kept, 65, 48) - 0.75) ** 2
+    torch.testing.assert_close(output.auxiliary_loss, expected)
+    output.loss.backward()
+    thresholds = {name: p for name, p in model.named_parameters() if "threshold" in name}
+    assert len(thresholds) == 4 * (setting.merge + setting.prune)
+    assert all(p.grad.abs() > 0 for p in thresholds.values())
+    assert model.eval()(tiny_images(), labels=torch.tensor([0, 1, 2])).auxiliary_loss is None
+
+
+def test_the_budget_formula():
+    assert budget_share(torch.ones(5), 65, 48).item() == pytest.approx(1.0)
+    n, d = 65, 48
+    kept, before = [0.8, 0.5], [1.0, 0.8]
+    parts = [2 * b * n * d**2 + (b * n) ** 2 * d + 4 * k * n * d**2 for b, k in zip(before, kept, strict=True)]
+    expected = sum(parts) / 2 / (6 * n * d**2 + n**2 * d)
+    assert budget_share(torch.tensor(kept), n, d).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("setting", KINDS[:3])
+def test_thresholds_alone_learn_to_meet_a_budget(setting):
+    model = with_random_thresholds(setting, 3)
+    model.requires_grad_(False)
+    thresholds = [p.requires_grad_() for name, p in model.named_parameters() if "threshold" in name]
+    images, labels = tiny_images(8), torch.arange(8) % 5
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if n.endswith("merge_threshold")], "lr": 5e-3},
+        {"params": [p for n, p in model.named_parameters() if n.endswith("prune_threshold")], "lr": 2e-5},
+    ]
+    optimizer = torch.optim.SGD([group for group in groups if group["params"]])
+    first = model.train()(images, labels=labels).auxiliary_loss.item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(images, labels=labels).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for threshold in thresholds:
+                threshold.clamp_(0, 1)
+    assert model(images, labels=labels).auxiliary_loss.item() < 0.5 * first
+
+
+@pytest.mark.parametrize("setting", KINDS[:3])
+@pytest.mark.parametrize("target", [0.85, 0.6])
+def test_calibration_meets_its_target(setting, target):
+    model = reduce_tokens(tiny_model(), setting).train()
+    images = tiny_images(32)
+    share = calibrate(model, images, target, tolerance=0.01)
+    assert share == pytest.approx(target, abs=0.02)
+    assert model.training
+    counts = model.eval()(images).token_counts
+    dense = encoder_multiply_adds(model.config, torch.full((1, 4), 65), 65)
+    assert (encoder_multiply_adds(model.config, counts, 65).mean() / dense).item() == pytest.approx(share)
+    assert all("after_attention" not in vars(layer.reducer) for layer in model.vit.layers)
+
+
+def test_calibration_on_a_folder_of_images(tmp_path):
+    for number in range(5):
+        folder = tmp_path / f"any{number % 2}"
+        folder.mkdir(exist_ok=True)
+        pixels = torch.randint(0, 256, (40, 30, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    model = reduce_tokens(tiny_model(), LTMPConfig())
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    assert calibrate(model, tmp_path, 0.7, image_processor=processor) == pytest.approx(0.7, abs=0.05)
+    with pytest.raises(ValueError, match="image_processor"):
+        calibrate(model, tmp_path, 0.7)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="No images"):
+        calibrate(model, tmp_path / "empty", 0.7, image_processor=processor)
+
+
+def test_calibration_refuses():
+    model = reduce_tokens(tiny_model(), LTMPConfig())
+    with pytest.raises(ValueError, match="LTMPConfig"):
+        calibrate(reduce_tokens(model, ToMeConfig(r=3)), tiny_images(), 0.7)
+    with pytest.raises(ValueError, match=r"1\.7"):
+        calibrate(model, tiny_images(), 1.7)
+    with pytest.raises(ValueError, match="cannot be reached"):
+        calibrate(model, tiny_images(), 0.01)
+    with pytest.raises(ValueError, match="pixel values"):
+        calibrate(model, tiny_images(0), 0.7)
+
+
+@pytest.mark.parametrize("setting", KINDS[:3])
+def test_thresholds_in_a_file(tmp_path, setting):
+    model = with_random_thresholds(setting, 5)
+    expected = model(tiny_images()).logits
+    save_thresholds(model, tmp_path / "folder" / "thresholds.safetensors")
+    saved = load_file(tmp_path / "folder" / "thresholds.safetensors")
+    assert sum(values.numel() for values in saved.values()) == 4 * (setting.merge + setting.prune)
+    other = reduce_tokens(tiny_model(), setting)
+    assert not torch.equal(other(tiny_images()).logits, expected)
+    load_thresholds(other, tmp_path / "folder" / "thresholds.safetensors")
+    assert torch.equal(other(tiny_images()).logits, expected)
+    load_thresholds(
+        reduce_tokens(tiny_model().to(torch.bfloat16), setting), tmp_path / "folder" / "thresholds.safetensors"
+    )
+
+
+def test_thresholds_of_another_model_are_refused(tmp_path):
+    path = tmp_path / "thresholds.safetensors"
+    save_thresholds(with_random_thresholds(LTMPConfig(), 5), path)
+    with pytest.raises(ValueError, match="LTMPConfig"):
+        load_thresholds(reduce_tokens(tiny_model(), ToMeConfig(r=3)), path)
+    with pytest.raises(ValueError, match=r"holds .*merge_threshold.*, the model has \['prune_threshold'\]"):
+        load_thresholds(reduce_tokens(tiny_model(), LTMPConfig(merge=False)), path)
+    with pytest.raises(ValueError, match=r"4 values.*3 layers"):
+        load_thresholds(reduce_tokens(tiny_model(num_hidden_layers=3), LTMPConfig()), path)
+    related = reduce_tokens(tiny_model(), LTMPConfig())
+    with torch.no_grad():
+        related.vit.layers[0].mlp.fc1.weight.add_(0.1 * torch.randn_like(related.vit.layers[0].mlp.fc1.weight))
+    with pytest.raises(ValueError, match=r"other weights.*check_backbone=False"):
+        load_thresholds(related, path)
+    load_thresholds(related, path, check_backbone=False)
+    numbers = load_file(path)
+    save_file({**numbers, "merge_threshold": numbers["merge_threshold"] + 3}, path)
+    with pytest.raises(ValueError, match="not between 0 and 1"):
+        load_thresholds(related, path)
