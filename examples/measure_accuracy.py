@@ -15,7 +15,8 @@ from datasets import load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
-from hf_tokenreduce import reduce_tokens
+from hf_tokenreduce import calibrate, reduce_tokens
+from hf_tokenreduce.evaluation import encoder_multiply_adds
 
 
 def main():
@@ -26,6 +27,7 @@ def main():
     parser.add_argument("--split", default="validation", help="split of the image folder")
     parser.add_argument("--reduction", action="append", default=[], type=json.loads, help="JSON; may be given again")
     parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--calibrate", type=int, default=100, help="images, without labels, for thresholds of LTMP")
     args = parser.parse_args()
     logging.disable_progress_bar()
 
@@ -38,17 +40,23 @@ def main():
     pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in batches])
 
     print(f"{args.model_name_or_path}, {len(pixels)} images\n")
-    print("| reduction | top-1 % | tokens leaving the last layer |\n|---|---|---|")
+    print("| reduction | top-1 % | multiply-adds kept | tokens leaving the last layer |\n|---|---|---|---|")
+    length = pixels[0, 0].numel() // model.config.patch_size**2 + 1
+    dense = encoder_multiply_adds(model.config, torch.full((1, model.config.num_hidden_layers), length), length)
     for reduction in [None, *args.reduction]:
         reduced = reduce_tokens(model, reduction).eval()
-        correct, tokens = 0, 0
+        if reduction and reduction["method"] == "ltmp":
+            calibrate(reduced, pixels, reduction["target"], max_images=args.calibrate)
+        correct, tokens, cost = 0, 0, 0.0
         with torch.inference_mode():
             for start in range(0, len(pixels), args.batch_size):
                 output = reduced(pixels[start : start + args.batch_size])
                 correct += (output.logits.argmax(dim=-1) == labels[start : start + args.batch_size]).sum().item()
                 tokens += output.token_counts[:, -1].sum().item()
+                cost += encoder_multiply_adds(reduced.config, output.token_counts, length).sum().item()
         name = json.dumps(reduction) if reduction else "dense"
-        print(f"| {name} | {100 * correct / len(pixels):.1f} | {tokens / len(pixels):.0f} |", flush=True)
+        accuracy, share = 100 * correct / len(pixels), cost / len(pixels) / dense.item()
+        print(f"| {name} | {accuracy:.1f} | {share:.3f} | {tokens / len(pixels):.0f} |", flush=True)
 
 
 def class_index(name: str, label2id: dict[str, int]) -> int:

@@ -1,57 +1,49 @@
 """Speed of reduced models against the dense model and against the slice oracle, all in one run.
 
     python examples/measure_speed.py --size small --batch_size 32
+    python examples/measure_speed.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGES --methods ats ltmp
 
 The slice oracle is the dense model that, after each attention, simply cuts the sequence to the length the method
-leaves there: the ideal that no method can beat. Every repeat runs all models in turn; medians over repeats are
-compared, so that noise of the machine falls on all of them alike. Memory is the peak of one forward, measured in a
-process of its own. Random weights: the methods shown here do the same work whatever the weights are. Takes about
-five minutes on two cores.
+leaves there (the mean over the batch, where images differ): the ideal of removing tokens at no cost. "Padded" is the
+same oracle cut to the longest image of the batch, the least that an implementation with padding computes. Every repeat
+runs all models in turn; medians over repeats are compared, so that noise of the machine falls on all of them alike.
+Memory is the peak of one forward, measured in a process of its own (Linux only). Without a model, weights are random:
+enough for methods that do the same work whatever the weights are. Takes about a minute per method on two cores.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers.utils import logging
 
-from hf_tokenreduce import EViTConfig, ToMeConfig, TopKConfig, reduce_tokens
+from hf_tokenreduce import ATSConfig, EViTConfig, LTMPConfig, ToMeConfig, TopKConfig, calibrate, reduce_tokens
 
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 METHODS = {
-    "ToMe r=13": ToMeConfig(r=13),
-    "EViT 0.7": EViTConfig(keep_rate=0.7),
-    "Top-K 0.7": TopKConfig(keep_rate=0.7),
+    "tome": ("ToMe r=13", ToMeConfig(r=13)),
+    "evit": ("EViT 0.7", EViTConfig(keep_rate=0.7)),
+    "topk": ("Top-K 0.7", TopKConfig(keep_rate=0.7)),
+    "ats": ("ATS, all tokens as budget", ATSConfig()),
+    "ltmp": ("LTMP calibrated to 0.65", LTMPConfig()),
 }
 
 
-def build(name: str, size: str) -> torch.nn.Module:
-    width, heads = SIZES[size]
-    torch.manual_seed(0)
-    stock = ViTForImageClassification(
-        ViTConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_labels=1000)
-    ).eval()
-    if name == "dense":
-        return stock
-    reduced = reduce_tokens(stock, METHODS[name.removesuffix(" oracle")])
-    if not name.endswith(" oracle"):
-        return reduced
-    with torch.inference_mode():
-        counts = reduced(torch.randn(1, 3, 224, 224)).token_counts[0].tolist()
-    return SliceOracle(stock, counts)
-
-
 class SliceOracle(torch.nn.Module):
-    def __init__(self, stock, counts):
+    def __init__(self, stock: ViTForImageClassification, counts: list[int]):
         super().__init__()
         self.stock, self.counts = stock, counts
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         vit = self.stock.vit
         hidden = vit.embeddings(pixel_values)
         for layer, count in zip(vit.layers, self.counts, strict=True):
@@ -60,11 +52,30 @@ class SliceOracle(torch.nn.Module):
         return self.stock.classifier(vit.layernorm(hidden)[:, 0])
 
 
-def peak_memory(name: str, args: argparse.Namespace, results) -> None:
-    """MiB that one forward needs at its peak above what the model and the images take (Linux only)."""
-    torch.set_num_threads(args.threads)
-    model = build(name, args.size)
-    images = torch.randn(args.batch_size, 3, 224, 224)
+def load(args: argparse.Namespace) -> tuple[ViTForImageClassification, torch.Tensor, torch.Tensor]:
+    """The dense model, a batch of images, and others to calibrate on."""
+    if args.model_name_or_path:
+        model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+    else:
+        width, heads = SIZES[args.size]
+        torch.manual_seed(0)
+        shape = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width}
+        model = ViTForImageClassification(ViTConfig(**shape, num_labels=1000))
+    if args.data_dir is None:
+        images = torch.randn(args.batch_size + 32, 3, model.config.image_size, model.config.image_size)
+    else:
+        files = sorted(file for file in args.data_dir.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        files = files[:: max(1, len(files) // (args.batch_size + 64))][: args.batch_size + 64]
+        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+        photos = [Image.open(file).convert("RGB") for file in files]
+        images = processor(photos, return_tensors="pt").pixel_values
+    return model.eval(), images[: args.batch_size], images[args.batch_size :]
+
+
+def peak_memory(folder: Path, images: torch.Tensor, threads: int, results) -> None:
+    """MiB that one forward needs at its peak above what the model and the images take."""
+    torch.set_num_threads(threads)
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
     with torch.inference_mode():
         model(images[:1])
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
@@ -80,48 +91,77 @@ def resident(field: str) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["tome", "evit", "topk"])
+    parser.add_argument("--size", choices=SIZES, default="small", help="of random weights")
+    parser.add_argument("--model_name_or_path", help="a ViT classifier, instead of random weights")
+    parser.add_argument("--model_revision", default="main")
+    parser.add_argument("--data_dir", type=Path, help="a folder of images, instead of noise; needs a model")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="also write the record to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    logging.disable_progress_bar()
 
-    names = ["dense", *[row for name in METHODS for row in (name, f"{name} oracle")]]
-    models = {name: build(name, args.size) for name in names}
-    images = torch.randn(args.batch_size, 3, 224, 224)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    dense, images, others = load(args)
+    models: dict[str, torch.nn.Module] = {"dense": dense}
+    counts = {}
+    for name in args.methods:
+        models[name] = reduce_tokens(dense, METHODS[name][1])
+        if name == "ltmp":
+            calibrate(models[name], others, 0.65)
+        with torch.inference_mode():
+            counts[name] = models[name](images).token_counts
+        mean, longest = counts[name].float().mean(dim=0).round().long().tolist(), counts[name].amax(dim=0).tolist()
+        models[f"{name} oracle"] = SliceOracle(dense, mean)
+        if longest != mean:
+            models[f"{name} padded"] = SliceOracle(dense, longest)
+
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for repeat in range(args.repeats + 1):
             for name, model in models.items():
-                start = time.perf_counter()
+                begin = time.perf_counter()
                 model(images)
                 if repeat:  # the first is a warm-up
-                    seconds[name].append(time.perf_counter() - start)
-    context = multiprocessing.get_context("spawn")
-    memory = {}
-    for name in names:
-        results = context.Queue()
-        process = context.Process(target=peak_memory, args=(name, args, results))
-        process.start()
-        memory[name] = results.get()
-        process.join()
-
+                    seconds[name].append(time.perf_counter() - begin)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    print(
-        f"{args.size}, 224 pixels, batch {args.batch_size}, float32, {args.threads} threads, torch {torch.__version__}"
-    )
+
+    memory = {}
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # below, what is freed goes back: then the peak is real
+    context = multiprocessing.get_context("spawn")
+    for name in ("dense", *args.methods):
+        with tempfile.TemporaryDirectory() as folder:
+            models[name].save_pretrained(folder)
+            results = context.Queue()
+            process = context.Process(target=peak_memory, args=(folder, images, args.threads, results))
+            process.start()
+            memory[name] = results.get()
+            process.join()
+
+    what = args.model_name_or_path or f"{args.size}, random weights"
+    print(f"{what}, batch {args.batch_size}, float32, {args.threads} threads, torch {torch.__version__}")
     print(f"medians of {args.repeats}; dense: {args.batch_size / median['dense']:.1f} images/s\n")
-    print("| | speed-up over dense | of the slice oracle | peak memory over dense |\n|---|---|---|---|")
-    record = {"settings": vars(args), "torch": torch.__version__, "median_seconds": median, "peak_mib": memory}
-    for name in METHODS:
+    print(
+        "| | tokens leaving the last layer | speed-up over dense | over padded | of the slice oracle | peak memory |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name in args.methods:
         speedup, share = median["dense"] / median[name], median[f"{name} oracle"] / median[name]
+        padded = f"{median[f'{name} padded'] / median[name]:.2f}" if f"{name} padded" in median else ""
         peak = f"{memory[name] / memory['dense']:.2f}" if memory["dense"] else "too small to see"
-        print(f"| {name} | {speedup:.2f} | {share:.3f} | {peak} |")
+        last = counts[name][:, -1].float()
+        tokens = (
+            f"{last.mean():.0f}"
+            if last.min() == last.max()
+            else f"{last.mean():.0f} ({last.min():.0f}-{last.max():.0f})"
+        )
+        print(f"| {METHODS[name][0]} | {tokens} | {speedup:.2f} | {padded} | {share:.3f} | {peak} |")
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(record, file, indent=1)
+        settings = {name: str(value) for name, value in vars(args).items()}
+        record = {"settings": settings, "torch": torch.__version__, "median_seconds": median, "peak_mib": memory}
+        Path(args.json).write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

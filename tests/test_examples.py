@@ -51,10 +51,13 @@ def test_quickstart(tmp_path, model_and_images):
 def test_measure_accuracy(model_and_images):
     model, images = model_and_images
     arguments = ["--model_name_or_path", model, "--data_dir", images, "--batch_size", 4]
-    printed = run("measure_accuracy.py", *arguments, "--reduction", '{"method": "tome", "r": 5}')
-    rows = [line.split("|")[1:4] for line in printed.splitlines() if line.startswith("| ")][1:]
-    assert [row[0].strip() for row in rows] == ["dense", '{"method": "tome", "r": 5}']
-    assert [row[2].strip() for row in rows] == ["65", "45"]
+    ltmp = '{"method": "ltmp", "target": 0.8}'
+    printed = run("measure_accuracy.py", *arguments, "--reduction", '{"method": "tome", "r": 5}', "--reduction", ltmp)
+    rows = [line.split("|")[1:5] for line in printed.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["dense", '{"method": "tome", "r": 5}', ltmp]
+    assert [row[3].strip() for row in rows[:2]] == ["65", "45"]
+    assert [row[2].strip() for row in rows[:1]] == ["1.000"]
+    assert abs(float(rows[2][2]) - 0.8) < 0.05
 
 
 def test_measure_speed(tmp_path):

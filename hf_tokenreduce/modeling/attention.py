@@ -78,10 +78,10 @@ class AttentionView(NamedTuple):
 
     def value_norms(self) -> Tensor:
         """The length of each token's value vector in each head: (B, H, T) float32."""
-        norms = self.value.float().norm(dim=-1)  # (B, H, T)
+        norms = self.value.transpose(1, 2).float().norm(dim=-1)  # (B, T, H), the order in which values lie
         if self.lengths is not None:
-            norms = pad(norms.transpose(1, 2), self.lengths).transpose(1, 2)
-        return norms
+            norms = pad(norms, self.lengths)
+        return norms.transpose(1, 2)
 
 
 def split_heads(rows: Tensor, head_dim: int) -> Tensor:
@@ -120,6 +120,7 @@ def attend(
     if _has_varlen_kernel(attention, query):
         return _attend_varlen(attention, query, key, value, key_bias, query_lengths, key_lengths), None
     biases: Any = [None] * len(key_lengths) if key_bias is None else key_bias.split(key_lengths, dim=1)
+    attend_to_one = _attend_by_sdpa if attention.config._attn_implementation == "sdpa" else _attend_evenly
     outputs, maps = [], []
     for one_query, one_key, one_value, one_bias in zip(
         query.split(query_lengths, dim=2),
@@ -128,7 +129,7 @@ def attend(
         biases,
         strict=True,
     ):
-        output, weights = _attend_evenly(attention, one_query, one_key, one_value, one_bias, **kwargs)
+        output, weights = attend_to_one(attention, one_query, one_key, one_value, one_bias, **kwargs)
         outputs.append(output)
         if weights is not None:
             maps.append(weights)
@@ -136,40 +137,53 @@ def attend(
 
 
 def attend_with_map(
-    attention: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_bias: Tensor | None,
-    lengths: Lengths = None,
-    mask: Tensor | None = None,
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, lengths: Lengths = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Attention for methods that need more of its map than a row: (output, map if eager, received attention (B, T)).
+
+    Image by image: one image's map fits into a CPU's cache, and two maps never exist at once.
+    """
+    if lengths is None:
+        images = zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
+        biases: Any = [None] * len(query) if key_bias is None else key_bias.unbind()
+    else:
+        images = zip(*(tensor[0].split(lengths, dim=1) for tensor in (query, key, value)), strict=True)
+        biases = [None] * len(lengths) if key_bias is None else key_bias[0].split(lengths)
+    keep_maps = attention.config._attn_implementation == "eager"
+    outputs, received, maps = [], [], []
+    with full_precision(query):
+        for (one_query, one_key, one_value), bias in zip(images, biases, strict=True):
+            weights = _logits(one_query, one_key, bias, attention.scaling).softmax(dim=-1)  # (H, T, T)
+            received.append(weights.detach().mean(dim=(0, 1)))
+            if keep_maps:
+                maps.append(weights[None])
+            if attention.training:
+                weights = F.dropout(weights, attention.attention_dropout)
+            outputs.append((weights.to(value.dtype) @ one_value).transpose(0, 1))
+    if lengths is None:
+        return torch.stack(outputs), torch.cat(maps) if keep_maps else None, torch.stack(received)
+    padded_maps = _pad_maps(maps, lengths, lengths) if keep_maps else None
+    return torch.cat(outputs)[None], padded_maps, pad(torch.cat(received)[None], lengths)
+
+
+def attend_masked(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, mask: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As `attend_with_map`, where nothing is removed but masked.
 
     mask: (B, T), 1 for a live token and 0 for one that would be gone. Keys count by it, differentiably; queries that
     are gone attend, but their attention is not counted as received.
     """
-    keep_maps = attention.config._attn_implementation == "eager"
-    if lengths is None:
-        output, weights = _plain_attention(attention, query, key, value, key_bias, mask)
-        rows = weights.detach().float().mean(dim=1)  # (B, T, T)
-        if mask is None:
-            received = rows.mean(dim=1)
-        else:
-            live = (mask > 0.5).float()
-            received = (rows * live[:, :, None]).sum(dim=1) / live.sum(dim=1, keepdim=True)
-        return output, weights if keep_maps else None, received
-    biases: Any = [None] * len(lengths) if key_bias is None else key_bias.split(lengths, dim=1)
-    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    outputs, received_rows, maps = [], [], []
-    for one_query, one_key, one_value, one_bias in zip(queries, keys, values, biases, strict=True):
-        output, weights = _plain_attention(attention, one_query, one_key, one_value, one_bias, None)
-        outputs.append(output)
-        received_rows.append(weights.detach().float().mean(dim=(1, 2)))
-        if keep_maps:
-            maps.append(weights)
-    padded_maps = _pad_maps(maps, lengths, lengths) if keep_maps else None
-    return torch.cat(outputs, dim=1), padded_maps, pad(torch.cat(received_rows, dim=1), lengths)
+    bias = None if key_bias is None else key_bias[:, None, None, :]
+    with full_precision(query):
+        logits = _logits(query, key, bias, attention.scaling)  # (B, H, T, T)
+        weights = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp() * mask[:, None, None, :]
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        live = (mask > 0.5).float()
+        received = (weights.detach().mean(dim=1) * live[:, :, None]).sum(dim=1) / live.sum(dim=1, keepdim=True)
+        dropped = F.dropout(weights, attention.attention_dropout, attention.training)
+        output = (dropped.to(value.dtype) @ value).transpose(1, 2)
+    return output, weights if attention.config._attn_implementation == "eager" else None, received
 
 
 def fold_key_bias(
@@ -218,21 +232,23 @@ def _attend_evenly(
     return output[..., :head_dim], weights
 
 
-def _plain_attention(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Eager attention, (B, Q, H, d) and the map, in which a key counts by its mask too."""
-    with full_precision(query):
-        logits = (query @ key.transpose(2, 3)).float() * attention.scaling
-        if key_bias is not None:
-            logits = logits + key_bias[:, None, None, :]
-        if mask is None:
-            weights = logits.softmax(dim=-1)
-        else:
-            weights = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp() * mask[:, None, None, :]
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        dropped = F.dropout(weights, attention.attention_dropout, attention.training)
-        return (dropped.to(value.dtype) @ value).transpose(1, 2), weights
+def _attend_by_sdpa(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, **kwargs
+) -> tuple[Tensor, None]:
+    """What transformers' interface does for "sdpa", without its copy and checks: called once per image they add up."""
+    mask = None if key_bias is None else key_bias.to(query.dtype)[:, None, None, :]
+    dropout = attention.attention_dropout if attention.training else 0.0
+    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=attention.scaling)
+    return output.transpose(1, 2), None
+
+
+def _logits(query: Tensor, key: Tensor, key_bias: Tensor | None, scaling: float) -> Tensor:
+    """(..., H, Q, T) float32."""
+    if query.ndim == 3 and query.dtype == torch.float32 and key_bias is not None:
+        # scaling and bias inside the product: two passes over the map less
+        return torch.baddbmm(key_bias.expand(len(query), 1, -1), query, key.transpose(1, 2), alpha=scaling)
+    logits = (query * scaling @ key.transpose(-1, -2)).float()
+    return logits if key_bias is None else logits + key_bias
 
 
 def _has_varlen_kernel(attention: Any, query: Tensor) -> bool:

@@ -17,7 +17,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import AttentionView, attend, attend_with_map, split_heads
+from .attention import AttentionView, attend, attend_masked, attend_with_map, split_heads
 from .hooks import Reducer
 from .reducers import build_reducer
 from .tokens import TokenMap, TokenState, apply_map, move, pad, start, unpad
@@ -75,9 +75,12 @@ class ReducedAttention(nn.Module):
         if selected is not None:
             rows, query_lengths = move(hidden_states, selected, prefix, lengths), selected.lengths(prefix)
         query = split_heads(self.q_proj(rows), self.head_dim)
-        if reducer.needs_received or state.mask is not None:
-            mask = None if state.mask is None else F.pad(state.mask, (prefix, 0), value=1.0)
-            output, weights, received = attend_with_map(self, query, key, value, key_bias, lengths, mask)
+        if state.mask is not None:
+            mask = F.pad(state.mask, (prefix, 0), value=1.0)
+            output, weights, received = attend_masked(self, query, key, value, key_bias, mask)
+            view = view._replace(received=received)
+        elif reducer.needs_received:
+            output, weights, received = attend_with_map(self, query, key, value, key_bias, lengths)
             view = view._replace(received=received)
         else:
             output, weights = attend(self, query, key, value, key_bias, query_lengths, lengths, **kwargs)

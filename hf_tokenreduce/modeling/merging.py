@@ -100,8 +100,9 @@ def decide_by_thresholds(
         odd = slice(1 - num_prefix_tokens % 2, None, 2)
         keys = F.normalize(keys, dim=-1)
         with full_precision(keys):
-            cosine = (keys[:, even] @ keys[:, odd].transpose(1, 2)).clamp(max=1.0)  # a threshold of 1 merges nothing
-        best, match = cosine.masked_fill(~valid[:, None, odd], -torch.inf).max(dim=-1)  # (B, N even)
+            out = torch.zeros_like(similarity).masked_fill(~valid, -torch.inf)[:, None, odd]  # no match in padding
+            best, match = torch.baddbmm(out, keys[:, even], keys[:, odd].transpose(1, 2)).max(dim=-1)  # (B, N even)
+        best = best.clamp(max=1.0)  # whatever the rounding, a threshold of 1 merges nothing
         similarity[:, even] = best.masked_fill(~valid[:, even], -torch.inf)
         merges = similarity > merge_threshold
         receiver = receiver.clone()
