@@ -49,4 +49,7 @@ AutoModel.register(TokenReduceViTConfig, TokenReduceViTModel)
 AutoModelForImageClassification.register(TokenReduceViTConfig, TokenReduceViTForImageClassification)
 AutoConfig.register("tokenreduce_deit", TokenReduceDeiTConfig)
 AutoModel.register(TokenReduceDeiTConfig, TokenReduceDeiTModel)
-AutoModelForImageClassification.register(TokenReduceDeiTConfig, TokenReduceDeiTForImageClassification)
+AutoModelForImageClassification.register(
+    TokenReduceDeiTConfig,
+    (TokenReduceDeiTForImageClassification, TokenReduceDeiTForImageClassificationWithTeacher),
+)

@@ -1,23 +1,21 @@
 """`reduce_tokens` and `restore`: a loaded model with other classes around the same weights."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DeiTModel,
     PreTrainedConfig,
     PreTrainedModel,
-    ViTConfig,
     ViTForImageClassification,
     ViTModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .modeling.configuration_tokenreduce import ReductionConfig, TokenReduceDeiTConfig, TokenReduceViTConfig
+from .modeling.configuration_tokenreduce import ReductionConfig, parse_reduction
 from .modeling.modeling_tokenreduce_deit import (
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,
@@ -26,25 +24,14 @@ from .modeling.modeling_tokenreduce_deit import (
 from .modeling.modeling_tokenreduce_vit import TokenReduceViTForImageClassification, TokenReduceViTModel
 
 
-class Pair(NamedTuple):
-    stock: type[PreTrainedModel]
-    stock_config: type[PreTrainedConfig]
-    reduced: type[PreTrainedModel]
-    reduced_config: type[PreTrainedConfig]
-
-
-PAIRS = [
-    Pair(ViTModel, ViTConfig, TokenReduceViTModel, TokenReduceViTConfig),
-    Pair(ViTForImageClassification, ViTConfig, TokenReduceViTForImageClassification, TokenReduceViTConfig),
-    Pair(DeiTModel, DeiTConfig, TokenReduceDeiTModel, TokenReduceDeiTConfig),
-    Pair(DeiTForImageClassification, DeiTConfig, TokenReduceDeiTForImageClassification, TokenReduceDeiTConfig),
-    Pair(
-        DeiTForImageClassificationWithTeacher,
-        DeiTConfig,
-        TokenReduceDeiTForImageClassificationWithTeacher,
-        TokenReduceDeiTConfig,
-    ),
-]
+# stock class -> reduced class
+PAIRS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
+    ViTModel: TokenReduceViTModel,
+    ViTForImageClassification: TokenReduceViTForImageClassification,
+    DeiTModel: TokenReduceDeiTModel,
+    DeiTForImageClassification: TokenReduceDeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher: TokenReduceDeiTForImageClassificationWithTeacher,
+}
 
 
 def reduce_tokens(model: PreTrainedModel, reduction: ReductionConfig | dict[str, Any] | None) -> PreTrainedModel:
@@ -52,38 +39,43 @@ def reduce_tokens(model: PreTrainedModel, reduction: ReductionConfig | dict[str,
 
     Takes a ViT or DeiT of transformers, or one that is reduced already (then the method is swapped), and a method
     configuration such as `ToMeConfig(r=13)` or its dictionary form. The result shares the weights of `model`, which
-    stays usable and as it was; dtype, device and train or eval mode are kept.
+    stays usable and as it was; dtype, device and train or eval mode are kept. Learned parts of a method are shared
+    if `reduction` is what the model runs already; else they start untrained.
     """
-    for pair in PAIRS:
-        if _is_a(model, pair.stock) or _is_a(model, pair.reduced):
-            config = _convert_config(model.config, pair.reduced_config)
-            config.reduction = reduction
-            reduced = _around_the_weights_of(model, pair.reduced, config)
+    for stock_class, reduced_class in PAIRS.items():
+        is_reduced = _is_ours(model, reduced_class)
+        if is_reduced or type(model) is stock_class:
+            if getattr(model, "_hf_peft_config_loaded", False):
+                raise ValueError("This model holds an adapter (add_adapter), which would be lost. Merge it first.")
+            reduced = _around_the_weights_of(model, reduced_class)
             reduced.set_reduction(reduction)
+            if is_reduced and reduced.config.reduction == parse_reduction(model.config.reduction):
+                for ours, theirs in zip(reduced.base_model.layers, model.base_model.layers, strict=True):
+                    ours.reducer = theirs.reducer
             return reduced
     raise ValueError(
         f"reduce_tokens cannot reduce a {type(model).__name__}. It takes one of "
-        f"{', '.join(pair.stock.__name__ for pair in PAIRS)}, or a model that is reduced already; of a wrapped model "
-        "(PEFT, compiled, parallel), pass the model inside."
+        f"{', '.join(stock_class.__name__ for stock_class in PAIRS)}, or a model that is reduced already; of a "
+        "wrapped model (PEFT, compiled, parallel), pass the model inside."
     )
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
     """The stock transformers model with the weights of a reduced one. Learned parts of the method stay behind."""
-    for pair in PAIRS:
-        if _is_a(model, pair.reduced):
-            return _around_the_weights_of(model, pair.stock, _convert_config(model.config, pair.stock_config))
+    for stock_class, reduced_class in PAIRS.items():
+        if _is_ours(model, reduced_class):
+            return _around_the_weights_of(model, stock_class)
     raise ValueError(
         f"restore takes a model made by reduce_tokens or a TokenReduce... class, got a {type(model).__name__}."
     )
 
 
-def _is_a(model: Any, model_class: type[PreTrainedModel]) -> bool:
+def _is_ours(model: Any, reduced_class: type[PreTrainedModel]) -> bool:
     # Exactly this class: a subclass may compute something else. One loaded from a repository is our class by another
     # module, so there the name decides.
     theirs = type(model)
-    return theirs is model_class or (
-        theirs.__name__ == model_class.__name__ and theirs.__module__.startswith("transformers_modules.")
+    return theirs is reduced_class or (
+        theirs.__name__ == reduced_class.__name__ and theirs.__module__.startswith("transformers_modules.")
     )
 
 
@@ -97,7 +89,9 @@ def _convert_config(config: PreTrainedConfig, config_class: type[PreTrainedConfi
     return converted
 
 
-def _around_the_weights_of(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> PreTrainedModel:
+def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    config = _convert_config(model.config, model_class.config_class)
+    config.architectures = [model_class.__name__]
     options: dict[str, Any] = {}
     if model.base_model is model:
         options["add_pooling_layer"] = model.pooler is not None

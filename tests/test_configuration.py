@@ -1,5 +1,6 @@
 """What a user can get wrong is a ValueError that says what was given and what to do, before any forward."""
 
+import dataclasses
 import json
 
 import pytest
@@ -40,6 +41,9 @@ WRONG_VALUES = [
     (EViTConfig, {"layers": (-1,)}, "-1"),
     (EViTConfig, {"layers": 3}, "3"),
     (EViTConfig, {"layers": (1.0,)}, "1.0"),
+    (EViTConfig, {"layers": {3, 6, 9}}, "3, 6, 9|9, 3, 6"),
+    (EViTConfig, {"keep_rate": torch.tensor(0.7)}, "0.7"),
+    (ToMeConfig, {"r": torch.tensor(4)}, "4"),
     (EViTConfig, {"fuse": 1}, "1"),
     (TopKConfig, {"keep_rate": -0.1}, "-0.1"),
 ]
@@ -49,6 +53,8 @@ UNFIT = [
     (TopKConfig(layers=(12,)), "no layer 12"),
     (ToMeConfig(r=[1, 2, 3]), "3 values for 4 layers"),
     ({"method": "tomee"}, "'tomee'.*ats, evit, ltmp, tome, topk"),
+    ({"method": ["tome"]}, "tome.*ats, evit, ltmp, tome, topk"),
+    ({"method": "tome", 1: 2, "a": 3}, "1, 'a'.*r, prop_attn"),
     ({"r": 8}, "None.*ats, evit, ltmp, tome, topk"),
     ({"method": "tome", "rr": 8}, "'rr'.*r, prop_attn"),
     ({"method": "evit", "keep_rate": 2}, "2"),
@@ -142,6 +148,33 @@ def test_layers_and_rates_take_any_sequence():
     assert config.schedule() == {1: 0.5, 2: 0.9}
     assert EViTConfig(**{k: v for k, v in config.to_dict().items() if k != "method"}) == config
     assert TopKConfig(keep_rate=1, layers=[]).schedule() == {}
+
+
+def test_a_list_for_two_layers_stays_a_list(tmp_path):
+    for values in ([4, 0], [1, 1], [3, 4]):
+        config = TokenReduceViTConfig(**{**SIZES, "num_hidden_layers": 2}, reduction=ToMeConfig(r=values))
+        config.save_pretrained(tmp_path)
+        for reduction in (config.reduction, TokenReduceViTConfig.from_pretrained(tmp_path).reduction):
+            assert reduction.schedule(2) == values
+            assert dataclasses.replace(reduction, prop_attn=False).schedule(2) == values
+
+
+def test_a_method_has_one_configuration():
+    with pytest.raises(TypeError, match="method name of its own"):
+
+        class Mine(EViTConfig):
+            pass
+
+    assert type(TokenReduceViTConfig(reduction=EViTConfig()).reduction) is EViTConfig
+
+
+def test_the_configuration_of_another_class():
+    with pytest.raises(ValueError, match=r"takes a TokenReduceViTConfig, got a ViTConfig.*reduce_tokens"):
+        TokenReduceViTForImageClassification(ViTConfig(**SIZES))
+    with pytest.raises(ValueError, match=r"takes a TokenReduceViTConfig, got a TokenReduceDeiTConfig"):
+        TokenReduceViTForImageClassification(TokenReduceDeiTConfig(**SIZES))
+    with pytest.raises(ValueError, match="at least one layer"):
+        TokenReduceViTForImageClassification(TokenReduceViTConfig(**{**SIZES, "num_hidden_layers": 0}))
 
 
 def test_tome_schedules():

@@ -6,7 +6,7 @@ from helpers import BACKBONES, enable_checkpointing, tiny_images, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import ViTForImageClassification
 
-from hf_tokenreduce import EViTConfig, ToMeConfig, reduce_tokens, restore
+from hf_tokenreduce import EViTConfig, LTMPConfig, ToMeConfig, reduce_tokens, restore
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -58,6 +58,8 @@ def test_set_reduction_changes_the_method_in_place():
     model.set_reduction({"method": "evit", "keep_rate": 0.5, "layers": [1]})
     assert model.config.reduction == EViTConfig(keep_rate=0.5, layers=(1,))
     assert all(layer.reducer.training for layer in model.vit.layers)
+    model.eval().set_reduction(model.config.reduction)
+    assert not any(layer.reducer.training for layer in model.vit.layers)
     assert model(tiny_images()).token_counts[0].tolist() == [65, 34, 34, 34]
     model.vit.set_reduction(None)
     assert model.config.reduction is None
@@ -97,3 +99,56 @@ def test_lora_trains_and_merges(order):
         merged = wrapped.merge_and_unload()
         torch.testing.assert_close(merged(tiny_images()).logits, trained, rtol=1e-4, atol=1e-4)
         assert type(merged).__name__ == "TokenReduceViTForImageClassification"
+
+
+def test_an_adapter_is_not_lost_in_silence():
+    stock = tiny_model()
+    stock.add_adapter(LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(ValueError, match=r"adapter.*Merge it first"):
+        reduce_tokens(stock, ToMeConfig(r=5))
+
+
+def test_somebody_elses_class_of_a_stock_name_is_refused():
+    theirs = type(
+        "ViTForImageClassification", (ViTForImageClassification,), {"__module__": "transformers_modules.x.y"}
+    )
+    with pytest.raises(ValueError, match="cannot reduce a ViTForImageClassification"):
+        reduce_tokens(theirs(tiny_model().config), ToMeConfig(r=2))
+
+
+def test_trained_parts_are_shared_under_the_same_setting():
+    model = reduce_tokens(tiny_model(), LTMPConfig())
+    with torch.no_grad():
+        model.vit.layers[0].reducer.merge_threshold.fill_(0.5)
+    again = reduce_tokens(model, LTMPConfig())
+    assert again.vit.layers[0].reducer.merge_threshold is model.vit.layers[0].reducer.merge_threshold
+    assert reduce_tokens(model, LTMPConfig(target=0.5)).vit.layers[0].reducer.merge_threshold.item() != 0.5
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_dropout_is_that_of_the_stock_model(attention):
+    settings = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "attn_implementation": attention}
+    stock = tiny_model(**settings).train()
+    outputs = []
+    for model in (stock, reduce_tokens(stock, ToMeConfig(r=0))):
+        torch.manual_seed(3)
+        outputs.append(model(tiny_images()).logits)
+    assert torch.equal(*outputs)
+    torch.manual_seed(4)
+    assert not torch.equal(stock(tiny_images()).logits, outputs[0])
+
+
+def test_checkpointed_layers_run_twice():
+    model = reduce_tokens(tiny_model(), ToMeConfig(r=5)).train()
+    enable_checkpointing(model, {"use_reentrant": False})
+    calls = []
+    model.vit.layers[1].attention.register_forward_hook(lambda *args: calls.append(args))
+    model(tiny_images()).logits.sum().backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_layers_are_not_split_over_devices(backbone):
+    model = reduce_tokens(tiny_model(backbone), ToMeConfig(r=5))
+    assert type(model.base_model.layers[0]).__name__ in model._no_split_modules
+    assert type(model.base_model.embeddings).__name__ in model._no_split_modules

@@ -138,10 +138,9 @@ def test_from_a_hub_cache(tmp_path):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_with_the_package_no_trust_is_needed(tmp_path, backbone):
     model, folder = saved(tmp_path, backbone)
-    if backbone != "deit-teacher":
-        loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
-        assert type(loaded) is type(model)
-        same(loaded(tiny_images()).logits, model(tiny_images()).logits)
+    loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert type(loaded) is type(model)
+    same(loaded(tiny_images()).logits, model(tiny_images()).logits)
     loaded = type(model).from_pretrained(folder).eval()
     same(loaded(tiny_images()).logits, model(tiny_images()).logits)
     assert AutoConfig.from_pretrained(folder).reduction == METHODS["tome"][0]
@@ -151,7 +150,7 @@ def test_with_the_package_no_trust_is_needed(tmp_path, backbone):
 def test_the_folder_holds_what_it_needs_and_nothing_else(tmp_path):
     _, folder = saved(tmp_path)
     modeling = {"attention", "backbone", "configuration_tokenreduce", "hooks", "merging", "modeling_tokenreduce_vit"}
-    modeling |= {"pruning", "reducers", "tokens"}
+    modeling |= {"pruning", "reducers", "sampling", "tokens"}
     assert {f.name for f in folder.iterdir()} == {f"{name}.py" for name in modeling} | {
         "config.json",
         "model.safetensors",
@@ -209,4 +208,16 @@ def test_dtype_and_attention_of_the_folder_are_kept(tmp_path):
     model.save_pretrained(tmp_path / "half")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "half", attn_implementation="eager").eval()
     assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded(tiny_images()).logits, model(tiny_images()).logits)
+
+
+def test_what_is_saved_is_what_runs(tmp_path):
+    model = reduce_tokens(tiny_model(), ToMeConfig(r=5))
+    model.config.reduction = EViTConfig(layers=(1,))
+    for part in (model, model.vit):
+        with pytest.raises(ValueError, match="set_reduction"):
+            part.save_pretrained(tmp_path / "wrong")
+    model.set_reduction(model.config.reduction)
+    model.save_pretrained(tmp_path / "right")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "right").eval()
     assert torch.equal(loaded(tiny_images()).logits, model(tiny_images()).logits)

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_tokenreduce.modeling.attention import AttentionView
 from hf_tokenreduce.modeling.merging import match_most_similar
 from hf_tokenreduce.modeling.pruning import keep_best, rounded_up_share
 from hf_tokenreduce.modeling.tokens import TokenMap, TokenState, apply_map, follow, merge, move, start
@@ -124,9 +125,24 @@ def test_shares_are_blind_to_the_last_digits_of_a_float():
     assert rounded_up_share(0.551, 100) == 56
     assert rounded_up_share(0.01, 3) == 1
     assert rounded_up_share(1.0, 196) == 196
+    assert rounded_up_share(1e-12, 100) == 1
+    assert rounded_up_share(float(torch.tensor(0.6)), 100) == 60
 
 
 def test_sums_are_formed_in_float32():
     token_map = TokenMap(torch.zeros(1, 512, dtype=torch.long), 1, torch.full((1, 512), 1 / 512))
     rows = torch.cat([torch.zeros(1, 1, 2), torch.ones(1, 512, 2)], dim=1).to(torch.bfloat16)
     assert torch.equal(move(rows, token_map, 1)[0, 1], torch.ones(2, dtype=torch.bfloat16))
+
+
+def test_matching_is_that_of_float32_also_under_autocast():
+    keys = torch.randn(4, 60, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = match_most_similar(keys, None, 20, 1)
+    assert torch.equal(under.target, match_most_similar(keys, None, 20, 1).target)
+
+
+def test_keys_are_averaged_in_float32():
+    key = torch.randn(2, 3, 9, 16).to(torch.bfloat16)
+    view = AttentionView(None, None, key, key, None, 1)
+    assert torch.equal(view.patch_keys(), key.float().mean(dim=1)[:, 1:])

@@ -1,5 +1,8 @@
 """Real checkpoints, with the key names that the Hub still has."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import tiny_images, tiny_model
@@ -17,6 +20,11 @@ from hf_tokenreduce import (
     ToMeConfig,
     reduce_tokens,
 )
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from measure_accuracy import preprocess
 
 
 FOLDERS = ["deit-tiny-patch16-224", "vit-tiny-patch16-224"]
@@ -101,25 +109,27 @@ def test_a_new_label_set(tmp_path):
     assert model(tiny_images()).logits.shape == (3, 3)
 
 
+AUTHORS = {
+    "deit-tiny-patch16-224": {0: 87.6, 4: 87.7, 8: 87.1, 13: 85.0, 16: 82.3},
+    "vit-tiny-patch16-224": {0: 89.3, 8: 88.6, 13: 86.8, 16: 82.9},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("folder", "r", "accuracy"),
-    [
-        ("deit-tiny-patch16-224", 0, 87.6),
-        ("deit-tiny-patch16-224", 8, 87.1),
-        ("deit-tiny-patch16-224", 13, 85.0),
-        ("vit-tiny-patch16-224", 0, 89.3),
-        ("vit-tiny-patch16-224", 13, 86.8),
-        ("vit-tiny-patch16-224", 16, 82.9),
-    ],
-)
-def test_top1_is_that_of_the_authors_code(shared, folder, r, accuracy):
-    pixels = photographs(shared, folder, count=1000)
+@pytest.mark.parametrize(("folder", "r"), [(folder, r) for folder, rows in AUTHORS.items() for r in rows])
+def test_top1_is_that_of_the_authors_code(shared, folder, r):
+    """On photographs resized as torchvision does. By Pillow, single rows differ by up to 0.4: 4 of 1,000 images."""
+    processor = ViTImageProcessor.from_pretrained(shared / "models" / folder)
     files = sorted((shared / "data" / "nips17_1000" / "val").glob("*/*.jpg"))
     labels = torch.tensor([int(file.parent.name.split("_")[0]) for file in files])
     model = TokenReduceViTForImageClassification.from_pretrained(
         shared / "models" / folder, reduction=ToMeConfig(r=r)
     ).eval()
-    with torch.inference_mode():
-        predicted = torch.cat([model(batch).logits.argmax(dim=-1) for batch in pixels.split(50)])
-    assert 100 * (predicted == labels).float().mean().item() == pytest.approx(accuracy, abs=0.25)
+    correct = 0
+    for chunk, truth in zip(range(0, 1000, 50), labels.split(50), strict=True):
+        pixels = torch.cat(
+            [preprocess(Image.open(f).convert("RGB"), processor, 224) for f in files[chunk : chunk + 50]]
+        )
+        with torch.inference_mode():
+            correct += (model(pixels).logits.argmax(dim=-1) == truth).sum().item()
+    assert correct / 10 == pytest.approx(AUTHORS[folder][r], abs=0.2 + 1e-6)

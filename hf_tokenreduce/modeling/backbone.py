@@ -127,6 +127,27 @@ class ReducedPreTrainedModel(nn.Module):
     base_model_prefix: str
     post_init: Any
     loss_function: Any
+    config_class: Any
+
+    def __init__(self, config, *inputs, **kwargs):
+        # By name: from a folder, configuration and model are classes of two modules.
+        if type(config).model_type != self.config_class.model_type:
+            raise ValueError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, got a {type(config).__name__}. Make one "
+                f"by {self.config_class.__name__}.from_pretrained(..., reduction=...), or reduce a loaded model by "
+                "hf_tokenreduce.reduce_tokens."
+            )
+        if config.num_hidden_layers < 1:
+            raise ValueError(f"A reduced model needs at least one layer, got {config.num_hidden_layers}.")
+        super().__init__(config, *inputs, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs):
+        if any(layer.reducer.built_for != self.config.reduction for layer in self.base_model.layers):
+            raise ValueError(
+                "config.reduction is not what this model runs: it was set without set_reduction, or by another model "
+                "that shares the configuration. Call model.set_reduction(...) with the setting you want, then save."
+            )
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]

@@ -5,7 +5,7 @@ A reduction travels in `config.json` under the key `reduction`, as a dictionary 
 `{"method": "tome", "r": 13, ...}`. Layer indices are 0-based everywhere.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -28,6 +28,8 @@ class ReductionConfig:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if "method" not in vars(cls):
+            raise TypeError(f"{cls.__name__} needs a method name of its own: method: ClassVar[str] = ...")
         REDUCTIONS[cls.method] = cls
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,8 +78,8 @@ class ToMeConfig(ReductionConfig):
                     f"ToMeConfig: r counts tokens, so it must be an integer of at least 0, got {value!r}."
                 )
         _check_flag("ToMeConfig", "prop_attn", self.prop_attn)
-        values = tuple(int(value) for value in values)
-        self._set(r=values if per_layer else values[0], inflect=float(inflect))
+        # A list stays a list: as a tuple, that of two layers would read as (r, inflect).
+        self._set(r=[int(value) for value in values] if per_layer else int(r), inflect=float(inflect))
 
     def schedule(self, num_layers: int) -> list[int]:
         """r of each layer."""
@@ -262,10 +264,10 @@ def parse_reduction(value: Any) -> ReductionConfig | None:
         )
     arguments = dict(value)
     method = arguments.pop("method", None)
-    if method not in REDUCTIONS:
+    if not isinstance(method, str) or method not in REDUCTIONS:
         raise ValueError(f"Unknown reduction method {method!r}. The methods are: {', '.join(sorted(REDUCTIONS))}.")
     known = [field.name for field in fields(REDUCTIONS[method])]
-    unknown = sorted(set(arguments) - set(known))
+    unknown = [name for name in arguments if name not in known]
     if unknown:
         raise ValueError(f"Unknown field {unknown} for the method {method!r}. Its fields are: {', '.join(known)}.")
     return REDUCTIONS[method](**arguments)
@@ -359,7 +361,10 @@ TokenReduceDeiTConfig.register_for_auto_class()
 
 
 def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, (str, Mapping))
+    """Whether it is a list of values, in an order that means something (a 0-d array is iterable by type alone)."""
+    return (
+        isinstance(value, Iterable) and not isinstance(value, (str, Mapping, Set)) and getattr(value, "ndim", 1) == 1
+    )
 
 
 def _is_integer(value: Any) -> bool:

@@ -29,6 +29,7 @@ class Reducer(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, layer: int):
         super().__init__()
+        self.built_for = config.reduction
 
     def init_weights(self) -> None:
         """Give parameters of the reducer itself their initial values, by `transformers.initialization`. Those of

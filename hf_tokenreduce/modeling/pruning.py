@@ -29,8 +29,8 @@ def keep_best(scores: Tensor, count: int, fuse: bool = False) -> TokenMap:
 
 
 def rounded_up_share(rate: float, count: int) -> int:
-    """ceil(rate * count), blind to the last digits of a float: a share of 0.55 of 100 tokens is 55 tokens, not 56."""
-    return math.ceil(rate * count - 1e-9)
+    """ceil(rate * count), at least 1, blind to the last digits of a float: 0.55 of 100 tokens are 55, not 56."""
+    return max(1, math.ceil(rate * count - 1e-5))
 
 
 class TopKReducer(Reducer):
