@@ -27,7 +27,9 @@ from transformers_tests.test_modeling_common import (
 from transformers_tests.test_pipeline_mixin import PipelineTesterMixin
 
 from hf_tokenreduce import (
+    ATSConfig,
     EViTConfig,
+    LTMPConfig,
     TokenReduceDeiTConfig,
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,
@@ -90,6 +92,8 @@ OVERRIDDEN = {
 
 TOME = ToMeConfig(r=2)
 EVIT = EViTConfig(keep_rate=0.5, layers=(0, 1))
+ATS = ATSConfig(layers=(1,), max_tokens=10)
+LTMP = LTMPConfig(merge_threshold=0.5, prune_threshold=0.055)
 
 # Several tests pass over models whose names are not here.
 MODEL_MAPPING_NAMES["tokenreduce_vit"] = "TokenReduceViTModel"
@@ -154,9 +158,8 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
             with torch.no_grad():
                 outputs = model(**self._prepare_for_class(inputs, model_class), **settings)
             self.assertTrue((outputs.token_counts[:, -1] < self.model_tester.seq_length).all())
-            # Tokens that enter each layer, and then those that leave the last. Both methods treat all images alike.
-            self.assertTrue((outputs.token_counts == outputs.token_counts[0]).all())
-            yield outputs, [self.model_tester.seq_length, *outputs.token_counts[0].tolist()]
+            # Tokens that enter each layer, and then those that leave the last; of the longest image where they differ.
+            yield outputs, [self.model_tester.seq_length, *outputs.token_counts.amax(dim=0).tolist()]
 
     def test_hidden_states_output(self):
         super().test_hidden_states_output()
@@ -171,7 +174,9 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
         for outputs, counts in self.outputs_of_all_classes(output_attentions=True):
             shapes = [tuple(attention.shape) for attention in outputs.attentions]
             heads = tester.num_attention_heads
-            self.assertEqual(shapes, [(tester.batch_size, heads, count, count) for count in counts[:-1]])
+            queries = counts[1:] if self.reduction.method == "ats" else counts  # sampled before attention
+            expected = [(tester.batch_size, heads, *pair) for pair in zip(queries, counts[:-1], strict=False)]
+            self.assertEqual(shapes, expected)
 
     @parameterized.expand(TEST_EAGER_MATCHES_SDPA_INFERENCE_PARAMETERIZATION)
     def test_eager_matches_sdpa_inference(self, name, dtype, side, use_attention_mask, *settings):
@@ -290,6 +295,14 @@ class TestViTToMe(ViTTests, unittest.TestCase):
 
 class TestViTEViT(ViTTests, unittest.TestCase):
     reduction = EVIT
+
+
+class TestViTATS(ViTTests, unittest.TestCase):
+    reduction = ATS
+
+
+class TestViTLTMP(ViTTests, unittest.TestCase):
+    reduction = LTMP
 
 
 class TestDeiTToMe(DeiTTests, unittest.TestCase):
