@@ -10,11 +10,8 @@ the rows come in; 1,000 images of 224 pixels through a tiny model take about hal
 import argparse
 import json
 
-import numpy as np
 import torch
 from datasets import load_dataset
-from PIL import Image
-from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
@@ -30,7 +27,6 @@ def main():
     parser.add_argument("--split", default="validation", help="split of the image folder")
     parser.add_argument("--reduction", action="append", default=[], type=json.loads, help="JSON; may be given again")
     parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--torch_resize", action="store_true", help="resize as torchvision does, not by the processor")
     parser.add_argument("--calibrate", type=int, default=100, help="images, without labels, for thresholds of LTMP")
     args = parser.parse_args()
     logging.disable_progress_bar()
@@ -40,9 +36,8 @@ def main():
     images = load_dataset("imagefolder", data_dir=args.data_dir, split=args.split)
     classes = [class_index(name, model.config.label2id) for name in images.features["label"].names]
     labels = torch.tensor([classes[label] for label in images["label"]])
-    side = model.config.image_size if args.torch_resize else None
-    rows = (preprocess(row["image"].convert("RGB"), processor, side) for row in images)
-    pixels = torch.cat(list(rows))
+    photos = (row["image"].convert("RGB") for row in images)
+    pixels = torch.cat([processor(photo, return_tensors="pt").pixel_values for photo in photos])
 
     print(f"{args.model_name_or_path}, {len(pixels)} images\n")
     print("| reduction | top-1 % | multiply-adds kept | tokens leaving the last layer |\n|---|---|---|---|")
@@ -62,14 +57,6 @@ def main():
         name = json.dumps(reduction) if reduction else "dense"
         accuracy, share = 100 * correct / len(pixels), cost / len(pixels) / dense.item()
         print(f"| {name} | {accuracy:.1f} | {share:.3f} | {tokens / len(pixels):.0f} |", flush=True)
-
-
-def preprocess(image: Image.Image, processor, side: int | None) -> torch.Tensor:
-    if side is None:
-        return processor(image, return_tensors="pt").pixel_values
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-    resized = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(0, 255).round()
-    return processor(resized[0].to(torch.uint8), do_resize=False, return_tensors="pt").pixel_values
 
 
 def class_index(name: str, label2id: dict[str, int]) -> int:
