@@ -32,7 +32,7 @@ def model_and_images(tmp_path):
     for name in ("cat", "0001_dog"):
         folder = tmp_path / "images" / "validation" / name
         folder.mkdir(parents=True)
-        for number in range(3):
+        for number in range(4):
             pixels = torch.randint(0, 256, (40, 30, 3), dtype=torch.uint8).numpy()
             Image.fromarray(pixels).save(folder / f"{number}.png")
     return tmp_path / "model", tmp_path / "images"
@@ -66,3 +66,11 @@ def test_measure_speed(tmp_path):
     )
     assert printed.count("| ToMe r=13 |") == 1
     assert (tmp_path / "r.json").is_file()
+
+
+def test_measure_differences(tmp_path, model_and_images):
+    _, images = model_and_images
+    tiny_model(num_hidden_layers=12).save_pretrained(tmp_path / "deep")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
+    printed = run("measure_differences.py", "--model_name_or_path", tmp_path / "deep", "--data_dir", images)
+    assert printed.count("| yes |") == 7

@@ -82,7 +82,8 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "method"), [("vit", "tome"), ("vit", "evit"), ("deit", "topk"), ("deit-teacher", "tome")]
+    ("backbone", "method"),
+    [("vit", "evit"), ("vit", "ats"), ("deit", "topk"), ("deit", "ltmp"), ("deit-teacher", "tome")],
 )
 def test_loads_without_the_package_and_survives_another_save(tmp_path, backbone, method):
     model, folder = saved(tmp_path, backbone, method)

@@ -1,0 +1,64 @@
+"""How exactly the promises hold on real weights and photographs: an image alone and in a batch, trained and run.
+
+    python examples/measure_differences.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGES
+
+Takes 14 photographs (7 at the least) and prints the largest differences of logits, and whether the same tokens were kept. Half a minute.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging
+
+from hf_tokenreduce import ATSConfig, EViTConfig, LTMPConfig, ToMeConfig, calibrate, reduce_tokens
+
+
+SETTINGS = {
+    "ToMe r=13": ToMeConfig(r=13),
+    "EViT 0.7": EViTConfig(keep_rate=0.7),
+    "ATS": ATSConfig(),
+    "ATS per head, 100 tokens": ATSConfig(score="per_head", num_tokens=100),
+    "LTMP at 0.65": LTMPConfig(),
+    "LTMP at 0.65, merge only": LTMPConfig(prune=False),
+    "LTMP at 0.65, prune only": LTMPConfig(merge=False),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--model_revision", default="main")
+    parser.add_argument("--data_dir", type=Path, required=True)
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    dense = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+    files = sorted(file for file in args.data_dir.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    files = files[:: max(1, len(files) // 14)][:14]
+    images = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt").pixel_values
+
+    print("| | alone - batch of 7 | shuffled - in order | kept tokens the same | masked - removed |")
+    print("|---|---|---|---|---|")
+    for name, setting in SETTINGS.items():
+        model = reduce_tokens(dense.eval(), setting)
+        if setting.method == "ltmp":
+            calibrate(model, images, 0.65)
+        order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            batch = model(images[:7], output_patch_map=True)
+            shuffled = model(images[:7][order], output_patch_map=True)
+            alone = [model(image[None], output_patch_map=True) for image in images[:7]]
+            masked = model.train()(images[:7]).logits if setting.method == "ltmp" else None
+        patch_maps = torch.cat([output.patch_map for output in alone])
+        same = torch.equal(patch_maps, batch.patch_map) and torch.equal(shuffled.patch_map, batch.patch_map[order])
+        by_itself = (torch.cat([output.logits for output in alone]) - batch.logits).abs().max()
+        reordered = (shuffled.logits - batch.logits[order]).abs().max()
+        trained = "" if masked is None else f"{(masked - batch.logits).abs().max():.1e}"
+        print(f"| {name} | {by_itself:.1e} | {reordered:.1e} | {'yes' if same else 'no'} | {trained} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
