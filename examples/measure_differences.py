@@ -2,7 +2,8 @@
 
     python examples/measure_differences.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGES
 
-Takes 14 photographs (7 at the least) and prints the largest differences of logits, and whether the same tokens were kept. Half a minute.
+Takes 14 photographs (7 at the least), prints the largest differences of logits and whether the same tokens were kept.
+Half a minute.
 """
 
 import argparse
