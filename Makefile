@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-slow test-conformance check format clean
 
-demo: $(INSTALLED)  ## reduce a ViT by every method, save it, load it in a fresh process
+demo: $(INSTALLED)  ## reduce a ViT by the even methods, save it, load it in a fresh process
 	$(BIN)/python examples/quickstart.py --output_dir demo
 
 test: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""Reduce a ViT by every method, see what that saves, and load the results where this package is not installed.
+"""Reduce a ViT by the even methods, see what that saves, and load the results where this package is not installed.
 
     python examples/quickstart.py --output_dir demo
     python examples/quickstart.py --output_dir demo --model_name_or_path facebook/deit-small-patch16-224

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from helpers import tiny_images, tiny_model
+from transformers.integrations import sdpa_attention
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from hf_tokenreduce import ToMeConfig, TopKConfig, reduce_tokens
@@ -129,9 +130,12 @@ def test_no_attention_map_is_built_beside_the_kernel(setting):
     assert largest[0] < tokens * tokens / 2
 
 
-def test_other_implementations_say_they_give_no_attentions(caplog):
+def test_other_implementations_say_they_give_no_attentions(monkeypatch):
+    said = []
+    monkeypatch.setattr(sdpa_attention.logger, "warning_once", said.append)
     model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
     output = model(tiny_images(), output_attentions=True)
     assert not output.attentions
+    assert said and all("does not support `output_attentions=True`" in message for message in said)
     with pytest.raises(ValueError, match="eager"):
         model.config.output_attentions = True
