@@ -154,7 +154,7 @@ def attend_with_map(
     with full_precision(query):
         for (one_query, one_key, one_value), bias in zip(images, biases, strict=True):
             weights = _logits(one_query, one_key, bias, attention.scaling).softmax(dim=-1)  # (H, T, T)
-            received.append(weights.detach().mean(dim=(0, 1)))
+            received.append(weights.detach().sum(dim=(0, 1)) / weights[..., 0].numel())
             if keep_maps:
                 maps.append(weights[None])
             if attention.training:

@@ -142,7 +142,7 @@ def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tup
     if lengths is not None:
         slot, weight = unpad(slot, lengths), unpad(weight, lengths)
     weighted = flat * weight.view(-1, 1)
-    sums = weighted.new_zeros(total + 1, rows.shape[-1]).index_add(0, slot.flatten(), weighted)
+    sums = weighted.new_zeros(total + 1, rows.shape[-1]).index_add_(0, slot.flatten(), weighted)
     return sums[:-1].view(shape).to(rows.dtype)
 
 
