@@ -2,31 +2,37 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
+from .calibration import calibrate
 from .convert import reduce_tokens, restore
-from .modeling.configuration_tokenreduce import (
+from .modeling.configuration_methods import (
     ATSConfig,
+    BATConfig,
+    DLViTConfig,
     EViTConfig,
     LTMPConfig,
-    TokenReduceDeiTConfig,
-    TokenReduceViTConfig,
+    SiTConfig,
     ToMeConfig,
     TopKConfig,
 )
+from .modeling.configuration_tokenreduce import TokenReduceDeiTConfig, TokenReduceViTConfig
 from .modeling.modeling_tokenreduce_deit import (
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,
     TokenReduceDeiTModel,
 )
 from .modeling.modeling_tokenreduce_vit import TokenReduceViTForImageClassification, TokenReduceViTModel
-from .thresholds import calibrate, load_thresholds, save_thresholds
+from .thresholds import load_thresholds, save_thresholds
 
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ATSConfig",
+    "BATConfig",
+    "DLViTConfig",
     "EViTConfig",
     "LTMPConfig",
+    "SiTConfig",
     "ToMeConfig",
     "TokenReduceDeiTConfig",
     "TokenReduceDeiTForImageClassification",

@@ -15,7 +15,8 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .modeling.configuration_tokenreduce import ReductionConfig, parse_reduction
+from .modeling.configuration_base import ReductionConfig
+from .modeling.configuration_methods import parse_reduction
 from .modeling.modeling_tokenreduce_deit import (
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,

@@ -14,7 +14,17 @@ from transformers import (
     ViTModel,
 )
 
-from hf_tokenreduce import ATSConfig, EViTConfig, LTMPConfig, ToMeConfig, TopKConfig
+from hf_tokenreduce import (
+    ATSConfig,
+    BATConfig,
+    DLViTConfig,
+    EViTConfig,
+    LTMPConfig,
+    SiTConfig,
+    ToMeConfig,
+    TopKConfig,
+    reduce_tokens,
+)
 
 
 SHARED = Path(os.environ.get("TOKENREDUCE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -45,6 +55,20 @@ METHODS = {
     "evit": (EViTConfig(keep_rate=0.6, layers=(0, 2)), EViTConfig(keep_rate=1.0, layers=(0, 2))),
     "evit-no-fuse": (EViTConfig(keep_rate=[0.9, 0.3], layers=(1, 2), fuse=False), EViTConfig(layers=())),
     "topk": (TopKConfig(keep_rate=0.5, layers=(1, 3)), TopKConfig(keep_rate=[1.0], layers=[2])),
+    "bat": (BATConfig(keep_rate=0.6, layers=(0, 2)), BATConfig(keep_rate=1.0, layers=(0, 2))),
+    "bat-clusters": (
+        BATConfig(keep_rate=[0.8, 0.3], layers=(3, 1), cluster_share=1.0, prop_attn=True),
+        BATConfig(keep_rate=1, layers=(1,), prop_attn=True),
+    ),
+    "bat-pairs": (BATConfig(keep_rate=0.7, layers=(1, 2), cluster_share=0.0, fuse_share=1.0), BATConfig(layers=())),
+    "sit": (SiTConfig(layers=(0, 2)), SiTConfig(keep_rate=1.0, layers=(0, 2))),
+    "sit-list": (SiTConfig(keep_rate=[0.8, 1.0, 0.2], layers=(1, 2, 3)), SiTConfig(layers=())),
+    "dlvit-share": (DLViTConfig(keep_rate=0.6, trained=True), DLViTConfig(keep_rate=1.0, trained=True)),
+    "dlvit": (DLViTConfig(threshold=0.08, trained=True), DLViTConfig()),
+    "dlvit-capped": (
+        DLViTConfig(threshold=0.3, hidden_size=10, max_tokens=25, trained=True),
+        DLViTConfig(threshold=0.0, max_tokens=66, trained=True),
+    ),
     "ats": (ATSConfig(layers=(1, 2, 3)), ATSConfig(layers=())),
     "ats-per-head": (ATSConfig(layers=(0, 2), num_tokens=40, score="per_head"), ATSConfig(layers=())),
     "ats-capped": (ATSConfig(layers=(0, 2), max_tokens=[30, 12]), ATSConfig(layers=(), max_tokens=5)),
@@ -56,7 +80,7 @@ METHODS = {
         LTMPConfig(merge_threshold=1.0, max_tokens=66),
     ),
 }
-ADAPTIVE = [name for name in METHODS if name.startswith(("ats", "ltmp"))]
+ADAPTIVE = [name for name in METHODS if name.startswith(("ats", "ltmp")) or name in ("dlvit", "dlvit-capped")]
 EVEN = [name for name in METHODS if name not in ADAPTIVE]
 
 
@@ -70,6 +94,18 @@ def tiny_model(backbone: str = "vit", classes=BACKBONES, **changes):
             spread = 0.5 if "position" in name or "token" in name else 0.2
             parameter.copy_((parameter.ndim == 1 and name.endswith("weight")) + spread * torch.randn_like(parameter))
     return model.eval()
+
+
+def reduce_tiny(stock, setting):
+    """Reduced, with learned parts of a method as large as the weights of `tiny_model`; thresholds stay as set."""
+    model = reduce_tokens(stock, setting)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".reducer." in name and "threshold" not in name:
+                center = float(name.endswith(("norm.weight", "scale")))
+                parameter.copy_(center + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def tiny_images(count: int = 3, size: int = 32, seed: int = 2) -> torch.Tensor:

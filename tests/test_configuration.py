@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy
 import pytest
 import torch
 from helpers import SIZES, tiny_images, tiny_model
@@ -10,7 +11,12 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import BertConfig, BertModel, ViTConfig, ViTForMaskedImageModeling
 
 from hf_tokenreduce import (
+    ATSConfig,
+    BATConfig,
+    DLViTConfig,
     EViTConfig,
+    LTMPConfig,
+    SiTConfig,
     TokenReduceDeiTConfig,
     TokenReduceDeiTForImageClassification,
     TokenReduceViTConfig,
@@ -46,16 +52,32 @@ WRONG_VALUES = [
     (ToMeConfig, {"r": torch.tensor(4)}, "4"),
     (EViTConfig, {"fuse": 1}, "1"),
     (TopKConfig, {"keep_rate": -0.1}, "-0.1"),
+    (BATConfig, {"keep_rate": 0}, "0"),
+    (BATConfig, {"cluster_share": 1.1}, "1.1"),
+    (BATConfig, {"fuse_share": "half"}, "'half'"),
+    (BATConfig, {"prop_attn": 1}, "1"),
+    (SiTConfig, {"layers": "5, 8"}, "5, 8"),
+    (SiTConfig, {"keep_rate": [0.5, 0.0, 0.5]}, "0.0"),
+    (DLViTConfig, {"threshold": 2}, "2"),
+    (DLViTConfig, {"keep_rate": 0.0}, "0.0"),
+    (DLViTConfig, {"keep_rate": [0.5]}, r"\[0.5\]"),
+    (DLViTConfig, {"hidden_size": 0}, "0"),
+    (DLViTConfig, {"trained": None}, "None"),
+    (DLViTConfig, {"max_tokens": [50]}, r"\[50\]"),
+    (DLViTConfig, {"keep_rate": 0.5, "max_tokens": 50}, "0.5.*50"),
 ]
 
 UNFIT = [
     (EViTConfig(layers=(1, 4)), "no layer 4 in a model of 4 layers.*end at 3"),
     (TopKConfig(layers=(12,)), "no layer 12"),
     (ToMeConfig(r=[1, 2, 3]), "3 values for 4 layers"),
-    ({"method": "tomee"}, "'tomee'.*ats, evit, ltmp, tome, topk"),
-    ({"method": ["tome"]}, "tome.*ats, evit, ltmp, tome, topk"),
+    (BATConfig(), "no layer 6"),
+    (SiTConfig(layers=(2, 1)), r"must ascend.*\(2, 1\)"),
+    ({"method": "dlvit", "max_tokens": 0}, "max_tokens.*0"),
+    ({"method": "tomee"}, "'tomee'.*ats, bat, dlvit, evit, ltmp, sit, tome, topk"),
+    ({"method": ["tome"]}, "tome.*ats, bat, dlvit, evit, ltmp, sit, tome, topk"),
     ({"method": "tome", 1: 2, "a": 3}, "1, 'a'.*r, prop_attn"),
-    ({"r": 8}, "None.*ats, evit, ltmp, tome, topk"),
+    ({"r": 8}, "None.*ats, bat, dlvit, evit, ltmp, sit, tome, topk"),
     ({"method": "tome", "rr": 8}, "'rr'.*r, prop_attn"),
     ({"method": "evit", "keep_rate": 2}, "2"),
     ("tome", "'tome'"),
@@ -186,6 +208,19 @@ def test_tome_schedules():
     assert ToMeConfig(r=(8, -1.0)).schedule(1) == [16]
     assert ToMeConfig(r=(15, 1.0)).schedule(12)[-1] == 30
     assert ToMeConfig(r=(8, -1)) == ToMeConfig(r=8, inflect=-1.0)
+
+
+def test_numbers_of_numpy_can_be_saved(tmp_path):
+    for setting in (
+        ATSConfig(layers=numpy.arange(2), num_tokens=numpy.int64(20), max_tokens=numpy.int32(9)),
+        LTMPConfig(target=numpy.float32(0.5), merge_threshold=numpy.float64(0.8)),
+        BATConfig(keep_rate=numpy.float32(0.5), layers=(1,), cluster_share=numpy.float32(0.1)),
+        SiTConfig(keep_rate=numpy.array([0.5]), layers=numpy.array([2])),
+        DLViTConfig(keep_rate=numpy.float32(0.5), hidden_size=numpy.int64(7)),
+    ):
+        config = TokenReduceViTConfig(**SIZES, reduction=setting)
+        config.save_pretrained(tmp_path)
+        assert TokenReduceViTConfig.from_pretrained(tmp_path).reduction == config.reduction
 
 
 def test_a_configuration_cannot_be_changed_behind_the_checks():

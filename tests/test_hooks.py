@@ -9,7 +9,7 @@ from helpers import BACKBONES, tiny_images, tiny_model
 from torch import nn
 
 from hf_tokenreduce import TokenReduceViTForImageClassification, ToMeConfig, reduce_tokens, restore
-from hf_tokenreduce.modeling.configuration_tokenreduce import REDUCTIONS, ReductionConfig
+from hf_tokenreduce.modeling.configuration_base import REDUCTIONS, ReductionConfig
 from hf_tokenreduce.modeling.hooks import Reducer
 from hf_tokenreduce.modeling.pruning import keep_best
 from hf_tokenreduce.modeling.reducers import REDUCERS

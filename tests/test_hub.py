@@ -83,7 +83,16 @@ def same(ours, theirs):
 
 @pytest.mark.parametrize(
     ("backbone", "method"),
-    [("vit", "evit"), ("vit", "ats"), ("deit", "topk"), ("deit", "ltmp"), ("deit-teacher", "tome")],
+    [
+        ("vit", "evit"),
+        ("vit", "ats"),
+        ("vit", "bat"),
+        ("vit", "dlvit"),
+        ("deit", "topk"),
+        ("deit", "ltmp"),
+        ("deit", "sit"),
+        ("deit-teacher", "tome"),
+    ],
 )
 def test_loads_without_the_package_and_survives_another_save(tmp_path, backbone, method):
     model, folder = saved(tmp_path, backbone, method)
@@ -150,8 +159,9 @@ def test_with_the_package_no_trust_is_needed(tmp_path, backbone):
 
 def test_the_folder_holds_what_it_needs_and_nothing_else(tmp_path):
     _, folder = saved(tmp_path)
-    modeling = {"attention", "backbone", "configuration_tokenreduce", "hooks", "merging", "modeling_tokenreduce_vit"}
-    modeling |= {"pruning", "reducers", "sampling", "tokens"}
+    modeling = {"attention", "backbone", "checks", "clustering", "configuration_base", "configuration_methods"}
+    modeling |= {"configuration_tokenreduce", "filtering", "hooks", "merging", "modeling_tokenreduce_vit"}
+    modeling |= {"multiply_adds", "pruning", "reducers", "sampling", "slimming", "tokens"}
     assert {f.name for f in folder.iterdir()} == {f"{name}.py" for name in modeling} | {
         "config.json",
         "model.safetensors",

@@ -5,11 +5,11 @@ import torch
 from helpers import BACKBONES, tiny_images, tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import ViTImageProcessor
+from transformers import Trainer, TrainingArguments, ViTImageProcessor
 
 from hf_tokenreduce import LTMPConfig, ToMeConfig, calibrate, load_thresholds, reduce_tokens, save_thresholds
-from hf_tokenreduce.evaluation import encoder_multiply_adds
 from hf_tokenreduce.modeling.merging import budget_share
+from hf_tokenreduce.modeling.multiply_adds import multiply_adds
 
 
 KINDS = [LTMPConfig(), LTMPConfig(prune=False), LTMPConfig(merge=False), LTMPConfig(max_tokens=[60, 44, 30, 9])]
@@ -38,8 +38,32 @@ def test_masked_equals_removed(setting, backbone):
         masked = model.train()(images, output_patch_map=True)
         torch.testing.assert_close(masked.logits, removed.logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(masked.token_counts, removed.token_counts)
-        assert torch.equal(masked.patch_map >= 0, removed.patch_map >= 0)
+        for image in range(4):  # the same patches together: the index of one names the index of the other
+            pairs = {*zip(masked.patch_map[image].tolist(), removed.patch_map[image].tolist(), strict=True)}
+            assert len(pairs) == len({masked for masked, _ in pairs}) == len({removed for _, removed in pairs})
+            assert all((masked < 0) == (removed < 0) for masked, removed in pairs)
         assert (removed.token_counts[:, -1] < removed.token_counts[:, 0]).any()
+
+
+@pytest.mark.parametrize("setting", KINDS)
+@pytest.mark.parametrize("scale", [2.0, 4.0])
+def test_masked_equals_removed_however_steep_attention_is(setting, scale):
+    """With larger weights logits differ by hundreds: a dead key must weigh nothing, and not set the maximum."""
+    for seed in range(3):
+        model = with_random_thresholds(setting, seed)
+        with torch.no_grad():
+            for layer in model.vit.layers:
+                layer.attention.q_proj.weight.mul_(scale)
+                layer.attention.k_proj.weight.mul_(scale)
+        states = []
+        for layer in model.vit.layers:
+            layer.register_forward_hook(lambda module, args, state: states.append(state))  # noqa: B023
+        removed = model.eval()(tiny_images())
+        states.clear()
+        masked = model.train()(tiny_images())
+        assert all(torch.equal(state.mask, (state.mask > 0.5).float()) for state in states)
+        assert torch.equal(masked.token_counts, removed.token_counts)
+        torch.testing.assert_close(masked.logits, removed.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("setting", KINDS)
@@ -66,11 +90,41 @@ def test_the_loss_has_two_parts_and_every_threshold_learns(setting):
     kept = output.token_counts.float().mean(dim=0) / 65
     expected = 10 * (budget_share(kept, 65, 48) - 0.75) ** 2
     torch.testing.assert_close(output.auxiliary_loss, expected)
+    alone = model(tiny_images())  # whoever computes the task's loss outside needs it too
+    torch.testing.assert_close(alone.auxiliary_loss, expected)
     output.loss.backward()
     thresholds = {name: p for name, p in model.named_parameters() if "threshold" in name}
     assert len(thresholds) == 4 * (setting.merge + setting.prune)
     assert all(p.grad.abs() > 0 for p in thresholds.values())
     assert model.eval()(tiny_images(), labels=torch.tensor([0, 1, 2])).auxiliary_loss is None
+
+
+def test_the_budget_counts_once_however_batches_are_accumulated(tmp_path):
+    """Trainer neither divides by accumulation steps nor averages when it tells a model the number of items."""
+    rows = [{"pixel_values": image, "labels": label} for label, image in enumerate(tiny_images(4))]
+    reached = []
+    for batch_size in (4, 1):
+        model = with_random_thresholds(KINDS[0], 0)
+        model.requires_grad_(False)
+        model.vit.layers[3].reducer.requires_grad_()  # the last thresholds learn by the budget alone
+        arguments = TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=4 // batch_size,
+            max_steps=1,
+            learning_rate=1e-3,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            max_grad_norm=0,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+        )
+        before = model.vit.layers[3].reducer.merge_threshold.item()
+        Trainer(model, arguments, train_dataset=rows).train()
+        reached.append(model.vit.layers[3].reducer.merge_threshold.item() - before)
+    assert reached[0] != 0
+    assert reached[1] == pytest.approx(reached[0], rel=0.2)  # the square of a mean is not the mean of squares
 
 
 def test_the_budget_formula():
@@ -113,8 +167,9 @@ def test_calibration_meets_its_target(setting, target):
     assert share == pytest.approx(target, abs=0.02)
     assert model.training
     counts = model.eval()(images).token_counts
-    dense = encoder_multiply_adds(model.config, torch.full((1, 4), 65), 65)
-    assert (encoder_multiply_adds(model.config, counts, 65).mean() / dense).item() == pytest.approx(share)
+    dense = multiply_adds(model.config, torch.full((1, 4), 65), 65)
+    reached = multiply_adds(model.config, counts, 65, model.config.reduction).mean() / dense
+    assert reached.item() == pytest.approx(share)
     assert all("after_attention" not in vars(layer.reducer) for layer in model.vit.layers)
 
 
@@ -130,6 +185,9 @@ def test_calibration_on_a_folder_of_images(tmp_path):
     assert calibrate(model, tmp_path, 0.7, image_processor=processor) == pytest.approx(0.7, abs=0.05)
     with pytest.raises(ValueError, match="image_processor"):
         calibrate(model, tmp_path, 0.7)
+    (tmp_path / "any0" / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read"):
+        calibrate(model, tmp_path, 0.7, image_processor=processor)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="No images"):
         calibrate(model, tmp_path / "empty", 0.7, image_processor=processor)
@@ -141,10 +199,33 @@ def test_calibration_refuses():
         calibrate(reduce_tokens(model, ToMeConfig(r=3)), tiny_images(), 0.7)
     with pytest.raises(ValueError, match=r"1\.7"):
         calibrate(model, tiny_images(), 1.7)
-    with pytest.raises(ValueError, match="cannot be reached"):
-        calibrate(model, tiny_images(), 0.01)
     with pytest.raises(ValueError, match="pixel values"):
         calibrate(model, tiny_images(0), 0.7)
+    with pytest.raises(ValueError, match=r"max_images.*0"):
+        calibrate(model, tiny_images(), 0.7, max_images=0)
+    with pytest.raises(ValueError, match="target is missing"):
+        calibrate(model, tiny_images())
+    model = with_random_thresholds(LTMPConfig(max_tokens=20), 1)
+    model.train().vit.embeddings.eval()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for target, message in ((0.01, "cannot be reached.*higher target"), (0.9, "cannot be reached.*higher cap")):
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, tiny_images(), target)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert model.training and not model.vit.embeddings.training
+
+
+def test_calibration_takes_the_images_and_the_share_it_is_told():
+    seen, model = [], reduce_tokens(tiny_model(), LTMPConfig())
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    calibrate(model, tiny_images(32), 0.7, max_images=8)
+    assert set(seen) == {8}
+    merged = []
+    for merge_share in (0.0, 0.9):
+        calibrate(model, tiny_images(32), 0.7, merge_share=merge_share)
+        dropped = model(tiny_images(32), output_patch_map=True).patch_map < 0
+        merged.append(1 - dropped.float().mean().item())
+    assert merged[0] < 0.8 < merged[1]
 
 
 @pytest.mark.parametrize("setting", KINDS[:3])
@@ -174,7 +255,8 @@ def test_thresholds_of_another_model_are_refused(tmp_path):
         load_thresholds(reduce_tokens(tiny_model(num_hidden_layers=3), LTMPConfig()), path)
     related = reduce_tokens(tiny_model(), LTMPConfig())
     with torch.no_grad():
-        related.vit.layers[0].mlp.fc1.weight.add_(0.1 * torch.randn_like(related.vit.layers[0].mlp.fc1.weight))
+        for layer in related.vit.layers:
+            layer.mlp.fc2.weight.add_(0.01 * torch.randn_like(layer.mlp.fc2.weight))
     with pytest.raises(ValueError, match=r"other weights.*check_backbone=False"):
         load_thresholds(related, path)
     load_thresholds(related, path, check_backbone=False)
@@ -182,3 +264,22 @@ def test_thresholds_of_another_model_are_refused(tmp_path):
     save_file({**numbers, "merge_threshold": numbers["merge_threshold"] + 3}, path)
     with pytest.raises(ValueError, match="not between 0 and 1"):
         load_thresholds(related, path)
+
+
+def test_thresholds_that_training_carried_out_of_range_are_saved_in_it(tmp_path):
+    model = with_random_thresholds(LTMPConfig(), 5)
+    with torch.no_grad():
+        model.vit.layers[1].reducer.prune_threshold.fill_(-0.02)
+        model.vit.layers[2].reducer.merge_threshold.fill_(1.02)
+    expected = model(tiny_images()).logits
+    save_thresholds(model, tmp_path / "thresholds.safetensors")
+    load_thresholds(model, tmp_path / "thresholds.safetensors")
+    assert model.vit.layers[1].reducer.prune_threshold.item() == 0
+    assert torch.equal(model(tiny_images()).logits, expected)
+
+
+def test_a_threshold_of_one_merges_nothing_though_patches_are_the_same():
+    model = reduce_tokens(tiny_model(), LTMPConfig(merge_threshold=1.0, prune=False))
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings.zero_()
+    assert (model(torch.ones(1, 3, 32, 32)).token_counts == 65).all()

@@ -2,9 +2,21 @@
 
 import pytest
 import torch
-from helpers import BACKBONES, BASES, EVEN, METHODS, NUM_PATCHES, enable_checkpointing, tiny_images, tiny_model
+from helpers import (
+    BACKBONES,
+    BASES,
+    EVEN,
+    METHODS,
+    NUM_PATCHES,
+    enable_checkpointing,
+    reduce_tiny,
+    tiny_images,
+    tiny_model,
+)
 from naive import naive_forward
 from naive_adaptive import naive_adaptive
+from naive_bat import naive_bat
+from naive_soft import naive_dlvit, naive_sit
 
 from hf_tokenreduce import reduce_tokens, restore
 
@@ -20,7 +32,20 @@ def matrix(test):
 
 
 def reduced(backbone, method, **changes):
-    return reduce_tokens(tiny_model(backbone, **changes), METHODS[method][0])
+    return reduce_tiny(tiny_model(backbone, **changes), METHODS[method][0])
+
+
+def where_patches_went(output):
+    """The map of the patches, or where tokens are mixtures, their weights."""
+    return output.patch_map if output.patch_weights is None else output.patch_weights
+
+
+def same(ours, theirs):
+    """Maps must be equal; weights are floats."""
+    if ours.is_floating_point():
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(ours, theirs)
 
 
 def labels_for(backbone):
@@ -31,7 +56,7 @@ def labels_for(backbone):
 @matrix
 def test_off_is_off(backbone, method, attention):
     stock = tiny_model(backbone, attn_implementation=attention)
-    model = reduce_tokens(stock, METHODS[method][1])
+    model = reduce_tiny(stock, METHODS[method][1])
     output = model(tiny_images(), output_patch_map=True, output_hidden_states=True)
     expected = stock(tiny_images(), output_hidden_states=True)
     torch.testing.assert_close(output.logits, expected.logits, rtol=0, atol=1e-5)
@@ -54,6 +79,15 @@ def naive(model, stock, image):
         return naive_adaptive(stock, image, arguments)
     if setting.method == "ats":
         return naive_adaptive(stock, image, arguments)
+    if setting.method == "bat":
+        return naive_bat(stock, image, arguments)
+    learned = [dict(layer.reducer.named_parameters()) for layer in model.base_model.layers]
+    if setting.method == "dlvit":
+        return naive_dlvit(stock, image, arguments, learned[0])
+    if setting.method == "sit":
+        modules = {index: weights for index, weights in enumerate(learned) if weights}
+        result, result.patch_map = naive_sit(stock, image, arguments, modules)
+        return result
     if getattr(setting, "inflect", 0.0):
         arguments["r"] = (setting.r, setting.inflect)
     return naive_forward(stock, image, arguments)
@@ -64,7 +98,7 @@ def naive(model, stock, image):
 def test_fast_equals_naive_outputs_and_gradients(backbone, method, attention):
     stock = tiny_model(backbone, attn_implementation=attention)
     setting = METHODS[method][0]
-    model = reduce_tokens(stock, setting)
+    model = reduce_tiny(stock, setting)
     images = tiny_images().requires_grad_()
     output = model(images, output_patch_map=True, output_hidden_states=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -75,7 +109,7 @@ def test_fast_equals_naive_outputs_and_gradients(backbone, method, attention):
     for index, result in enumerate(results):
         torch.testing.assert_close(output.logits[index], result.logits, rtol=1e-4, atol=1e-5)
         assert output.token_counts[index].tolist() == result.token_counts
-        assert output.patch_map[index].tolist() == result.patch_map
+        same(where_patches_went(output)[index], torch.as_tensor(result.patch_map))
         for ours_hidden, theirs_hidden in zip(output.hidden_states[1:], result.hidden_states, strict=True):
             length = len(theirs_hidden)
             torch.testing.assert_close(ours_hidden[index, :length], theirs_hidden, rtol=1e-4, atol=1e-4)
@@ -96,11 +130,11 @@ def test_alone_or_in_any_batch(backbone, method):
     order = torch.randperm(7)
     shuffled = model(images[order], output_patch_map=True)
     torch.testing.assert_close(shuffled.logits, together.logits[order], rtol=0, atol=1e-5)
-    assert torch.equal(shuffled.patch_map, together.patch_map[order])
+    same(where_patches_went(shuffled), where_patches_went(together)[order])
     for index in range(7):
         alone = model(images[index : index + 1], output_patch_map=True)
         torch.testing.assert_close(alone.logits[0], together.logits[index], rtol=0, atol=1e-5)
-        assert torch.equal(alone.patch_map[0], together.patch_map[index])
+        same(where_patches_went(alone)[0], where_patches_went(together)[index])
         assert torch.equal(alone.token_counts[0], together.token_counts[index])
 
 
@@ -178,10 +212,16 @@ def test_patch_maps_agree_with_counts(backbone, method):
     model = reduced(backbone, method)
     output = model(tiny_images(), output_patch_map=True)
     prefix = model.config.num_prefix_tokens
+    if method.startswith("sit"):
+        assert output.patch_map is None
+        assert output.patch_weights.shape == (3, output.token_counts[0, -1] - prefix, NUM_PATCHES)
+        torch.testing.assert_close(output.patch_weights.sum(dim=-1), torch.ones(output.patch_weights.shape[:2]))
+        return
+    assert output.patch_weights is None
     for patch_map, length in zip(output.patch_map, output.token_counts[:, -1].tolist(), strict=True):
         held = patch_map[patch_map >= 0]
         assert set(held.tolist()) == set(range(prefix, length))
-        if method.startswith("tome") or method in ("evit", "ltmp-merge"):
+        if method.startswith("tome") or method in ("bat", "bat-clusters", "evit", "ltmp-merge"):
             assert len(held) == NUM_PATCHES
 
 
@@ -191,7 +231,8 @@ def test_hidden_states_have_each_layers_length(backbone, method):
     output = model(tiny_images(), output_hidden_states=True)
     prefix = model.config.num_prefix_tokens
     lengths = [hidden.shape for hidden in output.hidden_states]
-    assert lengths[0] == (3, prefix + NUM_PATCHES, 48)
+    entering = output.token_counts[:, 0].max() if method.startswith("dlvit") else prefix + NUM_PATCHES
+    assert lengths[0] == (3, entering, 48)
     assert lengths[1:] == [(3, count, 48) for count in output.token_counts.amax(dim=0).tolist()]
 
 
@@ -200,6 +241,8 @@ def test_attentions_under_eager(backbone, method):
     model = reduced(backbone, method, attn_implementation="eager")
     output = model(tiny_images(), output_attentions=True)
     first = torch.full((3, 1), model.config.num_prefix_tokens + NUM_PATCHES)
+    if method.startswith("dlvit"):  # filters before the first layer
+        first = output.token_counts[:, :1]
     entering = torch.cat([first, output.token_counts[:, :-1]], dim=1)
     asking = output.token_counts if method.startswith("ats") else entering
     for layer, attention in enumerate(output.attentions):
@@ -261,7 +304,7 @@ def test_other_image_and_patch_sizes(backbone, method):
         model = reduced(backbone, method, image_size=image_size, patch_size=patch_size)
         height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
         output = model(torch.randn(2, 3, height, width), output_patch_map=True)
-        assert output.patch_map.shape[1] == model.base_model.embeddings.patch_embeddings.num_patches
+        assert where_patches_went(output).shape[-1] == model.base_model.embeddings.patch_embeddings.num_patches
     model = reduced(backbone, method)
     output = model(tiny_images(2, size=48), interpolate_pos_encoding=True, output_patch_map=True)
     assert output.patch_map.shape == (2, 144)

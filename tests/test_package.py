@@ -10,7 +10,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 import hf_tokenreduce
 from hf_tokenreduce import ToMeConfig, reduce_tokens
-from hf_tokenreduce.modeling.configuration_tokenreduce import REDUCTIONS
+from hf_tokenreduce.modeling.configuration_base import REDUCTIONS
 from hf_tokenreduce.modeling.reducers import REDUCERS
 
 
@@ -23,8 +23,11 @@ ALLOWED |= {"torch", "transformers", "typing"}
 def test_public_names():
     assert sorted(hf_tokenreduce.__all__) == [
         "ATSConfig",
+        "BATConfig",
+        "DLViTConfig",
         "EViTConfig",
         "LTMPConfig",
+        "SiTConfig",
         "ToMeConfig",
         "TokenReduceDeiTConfig",
         "TokenReduceDeiTForImageClassification",

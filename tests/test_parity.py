@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_tokenreduce import ATSConfig, EViTConfig, LTMPConfig, ToMeConfig, reduce_tokens
-from hf_tokenreduce.modeling.tokens import pad
+from hf_tokenreduce import ATSConfig, EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce.modeling.tokens import TokenState, mix, pad
+from hf_tokenreduce.training import ReverseSlimming
 
 
 FOLDER = Path(__file__).parent / "parity"
@@ -158,3 +159,46 @@ def test_ltmp_trains_what_it_runs(stock, setting):
     masked = model(stock[1])
     close(masked.logits, theirs["logits"], 2e-5)
     assert torch.equal(masked.token_counts, output.token_counts)
+
+
+SIT_NAMES = {"weight.0": "norm", "weight.1": "fc1", "weight.3": "fc2"}
+REVERSE_NAMES = {"mlp1": "token", "mlp2": "feature"}
+
+
+def load_slimming(reducer, numbers, prefix):
+    """Their names are places in a sequence, ours are words."""
+    state = {name.removeprefix(prefix): v.float() for name, v in numbers.items() if name.startswith(prefix)}
+    for theirs, ours in SIT_NAMES.items():
+        state = {name.replace(theirs, ours, 1): value for name, value in state.items()}
+    state["scale"] = state["scale"].reshape(())
+    reducer.load_state_dict(state)
+
+
+def test_sit_slims_and_reverses_as_theirs(stock):
+    numbers = load_file(FOLDER / "sit_seed1.safetensors")
+    reducer = reduce_tokens(stock[0], SiTConfig(layers=(1,))).vit.layers[1].reducer
+    load_slimming(reducer, numbers, "tsm/state/")
+    reverse = ReverseSlimming(32, 64, 96)
+    state = {n.removeprefix("rtsm/state/"): v.float() for n, v in numbers.items() if n.startswith("rtsm/state/")}
+    for theirs, ours in REVERSE_NAMES.items():
+        state = {name.replace(theirs + ".", ours + "_"): value for name, value in state.items()}
+    reverse.load_state_dict(state)
+
+    tokens = numbers["tsm/input"].requires_grad_()
+    slim = mix(TokenState(tokens, num_prefix_tokens=0), reducer.weights(tokens)).hidden_states
+    close(slim, numbers["tsm/output"], 1e-5)
+    close(reverse(slim), numbers["rtsm/output"], 1e-5)
+    reverse(slim).pow(2).mean().backward()
+    close(tokens.grad[:, ::8], numbers["tsm_rtsm/grad_input"], 1e-5)
+    close(reducer.scale.grad, numbers["tsm_rtsm/grad_tsm_scale"][0], 1e-5)
+
+
+def test_sit_end_to_end(stock):
+    numbers = load_file(FOLDER / "sit_seed1.safetensors")
+    model = reduce_tokens(stock[0], SiTConfig(layers=(1, 3)))
+    for number, layer in enumerate((1, 3)):
+        load_slimming(model.vit.layers[layer].reducer, numbers, f"e2e/tsm{number}/state/")
+    output = model(stock[1], output_hidden_states=True)
+    close(output.logits, numbers["e2e/logits"], 1e-5)
+    assert torch.equal(output.token_counts, numbers["e2e/counts"].repeat(3, 1))
+    close(output.hidden_states[-1][:, 1:], numbers["e2e/tokens_last"], 1e-5)

@@ -177,7 +177,8 @@ def attend_masked(
     bias = None if key_bias is None else key_bias[:, None, None, :]
     with full_precision(query):
         logits = _logits(query, key, bias, attention.scaling)  # (B, H, T, T)
-        weights = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp() * mask[:, None, None, :]
+        highest = logits.detach().masked_fill((mask <= 0.5)[:, None, None, :], -torch.inf).amax(dim=-1, keepdim=True)
+        weights = (logits - highest).clamp(max=30).exp() * mask[:, None, None, :]  # of the dead, one may be far above
         weights = weights / weights.sum(dim=-1, keepdim=True)
         live = (mask > 0.5).float()
         received = (weights.detach().mean(dim=1) * live[:, :, None]).sum(dim=1) / live.sum(dim=1, keepdim=True)
@@ -256,6 +257,7 @@ def _has_varlen_kernel(attention: Any, query: Tensor) -> bool:
         varlen_attn is not None
         and query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and attention.config._attn_implementation != "eager"
         and not (attention.training and attention.attention_dropout)
     )

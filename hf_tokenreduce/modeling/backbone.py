@@ -28,23 +28,28 @@ class TokenReduceModelOutput(BaseModelOutputWithPooling):
     """token_counts: long (B, L), the tokens that leave each layer, prefix tokens included.
     patch_map: long (B, N0), for each patch the index into `last_hidden_state` of the token that holds it, -1 if it
         was dropped. Only with `output_patch_map=True`.
+    patch_weights: float32 (B, M, N0), instead of `patch_map` where tokens are mixtures of patches (SiT): what each
+        patch weighs in each of the last patch tokens.
     auxiliary_loss: what a method adds to the task's loss in training, if it does.
     """
 
     token_counts: Tensor | None = None
     patch_map: Tensor | None = None
+    patch_weights: Tensor | None = None
     auxiliary_loss: Tensor | None = None
 
 
 @dataclass
 class TokenReduceImageClassifierOutput(ImageClassifierOutput):
-    """An `ImageClassifierOutput` with the `token_counts` and `patch_map` of `TokenReduceModelOutput`.
+    """An `ImageClassifierOutput` with `token_counts`, `patch_map` and `patch_weights` of `TokenReduceModelOutput`.
 
-    If a method adds a loss of its own in training, `loss` is the sum of `task_loss` and `auxiliary_loss`.
+    If a method adds a loss of its own in training, `loss` is the sum of `task_loss` and `auxiliary_loss`. Whoever
+    computes the task's loss outside, without `labels`, has to add `auxiliary_loss` to it.
     """
 
     token_counts: Tensor | None = None
     patch_map: Tensor | None = None
+    patch_weights: Tensor | None = None
     task_loss: Tensor | None = None
     auxiliary_loss: Tensor | None = None
 
@@ -193,7 +198,7 @@ class ReducedModel(ReducedPreTrainedModel):
         output_patch_map: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenReduceModelOutput:
-        """As the stock model's, and `output_patch_map`: return the `patch_map`."""
+        """As the stock model's, and `output_patch_map`: return the `patch_map`, or `patch_weights`."""
         images = self._checked_images(pixel_values, interpolate_pos_encoding, attention_mask)
         embedded = self.embeddings(
             images.to(self.embeddings.patch_embeddings.projection.weight.dtype),
@@ -237,6 +242,7 @@ class ReducedModel(ReducedPreTrainedModel):
             pooler_output=self.pooler(last_hidden_state) if self.pooler is not None else None,
             token_counts=torch.stack(counts, dim=1),
             patch_map=patch_map,
+            patch_weights=state.patch_weights,
             auxiliary_loss=self.layers[0].reducer.auxiliary_loss(torch.stack(kept), num_tokens) if kept else None,
         )
 
@@ -290,10 +296,13 @@ class ReducedForImageClassification(ReducedPreTrainedModel):
             **kwargs,
         )
         logits = self.classifier(outputs.last_hidden_state[:, 0])
-        loss = task_loss = auxiliary_loss = None
+        loss = task_loss = None
+        auxiliary_loss = outputs.auxiliary_loss
+        if auxiliary_loss is not None and kwargs.get("num_items_in_batch") is not None:
+            # Trainer divides nothing itself then: over accumulated batches and ranks, the parts must add up to a mean.
+            auxiliary_loss = auxiliary_loss * len(logits) / kwargs["num_items_in_batch"]
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)
-            auxiliary_loss = outputs.auxiliary_loss
             if auxiliary_loss is not None:
                 task_loss, loss = loss, loss + auxiliary_loss
         return TokenReduceImageClassifierOutput(
@@ -303,6 +312,7 @@ class ReducedForImageClassification(ReducedPreTrainedModel):
             attentions=outputs.attentions,
             token_counts=outputs.token_counts,
             patch_map=outputs.patch_map,
+            patch_weights=outputs.patch_weights,
             task_loss=task_loss,
             auxiliary_loss=auxiliary_loss,
         )

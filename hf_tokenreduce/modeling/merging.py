@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from .attention import AttentionView, full_precision
 from .hooks import Reducer
-from .tokens import TokenMap, TokenState, apply_map, follow, merge, move, sum_by_target
+from .tokens import TokenMap, TokenState, apply_map, follow, merge, move, ranks, sum_by_target
 
 
 @torch.no_grad()
@@ -114,8 +114,7 @@ def decide_by_thresholds(
     importance = torch.full_like(importance, -torch.inf).scatter_reduce(1, receiver, importance, "amax")
     stays = valid & (receiver == natural) & (importance > prune_threshold)
     if max_kept is not None:
-        order = importance.masked_fill(~stays, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        stays &= torch.empty_like(order).scatter(1, order, natural.expand_as(order)) < max_kept
+        stays &= ranks(importance.masked_fill(~stays, -torch.inf)) < max_kept
     place = torch.empty_like(sequence).scatter(1, sequence, stays.gather(1, sequence).cumsum(dim=1) - 1)
     target = torch.where(stays, place, -1).gather(1, receiver)
     return ThresholdDecision(
@@ -153,9 +152,9 @@ class LTMPReducer(Reducer):
         self.prop_attn = self.settings.merge
         self.needs_received = self.settings.prune or self.max_tokens is not None
         if self.settings.merge:
-            self.merge_threshold = nn.Parameter(torch.tensor(float(self.settings.merge_threshold)))
+            self.merge_threshold = nn.Parameter(torch.tensor([float(self.settings.merge_threshold)]))
         if self.settings.prune:
-            self.prune_threshold = nn.Parameter(torch.tensor(float(self.settings.prune_threshold)))
+            self.prune_threshold = nn.Parameter(torch.tensor([float(self.settings.prune_threshold)]))
 
     def init_weights(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):
@@ -240,7 +239,7 @@ class LTMPReducer(Reducer):
     def _step(self, scores: Tensor, threshold: Tensor) -> Tensor:
         """1 where a score is above the threshold, else 0; with the slope of a sigmoid in the threshold."""
         soft = torch.sigmoid((scores.clamp(min=-1e4) - threshold.float()) / self.settings.temperature)
-        return (scores > threshold).float() + soft - soft.detach()
+        return (scores > threshold).float() + (soft - soft.detach())  # in this order exactly 0 or 1
 
     def auxiliary_loss(self, kept: Tensor, num_tokens: int) -> Tensor:
         share = budget_share(kept, num_tokens, self.hidden_size)

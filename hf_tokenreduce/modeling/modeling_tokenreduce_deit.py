@@ -53,10 +53,11 @@ class TokenReduceDeiTForImageClassification(ReducedForImageClassification, Token
 
 @dataclass
 class TokenReduceDeiTWithTeacherOutput(DeiTForImageClassificationWithTeacherOutput):
-    """The stock output with the `token_counts` and `patch_map` of `TokenReduceModelOutput`."""
+    """The stock output with `token_counts`, `patch_map` and `patch_weights` of `TokenReduceModelOutput`."""
 
     token_counts: Tensor | None = None
     patch_map: Tensor | None = None
+    patch_weights: Tensor | None = None
 
 
 class TokenReduceDeiTForImageClassificationWithTeacher(ReducedPreTrainedModel, TokenReduceDeiTPreTrainedModel):
@@ -102,6 +103,7 @@ class TokenReduceDeiTForImageClassificationWithTeacher(ReducedPreTrainedModel, T
             attentions=outputs.attentions,
             token_counts=outputs.token_counts,
             patch_map=outputs.patch_map,
+            patch_weights=outputs.patch_weights,
         )
 
 

@@ -4,15 +4,14 @@
 B images · N patch tokens
 """
 
-import math
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .attention import AttentionView
 from .hooks import Reducer
-from .tokens import TokenMap, TokenState, apply_map
+from .multiply_adds import rounded_up_share
+from .tokens import TokenMap, TokenState, apply_map, ranks
 
 
 def keep_best(scores: Tensor, count: int, fuse: bool = False) -> TokenMap:
@@ -20,17 +19,11 @@ def keep_best(scores: Tensor, count: int, fuse: bool = False) -> TokenMap:
 
     With `fuse` the others become one more token, the last: their sum, each weighted by its score.
     """
-    best_first = scores.detach().argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(best_first).scatter(1, best_first, _ranks(best_first))
+    rank = ranks(scores.detach())
     kept = rank < count
     if not fuse:
         return TokenMap(torch.where(kept, rank, -1), count)
     return TokenMap(rank.clamp(max=count), count + 1, torch.where(kept, 1.0, scores))
-
-
-def rounded_up_share(rate: float, count: int) -> int:
-    """ceil(rate * count), at least 1, blind to the last digits of a float: 0.55 of 100 tokens are 55, not 56."""
-    return max(1, math.ceil(rate * count - 1e-5))
 
 
 class TopKReducer(Reducer):
@@ -56,7 +49,3 @@ class EViTReducer(TopKReducer):
     def __init__(self, config: PreTrainedConfig, layer: int):
         super().__init__(config, layer)
         self.fuse = config.reduction.fuse
-
-
-def _ranks(index: Tensor) -> Tensor:
-    return torch.arange(index.shape[1], device=index.device).expand_as(index)

@@ -3,15 +3,21 @@
 
 from transformers import PreTrainedConfig
 
+from .clustering import BATReducer
+from .filtering import DLViTReducer
 from .hooks import Reducer
 from .merging import LTMPReducer, ToMeReducer
 from .pruning import EViTReducer, TopKReducer
 from .sampling import ATSReducer
+from .slimming import SiTReducer
 
 
 REDUCERS: dict[str, type[Reducer]] = {
     "ats": ATSReducer,
+    "bat": BATReducer,
+    "dlvit": DLViTReducer,
     "ltmp": LTMPReducer,
+    "sit": SiTReducer,
     "tome": ToMeReducer,
     "evit": EViTReducer,
     "topk": TopKReducer,

@@ -43,6 +43,7 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
     tiny = torch.finfo(torch.float32).tiny
     scores = scores / scores.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True).clamp(min=tiny)
     sums = scores.gather(1, order).masked_fill(~real, 0.0).cumsum(dim=1)
+    sums = sums.cummax(dim=1).values  # summed in parallel, one may be a rounding below the one before
     lowest = sums[:, :1]
     sums = (sums - lowest) / (sums.gather(1, (counts - 1).clamp(min=0)) - lowest).clamp(min=tiny)
     sums = sums.masked_fill(~real, torch.inf)

@@ -27,6 +27,8 @@ class TokenState(NamedTuple):
     num_prefix_tokens: P
     num_patches: N0
     lengths: the tokens of each image, prefix included, if packed; None if even
+    patch_weights: (B, N, N0) float32, instead of `patch_map` once tokens are mixtures: what each patch weighs in each
+        patch token.
     mask, rank: only while thresholds are learned (then nothing is removed). (B, N) each: 1 for a live token and 0 for
         one that would be gone, differentiable; and the place a live token would have among the patch tokens.
     """
@@ -39,6 +41,7 @@ class TokenState(NamedTuple):
     lengths: tuple[int, ...] | None = None
     mask: Tensor | None = None
     rank: Tensor | None = None
+    patch_weights: Tensor | None = None
 
     @property
     def num_patch_tokens(self) -> int:
@@ -116,6 +119,23 @@ def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
     )
 
 
+def mix(state: TokenState, weights: Tensor) -> TokenState:
+    """Every output patch token is a mixture of all of its image: weights (B, N, M), even layout only."""
+    prefix = state.num_prefix_tokens
+    patches = state.hidden_states[:, prefix:]
+    mixtures = weights.transpose(1, 2).to(patches.dtype) @ patches
+    patch_weights = state.patch_weights
+    if patch_weights is not None:
+        patch_weights = weights.detach().transpose(1, 2) @ patch_weights
+    elif state.patch_map is not None:  # nothing has moved yet: every token is one patch
+        patch_weights = weights.detach().transpose(1, 2)
+    return state._replace(
+        hidden_states=torch.cat([state.hidden_states[:, :prefix], mixtures.to(patches.dtype)], dim=1),
+        patch_map=None,
+        patch_weights=patch_weights,
+    )
+
+
 def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tuple[int, ...] | None = None) -> Tensor:
     """Apply a map to one row per token, even or packed by `lengths`: (B, P + N, D) -> (B, P + M, D), or packed.
 
@@ -169,6 +189,12 @@ def sum_by_target(values: Tensor, target: Tensor, num_tokens: int) -> Tensor:
     """(B, N) -> (B, M), the sum over the tokens that go into each output token."""
     sums = values.new_zeros(target.shape[0], num_tokens + 1)
     return sums.scatter_add(1, torch.where(target < 0, num_tokens, target), values)[:, :-1]
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """(B, N) -> (B, N) long, each token's place if the highest score came first; of equals the earlier does."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return torch.empty_like(order).scatter(1, order, _positions(order, order.shape[1]))
 
 
 def _widest(num_tokens: int | tuple[int, ...]) -> int:

@@ -1,0 +1,116 @@
+# Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
+"""Multiply-adds, which is what papers call FLOPs, by arithmetic: nothing runs here.
+
+Counted are the products of the encoder's layers, linear and in attention, and those of the method itself. Not counted
+are norms, activations, embedding and head.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+
+def multiply_adds(config: PreTrainedConfig, token_counts: Tensor, num_tokens: int, reduction: Any = None) -> Tensor:
+    """Multiply-adds of the encoder for each image: (B,) float64.
+
+    token_counts: long (B, L), the tokens that leave each layer, as a reduced model returns them
+    num_tokens: tokens that enter the model, prefix tokens included
+    reduction: the method configuration that left these counts. None: a dense model.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    leaving = token_counts.double()
+    entering = leaving.roll(1, dims=1)
+    entering[:, 0] = num_tokens
+    own = torch.zeros(len(leaving), dtype=torch.float64, device=leaving.device)
+    if reduction is not None:
+        for layer, counts in enumerate((entering - num_prefix_tokens(config)).unbind(dim=1)):
+            different, which = counts.unique(return_inverse=True)
+            costs = [reduction.own_multiply_adds(layer, int(count), config) for count in different.tolist()]
+            own += torch.tensor(costs, dtype=torch.float64, device=own.device)[which]
+    hook = "after_attention" if reduction is None else reduction.hook
+    if hook == "before_encoder":
+        entering[:, 0] = leaving[:, 0]
+    queries = leaving if hook == "select_queries" else entering
+    through_mlp = entering if hook == "after_layer" else leaving
+    attention = 2 * (entering + queries) * width**2 + 2 * queries * entering * width
+    return own + (attention + 2 * through_mlp * width * inner).sum(dim=1)
+
+
+def even_counts(reduction: Any, config: PreTrainedConfig) -> list[int]:
+    """The tokens that leave each layer, prefix included, by a method that keeps the same number of every image."""
+    count, counts = num_patches(config), []
+    for layer in range(config.num_hidden_layers):
+        count = reduction.leaving(layer, count, config)
+        counts.append(num_prefix_tokens(config) + count)
+    return counts
+
+
+def even_share(reduction: Any, config: PreTrainedConfig) -> float:
+    """The share of a dense model's multiply-adds that such a method keeps."""
+    num_tokens = num_patches(config) + num_prefix_tokens(config)
+    counts = torch.tensor([even_counts(reduction, config), [num_tokens] * config.num_hidden_layers])
+    reduced = multiply_adds(config, counts[:1], num_tokens, reduction)
+    return (reduced / multiply_adds(config, counts[1:], num_tokens)).item()
+
+
+def largest_within(share: float, most: int, share_at: Callable[[int], float]) -> int:
+    """The largest of 0, ..., most whose share, which grows with it, is at most `share`."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share is that of the multiply-adds to keep, above 0 and at most 1, got {share!r}.")
+    if share_at(most) <= share:
+        return most
+    least = share_at(0)
+    if least > share:
+        raise ValueError(
+            f"share={share} cannot be reached: the strongest setting keeps {least:.3f} of the multiply-adds. Give a "
+            "higher share, or let more and earlier layers reduce."
+        )
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if share_at(middle) <= share else (low, middle)
+    return low
+
+
+def num_patches(config: PreTrainedConfig) -> int:
+    height, width = patch_grid(config)
+    return height * width
+
+
+def patch_grid(config: PreTrainedConfig) -> tuple[int, int]:
+    height, width = _both(config.image_size)
+    patch_height, patch_width = _both(config.patch_size)
+    return height // patch_height, width // patch_width
+
+
+def num_prefix_tokens(config: PreTrainedConfig) -> int:
+    """Of a reduced configuration, which knows, or a stock one."""
+    return getattr(config, "num_prefix_tokens", 2 if config.model_type == "deit" else 1)
+
+
+def class_attention_cost(count: int, config: PreTrainedConfig) -> int:
+    """Of the class token's query, and its products with the keys of `count` patch tokens and the prefix."""
+    return (config.hidden_size + count + num_prefix_tokens(config)) * config.hidden_size
+
+
+def similarity_cost(count: int, config: PreTrainedConfig) -> int:
+    """Of the products between the keys, averaged over heads, of one half of the tokens and the other."""
+    return (count // 2) * (count - count // 2) * (config.hidden_size // config.num_attention_heads)
+
+
+def rounded_up_share(rate: float, count: int) -> int:
+    """ceil(rate * count), at least 1, blind to the last digits of a float: 0.55 of 100 tokens are 55, not 56."""
+    return max(1, math.ceil(rate * count - 1e-5))
+
+
+def rounded_half_up(value: float) -> int:
+    """The nearest integer, as blind: 0.15 * 10 becomes 2."""
+    return math.floor(value + 0.5 + 1e-5)
+
+
+def _both(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

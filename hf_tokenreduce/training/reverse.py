@@ -1,0 +1,48 @@
+"""The way back from SiT's slim tokens to all tokens, which its distillation needs. No published model contains it."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+
+class ReverseSlimming(nn.Module):
+    """K slim tokens -> N tokens to compare with a teacher's: (B, K, D) -> (B, N, D).
+
+    One network mixes along the tokens, K -> 4N -> N, without a shortcut; one along the features, D -> 4D -> D, with.
+    """
+
+    def __init__(self, num_slim: int, num_tokens: int, hidden_size: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.token_fc1 = nn.Linear(num_slim, 4 * num_tokens)
+        self.token_fc2 = nn.Linear(4 * num_tokens, num_tokens)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.feature_fc1 = nn.Linear(hidden_size, 4 * hidden_size)
+        self.feature_fc2 = nn.Linear(4 * hidden_size, hidden_size)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, slim: Tensor) -> Tensor:
+        along_tokens = self.norm1(slim).transpose(1, 2)
+        tokens = self.token_fc2(F.gelu(self.token_fc1(along_tokens))).transpose(1, 2)
+        return tokens + self.feature_fc2(F.gelu(self.feature_fc1(self.norm2(tokens))))
+
+
+def reverse_modules(model: PreTrainedModel) -> nn.ModuleDict:
+    """A `ReverseSlimming` for every layer of a SiT model from the first that slims on, by the layer's index."""
+    config = model.config
+    reduction = getattr(config, "reduction", None)
+    if reduction is None or reduction.method != "sit":
+        raise ValueError(
+            f"This {type(model).__name__} slims nothing, so there is no way back to learn. Reduce it first: "
+            "reduce_tokens(model, SiTConfig())."
+        )
+    num_tokens = model.base_model.embeddings.patch_embeddings.num_patches
+    slim, modules = num_tokens, nn.ModuleDict()
+    for layer in range(config.num_hidden_layers):
+        slim = reduction.leaving(layer, slim, config)
+        if slim < num_tokens:
+            modules[str(layer)] = ReverseSlimming(slim, num_tokens, config.hidden_size)
+    return modules.to(model.device)

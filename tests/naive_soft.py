@@ -1,0 +1,122 @@
+"""A slow, plain rewrite of SiT's token slimming and of DL-ViT's filter for one image; see naive.py.
+
+SiT turns N patch tokens into k weighted means of all of them, so no patch is held by one token: a matrix says how much
+each patch weighs in each token. DL-ViT drops patch tokens once, before the first layer.
+"""
+
+import math
+from fractions import Fraction
+
+import torch
+from naive import NaiveResult, attend, classify, wide
+from naive_adaptive import in_float32
+from torch import nn
+from torch.nn import functional as F
+
+
+Weights = dict[str, torch.Tensor]
+
+
+def naive_sit(
+    model: nn.Module, image: torch.Tensor, reduction: dict, modules: dict[int, Weights]
+) -> tuple[NaiveResult, torch.Tensor]:
+    """Runs a stock ViT or DeiT on one image (C, H, W), slimming the tokens that leave the layers told.
+
+    Also returns the matrix (last patch tokens, patches) of what each patch weighs in each token; a row sums to one.
+    """
+    if reduction["method"] != "sit":
+        raise ValueError(f"unknown method {reduction['method']!r}")
+    x, prefix = embed(model, image)
+    body = model.base_model
+    patch_weights = torch.eye(len(x) - prefix, dtype=wide(x).dtype, device=x.device)
+
+    token_counts, hidden_states = [], []
+    for index, layer in enumerate(body.layers):
+        x = plain_layer(layer, x)
+        if index in reduction["layers"] and index in modules:
+            patches = wide(x[prefix:])
+            mixing = mixing_matrix(patches, modules[index])
+            x = torch.cat([x[:prefix], (mixing @ patches).to(x.dtype)])
+            patch_weights = mixing @ patch_weights
+        token_counts.append(len(x))
+        hidden_states.append(x)
+    logits = classify(model, body.layernorm(x))
+    return NaiveResult(logits, token_counts, [], [], hidden_states), patch_weights
+
+
+def mixing_matrix(patches: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """How much each of the N tokens weighs in each of the k new ones: (k, N), every row sums to one."""
+    scores = weights["scale"].to(patches.dtype) * two_layer_mlp(patches, weights)  # (N, k)
+    columns = [torch.softmax(scores[:, new], dim=0) for new in range(scores.shape[1])]
+    return torch.stack(columns)
+
+
+def naive_dlvit(model: nn.Module, image: torch.Tensor, reduction: dict, filter_weights: Weights) -> NaiveResult:
+    """Runs a stock ViT or DeiT on one image (C, H, W), on the patch tokens alone that the filter lets through."""
+    if reduction["method"] != "dlvit":
+        raise ValueError(f"unknown method {reduction['method']!r}")
+    x, prefix = embed(model, image)
+    body = model.base_model
+    num_patches = len(x) - prefix
+
+    kept = passing_patches(filter_logits(x[prefix:], filter_weights), reduction, prefix)
+    x = torch.stack([x[i] for i in range(prefix)] + [x[prefix + patch] for patch in kept])
+
+    token_counts, hidden_states = [], []
+    for layer in body.layers:
+        x = plain_layer(layer, x)
+        token_counts.append(len(x))
+        hidden_states.append(x)
+
+    patch_map = [-1] * num_patches
+    for position, patch in enumerate(kept, start=prefix):
+        patch_map[patch] = position
+    sizes = [[1] * len(kept) for _ in body.layers]
+    return NaiveResult(classify(model, body.layernorm(x)), token_counts, patch_map, sizes, hidden_states)
+
+
+def filter_logits(patches: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """One number per patch token, from the token and the mean of all of them; no gradient, in float32."""
+    patches = patches.detach().float()
+    mean = sum(patches) / len(patches)
+    inputs = torch.stack([torch.cat([patch, mean]) for patch in patches])
+    return two_layer_mlp(inputs, weights)[:, 0].detach()
+
+
+def passing_patches(logits: torch.Tensor, reduction: dict, prefix: int) -> list[int]:
+    """The patches that stay, in order of position; it may be none where there is a threshold or a cap."""
+    patches = range(len(logits))
+    if reduction.get("keep_rate") is not None:
+        keep = max(math.ceil(Fraction(str(reduction["keep_rate"])) * len(logits)), 1)
+        values = logits.tolist()
+        return sorted(sorted(patches, key=lambda i: (-values[i], i))[:keep])
+
+    probabilities = torch.sigmoid(logits).tolist()
+    kept = [i for i in patches if probabilities[i] > in_float32(reduction["threshold"])]
+    if reduction.get("max_tokens") is not None:
+        room = max(reduction["max_tokens"] - prefix, 0)
+        kept = sorted(sorted(kept, key=lambda i: (-probabilities[i], i))[:room])
+    return kept
+
+
+def two_layer_mlp(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """Norm, linear, exact GELU, linear, in the type of `x`."""
+    w = {name: weight.to(x.dtype) for name, weight in weights.items()}
+    normed = F.layer_norm(x, x.shape[-1:], w["norm.weight"], w["norm.bias"], eps=1e-5)
+    hidden = F.gelu(F.linear(normed, w["fc1.weight"], w["fc1.bias"]))
+    return F.linear(hidden, w["fc2.weight"], w["fc2.bias"])
+
+
+def embed(model: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The tokens that enter the first layer, and how many of them are prefix tokens."""
+    if model.training:
+        raise ValueError("the reference knows no dropout: call model.eval() first")
+    embeddings = model.base_model.embeddings
+    prefix = embeddings.position_embeddings.shape[1] - embeddings.patch_embeddings.num_patches
+    pixels = image.to(embeddings.patch_embeddings.projection.weight.dtype)
+    return embeddings(pixels[None])[0], prefix
+
+
+def plain_layer(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = x + attend(layer.attention, layer.layernorm_before(x), None)[0]
+    return x + layer.mlp(layer.layernorm_after(x))
