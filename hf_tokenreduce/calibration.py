@@ -119,7 +119,10 @@ def _fit_thresholds(
     total = multiply_adds(model.config, torch.full((1, len(reducers)), num_tokens), num_tokens)
 
     def share_when_removing(tokens: float) -> float:
-        with _before_acting(reducers, "after_attention", lambda *seen: _set_thresholds(*seen, tokens, merge_share)):
+        def fit(reducer: Any, view: Any, state: TokenState) -> None:
+            _set_thresholds(reducer, view, state, tokens, merge_share)
+
+        with _before_acting(reducers, "after_attention", fit):
             counts = model(pixels).token_counts.cpu()
         return (multiply_adds(model.config, counts, num_tokens, settings).mean() / total).item()
 

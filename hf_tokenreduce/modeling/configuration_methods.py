@@ -383,7 +383,8 @@ class DLViTConfig(ReductionConfig):
 
     def keeps(self, count: int) -> int:
         """Patch tokens that stay by `keep_rate`."""
-        return rounded_up_share(self.keep_rate, count)
+        rate: Any = self.keep_rate
+        return rounded_up_share(rate, count)
 
     def own_multiply_adds(self, layer: int, count: int, config: PreTrainedConfig) -> int:
         filters = layer == 0 and self.trained and (self.keep_rate is None or self.keeps(count) < count)
