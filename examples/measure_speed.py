@@ -3,7 +3,7 @@
     python examples/measure_speed.py --size small --batch_size 32
     python examples/measure_speed.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGES --methods ats ltmp
 
-The slice oracle is the dense model that, after each attention, simply cuts the sequence to the length the method
+The slice oracle is the dense model that, where the method acts, simply cuts the sequence to the length the method
 leaves there (the mean over the batch, where images differ): the ideal of removing tokens at no cost. "Padded" is the
 same oracle cut to the longest image of the batch, the least that an implementation with padding computes. Every repeat
 runs all models in turn; medians over repeats are compared, so that noise of the machine falls on all of them alike.
@@ -25,7 +25,18 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
-from hf_tokenreduce import ATSConfig, EViTConfig, LTMPConfig, ToMeConfig, TopKConfig, calibrate, reduce_tokens
+from hf_tokenreduce import (
+    ATSConfig,
+    BATConfig,
+    DLViTConfig,
+    EViTConfig,
+    LTMPConfig,
+    SiTConfig,
+    ToMeConfig,
+    TopKConfig,
+    calibrate,
+    reduce_tokens,
+)
 
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
@@ -33,22 +44,29 @@ METHODS = {
     "tome": ("ToMe r=13", ToMeConfig(r=13)),
     "evit": ("EViT 0.7", EViTConfig(keep_rate=0.7)),
     "topk": ("Top-K 0.7", TopKConfig(keep_rate=0.7)),
+    "bat": ("BAT 0.7", BATConfig(keep_rate=0.7)),
+    "sit": ("SiT 0.5", SiTConfig()),
+    "dlvit": ("DL-ViT, share 0.5", DLViTConfig(keep_rate=0.5, trained=True)),
     "ats": ("ATS, all tokens as budget", ATSConfig()),
     "ltmp": ("LTMP calibrated to 0.65", LTMPConfig()),
 }
 
 
 class SliceOracle(torch.nn.Module):
-    def __init__(self, stock: ViTForImageClassification, counts: list[int]):
+    def __init__(self, stock: ViTForImageClassification, counts: list[int], hook: str):
         super().__init__()
-        self.stock, self.counts = stock, counts
+        self.stock, self.counts, self.hook = stock, counts, hook
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         vit = self.stock.vit
         hidden = vit.embeddings(pixel_values)
+        if self.hook == "before_encoder":
+            hidden = hidden[:, : self.counts[0]]
         for layer, count in zip(vit.layers, self.counts, strict=True):
-            hidden = (hidden + layer.attention(layer.layernorm_before(hidden))[0])[:, :count]
-            hidden = hidden + layer.mlp(layer.layernorm_after(hidden))
+            hidden = hidden + layer.attention(layer.layernorm_before(hidden))[0]
+            if self.hook != "after_layer":
+                hidden = hidden[:, :count]
+            hidden = (hidden + layer.mlp(layer.layernorm_after(hidden)))[:, :count]
         return self.stock.classifier(vit.layernorm(hidden)[:, 0])
 
 
@@ -114,9 +132,10 @@ def main():
         with torch.inference_mode():
             counts[name] = models[name](images).token_counts
         mean, longest = counts[name].float().mean(dim=0).round().long().tolist(), counts[name].amax(dim=0).tolist()
-        models[f"{name} oracle"] = SliceOracle(dense, mean)
+        hook = METHODS[name][1].hook
+        models[f"{name} oracle"] = SliceOracle(dense, mean, hook)
         if longest != mean:
-            models[f"{name} padded"] = SliceOracle(dense, longest)
+            models[f"{name} padded"] = SliceOracle(dense, longest, hook)
 
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
