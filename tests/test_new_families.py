@@ -121,7 +121,8 @@ def test_half_a_model_can_be_calibrated():
 
 def test_slimming_refuses_images_with_fewer_patches_than_it_leaves():
     model = reduce_tokens(tiny_model(), SiTConfig(layers=(1,)))
-    assert model(torch.randn(1, 3, 40, 40), interpolate_pos_encoding=True).token_counts[0].tolist() == [101, 33, 33, 33]
+    output = model(torch.randn(1, 3, 40, 40), interpolate_pos_encoding=True)
+    assert output.token_counts[0].tolist() == [101, 33, 33, 33]
     with pytest.raises(ValueError, match=r"16 patch tokens cannot be slimmed to 32"):
         model(torch.randn(1, 3, 16, 16), interpolate_pos_encoding=True)
 

@@ -28,8 +28,11 @@ from transformers_tests.test_pipeline_mixin import PipelineTesterMixin
 
 from hf_tokenreduce import (
     ATSConfig,
+    BATConfig,
+    DLViTConfig,
     EViTConfig,
     LTMPConfig,
+    SiTConfig,
     TokenReduceDeiTConfig,
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,
@@ -92,6 +95,9 @@ OVERRIDDEN = {
 
 TOME = ToMeConfig(r=2)
 EVIT = EViTConfig(keep_rate=0.5, layers=(0, 1))
+BAT = BATConfig(keep_rate=0.6, layers=(1,))
+SIT = SiTConfig(layers=(0,))
+DLVIT = DLViTConfig(keep_rate=0.6, trained=True)
 ATS = ATSConfig(layers=(1,), max_tokens=10)
 LTMP = LTMPConfig(merge_threshold=0.5, prune_threshold=0.055)
 
@@ -121,7 +127,10 @@ class ModelTester:
     def __init__(self, config_class, reduction):
         self.config_class = config_class
         self.reduction = reduction
-        self.seq_length = self.mask_length + config_class.num_prefix_tokens
+        self.num_tokens = self.mask_length + config_class.num_prefix_tokens
+        self.seq_length = self.num_tokens  # that enter the first layer
+        if reduction.hook == "before_encoder":
+            self.seq_length = reduction.keeps(self.mask_length) + config_class.num_prefix_tokens
 
     def get_config(self):
         sizes = ("hidden_size", "image_size", "num_attention_heads", "num_hidden_layers", "patch_size")
@@ -157,7 +166,7 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
             model = model_class(config).to(torch_device).eval()
             with torch.no_grad():
                 outputs = model(**self._prepare_for_class(inputs, model_class), **settings)
-            self.assertTrue((outputs.token_counts[:, -1] < self.model_tester.seq_length).all())
+            self.assertTrue((outputs.token_counts[:, -1] < self.model_tester.num_tokens).all())
             # Tokens that enter each layer, and then those that leave the last; of the longest image where they differ.
             yield outputs, [self.model_tester.seq_length, *outputs.token_counts.amax(dim=0).tolist()]
 
@@ -297,6 +306,18 @@ class TestViTEViT(ViTTests, unittest.TestCase):
     reduction = EVIT
 
 
+class TestViTBAT(ViTTests, unittest.TestCase):
+    reduction = BAT
+
+
+class TestViTSiT(ViTTests, unittest.TestCase):
+    reduction = SIT
+
+
+class TestViTDLViT(ViTTests, unittest.TestCase):
+    reduction = DLVIT
+
+
 class TestViTATS(ViTTests, unittest.TestCase):
     reduction = ATS
 
@@ -311,6 +332,14 @@ class TestDeiTToMe(DeiTTests, unittest.TestCase):
 
 class TestDeiTEViT(DeiTTests, unittest.TestCase):
     reduction = EVIT
+
+
+class TestDeiTSiT(DeiTTests, unittest.TestCase):
+    reduction = SIT
+
+
+class TestDeiTLTMP(DeiTTests, unittest.TestCase):
+    reduction = LTMP
 
 
 def test_lists_are_current():
