@@ -14,12 +14,25 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
-from hf_tokenreduce import ATSConfig, EViTConfig, LTMPConfig, ToMeConfig, calibrate, reduce_tokens
+from hf_tokenreduce import (
+    ATSConfig,
+    BATConfig,
+    DLViTConfig,
+    EViTConfig,
+    LTMPConfig,
+    SiTConfig,
+    ToMeConfig,
+    calibrate,
+    reduce_tokens,
+)
 
 
 SETTINGS = {
     "ToMe r=13": ToMeConfig(r=13),
     "EViT 0.7": EViTConfig(keep_rate=0.7),
+    "BAT 0.7": BATConfig(keep_rate=0.7),
+    "SiT 0.5": SiTConfig(),
+    "DL-ViT, random filter": DLViTConfig(trained=True),
     "ATS": ATSConfig(),
     "ATS per head, 100 tokens": ATSConfig(score="per_head", num_tokens=100),
     "LTMP at 0.65": LTMPConfig(),
@@ -53,12 +66,17 @@ def main():
             shuffled = model(images[:7][order], output_patch_map=True)
             alone = [model(image[None], output_patch_map=True) for image in images[:7]]
             masked = model.train()(images[:7]).logits if setting.method == "ltmp" else None
-        patch_maps = torch.cat([output.patch_map for output in alone])
-        same = torch.equal(patch_maps, batch.patch_map) and torch.equal(shuffled.patch_map, batch.patch_map[order])
+        one_by_one = torch.cat([kept(output) for output in alone])
+        same = torch.equal(one_by_one, kept(batch)) and torch.equal(kept(shuffled), kept(batch)[order])
         by_itself = (torch.cat([output.logits for output in alone]) - batch.logits).abs().max()
         reordered = (shuffled.logits - batch.logits[order]).abs().max()
         trained = "" if masked is None else f"{(masked - batch.logits).abs().max():.1e}"
         print(f"| {name} | {by_itself:.1e} | {reordered:.1e} | {'yes' if same else 'no'} | {trained} |", flush=True)
+
+
+def kept(output) -> torch.Tensor:
+    """Where each patch went; of mixtures (SiT), how many there are."""
+    return output.token_counts if output.patch_map is None else output.patch_map
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Reduce a ViT by the even methods, see what that saves, and load the results where this package is not installed.
+"""Reduce a ViT by every method that runs untrained, see what that saves, and load the results without this package.
 
     python examples/quickstart.py --output_dir demo
-    python examples/quickstart.py --output_dir demo --model_name_or_path facebook/deit-small-patch16-224
+    python examples/quickstart.py --output_dir demo --model_name_or_path facebook/deit-small-patch16-224 --share 0.5
 
-Without a model it takes one of DeiT-Tiny's size with random weights, and needs no network. A minute on two cores.
+Every method is set to keep a share of the multiply-adds (ATS has no such setting: what it keeps is up to the image).
+Without a model it takes one of DeiT-Tiny's size with random weights, and needs no network. Two minutes on two cores.
 """
 
 import argparse
@@ -19,10 +20,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
-from hf_tokenreduce import EViTConfig, ToMeConfig, TopKConfig, reduce_tokens
+from hf_tokenreduce import (
+    ATSConfig,
+    BATConfig,
+    EViTConfig,
+    LTMPConfig,
+    SiTConfig,
+    ToMeConfig,
+    TopKConfig,
+    calibrate,
+    reduce_tokens,
+)
 
 
-REDUCTIONS = [ToMeConfig(r=8), ToMeConfig(r=13), EViTConfig(keep_rate=0.7), TopKConfig(keep_rate=0.7)]
+EVEN = (ToMeConfig, TopKConfig, EViTConfig, BATConfig, SiTConfig)
 
 # Runs in another process, in which `import hf_tokenreduce` fails: the code comes from the saved folder.
 LOAD = """
@@ -44,6 +55,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--model_name_or_path")
     parser.add_argument("--model_revision", default="main")
+    parser.add_argument("--share", type=float, default=0.65, help="of the multiply-adds to keep")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -57,7 +69,10 @@ def main():
     size = dense.config.image_size
     images = torch.randn(args.batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
     models = {"dense": dense.eval()}
-    models |= {json.dumps(setting.to_dict()): reduce_tokens(dense, setting) for setting in REDUCTIONS}
+    reductions = [config_class.for_budget(dense.config, args.share) for config_class in EVEN]
+    reductions += [ATSConfig(), LTMPConfig()]
+    models |= {json.dumps(setting.to_dict()): reduce_tokens(dense, setting) for setting in reductions}
+    calibrate(list(models.values())[-1], images, args.share)
 
     print(f"timing {len(models)} models, {args.repeats} times each, side by side ...", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -75,19 +90,19 @@ def main():
     save_file({"images": images}, args.output_dir / "images.safetensors")
     folders = []
     for number, name in enumerate(list(models)[1:]):
-        folders.append(args.output_dir / f"{number}-{REDUCTIONS[number].method}")
+        folders.append(args.output_dir / f"{number}-{reductions[number].method}")
         models[name].save_pretrained(folders[-1])
     command = [sys.executable, "-c", LOAD, args.output_dir / "images.safetensors", *folders]
     subprocess.run([str(part) for part in command], check=True, stderr=subprocess.DEVNULL)
 
-    print("\n| reduction | tokens leaving the layers | speed-up | logits of the fresh process differ by |")
+    print("\n| reduction | tokens leaving the layers, mean | speed-up | logits of the fresh process differ by |")
     print("|---|---|---|---|")
     for name, folder in zip(list(models)[1:], folders, strict=True):
         speedup = statistics.median(seconds["dense"]) / statistics.median(seconds[name])
         loaded = load_file(folder / "logits.safetensors")["logits"]
         (folder / "logits.safetensors").unlink()
         difference = (loaded - outputs[name].logits).abs().max()
-        counts = " ".join(str(count) for count in outputs[name].token_counts[0].tolist())
+        counts = " ".join(f"{count:.0f}" for count in outputs[name].token_counts.float().mean(dim=0).tolist())
         print(f"| {name} | {counts} | {speedup:.2f} | {difference:.1e} |")
         if difference > 1e-4:
             raise SystemExit(f"{folder} computes something else than the model that was saved there.")

@@ -23,9 +23,9 @@ def main():
     add_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--keep_rates", type=float, nargs="+", default=[0.7, 0.5, 0.3])
-    parser.add_argument("--cluster_shares", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.4, 0.6])
-    parser.add_argument("--fuse_shares", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6])
-    parser.add_argument("--prop_attn", action="store_true")
+    parser.add_argument("--cluster_shares", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3, 0.4, 0.6])
+    parser.add_argument("--fuse_shares", type=float, nargs="+", default=[0.0, 0.2, 0.5, 0.8])
+    parser.add_argument("--no_prop_attn", action="store_true")
     args = parser.parse_args()
     logging.disable_progress_bar()
 
@@ -36,9 +36,9 @@ def main():
         for clusters in args.cluster_shares:
             for fused in args.fuse_shares:
                 settings[rate, clusters, fused] = BATConfig(
-                    keep_rate=rate, cluster_share=clusters, fuse_share=fused, prop_attn=args.prop_attn
+                    keep_rate=rate, cluster_share=clusters, fuse_share=fused, prop_attn=not args.no_prop_attn
                 )
-    name = Path(args.model_name_or_path).name + ("_prop_attn" if args.prop_attn else "")
+    name = Path(args.model_name_or_path).name + ("_no_prop_attn" if args.no_prop_attn else "")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     record = args.output_dir / f"bat_sweep_{name}.jsonl"
     done = dict(json.loads(line) for line in record.read_text().splitlines()) if record.is_file() else {}

@@ -44,7 +44,7 @@ def test_quickstart(tmp_path, model_and_images):
     done = run("quickstart.py", "--output_dir", tmp_path / "demo", "--model_name_or_path", model, check=False)
     assert done.returncode != 0 and "there is no layer 6 in a model of 4 layers" in done.stderr
     printed = run("quickstart.py", "--output_dir", tmp_path / "demo", "--batch_size", 2, "--repeats", 1)
-    assert printed.count("e+00 |") == 4
+    assert printed.count("e+00 |") == 7
     assert (tmp_path / "demo" / "0-tome" / "modeling_tokenreduce_vit.py").is_file()
 
 
@@ -60,11 +60,51 @@ def test_measure_accuracy(model_and_images):
     assert abs(float(rows[2][2]) - 0.8) < 0.05
 
 
+def test_every_method_at_one_share(tmp_path, model_and_images):
+    _, images = model_and_images
+    deep = tiny_model(num_hidden_layers=12)
+    deep.config.label2id = {"cat": 0, "dog": 1}
+    deep.save_pretrained(tmp_path / "deep")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
+    printed = run("measure_accuracy.py", "--model_name_or_path", tmp_path / "deep", "--data_dir", images, "--share", 0.65)
+    rows = [line.split("|")[1:5] for line in printed.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 8
+    assert all(abs(float(row[2]) - 0.65) < 0.05 for row in rows[1:] if "ats" not in row[0])
+
+
+def test_sweep_of_bat_goes_on_where_it_was(tmp_path, model_and_images):
+    _, images = model_and_images
+    deep = tiny_model(num_hidden_layers=12)
+    deep.config.label2id = {"cat": 0, "dog": 1}
+    deep.save_pretrained(tmp_path / "deep")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
+    arguments = ["--model_name_or_path", tmp_path / "deep", "--data_dir", images, "--output_dir", tmp_path / "sweep"]
+    arguments += ["--keep_rates", 0.5, "--cluster_shares", 0.2, 0.4, "--fuse_shares", 0.5]
+    assert "4 of 4" in run("sweep_bat.py", *arguments)
+    record = tmp_path / "sweep" / "bat_sweep_deep.jsonl"
+    lines = record.read_text().splitlines()
+    record.write_text("\n".join(lines[:3]) + "\n")
+    again = run("sweep_bat.py", *arguments)
+    assert "4 of 4" in again and "3 of 4" not in again
+    assert record.read_text().splitlines() == lines
+    assert "| 0.4 |" in (tmp_path / "sweep" / "bat_sweep_deep.md").read_text()
+
+
+def test_starts_of_sit(model_and_images):
+    model, images = model_and_images
+    folders = ["--train_dir", images / "validation", "--validation_dir", images / "validation"]
+    settings = ["--steps", 2, "--eval_steps", 1, "--batch_size", 4, "--layers", 1, 2]
+    printed = run("compare_sit_starts.py", "--model_name_or_path", model, *folders, *settings)
+    assert [line.count("|") for line in printed.splitlines()] == [5, 5, 5, 5]
+
+
 def test_measure_speed(tmp_path):
+    methods = ["tome", "sit", "dlvit", "bat"]
     printed = run(
-        "measure_speed.py", "--size", "tiny", "--batch_size", 1, "--repeats", 1, "--json", tmp_path / "r.json"
+        "measure_speed.py", "--size", "tiny", "--batch_size", 1, "--repeats", 1, "--json", tmp_path / "r.json",
+        "--methods", *methods,
     )
-    assert printed.count("| ToMe r=13 |") == 1
+    assert printed.count("| ToMe r=13 |") == 1 and printed.count("| DL-ViT, share 0.5 | 99 |") == 1
     assert (tmp_path / "r.json").is_file()
 
 
@@ -73,4 +113,4 @@ def test_measure_differences(tmp_path, model_and_images):
     tiny_model(num_hidden_layers=12).save_pretrained(tmp_path / "deep")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
     printed = run("measure_differences.py", "--model_name_or_path", tmp_path / "deep", "--data_dir", images)
-    assert printed.count("| yes |") == 7
+    assert printed.count("| yes |") == 10

@@ -1,0 +1,84 @@
+"""What a calibrated start is worth to SiT: the same short training from random and from calibrated slimming networks.
+
+    python examples/compare_sit_starts.py --model_name_or_path FOLDER_OR_HUB_ID \
+        --train_dir IMAGES --validation_dir IMAGES
+
+Both starts see the same batches in the same order, with plain cross-entropy; images are only resized. Prints top-1 on
+the validation images as training goes on. 60 steps of 32 images take two minutes per start with a tiny model on two
+cores.
+"""
+
+import argparse
+
+import torch
+from datasets import load_dataset
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+from transformers.utils import logging
+
+from hf_tokenreduce import SiTConfig, calibrate, reduce_tokens
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--model_revision", default="main")
+    parser.add_argument("--train_dir", required=True)
+    parser.add_argument("--validation_dir", required=True)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--eval_steps", type=int, default=30)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 8, 9])
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+    train = load_dataset("imagefolder", data_dir=args.train_dir, split="train")
+    validation = load_dataset("imagefolder", data_dir=args.validation_dir, split="train")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    order = order.repeat(-(-args.steps * args.batch_size // len(order)))
+    names = train.features["label"].names
+
+    print("| start | " + " | ".join(f"step {step}" for step in range(0, args.steps + 1, args.eval_steps)) + " |")
+    print("|---" * (2 + args.steps // args.eval_steps) + "|")
+    for start in ("random", "calibrated"):
+        set_seed(0)
+        model = AutoModelForImageClassification.from_pretrained(
+            args.model_name_or_path,
+            revision=args.model_revision,
+            num_labels=len(names),
+            ignore_mismatched_sizes=True,
+        )
+        model = reduce_tokens(model, SiTConfig(layers=args.layers))
+        if start == "calibrated":
+            photos = train.select(order[:100].unique().tolist())["image"]
+            calibrate(model, torch.cat([pixels(processor, [photo]) for photo in photos]))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
+        row = [top1(model, processor, validation)]
+        for step, rows in enumerate(order[: args.steps * args.batch_size].split(args.batch_size), start=1):
+            batch = train[rows.tolist()]
+            loss = model.train()(pixels(processor, batch["image"]), labels=torch.tensor(batch["label"])).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % args.eval_steps == 0:
+                row.append(top1(model, processor, validation))
+        print(f"| {start} | " + " | ".join(f"{value:.1f}" for value in row) + " |", flush=True)
+
+
+def pixels(processor, photos) -> torch.Tensor:
+    return processor([photo.convert("RGB") for photo in photos], return_tensors="pt").pixel_values
+
+
+@torch.inference_mode()
+def top1(model, processor, images) -> float:
+    correct = 0
+    for first in range(0, len(images), 50):
+        batch = images[first : first + 50]
+        predictions = model.eval()(pixels(processor, batch["image"])).logits.argmax(dim=-1)
+        correct += (predictions == torch.tensor(batch["label"])).sum().item()
+    return 100 * correct / len(images)
+
+
+if __name__ == "__main__":
+    main()
