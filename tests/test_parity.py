@@ -9,7 +9,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_tokenreduce import ATSConfig, EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.modeling.tokens import TokenState, mix, pad
-from hf_tokenreduce.training import ReverseSlimming
+from hf_tokenreduce.training import ReverseSlimming, distillation_loss, token_loss
 
 
 FOLDER = Path(__file__).parent / "parity"
@@ -202,3 +202,18 @@ def test_sit_end_to_end(stock):
     close(output.logits, numbers["e2e/logits"], 1e-5)
     assert torch.equal(output.token_counts, numbers["e2e/counts"].repeat(3, 1))
     close(output.hidden_states[-1][:, 1:], numbers["e2e/tokens_last"], 1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1, 3])
+def test_sit_distills_as_theirs(temperature):
+    numbers = load_file(FOLDER / "sit_seed1.safetensors")
+    theirs = {name: numbers[f"loss/tau{temperature}/{name}"].item() for name in ("cls", "token", "logits", "total")}
+    logits, labels = numbers["loss/student_logits"], numbers["loss/labels"]
+    parts = {
+        "cls": torch.nn.functional.cross_entropy(logits, labels),
+        "token": 2 * token_loss(numbers["loss/student_tokens"], numbers["loss/teacher_tokens"], {}),
+        "logits": 2 * distillation_loss(logits, numbers["loss/teacher_logits"], temperature),
+    }
+    for name, value in parts.items():
+        assert value.item() == pytest.approx(theirs[name], rel=1e-5)
+    assert sum(parts.values()).item() == pytest.approx(theirs["total"], rel=1e-5)

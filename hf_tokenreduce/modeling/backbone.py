@@ -31,12 +31,14 @@ class TokenReduceModelOutput(BaseModelOutputWithPooling):
     patch_weights: float32 (B, M, N0), instead of `patch_map` where tokens are mixtures of patches (SiT): what each
         patch weighs in each of the last patch tokens.
     auxiliary_loss: what a method adds to the task's loss in training, if it does.
+    kept_shares: (L,) what it was computed from: the mean share of the tokens that each layer passes on.
     """
 
     token_counts: Tensor | None = None
     patch_map: Tensor | None = None
     patch_weights: Tensor | None = None
     auxiliary_loss: Tensor | None = None
+    kept_shares: Tensor | None = None
 
 
 @dataclass
@@ -52,6 +54,7 @@ class TokenReduceImageClassifierOutput(ImageClassifierOutput):
     patch_weights: Tensor | None = None
     task_loss: Tensor | None = None
     auxiliary_loss: Tensor | None = None
+    kept_shares: Tensor | None = None
 
 
 class ReducedAttention(nn.Module):
@@ -146,13 +149,15 @@ class ReducedPreTrainedModel(nn.Module):
             raise ValueError(f"A reduced model needs at least one layer, got {config.num_hidden_layers}.")
         super().__init__(config, *inputs, **kwargs)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
+        """As the stock model's, but under the names the parameters have, not those of older versions: Trainer resumes
+        from a checkpoint without renaming."""
         if any(layer.reducer.built_for != self.config.reduction for layer in self.base_model.layers):
             raise ValueError(
                 "config.reduction is not what this model runs: it was set without set_reduction, or by another model "
                 "that shares the configuration. Call model.set_reduction(...) with the setting you want, then save."
             )
-        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
@@ -237,13 +242,15 @@ class ReducedModel(ReducedPreTrainedModel):
         if patch_map is not None:
             patch_map = torch.where(patch_map < 0, patch_map, patch_map + state.num_prefix_tokens)
         num_tokens = state.num_prefix_tokens + state.num_patches
+        kept_shares = torch.stack(kept) if kept else None
         return TokenReduceModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=self.pooler(last_hidden_state) if self.pooler is not None else None,
             token_counts=torch.stack(counts, dim=1),
             patch_map=patch_map,
             patch_weights=state.patch_weights,
-            auxiliary_loss=self.layers[0].reducer.auxiliary_loss(torch.stack(kept), num_tokens) if kept else None,
+            auxiliary_loss=self.layers[0].reducer.auxiliary_loss(kept_shares, num_tokens) if kept else None,
+            kept_shares=kept_shares,
         )
 
     def _checked_images(self, pixel_values, interpolate_pos_encoding, attention_mask) -> Tensor:
@@ -315,6 +322,7 @@ class ReducedForImageClassification(ReducedPreTrainedModel):
             patch_weights=outputs.patch_weights,
             task_loss=task_loss,
             auxiliary_loss=auxiliary_loss,
+            kept_shares=outputs.kept_shares,
         )
 
 

@@ -23,7 +23,14 @@ class TokenReduceConfigMixin(_StockConfig):
     num_prefix_tokens: ClassVar[int]
     default_auto_map: ClassVar[dict[str, str]]
     reduction: Any
-    keys_to_ignore_at_inference = ["token_counts", "patch_map", "patch_weights", "task_loss", "auxiliary_loss"]
+    keys_to_ignore_at_inference = [
+        "token_counts",
+        "patch_map",
+        "patch_weights",
+        "task_loss",
+        "auxiliary_loss",
+        "kept_shares",
+    ]
 
     def __setattr__(self, key, value):
         if key == "reduction":

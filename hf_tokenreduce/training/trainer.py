@@ -1,0 +1,286 @@
+"""`TokenReduceTrainer`: transformers' Trainer, and what it cannot do for reduced models."""
+
+import json
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainerCallback
+from transformers.utils import logging
+
+from ..convert import restore
+from ..modeling.configuration_base import KeepRateConfig
+from ..modeling.multiply_adds import multiply_adds
+from .arguments import TokenReduceTrainingArguments
+from .losses import distillation_loss, token_loss
+from .reverse import reverse_modules
+
+
+REVERSE_FILE = "reverse_slimming.safetensors"
+REVERSE = "reverse_slimming"  # where the way back hangs while it is trained, and how its keys begin
+
+logger = logging.get_logger(__name__)
+
+
+class TokenReduceTrainer(Trainer):
+    """Modifications: learning rates of their own for thresholds and SiT's way back, thresholds clamped to [0, 1] after
+    every step, a frozen teacher, warm-up of keep rates, soft targets, and each part of the loss, the tokens per layer
+    and the share of multiply-adds in the logs.
+
+    teacher_model: a model, a folder or a Hub id, if `args` gives the distillation a weight. Default: the model as it
+        is when training begins, unreduced.
+
+    Takes `TokenReduceTrainingArguments`. Labels are classes, or probabilities (B, C) as mixup gives them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TokenReduceTrainingArguments,
+        *others: Any,
+        teacher_model: PreTrainedModel | str | Path | None = None,
+        **settings: Any,
+    ):
+        if not isinstance(args, TokenReduceTrainingArguments):
+            raise ValueError(f"args must be TokenReduceTrainingArguments, got {type(args).__name__}.")
+        reduced = _reduced_model(model)
+        reduction = reduced.config.reduction
+        for name in ("train_dataset", "eval_dataset"):
+            dataset = settings.get(name)
+            if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
+                raise ValueError(f"{name} is empty. Check the folder or the split it was loaded from.")
+        if args.token_weight and (reduction is None or reduction.method != "sit"):
+            raise ValueError("token_weight is for SiT, whose tokens have a way back. Use logits_weight to distill.")
+        if args.keep_rate_warmup and not _can_warm_up(reduction):
+            raise ValueError(
+                "keep_rate_warmup is for methods whose keep_rate can change while they train (Top-K, EViT, BAT), got "
+                f"{type(reduction).__name__}. Set it to 0."
+            )
+        if args.freeze_backbone:
+            learned = [p for layer in reduced.base_model.layers for p in layer.reducer.parameters()]
+            if not learned:
+                raise ValueError(f"freeze_backbone leaves {type(reduction).__name__} nothing to learn. Unset it.")
+            model.requires_grad_(False)
+            for parameter in learned:
+                parameter.requires_grad_(True)
+        self.teacher = _teacher(reduced, args, teacher_model)
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+        super().__init__(model, args, *others, **settings)
+        self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer divides them
+        if self.teacher is not None:
+            self.teacher.to(self.args.device)
+        if reduction is not None and reduction.method == "ltmp":
+            self.add_callback(ClampThresholds(reduced))
+        if args.keep_rate_warmup:
+            self.add_callback(WarmUpKeepRate(reduced, args.keep_rate_warmup))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        reduced = _reduced_model(self.model)
+        if self.args.token_weight:
+            setattr(reduced, REVERSE, reverse_modules(reduced))
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.args.token_weight:  # the way back is no part of the model
+                delattr(reduced, REVERSE)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        rates = {
+            "merge_threshold": self.args.merge_learning_rate,
+            "prune_threshold": self.args.prune_learning_rate,
+            REVERSE: self.args.learning_rate * self.args.reverse_learning_rate_factor,
+        }
+        own: dict[str, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in (self.model if model is None else model).named_parameters():
+            for part, rate in rates.items():
+                if part in name.split(".") and rate is not None and parameter.requires_grad:
+                    own[part].append(parameter)
+        apart = {id(parameter) for parameters in own.values() for parameter in parameters}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+        for part, parameters in own.items():
+            decay = self.args.weight_decay if part == REVERSE else 0.0
+            optimizer.add_param_group({"params": parameters, "lr": rates[part], "weight_decay": decay})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        if labels is None:
+            raise ValueError("The batch has no labels. Check the data set's columns and remove_unused_columns=False.")
+        learning = model.training
+        if learning and self.args.token_weight:
+            inputs["output_hidden_states"] = True
+        outputs = model(**inputs)
+        smoothing = self.args.label_smoothing_factor if learning else 0.0
+        parts = {"task_loss": F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)}
+        if learning:
+            parts |= self._method_losses(_reduced_model(model), inputs, outputs)
+            self._record(parts, outputs.token_counts)
+        loss = torch.stack(list(parts.values())).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _method_losses(self, reduced: PreTrainedModel, inputs: dict[str, Any], outputs: Any) -> dict[str, Tensor]:
+        parts = {}
+        if outputs.kept_shares is not None:
+            # The loss is not linear in what is kept, so it must know all ranks' images; the slope is each rank's own.
+            kept = outputs.kept_shares
+            everywhere = self.accelerator.reduce(kept.detach().clone(), "mean")
+            parts["auxiliary_loss"] = reduced.base_model.layers[0].reducer.auxiliary_loss(
+                kept + (everywhere - kept.detach()), self._num_tokens(reduced)
+            )
+        if self.teacher is None:
+            return parts
+        with torch.no_grad():
+            theirs = self.teacher(inputs["pixel_values"], output_hidden_states=bool(self.args.token_weight))
+        if self.args.logits_weight:
+            distance = distillation_loss(outputs.logits, theirs.logits, self.args.distillation_temperature)
+            parts["distillation_loss"] = self.args.logits_weight * distance
+        if self.args.token_weight:
+            prefix = reduced.config.num_prefix_tokens
+            ours, their_tokens = (
+                [hidden[:, prefix:] for hidden in one.hidden_states[1:]] for one in (outputs, theirs)
+            )
+            parts["token_loss"] = self.args.token_weight * token_loss(ours, their_tokens, getattr(reduced, REVERSE))
+        return parts
+
+    def _record(self, parts: dict[str, Tensor], token_counts: Tensor) -> None:
+        reduced = _reduced_model(self.model)
+        num_tokens = self._num_tokens(reduced)
+        dense = torch.full((1, token_counts.shape[1]), num_tokens)
+        share = multiply_adds(reduced.config, token_counts.cpu(), num_tokens, reduced.config.reduction)
+        seen = {name: part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
+        seen["multiply_adds_share"] = (share / multiply_adds(reduced.config, dense, num_tokens)).mean()
+        for layer, count in enumerate(token_counts.float().mean(dim=0)):
+            seen[f"tokens/layer_{layer}"] = count
+        for name, value in seen.items():
+            value = value.float().to(self.args.device)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._batches += 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._batches:
+            means = self.accelerator.reduce(torch.stack(list(self._sums.values())) / self._batches, "mean").tolist()
+            logs = {**logs, **{name: round(mean, 6) for name, mean in zip(self._sums, means, strict=True)}}
+            self._sums, self._batches = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def _num_tokens(self, reduced: PreTrainedModel) -> int:
+        return reduced.base_model.embeddings.patch_embeddings.num_patches + reduced.config.num_prefix_tokens
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        reverse = getattr(_reduced_model(self.model), REVERSE, None)
+        if reverse is not None:
+            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value for name, value in state_dict.items() if REVERSE not in name.split(".")}
+        super()._save(output_dir, state_dict)
+        if reverse is not None and self.args.should_save:
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            save_file(
+                {name: value.contiguous() for name, value in reverse.state_dict().items()}, folder / REVERSE_FILE
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        reduced = _reduced_model(self.model)
+        if (folder / "config.json").is_file():
+            found = (json.loads((folder / "config.json").read_text()).get("reduction") or {}).get("method")
+            expected = None if reduced.config.reduction is None else reduced.config.reduction.method
+            if found != expected:
+                raise ValueError(
+                    f"{folder} is a checkpoint of the method {found!r}, this model is reduced by {expected!r}. Resume "
+                    "with the same method, or begin anew in another output_dir."
+                )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.token_weight:
+            getattr(reduced, REVERSE).load_state_dict(load_file(folder / REVERSE_FILE))
+
+
+class ClampThresholds(TrainerCallback):
+    """Keeps LTMP's thresholds between 0 and 1."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        for layer in self.model.base_model.layers:
+            for threshold in layer.reducer.parameters():
+                threshold.clamp_(0, 1)
+
+
+class WarmUpKeepRate(TrainerCallback):
+    """Lets the keep rate fall from 1 to its value over the first `share` of the steps, in steps of 0.01."""
+
+    def __init__(self, model: PreTrainedModel, share: float):
+        self.model, self.share, self.goal = model, share, model.config.reduction
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        progress = min(1.0, state.global_step / max(1.0, self.share * state.max_steps))
+        given: Any = self.goal.keep_rate
+
+        def rate(goal: float) -> float:
+            return goal if progress == 1 else round(1 - (1 - goal) * progress, 2)
+
+        rates = rate(given) if isinstance(given, float) else [rate(goal) for goal in given]
+        reduction = replace(self.goal, keep_rate=rates)
+        if reduction != self.model.config.reduction:
+            self.model.set_reduction(reduction)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.model.config.reduction != self.goal:
+            self.model.set_reduction(self.goal)
+
+
+def _reduced_model(model: Any) -> Any:
+    """The reduced model inside whatever is wrapped around it."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    if hasattr(inner, "get_base_model"):  # PEFT
+        inner = inner.get_base_model()
+    if not hasattr(inner.config, "reduction"):
+        raise ValueError(
+            f"TokenReduceTrainer trains reduced models, got a {type(inner).__name__}. Reduce it first: "
+            "reduce_tokens(model, ...), with None for a dense baseline."
+        )
+    return inner
+
+
+def _can_warm_up(reduction: Any) -> bool:
+    return isinstance(reduction, KeepRateConfig) and reduction.method != "sit"
+
+
+def _teacher(
+    model: PreTrainedModel, args: TokenReduceTrainingArguments, given: PreTrainedModel | str | Path | None
+) -> PreTrainedModel | None:
+    if not (args.logits_weight or args.token_weight):
+        if given is not None:
+            raise ValueError("A teacher_model without logits_weight or token_weight would teach nothing. Set one.")
+        return None
+    if given is None:
+        teacher = restore(model)
+        state = {name: value.detach().clone() for name, value in teacher.state_dict().items()}
+        teacher = type(teacher)._from_config(teacher.config)
+        teacher.load_state_dict(state)
+    elif isinstance(given, (str, Path)):
+        teacher = AutoModelForImageClassification.from_pretrained(given)
+    else:
+        teacher = given
+    ours, theirs = model.config, teacher.config
+    for name in ("num_labels", "hidden_size", "num_hidden_layers") if args.token_weight else ("num_labels",):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(
+                f"The teacher's {name} is {getattr(theirs, name)}, the model's {getattr(ours, name)}. They must be "
+                "the same for what is distilled: take another teacher, or leave it out to be taught by the dense model."
+            )
+    return teacher.eval().requires_grad_(False)

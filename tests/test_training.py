@@ -1,0 +1,221 @@
+"""`TokenReduceTrainer`: every method learns, resumes to the same state, and leaves a folder that loads."""
+
+import json
+
+import pytest
+import torch
+from helpers import METHODS, tiny_images, tiny_model
+from transformers import AutoModelForImageClassification
+
+from hf_tokenreduce import BATConfig, EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArguments, recipe
+from hf_tokenreduce.training.recipes import RECIPES
+
+
+ROWS = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(tiny_images(16))]
+ONE_OF_EACH = ["tome", "topk", "evit", "bat", "sit", "dlvit", "ats", "ltmp"]
+
+
+def gentle(stock):
+    """With weights from which a small model learns in a few steps."""
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.mul_(0.3)
+    return stock
+
+
+def arguments(folder, method="tome", **changes):
+    values = {
+        **recipe(method),
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 6,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    return TokenReduceTrainingArguments(str(folder), **{**values, **changes})
+
+
+def trainer_for(folder, method, setting=None, **changes):
+    model = reduce_tokens(gentle(tiny_model()), METHODS[method][0] if setting is None else setting)
+    if method == "ltmp" and setting is None:
+        with torch.no_grad():
+            for layer in model.vit.layers:
+                layer.reducer.merge_threshold.fill_(0.9)
+                layer.reducer.prune_threshold.fill_(0.012)
+    others = {name: changes.pop(name) for name in ("teacher_model", "eval_dataset") if name in changes}
+    return TokenReduceTrainer(model, arguments(folder, method, **changes), train_dataset=ROWS, **others)
+
+
+def losses(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("method", ONE_OF_EACH)
+def test_every_recipe_lowers_the_loss_and_moves_what_it_should(tmp_path, method):
+    changes = (
+        {"learning_rate": 3e-3} if method != "ltmp" else {"merge_learning_rate": 0.05, "prune_learning_rate": 1e-4}
+    )
+    setting = METHODS["dlvit-share"][0] if method == "dlvit" else None
+    trainer = trainer_for(tmp_path, method, setting, num_train_epochs=20, **changes)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    seen = losses(trainer, "auxiliary_loss" if method == "ltmp" else "task_loss" if method == "sit" else "loss")
+    assert sum(seen[-4:]) < 0.85 * sum(seen[:4])
+    moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    learned = {name for name in before if ".reducer." in name}
+    if method == "ltmp":
+        assert moved == learned
+    elif method == "dlvit":
+        assert not moved & learned and moved
+    else:
+        assert moved >= learned and len(moved) > 40
+    last = trainer.state.log_history[-2]
+    assert 0 < last["multiply_adds_share"] < 1
+    assert last["tokens/layer_3"] <= last["tokens/layer_0"] <= 65
+    assert last["tokens/layer_3"] < 65
+
+
+@pytest.mark.parametrize("method", ["evit", "sit", "ats", "ltmp"])
+def test_resumed_is_uninterrupted(tmp_path, method):
+    changes = {"keep_rate_warmup": 0.7} if method == "evit" else {}
+    plan = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "cosine", **changes}
+    if method == "evit":
+        plan["save_steps"] = 3
+    whole = trainer_for(tmp_path / "whole", method, **plan)
+    whole.train()
+    resumed = trainer_for(tmp_path / "resumed", method, **plan)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{plan['save_steps']}"))
+    theirs = whole.model.state_dict()
+    assert resumed.model.state_dict().keys() == theirs.keys()
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+    assert losses(resumed)[-2:] == losses(whole)[-2:]
+
+
+def test_what_is_saved_loads_without_the_way_back(tmp_path):
+    trainer = trainer_for(tmp_path, "sit", max_steps=4, save_strategy="steps", save_steps=2, eval_dataset=ROWS)
+    trainer.train()
+    folder = tmp_path / "checkpoint-4"
+    assert (folder / "reverse_slimming.safetensors").is_file()
+    model, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys"))
+    assert not hasattr(trainer.model, "reverse_slimming")
+    torch.testing.assert_close(model.eval()(tiny_images()).logits, trainer.model.eval()(tiny_images()).logits)
+    assert trainer.predict(ROWS).predictions.shape == (16, 5)
+
+
+def test_learning_rates_of_their_own(tmp_path):
+    trainer = trainer_for(tmp_path, "ltmp", freeze_backbone=False, learning_rate=1e-4, optim="adamw_torch")
+    rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    reducer = trainer.model.vit.layers[2].reducer
+    assert rates[id(reducer.merge_threshold)] == 5e-3 and rates[id(reducer.prune_threshold)] == 2e-6
+    assert rates[id(trainer.model.vit.layers[2].mlp.fc1.weight)] == 1e-4
+    assert len(rates) == len(list(trainer.model.parameters()))
+
+
+def test_thresholds_stay_between_zero_and_one(tmp_path):
+    trainer = trainer_for(tmp_path, "ltmp", LTMPConfig(target=0.1), merge_learning_rate=50.0, prune_learning_rate=50.0)
+    trainer.train()
+    thresholds = torch.stack([p.detach() for layer in trainer.model.vit.layers for p in layer.reducer.parameters()])
+    assert thresholds.amin() == 0 and ((thresholds >= 0) & (thresholds <= 1)).all()
+
+
+def test_keep_rates_warm_up(tmp_path):
+    trainer = trainer_for(tmp_path, "bat", BATConfig(keep_rate=[0.5, 0.8], layers=(1, 2)), keep_rate_warmup=0.5)
+    trainer.train()
+    counts = [entry["tokens/layer_1"] for entry in trainer.state.log_history if "tokens/layer_1" in entry]
+    assert counts[0] == 65 and counts[-1] == 33 and counts == sorted(counts, reverse=True) and len(set(counts)) > 3
+    assert trainer.model.config.reduction == BATConfig(keep_rate=[0.5, 0.8], layers=(1, 2))
+
+
+def test_a_teacher_by_any_name(tmp_path):
+    stock = gentle(tiny_model())
+    stock.save_pretrained(tmp_path / "teacher")
+    distances = []
+    for teacher in (None, stock, tmp_path / "teacher", str(tmp_path / "teacher")):
+        trainer = trainer_for(tmp_path, "tome", logits_weight=1.0, max_steps=1, teacher_model=teacher)
+        assert not any(p.requires_grad for p in trainer.teacher.parameters())
+        trainer.train()
+        distances.append(losses(trainer, "distillation_loss"))
+    assert distances[0] == distances[1] == distances[2] == distances[3] and distances[0][0] > 0
+    off = trainer_for(tmp_path, "tome", ToMeConfig(r=0), logits_weight=1.0, max_steps=1)
+    off.train()
+    assert losses(off, "distillation_loss")[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_soft_targets_and_smoothing(tmp_path):
+    soft = [{**row, "labels": torch.full((5,), 0.1) + 0.5 * torch.eye(5)[row["labels"]]} for row in ROWS]
+    trainer = trainer_for(tmp_path, "tome")
+    batch = {"pixel_values": tiny_images(4), "labels": torch.tensor([0, 1, 2, 3])}
+    smoothed = trainer_for(tmp_path, "tome", label_smoothing_factor=0.5)
+    mixed = {**batch, "labels": torch.stack([row["labels"] for row in soft[:4]])}
+    model = trainer.model.train()
+    torch.testing.assert_close(smoothed.compute_loss(model, batch), trainer.compute_loss(model, mixed))
+    assert smoothed.compute_loss(model.eval(), batch) == trainer.compute_loss(model.eval(), batch)
+
+
+def test_wrong_settings(tmp_path):
+    wrong = [
+        (lambda: trainer_for(tmp_path, "tome", token_weight=1.0), "token_weight is for SiT"),
+        (lambda: trainer_for(tmp_path, "sit", keep_rate_warmup=0.5), "keep_rate_warmup is for methods.*SiTConfig"),
+        (lambda: trainer_for(tmp_path, "tome", keep_rate_warmup=0.5), "keep_rate_warmup is for methods.*ToMeConfig"),
+        (lambda: trainer_for(tmp_path, "tome", freeze_backbone=True), "nothing to learn"),
+        (lambda: trainer_for(tmp_path, "tome", teacher_model=tiny_model()), "would teach nothing"),
+        (lambda: trainer_for(tmp_path, "tome", eval_dataset=[]), "eval_dataset is empty"),
+        (
+            lambda: trainer_for(tmp_path, "tome", logits_weight=1.0, teacher_model=tiny_model(num_labels=7)),
+            "teacher's num_labels is 7, the model's 5",
+        ),
+        (
+            lambda: trainer_for(tmp_path, "sit", teacher_model=tiny_model(num_hidden_layers=3)),
+            "teacher's num_hidden_layers is 3, the model's 4",
+        ),
+        (lambda: arguments(tmp_path, logits_weight=-1.0), "logits_weight.*-1"),
+        (lambda: arguments(tmp_path, keep_rate_warmup=1.5), r"keep_rate_warmup.*1\.5"),
+        (lambda: TokenReduceTrainer(tiny_model(), arguments(tmp_path)), "got a ViTForImageClassification"),
+        (lambda: recipe("tomee"), "'tomee'.*ltmp"),
+        (lambda: recipe("tome", "fast"), "paper or quick.*'fast'"),
+    ]
+    for attempt, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            attempt()
+
+
+def test_a_checkpoint_of_another_method_is_refused(tmp_path):
+    trainer_for(tmp_path, "evit", max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="'evit', this model is reduced by 'tome'"):
+        trainer_for(tmp_path, "tome").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_recipes_are_for_every_method_and_make_arguments(tmp_path):
+    assert sorted(RECIPES) == sorted(ONE_OF_EACH)
+    for method, variants in RECIPES.items():
+        for variant in variants:
+            values = {**recipe(method, variant), "report_to": [], "use_cpu": True}
+            made = TokenReduceTrainingArguments(str(tmp_path), **values)
+            assert made.num_train_epochs == values["num_train_epochs"]
+            json.dumps(values)
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    for method, setting in (("sit", SiTConfig(layers=(1,))), ("evit", EViTConfig(keep_rate=0.5, layers=(1,)))):
+        trainer = trainer_for(
+            tmp_path / method,
+            method,
+            setting,
+            max_steps=4,
+            learning_rate=0.02,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            eval_dataset=ROWS,
+        )
+        trainer.train()
+        best = min(losses(trainer, "eval_loss"))
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
