@@ -148,14 +148,14 @@ class BATConfig(KeepRateConfig):
         with one number per entry of `layers`.
     layers: 0-based layers that reduce, between their attention and their MLP.
     cluster_share: of the tokens handed on, the share that are clusters of inattentive tokens. 0 drops the inattentive.
-    fuse_share: how many attentive tokens are fused away, as a share of those that remain: at 0.5, 15 become 10.
+    fuse_share: how many attentive tokens are fused away, as a share of those that remain: at 0.2, 12 become 10.
     prop_attn: a token that stands for s patches counts s times as a key.
     """
 
     method: ClassVar[str | None] = "bat"
 
     cluster_share: float = 0.3
-    fuse_share: float = 0.5
+    fuse_share: float = 0.2
     prop_attn: bool = True
 
     def __post_init__(self):

@@ -281,6 +281,6 @@ def _teacher(
         if getattr(ours, name) != getattr(theirs, name):
             raise ValueError(
                 f"The teacher's {name} is {getattr(theirs, name)}, the model's {getattr(ours, name)}. They must be "
-                "the same for what is distilled: take another teacher, or leave it out to be taught by the dense model."
+                "the same for what is distilled: take another teacher, or none, and the dense model teaches."
             )
     return teacher.eval().requires_grad_(False)
