@@ -1,5 +1,6 @@
 """Every example runs, on tiny data, as a user would run it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 from helpers import tiny_model
 from PIL import Image
-from transformers import ViTImageProcessor
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -66,7 +68,8 @@ def test_every_method_at_one_share(tmp_path, model_and_images):
     deep.config.label2id = {"cat": 0, "dog": 1}
     deep.save_pretrained(tmp_path / "deep")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
-    printed = run("measure_accuracy.py", "--model_name_or_path", tmp_path / "deep", "--data_dir", images, "--share", 0.65)
+    arguments = ["--model_name_or_path", tmp_path / "deep", "--data_dir", images, "--share", 0.65]
+    printed = run("measure_accuracy.py", *arguments)
     rows = [line.split("|")[1:5] for line in printed.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 8
     assert all(abs(float(row[2]) - 0.65) < 0.05 for row in rows[1:] if "ats" not in row[0])
@@ -101,8 +104,17 @@ def test_starts_of_sit(model_and_images):
 def test_measure_speed(tmp_path):
     methods = ["tome", "sit", "dlvit", "bat"]
     printed = run(
-        "measure_speed.py", "--size", "tiny", "--batch_size", 1, "--repeats", 1, "--json", tmp_path / "r.json",
-        "--methods", *methods,
+        "measure_speed.py",
+        "--size",
+        "tiny",
+        "--batch_size",
+        1,
+        "--repeats",
+        1,
+        "--json",
+        tmp_path / "r.json",
+        "--methods",
+        *methods,
     )
     assert printed.count("| ToMe r=13 |") == 1 and printed.count("| DL-ViT, share 0.5 | 99 |") == 1
     assert (tmp_path / "r.json").is_file()
@@ -114,3 +126,78 @@ def test_measure_differences(tmp_path, model_and_images):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
     printed = run("measure_differences.py", "--model_name_or_path", tmp_path / "deep", "--data_dir", images)
     assert printed.count("| yes |") == 10
+
+
+@pytest.fixture
+def class_folders(tmp_path, model_and_images):
+    """A training folder whose classes can be told apart by their colour."""
+    for split, count in (("train", 12), ("val", 6)):
+        for index, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(0, 156, (40, 36, 3), dtype=torch.uint8)
+                pixels[..., index] += 100
+                Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    return model_and_images[0], tmp_path / "data"
+
+
+def train(model, data, output, *arguments, launcher=(sys.executable,), check=True):
+    command = [*launcher, EXAMPLES / "run_image_classification.py", "--model_name_or_path", model, "--use_cpu", "True"]
+    command += ["--train_dir", data / "train", "--validation_dir", data / "val", "--output_dir", output, *arguments]
+    command += ["--disable_tqdm", "True"]
+    if "--per_device_train_batch_size" not in arguments:
+        command += ["--per_device_train_batch_size", 6]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    assert not check or done.returncode == 0, done.stderr
+    return json.loads((output / "record.json").read_text()) if check else done
+
+
+def test_training_from_a_dense_baseline_to_a_reduced_model(tmp_path, class_folders):
+    model, data = class_folders
+    first = train(
+        model, data, tmp_path / "dense", "--ignore_mismatched_sizes", "--num_train_epochs", 3, "--learning_rate", 1e-3
+    )
+    assert first["method"] is None and first["mult_adds_ratio"] == 1.0 and first["baseline_top1"] is None
+    layers = '{"layers": [1, 2]}'
+    reduction = ["--reduction", "bat", "--share", 0.7, "--reduction_args", layers]
+    record = train(tmp_path / "dense", data, tmp_path / "bat", *reduction)
+    assert record["baseline_top1"] == first["top1"] and record["settings"]["layers"] == [1, 2]
+    assert 0.6 < record["mult_adds_ratio"] <= 0.7 and len(record["tokens_per_layer"]) == 4
+    assert (tmp_path / "bat" / "preprocessor_config.json").is_file()
+    assert (tmp_path / "bat" / "modeling_tokenreduce_vit.py").is_file()
+    # reduced already: it is trained on
+    again = train(tmp_path / "bat", data, tmp_path / "again", "--num_train_epochs", 1, "--augmentation", "strong")
+    assert again["settings"] == record["settings"]
+    done = train(model, data, tmp_path / "wrong", check=False)
+    assert done.returncode != 0 and "The data has 2 classes, ['cat', 'dog'], the model 5" in done.stderr
+
+
+@pytest.mark.parametrize("method", ["ltmp", "sit"])
+def test_training_with_lora_and_merging(tmp_path, class_folders, method):
+    model, data = class_folders
+    extra = ["--share", 0.8] if method == "ltmp" else ["--reduction_args", '{"layers": [1]}', "--token_weight", 0]
+    extra += ["--freeze_backbone", "False", "--learning_rate", 1e-3, "--num_train_epochs", 1]
+    record = train(
+        model, data, tmp_path / "out", "--ignore_mismatched_sizes", "--lora", "True", "--reduction", method, *extra
+    )
+    assert record["method"] == method and record["mult_adds_ratio"] < 1
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert not [name for name, _ in loaded.named_parameters() if "lora" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tome", "bat", "sit", "ats", "ltmp"])
+def test_two_processes_train_as_one(tmp_path, class_folders, method):
+    model, data = class_folders
+    arguments = ["--ignore_mismatched_sizes", "--reduction", method, "--num_train_epochs", 1, "--augmentation", "none"]
+    if method in ("bat", "sit", "ats"):
+        arguments += ["--reduction_args", '{"layers": [1, 2]}']
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
+    two += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    train(model, data, tmp_path / "two", *arguments, "--per_device_train_batch_size", 6, launcher=[*map(str, two)])
+    train(model, data, tmp_path / "one", *arguments, "--per_device_train_batch_size", 12)
+    one, both = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(both[name], value, rtol=1e-4, atol=1e-5)

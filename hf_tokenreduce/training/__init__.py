@@ -1,6 +1,9 @@
 """Training: `TokenReduceTrainer`, its losses, and what single methods need beside the models."""
 
 from .arguments import TokenReduceTrainingArguments
+from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
+from .filter import fit_filter
+from .labels import make_labels
 from .losses import distillation_loss, token_loss
 from .recipes import recipe
 from .reverse import ReverseSlimming, reverse_modules
@@ -8,10 +11,17 @@ from .trainer import TokenReduceTrainer
 
 
 __all__ = [
+    "BatchTransform",
+    "Collator",
+    "EvalTransform",
     "ReverseSlimming",
     "TokenReduceTrainer",
     "TokenReduceTrainingArguments",
+    "TrainTransform",
     "distillation_loss",
+    "fit_filter",
+    "make_labels",
+    "readable_rows",
     "recipe",
     "reverse_modules",
     "token_loss",

@@ -1,7 +1,7 @@
 """How each method is trained: its authors' way, and a short one for small data sets.
 
-The values are arguments of `TokenReduceTrainingArguments`, those of `AUGMENTATION` arguments of the transforms and the
-collator. What is not named keeps its default.
+The values are arguments of `TokenReduceTrainingArguments`; what is not named keeps its default. `AUGMENTATION` has
+arguments of `TrainTransform` and `Collator`: the papers' fine-tunes use the strong one.
 """
 
 from typing import Any
@@ -69,10 +69,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 AUGMENTATION: dict[str, dict[str, Any]] = {
-    "paper": {"scale": (0.08, 1.0), "color_jitter": 0.4, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0},
-    "quick": {"scale": (0.5, 1.0)},
-    # Thresholds and slimming learn from what the backbone has seen, not from mixtures of images.
-    "plain": {"scale": (0.5, 1.0)},
+    "none": {"scale": (1.0, 1.0), "ratio": (1e-3, 1e3), "flip": 0.0},
+    "light": {"scale": (0.5, 1.0)},
+    "strong": {"scale": (0.08, 1.0), "color_jitter": 0.4, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0},
 }
 
 

@@ -1,7 +1,10 @@
 """`TokenReduceTrainer`: transformers' Trainer, and what it cannot do for reduced models."""
 
+import copy
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from ..convert import restore
 from ..modeling.configuration_base import KeepRateConfig
 from ..modeling.multiply_adds import multiply_adds
 from .arguments import TokenReduceTrainingArguments
+from .augmentation import Collator
 from .losses import distillation_loss, token_loss
 from .reverse import reverse_modules
 
@@ -38,6 +42,8 @@ class TokenReduceTrainer(Trainer):
 
     Takes `TokenReduceTrainingArguments`. Labels are classes, or probabilities (B, C) as mixup gives them.
     """
+
+    data_collator: Any
 
     def __init__(
         self,
@@ -111,6 +117,25 @@ class TokenReduceTrainer(Trainer):
             optimizer.add_param_group({"params": parameters, "lr": rates[part], "weight_decay": decay})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._unmixed():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._unmixed():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _unmixed(self) -> Iterator[None]:
+        """Trainer has one collator; images are mixed in training only."""
+        given: Any = self.data_collator
+        if isinstance(given, Collator):
+            self.data_collator = Collator()
+        try:
+            yield
+        finally:
+            self.data_collator = given
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -268,10 +293,7 @@ def _teacher(
             raise ValueError("A teacher_model without logits_weight or token_weight would teach nothing. Set one.")
         return None
     if given is None:
-        teacher = restore(model)
-        state = {name: value.detach().clone() for name, value in teacher.state_dict().items()}
-        teacher = type(teacher)._from_config(teacher.config)
-        teacher.load_state_dict(state)
+        teacher = copy.deepcopy(restore(model))
     elif isinstance(given, (str, Path)):
         teacher = AutoModelForImageClassification.from_pretrained(given)
     else:
