@@ -11,6 +11,9 @@ the training arguments that are not on the command line. LTMP's thresholds and S
 training images first. Runs alone or by `accelerate launch`, resumes with `--resume_from_checkpoint`, and ends with
 the model, its processor and `record.json` in the output folder. An epoch of 1,768 images takes about two minutes with
 a tiny model on two cores.
+
+Two processes on CPUs: `accelerate launch --multi_gpu --num_processes 2 examples/run_image_classification.py --use_cpu
+True --ddp_backend gloo ...`. Without that first flag, and without MPI, each process would train alone.
 """
 
 import json
