@@ -211,7 +211,7 @@ def test_sit_distills_as_theirs(temperature):
     logits, labels = numbers["loss/student_logits"], numbers["loss/labels"]
     parts = {
         "cls": torch.nn.functional.cross_entropy(logits, labels),
-        "token": 2 * token_loss(numbers["loss/student_tokens"], numbers["loss/teacher_tokens"], {}),
+        "token": 2 * token_loss(numbers["loss/student_tokens"], numbers["loss/teacher_tokens"]),
         "logits": 2 * distillation_loss(logits, numbers["loss/teacher_logits"], temperature),
     }
     for name, value in parts.items():

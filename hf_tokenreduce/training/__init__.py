@@ -6,7 +6,7 @@ from .filter import fit_filter
 from .labels import make_labels
 from .losses import distillation_loss, token_loss
 from .recipes import recipe
-from .reverse import ReverseSlimming, reverse_modules
+from .reverse import ReverseSlimming, restore_hidden_states, reverse_modules
 from .trainer import TokenReduceTrainer
 
 
@@ -23,6 +23,7 @@ __all__ = [
     "make_labels",
     "readable_rows",
     "recipe",
+    "restore_hidden_states",
     "reverse_modules",
     "token_loss",
 ]

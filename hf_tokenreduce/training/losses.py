@@ -3,10 +3,10 @@
 B images · N patch tokens · D features · C classes
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -18,17 +18,13 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def token_loss(
-    student_tokens: Sequence[Tensor], teacher_tokens: Sequence[Tensor], reverse: Mapping[str, nn.Module]
-) -> Tensor:
-    """How far a slimmed student's patch tokens are from its teacher's: mean over layers of the mean squared error.
+def token_loss(student_tokens: Sequence[Tensor], teacher_tokens: Sequence[Tensor]) -> Tensor:
+    """How far a student's tokens are from its teacher's: mean over layers of the mean squared error.
 
-    student_tokens, teacher_tokens: what leaves each layer, (B, K, D) and (B, N, D)
-    reverse: by layer, the module that leads slim tokens back to all; layers without one are compared as they are
+    student_tokens, teacher_tokens: by layer, (B, N, D). A slimmed student's come from `restore_hidden_states`.
     """
-    distances = []
-    for layer, (student, teacher) in enumerate(zip(student_tokens, teacher_tokens, strict=True)):
-        if str(layer) in reverse:
-            student = reverse[str(layer)](student)
-        distances.append(F.mse_loss(student.float(), teacher.float()))
+    distances = [
+        F.mse_loss(student.float(), teacher.float())
+        for student, teacher in zip(student_tokens, teacher_tokens, strict=True)
+    ]
     return torch.stack(distances).mean()

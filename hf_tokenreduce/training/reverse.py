@@ -1,7 +1,11 @@
 """The way back from SiT's slim tokens to all tokens, which its distillation needs. No published model contains it."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 
@@ -46,3 +50,23 @@ def reverse_modules(model: PreTrainedModel) -> nn.ModuleDict:
         if slim < num_tokens:
             modules[str(layer)] = ReverseSlimming(slim, num_tokens, config.hidden_size)
     return modules.to(model.device)
+
+
+def restore_hidden_states(model: PreTrainedModel, reverse: nn.ModuleDict) -> RemovableHandle:
+    """Lets the model return, while it trains, hidden states of all tokens where it returned slim ones.
+
+    A hook, so that the way back is computed within the model's forward: what wraps the model for many processes
+    watches the parameters that are used there.
+    """
+    prefix = model.config.num_prefix_tokens
+
+    def full_length(model: nn.Module, args: Any, outputs: Any) -> None:
+        if model.training and outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(
+                torch.cat([hidden[:, :prefix], reverse[str(layer)](hidden[:, prefix:])], dim=1)
+                if str(layer) in reverse
+                else hidden
+                for layer, hidden in enumerate(outputs.hidden_states, start=-1)  # the first enters layer 0
+            )
+
+    return model.register_forward_hook(full_length)

@@ -23,7 +23,7 @@ from ..modeling.multiply_adds import multiply_adds
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
 from .losses import distillation_loss, token_loss
-from .reverse import reverse_modules
+from .reverse import restore_hidden_states, reverse_modules
 
 
 REVERSE_FILE = "reverse_slimming.safetensors"
@@ -89,13 +89,16 @@ class TokenReduceTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         reduced = _reduced_model(self.model)
-        if self.args.token_weight:
-            setattr(reduced, REVERSE, reverse_modules(reduced))
+        if not self.args.token_weight:
+            return super().train(*args, **kwargs)
+        reverse = reverse_modules(reduced)
+        setattr(reduced, REVERSE, reverse)
+        hook = restore_hidden_states(reduced, reverse)
         try:
             return super().train(*args, **kwargs)
-        finally:
-            if self.args.token_weight:  # the way back is no part of the model
-                delattr(reduced, REVERSE)
+        finally:  # the way back is no part of the model
+            hook.remove()
+            delattr(reduced, REVERSE)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -177,7 +180,7 @@ class TokenReduceTrainer(Trainer):
             ours, their_tokens = (
                 [hidden[:, prefix:] for hidden in one.hidden_states[1:]] for one in (outputs, theirs)
             )
-            parts["token_loss"] = self.args.token_weight * token_loss(ours, their_tokens, getattr(reduced, REVERSE))
+            parts["token_loss"] = self.args.token_weight * token_loss(ours, their_tokens)
         return parts
 
     def _record(self, parts: dict[str, Tensor], token_counts: Tensor) -> None:
