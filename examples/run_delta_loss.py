@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_tokenreduce import DLViTConfig, reduce_tokens
 from hf_tokenreduce.training.filter import fit_filter
-from hf_tokenreduce.training.labels import LABELLERS, make_labels
+from hf_tokenreduce.training.labels import LABELLERS, MASKS, make_labels
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     keep.add_argument("--threshold", type=float, default=0.0, help="keep patches without which the loss gains more")
     keep.add_argument("--keep_share", type=float, help="keep this share of all patches")
     parser.add_argument("--labeller", choices=LABELLERS, default="exact")
+    parser.add_argument("--mask", choices=MASKS, default="remove", help="what masking a patch means")
     parser.add_argument("--label_batch_size", type=int, default=64, help="masked copies of images")
     parser.add_argument("--on_error", choices=["stop", "skip"], default="stop", help="at images that cannot be read")
     parser.add_argument("--reduction_args", type=json.loads, default={}, help="JSON: the fields of DLViTConfig")
@@ -90,6 +91,7 @@ def main():
         threshold=args.threshold,
         keep_share=args.keep_share,
         labeller=args.labeller,
+        mask=args.mask,
         batch_size=args.label_batch_size,
         max_samples=args.max_train_samples,
         seed=args.seed,

@@ -87,15 +87,19 @@ def stored(folder):
     return load_from_disk(str(folder / "labels")).with_format("numpy")[:]
 
 
-def naive_deltas(model, photo, target, masks):
+def naive_deltas(model, photo, target, masks, way="remove"):
     """The loss of the whole model, and what masking each set of patches adds to it, one forward after the other."""
     pixels = PROCESSOR(photo, return_tensors="pt").pixel_values
     masked = None
 
     def mask(module, arguments, tokens):
         if masked is not None:
+            prefix = tokens.shape[1] - NUM_PATCHES
+            if way == "remove":
+                left = [place for place in range(tokens.shape[1]) if place - prefix not in masked]
+                return tokens[:, left]
             tokens = tokens.clone()
-            tokens[:, tokens.shape[1] - NUM_PATCHES :][:, masked] = 0
+            tokens[:, prefix:][:, masked] = 0
         return tokens
 
     handle = model.base_model.embeddings.register_forward_hook(mask)
@@ -107,13 +111,14 @@ def naive_deltas(model, photo, target, masks):
     return losses[0], np.array(losses[1:]) - losses[0]
 
 
-@pytest.mark.parametrize("backbone", ["vit", "deit", "deit-teacher"])
-def test_deltas_equal_a_naive_loop(backbone, tmp_path):
+@pytest.mark.parametrize(("backbone", "way"), [("vit", "zero"), ("deit", "remove"), ("deit-teacher", "remove")])
+def test_deltas_equal_a_naive_loop(backbone, way, tmp_path):
     model, dataset = tiny_model(backbone), photographs(2)
-    counts = label(model, dataset, tmp_path, batch_size=37)
+    counts = label(model, dataset, tmp_path, batch_size=37, mask=way)
     table = stored(tmp_path)
     for row in range(2):
-        loss, deltas = naive_deltas(model, dataset[row]["image"], row, [[patch] for patch in range(NUM_PATCHES)])
+        patches = [[patch] for patch in range(NUM_PATCHES)]
+        loss, deltas = naive_deltas(model, dataset[row]["image"], row, patches, way)
         assert abs(table["loss"][row] - loss) < 1e-5
         np.testing.assert_allclose(table["delta"][row], deltas, atol=1e-5)
     assert table["index"].tolist() == [0, 1] and table["label"].tolist() == [0, 1]
@@ -146,8 +151,16 @@ def test_groups_of_patches(tmp_path):
 
 
 def test_an_odd_grid_has_smaller_groups_at_its_ends(tmp_path):
-    label(tiny_model(image_size=28), photographs(1), tmp_path, labeller="groups", image_processor=resizing(28))
-    assert len(np.unique(stored(tmp_path)["delta"][0])) == 16  # of 7 x 7 patches
+    model, dataset = tiny_model(image_size=28), photographs(1)
+    label(model, dataset, tmp_path, labeller="groups", image_processor=resizing(28), batch_size=5)
+    delta = stored(tmp_path)["delta"][0]
+    assert len(np.unique(delta)) == 16  # of 7 x 7 patches
+    tokens = embed(model, [dataset[0]["image"]], resizing(28))
+    target = torch.tensor([0])
+    (whole, _), (corner, _) = (
+        gradient_deltas(model, some, target, batch_size=1) for some in (tokens, tokens[:, :-1])
+    )  # the losses with and without the last patch, a group of its own
+    assert delta[-1] == pytest.approx((corner - whole).item(), abs=1e-5)
 
 
 def resizing(size):

@@ -37,6 +37,7 @@ from ..modeling.multiply_adds import patch_grid
 
 CLASSIFIERS = (ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
 LABELLERS = ("exact", "groups", "gradient")
+MASKS = ("remove", "zero")
 
 
 class Labelling(NamedTuple):
@@ -58,6 +59,7 @@ def make_labels(
     threshold: float = 0.0,
     keep_share: float | None = None,
     labeller: str = "exact",
+    mask: str = "remove",
     batch_size: int = 64,
     max_samples: int | None = None,
     seed: int = 0,
@@ -65,8 +67,8 @@ def make_labels(
     image_column_name: str = "image",
     label_column_name: str = "label",
 ) -> Labelling:
-    """Label every patch of every image by what the loss of `model`, a classifier that sees all patches, gains when the
-    patch's embedded token is zero. Makes the data set `output_dir`/labels with the columns index (row of `dataset`),
+    """Label every patch of every image by what the loss of `model`, a classifier that sees all patches, gains without
+    the patch. Makes the data set `output_dir`/labels with the columns index (row of `dataset`),
     label (class), loss, delta and keep (a list with one value per patch each); `output_dir`/settings.json says how.
 
     dataset: its label column holds the indices of the model's classes.
@@ -74,6 +76,9 @@ def make_labels(
     keep_share: instead: this share of the patches of all images is to be kept, those of the largest deltas.
     labeller: "exact": one forward per patch. "groups": squares of 2 x 2 patches are masked together, and each patch
         gets the delta of its square. "gradient": a first-order estimate from one forward and backward per image.
+    mask: what "without" means: "remove": the patch's token is left out of the sequence, as the filter will leave it
+        out. "zero": its embedded token is set to zero; the model attends to a token it has never seen, and nearly all
+        patches of an image get deltas of one sign. "gradient" estimates that one.
     batch_size: masked copies, or for "gradient" images, that go through the model at once.
     max_samples: no more images than these, drawn by `seed`.
     on_error: what to do about an image that cannot be read: "stop" or "skip".
@@ -82,7 +87,7 @@ def make_labels(
     or with another threshold, only what is missing is measured. Processes of `accelerate launch` or `torchrun` share
     the images, on a file system they share; each brings the model on its own device.
     """
-    _check_choices(threshold, keep_share, labeller, batch_size, max_samples, on_error)
+    _check_choices(threshold, keep_share, labeller, mask, batch_size, max_samples, on_error)
     classifier = _unreduced(model)
     classes = _checked_classes(classifier, dataset, image_column_name, label_column_name)
     if max_samples is None or max_samples >= len(dataset):
@@ -92,6 +97,7 @@ def make_labels(
     groups = _groups(classifier, labeller).to(model.device)
     wanted = {
         "labeller": labeller,
+        "mask": "zero" if labeller == "gradient" else mask,
         "num_rows": len(dataset),
         "num_images": len(rows),
         "max_samples": max_samples,
@@ -139,7 +145,7 @@ def make_labels(
         if labeller == "gradient":
             loss, delta = gradient_deltas(classifier, tokens, targets, batch_size)
         else:
-            loss, delta = masked_deltas(classifier, tokens, targets, groups, batch_size)
+            loss, delta = masked_deltas(classifier, tokens, targets, groups, batch_size, mask)
         return _part(list(read), loss, delta, classes)
 
     size, computed = settings["images_per_part"], 0
@@ -206,24 +212,32 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.inference_mode()
 def masked_deltas(
-    model: PreTrainedModel, tokens: Tensor, targets: Tensor, groups: Tensor, batch_size: int
+    model: PreTrainedModel, tokens: Tensor, targets: Tensor, groups: Tensor, batch_size: int, mask: str = "remove"
 ) -> tuple[Tensor, Tensor]:
     """Loss (B,) of a stock classifier on tokens (B, T, D), and delta (B, N0): what masking the group of each patch,
     groups (N0,) from 0 to G - 1, adds to it."""
     copies = int(groups.max()) + 2
     # In the last copy of an image nothing is masked.
     masked = groups == torch.arange(copies, device=groups.device).unsqueeze(1)  # (G + 1, N0)
-    masked = F.pad(masked, (tokens.shape[1] - len(groups), 0), value=False).unsqueeze(-1)  # (G + 1, T, 1)
-    losses = []
-    for which in torch.arange(len(tokens) * copies, device=tokens.device).split(batch_size):
-        image = which // copies
-        losses.append(_losses(model, tokens[image].masked_fill(masked[which % copies], 0), targets[image]))
-    loss = torch.cat(losses).view(len(tokens), copies)
+    masked = F.pad(masked, (tokens.shape[1] - len(groups), 0), value=False)  # (G + 1, T)
+    loss = tokens.new_empty(len(tokens), copies, dtype=torch.float32)
+    lengths = (~masked).sum(dim=1) if mask == "remove" else torch.zeros(copies, dtype=torch.long)
+    for length in lengths.unique().tolist():  # copies of one length go through the model together
+        numbers = (lengths == length).nonzero()[:, 0].to(tokens.device)
+        left = (~masked[numbers]).nonzero()[:, 1].view(len(numbers), -1) if mask == "remove" else None
+        for which in torch.arange(len(tokens) * len(numbers), device=tokens.device).split(batch_size):
+            image, number = which // len(numbers), which % len(numbers)
+            copy = tokens[image]
+            if left is None:
+                copy = copy.masked_fill(masked[numbers[number]].unsqueeze(-1), 0)
+            else:
+                copy = copy.gather(1, left[number].unsqueeze(-1).expand(-1, -1, copy.shape[-1]))
+            loss[image, numbers[number]] = _losses(model, copy, targets[image])
     return loss[:, -1], (loss[:, :-1] - loss[:, -1:])[:, groups]
 
 
 def gradient_deltas(model: PreTrainedModel, tokens: Tensor, targets: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """As `masked_deltas`, to the first order: a token that goes to zero changes the loss by -(gradient · token)."""
+    """As `masked_deltas` by zeros, to the first order: a token that goes to zero changes the loss by -(gradient · token)."""
     losses, deltas = [], []
     prefix = tokens.shape[1] - model.base_model.embeddings.patch_embeddings.num_patches
     for some, target in zip(tokens.split(batch_size), targets.split(batch_size), strict=True):
@@ -255,9 +269,10 @@ def _groups(model: PreTrainedModel, labeller: str) -> Tensor:
     return (torch.arange(height)[:, None] // side * across + torch.arange(width) // side).flatten()
 
 
-def _check_choices(threshold, keep_share, labeller, batch_size, max_samples, on_error) -> None:
-    if labeller not in LABELLERS:
-        raise ValueError(f"labeller must be one of {', '.join(map(repr, LABELLERS))}, got {labeller!r}.")
+def _check_choices(threshold, keep_share, labeller, mask, batch_size, max_samples, on_error) -> None:
+    for name, value, choices in (("labeller", labeller, LABELLERS), ("mask", mask, MASKS)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error must be 'stop' or 'skip', got {on_error!r}.")
     if keep_share is not None and not 0 < keep_share <= 1:
