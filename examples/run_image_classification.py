@@ -116,7 +116,7 @@ def main():
     trainer.save_model()
     if args.process_index == 0:
         record = describe(trainer.model, dense, pixels) | {
-            "base_model": Path(model_args.model_name_or_path).name,
+            "base_model": base_model(model_args.model_name_or_path),
             "dataset": data_args.dataset_name or "/".join(Path(data_args.train_dir).parts[-2:]),
             "eval_images": len(validation),
             "seed": args.seed,
@@ -128,6 +128,12 @@ def main():
         }
         (Path(args.output_dir) / "record.json").write_text(json.dumps(record, indent=1))
         print(json.dumps(record, indent=1))
+
+
+def base_model(path: str) -> str:
+    """The checkpoint that it all began with: a folder that this script wrote knows its own."""
+    record = Path(path) / "record.json"
+    return json.loads(record.read_text())["base_model"] if record.is_file() else Path(path).name
 
 
 def parse() -> tuple[ModelArguments, DataArguments, TokenReduceTrainingArguments]:

@@ -237,7 +237,8 @@ def masked_deltas(
 
 
 def gradient_deltas(model: PreTrainedModel, tokens: Tensor, targets: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """As `masked_deltas` by zeros, to the first order: a token that goes to zero changes the loss by -(gradient · token)."""
+    """As `masked_deltas` by zeros, to the first order: a token that goes to zero changes the loss by
+    -(gradient · token)."""
     losses, deltas = [], []
     prefix = tokens.shape[1] - model.base_model.embeddings.patch_embeddings.num_patches
     for some, target in zip(tokens.split(batch_size), targets.split(batch_size), strict=True):
