@@ -1,0 +1,259 @@
+"""From arguments to a trained model in a folder, and the record of how it came about: what `tokenreduce train` and
+`examples/run_image_classification.py` run."""
+
+import json
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
+from peft import LoraConfig, get_peft_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
+
+from ..calibration import calibrate
+from ..convert import reduce_tokens, restore
+from ..modeling.configuration_base import REDUCTIONS
+from ..modeling.multiply_adds import multiply_adds
+from .arguments import TokenReduceTrainingArguments
+from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
+from .recipes import AUGMENTATION, recipe
+from .trainer import TokenReduceTrainer
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "A folder or a Hub id."})
+    model_revision: str = field(default="main", metadata={"help": "A commit of it."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model brings."})
+    ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "A new head if the classes are others."})
+    reduction: str | None = field(default=None, metadata={"help": f"One of {', '.join(REDUCTIONS)}."})
+    reduction_args: str = field(default="{}", metadata={"help": "Its settings, JSON."})
+    share: float | None = field(default=None, metadata={"help": "Of the multiply-adds to keep."})
+    recipe: str = field(default="quick", metadata={"help": "quick or paper."})
+    teacher_model: str | None = field(default=None, metadata={"help": "Instead of the dense model."})
+    lora: bool = field(default=False, metadata={"help": "Adapt the backbone by LoRA; it is merged at the end."})
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
+    train_dir: str | None = field(default=None, metadata={"help": "Class folders."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Class folders."})
+    train_val_split: float = field(default=0.15, metadata={"help": "Taken from training without validation data."})
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    image_column_name: str = "image"
+    label_column_name: str = "label"
+    augmentation: str = field(default="light", metadata={"help": f"One of {', '.join(AUGMENTATION)}."})
+    on_error: str = field(default="stop", metadata={"help": "At an unreadable image: stop, or skip it."})
+
+
+def main(arguments: list[str] | None = None, command: str = "python examples/run_image_classification.py") -> None:
+    """arguments: of the command line, by default this process's own; command: what the record says was called."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    model_args, data_args, args = parse(arguments)
+    set_seed(args.seed)
+    train, validation, names = load_data(data_args, args.seed)
+    processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    dense, order, knows_classes = load_model(model_args, names)
+    model = reduce(dense, model_args, train, processor, data_args)
+    if model_args.lora:
+        model = with_lora(model)
+
+    augmentation = dict(AUGMENTATION[data_args.augmentation])
+    mixing = {name: augmentation.pop(name) for name in ("mixup", "cutmix") if name in augmentation}
+    columns: dict[str, Any] = {"image_column_name": data_args.image_column_name, "label_column_name": data_args.label_column_name}
+    trainer = TokenReduceTrainer(
+        model,
+        args,
+        train_dataset=train.with_transform(
+            Relabelled(BatchTransform(TrainTransform(processor, **augmentation), **columns), order)
+        ),
+        eval_dataset=validation.with_transform(Relabelled(BatchTransform(EvalTransform(processor), **columns), order)),
+        data_collator=Collator(**mixing, num_labels=len(names)) if mixing else Collator(),
+        processing_class=processor,
+        compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        teacher_model=model_args.teacher_model,
+    )
+    pixels = torch.stack([EvalTransform(processor)(image) for image in validation[:32][data_args.image_column_name]])
+    baseline = evaluate_dense(dense, trainer) if knows_classes else None
+    begin = time.perf_counter()
+    if args.num_train_epochs:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    seconds = time.perf_counter() - begin
+    metrics = trainer.evaluate()
+    if model_args.lora:
+        trainer.model = trainer.model.merge_and_unload()
+    trainer.save_model()
+    if args.process_index == 0:
+        record = describe(trainer.model, dense, pixels) | {
+            "base_model": base_model(model_args.model_name_or_path),
+            "dataset": data_args.dataset_name or "/".join(Path(str(data_args.train_dir)).parts[-2:]),
+            "eval_images": len(validation),
+            "seed": args.seed,
+            "command": shlex.join([*command.split(), *arguments]),
+            "epochs": args.num_train_epochs,
+            "seconds": round(seconds, 1),
+            "top1": 100 * metrics["eval_accuracy"],
+            "baseline_top1": baseline,
+        }
+        (Path(args.output_dir) / "record.json").write_text(json.dumps(record, indent=1))
+        print(json.dumps(record, indent=1))
+
+
+def base_model(path: str) -> str:
+    """The checkpoint that it all began with: a folder that this script wrote knows its own."""
+    record = Path(path) / "record.json"
+    return json.loads(record.read_text())["base_model"] if record.is_file() else Path(path).name
+
+
+def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenReduceTrainingArguments]:
+    """The recipe of the method is the default of every training argument."""
+    description = "Fine-tune an image classifier with any token reduction, by the method's recipe."
+    parser = HfArgumentParser((ModelArguments, DataArguments, TokenReduceTrainingArguments), description=description)
+    parser.set_defaults(report_to="none", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
+    known, _ = parser.parse_known_args(arguments)
+    if known.augmentation not in AUGMENTATION:
+        raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATION)}, got {known.augmentation!r}.")
+    parser.set_defaults(**recipe(known.reduction or "tome", known.recipe), remove_unused_columns=False)
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def load_data(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset, list[str]]:
+    if data_args.dataset_name:
+        data = dict(load_dataset(data_args.dataset_name))
+        data["validation"] = data.get("validation", data.get("test"))
+    elif data_args.train_dir:
+        data = {"train": load_dataset("imagefolder", data_dir=data_args.train_dir, split="train"), "validation": None}
+    else:
+        raise ValueError("Nothing to train on: give --dataset_name or --train_dir.")
+    if data_args.validation_dir:
+        data["validation"] = load_dataset("imagefolder", data_dir=data_args.validation_dir, split="train")
+    train, validation = data["train"], data["validation"]
+    names = train.features[data_args.label_column_name].names
+    if validation is None:
+        split = train.train_test_split(data_args.train_val_split, seed=seed)
+        train, validation = split["train"], split["test"]
+    elif validation.features[data_args.label_column_name].names != names:
+        raise ValueError(
+            f"The classes of training and validation differ: {names} and "
+            f"{validation.features[data_args.label_column_name].names}. Give both the same class folders."
+        )
+    parts = []
+    for part, most in ((train, data_args.max_train_samples), (validation, data_args.max_eval_samples)):
+        part = part.shuffle(seed=seed).select(range(min(most, len(part)))) if most else part
+        if data_args.on_error == "skip":
+            raw = part.cast_column(data_args.image_column_name, ImageFeature(decode=False))
+            part = part.select(readable_rows(raw, data_args.image_column_name))
+        parts.append(part)
+    return parts[0], parts[1], names
+
+
+def load_model(model_args: ModelArguments, names: list[str]) -> tuple[Any, list[int], bool]:
+    """The model, for each class of the data its index in the model, and whether it knew them."""
+    where = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
+    model = AutoModelForImageClassification.from_pretrained(model_args.model_name_or_path, **where)
+    theirs = model.config.label2id
+    if set(theirs) == set(names):
+        return model, [int(theirs[name]) for name in names], True
+    if not model_args.ignore_mismatched_sizes:
+        raise ValueError(
+            f"The data has {len(names)} classes, {names[:8]}, the model {len(theirs)}, {list(theirs)[:8]}. Rename the "
+            "class folders, or pass --ignore_mismatched_sizes for a new head."
+        )
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    path = model_args.model_name_or_path
+    model = AutoModelForImageClassification.from_pretrained(
+        path, num_labels=len(names), ignore_mismatched_sizes=True, **labels, **where
+    )
+    model.classifier.reset_parameters()  # also if there were as many classes, but others
+    return model, list(range(len(names))), False
+
+
+def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: Any, data_args: DataArguments) -> Any:
+    settings = json.loads(model_args.reduction_args)
+    if model_args.reduction is None:
+        return dense if hasattr(dense.config, "reduction") else reduce_tokens(dense, None)
+    if model_args.reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {model_args.reduction!r}.")
+    method = REDUCTIONS[model_args.reduction]
+    if model_args.reduction == "ltmp":
+        settings = {"target": model_args.share or 0.75, **settings}
+        setting = method(**settings)
+    elif model_args.share is not None:
+        setting = method.for_budget(dense.config, model_args.share, **settings)
+    else:
+        setting = method(**settings)
+    model = reduce_tokens(dense, setting)
+    if model_args.reduction in ("ltmp", "sit"):
+        photos = train.shuffle(seed=0).select(range(min(100, len(train))))[data_args.image_column_name]
+        pixels = torch.stack([EvalTransform(processor)(photo) for photo in photos])
+        calibrate(model, pixels, settings.get("target"))
+    return model
+
+
+def with_lora(model: Any) -> Any:
+    """Of the backbone; the head and the learned parts of the method are trained whole."""
+    whole = ["classifier"]
+    if any(p.requires_grad for layer in model.base_model.layers for p in layer.reducer.parameters()):
+        whole.append("reducer")
+    return get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"], modules_to_save=whole))
+
+
+@dataclass
+class Relabelled:
+    """A batch transform whose labels are the model's."""
+
+    transform: BatchTransform
+    order: list[int]
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        batch = self.transform(batch)
+        return {**batch, "labels": [self.order[label] for label in batch["labels"]]}
+
+
+@torch.inference_mode()
+def evaluate_dense(dense: Any, trainer: TokenReduceTrainer) -> float:
+    """Top-1 of the model as it came, before any reduction."""
+    plain = (restore(dense) if hasattr(dense.config, "reduction") else dense).to(trainer.args.device).eval()
+    correct = 0
+    for batch in trainer.get_eval_dataloader():
+        predictions = plain(batch["pixel_values"].to(trainer.args.device)).logits.argmax(dim=-1)
+        correct += (
+            trainer.accelerator.gather_for_metrics(predictions == batch["labels"].to(predictions.device)).sum().item()
+        )
+    return 100 * correct / len(trainer.eval_dataset)
+
+
+@torch.inference_mode()
+def describe(model: Any, dense: Any, pixels: torch.Tensor, repeats: int = 7) -> dict[str, Any]:
+    """What the model saves: by arithmetic, and by the clock, side by side with the dense one."""
+    model = model.cpu().eval()
+    plain = restore(model).eval()
+    counts = torch.cat([model(part).token_counts for part in pixels.split(32)])
+    num_tokens = model.base_model.embeddings.patch_embeddings.num_patches + model.config.num_prefix_tokens
+    total = multiply_adds(model.config, torch.full((1, counts.shape[1]), num_tokens), num_tokens)
+    cost = multiply_adds(model.config, counts, num_tokens, model.config.reduction).mean()
+    seconds: dict[Any, list[float]] = {model: [], plain: []}
+    for repeat in range(repeats + 1):
+        for one, times in seconds.items():
+            begin = time.perf_counter()
+            one(pixels)
+            if repeat:  # the first is a warm-up
+                times.append(time.perf_counter() - begin)
+    reduction = model.config.reduction
+    return {
+        "method": None if reduction is None else reduction.method,
+        "settings": None if reduction is None else reduction.to_dict(),
+        "mult_adds_ratio": round((cost / total).item(), 4),
+        "speedup": round(statistics.median(seconds[plain]) / statistics.median(seconds[model]), 3),
+        "speed_batch_size": len(pixels),
+        "tokens_per_layer": np.round(counts.double().mean(dim=0).numpy(), 1).tolist(),
+    }
