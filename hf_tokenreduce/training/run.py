@@ -6,6 +6,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Hf
 
 from ..calibration import calibrate
 from ..convert import reduce_tokens, restore
+from ..loading import method_setting
 from ..modeling.configuration_base import REDUCTIONS
 from ..modeling.multiply_adds import multiply_adds
 from .arguments import TokenReduceTrainingArguments
@@ -55,9 +57,10 @@ class DataArguments:
     on_error: str = field(default="stop", metadata={"help": "At an unreadable image: stop, or skip it."})
 
 
-def main(arguments: list[str] | None = None, command: str = "python examples/run_image_classification.py") -> None:
+def main(arguments: list[str] | None = None, command: Sequence[str] | None = None) -> None:
     """arguments: of the command line, by default this process's own; command: what the record says was called."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    command = command or ("python", "examples/run_image_classification.py", *arguments)
     model_args, data_args, args = parse(arguments)
     set_seed(args.seed)
     train, validation, names = load_data(data_args, args.seed)
@@ -69,7 +72,10 @@ def main(arguments: list[str] | None = None, command: str = "python examples/run
 
     augmentation = dict(AUGMENTATION[data_args.augmentation])
     mixing = {name: augmentation.pop(name) for name in ("mixup", "cutmix") if name in augmentation}
-    columns: dict[str, Any] = {"image_column_name": data_args.image_column_name, "label_column_name": data_args.label_column_name}
+    columns: dict[str, Any] = {
+        "image_column_name": data_args.image_column_name,
+        "label_column_name": data_args.label_column_name,
+    }
     trainer = TokenReduceTrainer(
         model,
         args,
@@ -98,7 +104,7 @@ def main(arguments: list[str] | None = None, command: str = "python examples/run
             "dataset": data_args.dataset_name or "/".join(Path(str(data_args.train_dir)).parts[-2:]),
             "eval_images": len(validation),
             "seed": args.seed,
-            "command": shlex.join([*command.split(), *arguments]),
+            "command": shlex.join(command),
             "epochs": args.num_train_epochs,
             "seconds": round(seconds, 1),
             "top1": 100 * metrics["eval_accuracy"],
@@ -178,24 +184,16 @@ def load_model(model_args: ModelArguments, names: list[str]) -> tuple[Any, list[
 
 
 def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: Any, data_args: DataArguments) -> Any:
-    settings = json.loads(model_args.reduction_args)
     if model_args.reduction is None:
         return dense if hasattr(dense.config, "reduction") else reduce_tokens(dense, None)
-    if model_args.reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {model_args.reduction!r}.")
-    method = REDUCTIONS[model_args.reduction]
-    if model_args.reduction == "ltmp":
-        settings = {"target": model_args.share or 0.75, **settings}
-        setting = method(**settings)
-    elif model_args.share is not None:
-        setting = method.for_budget(dense.config, model_args.share, **settings)
-    else:
-        setting = method(**settings)
+    settings = json.loads(model_args.reduction_args)
+    share = 0.75 if model_args.reduction == "ltmp" and model_args.share is None else model_args.share
+    setting = method_setting(dense.config, model_args.reduction, share, settings)
     model = reduce_tokens(dense, setting)
     if model_args.reduction in ("ltmp", "sit"):
         photos = train.shuffle(seed=0).select(range(min(100, len(train))))[data_args.image_column_name]
         pixels = torch.stack([EvalTransform(processor)(photo) for photo in photos])
-        calibrate(model, pixels, settings.get("target"))
+        calibrate(model, pixels, getattr(setting, "target", None))
     return model
 
 
