@@ -21,10 +21,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, load_dataset
-from measure_accuracy import class_index
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_tokenreduce import DLViTConfig, reduce_tokens
+from hf_tokenreduce.evaluation.accuracy import class_index
 from hf_tokenreduce.training.filter import fit_filter
 from hf_tokenreduce.training.labels import LABELLERS, MASKS, make_labels
 

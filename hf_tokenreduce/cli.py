@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -117,6 +118,230 @@ def inspect(model: Model, revision: Revision = None, trust_remote_code: Trust = 
     from .loading import load_model
 
     _print(_described(load_model(model, revision, trust_remote_code)[0], model), as_json, model)
+
+
+@app.command(epilog="tokenreduce evaluate vit-tome data/val --dense google/vit-base-patch16-224")
+def evaluate(
+    model: Model,
+    data: Data,
+    dense: Annotated[str | None, typer.Option(help="To compare with. Default: the model without reduction.")] = None,
+    split: Split = None,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="Keeps results; goes on there.")
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Accuracy on labelled images beside the dense model's, with intervals; what flipped; multiply-adds."""
+    from .convert import restore
+    from .evaluation import evaluate_model
+    from .loading import load_images, load_model
+
+    reduced, processor = load_model(model, revision, trust_remote_code)
+    other = None
+    if dense is not None:
+        other = load_model(dense)[0]
+    elif getattr(reduced.config, "reduction", None) is not None:
+        other = restore(reduced).eval()
+    images = load_images(data, split, limit)
+    report = evaluate_model(reduced, images, processor, dense=other, batch_size=batch_size, output_dir=output_dir)
+    if PartialState().is_main_process:
+        _print(report.to_dict(), as_json, f"{model} on {data}")
+
+
+@app.command(epilog="tokenreduce benchmark vit-tome vit-bat --images data/val --batch-size 1 --batch-size 32")
+def benchmark(
+    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids, of one size.", metavar="MODELS...")],
+    images: Annotated[str, typer.Option(help="A folder of images.")],
+    batch_size: Annotated[list[int], typer.Option(help="May be given again.")] = [1, 32],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="May be given again.")] = ["float32"],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="Of every model in turn.")] = 15,
+    threads: Annotated[int | None, typer.Option(help="Of the processor.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    compile_models: Annotated[bool, typer.Option("--compile", help="torch.compile what can be.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the report here, JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time and memory beside the dense model and the ideal, in one run, and where the time goes."""
+    import torch
+
+    from .evaluation import benchmark as measure
+    from .loading import load_model, load_pictures
+
+    loaded = {name.rstrip("/").split("/")[-1]: load_model(name) for name in models}
+    processor = next(iter(loaded.values()))[1]
+    pixels = processor(load_pictures([images], 2 * max(batch_size))[0], return_tensors="pt")["pixel_values"]
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    report = measure(
+        {name: model for name, (model, _) in loaded.items()},
+        pixels,
+        batch_sizes=batch_size,
+        dtypes=dtype,
+        repeats=repeats,
+        threads=threads,
+        device=device,
+        compile=compile_models,
+    )
+    if output is not None:
+        report.save(output)
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
+
+
+@app.command(epilog="tokenreduce compare facebook/deit-tiny-patch16-224 data/val --share 0.65 -o comparison")
+def compare(
+    model: Model,
+    data: Data,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Table, picture; goes on there.")],
+    share: Annotated[list[float], typer.Option(help="Of multiply-adds; may be given again.")] = [0.8, 0.65, 0.5],  # noqa: B006
+    reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only these: JSON settings, again.")] = [],  # noqa: B006
+    calibration_images: Annotated[int, typer.Option(min=1, help="For LTMP and SiT, without labels.")] = 100,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
+    split: Split = None,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Try every method that runs untrained at some budgets: a table, and a picture of accuracy against cost."""
+    from .evaluation import compare as measure
+    from .evaluation import default_reductions
+    from .loading import load_images, load_model
+
+    dense, processor = load_model(model, revision, trust_remote_code)
+    settings: list[Any] = [_settings(text) for text in reduction] or default_reductions(dense.config, share)
+    found = measure(
+        dense,
+        load_images(data, split, limit),
+        processor,
+        settings,
+        output_dir=output_dir,
+        batch_size=batch_size,
+        calibration_images=calibration_images,
+        speed=speed,
+    )
+    print(json.dumps(found.rows, indent=1) if as_json else found.to_markdown())
+    if not as_json:
+        out.print(f"The same, and pareto.png, are in {output_dir}.")
+
+
+@app.command(epilog="tokenreduce show vit-tome photos -o tokens.html")
+def show(
+    model: Model,
+    images: Annotated[list[str], typer.Argument(help="Images, or folders of them.", metavar="IMAGES...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A page (.html) or a picture (.png).")],
+    layer: Annotated[list[int] | None, typer.Option(help="From 0; may be given again.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Of the images, evenly spread.")] = 16,
+    title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """What the method did to images: kept, merged, dropped, layer by layer, and how many tokens each image took."""
+    from .convert import restore
+    from .loading import load_model, load_pictures
+    from .visualization import token_map_grid, write_page
+
+    if output.suffix not in (".html", ".png"):
+        raise ValueError(f"--output must end in .html or .png, got {output}.")
+    reduced, processor = load_model(model, revision, trust_remote_code)
+    if getattr(reduced.config, "reduction", None) is None:
+        raise ValueError(f"{model} is not reduced, so there is nothing to show. Reduce it: tokenreduce reduce --help.")
+    pictures, names = load_pictures(images, limit)
+    if output.suffix == ".png":
+        token_map_grid(reduced, pictures, processor, layer, names=names).save(output)
+    else:
+        write_page(
+            reduced, pictures, processor, output, dense=restore(reduced), names=names, layers=layer, title=title
+        )
+    out.print(f"Written to {output}.")
+
+
+@app.command(epilog="tokenreduce card vit-tome --base-model google/vit-base-patch16-224 --base-license apache-2.0")
+def card(
+    folder: Annotated[Path, typer.Argument(help="A saved model, or records with --records.")],
+    base_model: Annotated[str | None, typer.Option(help="Hub id of what it was made of.")] = None,
+    base_license: Annotated[str | None, typer.Option(help="Of those weights, such as apache-2.0.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub id of the data it was trained on.")] = None,
+    records: Annotated[Path | None, typer.Option(help="Instead: a card for every record here, into FOLDER.")] = None,
+) -> None:
+    """Write the model card, README.md, from the folder's settings and record. What its owner wrote stays."""
+    from .hub import write_card, write_cards
+
+    if records is not None:
+        written = write_cards(records, folder)
+    else:
+        written = [write_card(folder, base_model=base_model, base_license=base_license, dataset=dataset)]
+    for path in written:
+        out.print(f"Written: {path}")
+
+
+@app.command(epilog="tokenreduce publish vit-tome your-name/vit-tome --dry-run upload")
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A saved model with its processor.")],
+    repo_id: Annotated[str, typer.Argument(help="namespace/name on the Hub.", metavar="REPO_ID")],
+    dry_run: Annotated[Path | None, typer.Option(help="Send nothing; put what would be sent here.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made now.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of writing.")] = False,
+    skip_others: Annotated[bool, typer.Option("--skip-others", help="Leave out files that do not belong.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a folder in a fresh process without this package, list what goes up, and upload it."""
+    from .hub import publish as upload
+
+    found = upload(folder, repo_id, private=private, create_pr=create_pr, dry_run=dry_run, skip_others=skip_others)
+    if as_json:
+        answer = {
+            "files": found.files,
+            "url": found.url,
+            "revision": found.revision,
+            "pull_request": found.pull_request,
+        }
+        print(json.dumps(answer, indent=1))
+        return
+    _print({name: f"{size / 1000:.1f} kB" for name, size in found.files.items()}, False, f"To {repo_id}")
+    for warning in found.report.warnings:
+        out.print(f"[yellow]{escape(warning)}[/yellow]")
+    out.print(f"{'Written to' if dry_run else 'Uploaded:'} {found.pull_request or found.url}")
+    print(found.snippet)
+
+
+@app.command(epilog="tokenreduce serve vit-tome")
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="127.0.0.1: this computer alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the page.")] = 7860,
+    max_upload_mb: Annotated[float, typer.Option(help="Of one image.")] = 10,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """A page to try a checkpoint: drop an image, pick a method and a budget, see it beside the dense model."""
+    from .serve import serve as run
+
+    run(
+        model,
+        host=host,
+        port=port,
+        max_upload_mb=max_upload_mb,
+        open_browser=open_browser,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command(epilog="tokenreduce demo --output-dir demo")
+def demo(
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Goes on there.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of images and training.")] = 0,
+) -> None:
+    """Draw images, train a small ViT, reduce it by every method: table, pictures, pages, folders. No downloads."""
+    from .demo.run import run_demo
+
+    run_demo(output_dir, seed=seed)
 
 
 def _described(model: Any, name: str) -> dict[str, Any]:

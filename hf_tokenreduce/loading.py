@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -14,6 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .calibration import IMAGE_SUFFIXES
 from .modeling.configuration_base import REDUCTIONS, ReductionConfig
 
 
@@ -46,42 +48,48 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_images(name: str, model: PreTrainedModel, split: str | None = None, revision: str | None = None) -> Dataset:
-    """An image folder or a data set on the Hub, with columns image and label, whose labels are the model's classes.
+def load_images(name: str, split: str | None = None, limit: int | None = None) -> Dataset:
+    """An image folder or a data set on the Hub, with columns image and label; of more than `limit` an even part.
 
     split: by default the one there is, or what is called validation, test, or train, in this order.
     """
-    if Path(name).is_dir():
-        found = load_dataset("imagefolder", data_dir=name)
-    else:
-        found = load_dataset(name, revision=revision)
+    local = Path(name).is_dir()
+    found = load_dataset("imagefolder", data_dir=name) if local else load_dataset(name)
     assert isinstance(found, DatasetDict)
     if split is None:
         split = next((known for known in ("validation", "test", "train") if known in found), next(iter(found)))
     if split not in found:
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(found)}.")
     dataset = found[split]
-    feature = dataset.features.get("label")
-    if not isinstance(feature, ClassLabel):
+    if not isinstance(dataset.features.get("label"), ClassLabel):
         raise ValueError(f"{name} has no classes: make one folder per class, or name a data set with a label column.")
-    classes = [class_index(name, model.config.label2id) for name in feature.names]
-    if classes == list(range(len(classes))):
+    if limit is None or limit >= len(dataset):
         return dataset
-    labels = [classes[label] for label in dataset["label"]]
-    return dataset.remove_columns("label").add_column("label", labels)
+    return dataset.select([place * len(dataset) // limit for place in range(limit)])
 
 
-def class_index(name: str, label2id: dict[str, int]) -> int:
-    """The model's number for a class folder, which is named by a label or begins with the number: 0001_goldfish."""
-    if name in label2id:
-        return int(label2id[name])
-    index = name.split("_")[0]
-    if not index.isdecimal() or int(index) >= len(label2id):
-        raise ValueError(
-            f"The class folder {name!r} is no label of the model, nor does it begin with the number of one. The model "
-            f"knows {', '.join(list(label2id)[:8])}{', ...' if len(label2id) > 8 else ''}."
-        )
-    return int(index)
+def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list[str]]:
+    """Images, and folders of images with or without subfolders, as pictures with names; at most `limit`, evenly."""
+    files: list[Path] = []
+    for name in names:
+        path = Path(name)
+        inside = path.rglob("*") if path.is_dir() else [path]
+        found = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        if not found:
+            raise ValueError(
+                f"{name} is neither an image nor a folder of images ({', '.join(sorted(IMAGE_SUFFIXES))})."
+            )
+        files += found
+    count = min(limit, len(files))
+    files = [files[place * len(files) // count] for place in range(count)]
+    pictures = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                pictures.append(picture.convert("RGB"))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{file} cannot be read as an image ({error}). Leave it out.") from error
+    return pictures, [file.stem for file in files]
 
 
 def method_setting(

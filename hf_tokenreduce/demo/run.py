@@ -1,0 +1,218 @@
+"""`tokenreduce demo`: images, a dense model, every method on it, one table, pictures, and folders that load anywhere.
+
+Every step leaves its result in the output folder, and a step whose result is there is not done again.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from PIL import Image
+from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor, set_seed
+
+from ..calibration import calibrate
+from ..convert import reduce_tokens
+from ..evaluation import benchmark, evaluate_model, pareto_plot
+from ..evaluation.resume import write_whole
+from ..hub import write_card
+from ..loading import no_progress_bars
+from ..modeling.configuration_base import ReductionConfig
+from ..modeling.configuration_methods import (
+    ATSConfig,
+    BATConfig,
+    DLViTConfig,
+    EViTConfig,
+    LTMPConfig,
+    SiTConfig,
+    ToMeConfig,
+    TopKConfig,
+)
+from ..training import (
+    BatchTransform,
+    Collator,
+    TokenReduceTrainer,
+    TokenReduceTrainingArguments,
+    TrainTransform,
+    fit_filter,
+    make_labels,
+    recipe,
+)
+from ..visualization import method_comparison, write_page
+from .dense import STEPS, train_dense
+from .images import make_images
+from .report import NAMES, markdown_table, write_report
+
+
+SHARE = 0.6  # of the multiply-adds to keep
+SHOWN = 12  # images on a method's page
+SETTINGS: dict[str, Callable[[Any], ReductionConfig]] = {
+    "tome": lambda config: ToMeConfig.for_budget(config, SHARE),
+    "topk": lambda config: TopKConfig.for_budget(config, SHARE, layers=(1, 3, 4)),
+    "evit": lambda config: EViTConfig.for_budget(config, SHARE, layers=(1, 3, 4)),
+    "bat": lambda config: BATConfig.for_budget(config, SHARE, layers=(1, 3, 4)),
+    "ats": lambda config: ATSConfig(layers=range(1, 6)),
+    "ltmp": lambda config: LTMPConfig(target=SHARE),
+    "sit": lambda config: SiTConfig.for_budget(config, SHARE, layers=(1, 3)),
+    "dlvit": lambda config: DLViTConfig.for_budget(config, SHARE),
+}
+# What changes in the quick recipes: the model is small and was trained in minutes, so it can take larger steps.
+TRAINING: dict[str, dict[str, Any]] = {
+    "ltmp": {"num_train_epochs": 1},
+    "sit": {"num_train_epochs": 2, "learning_rate": 5e-4},
+    "dlvit": {"num_train_epochs": 1, "learning_rate": 2e-4},
+}
+FRESH = """
+import sys
+sys.modules["hf_tokenreduce"] = None  # importing it fails: what loads here is the code in the folder
+from transformers import pipeline
+from transformers.utils import logging
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+classify = pipeline("image-classification", model=sys.argv[1], trust_remote_code=True, device="cpu")
+best = classify(sys.argv[2])[0]
+print(f"{type(classify.model).__module__.split('.')[0]}: {best['label']} {best['score']:.3f}")
+"""
+
+
+def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STEPS, train: int = 2400) -> str:
+    """Do all of it; returns the table, which is also in `output_dir`/table.md beside index.html.
+
+    steps: of the dense model's training, train: images; fewer are quicker, and worse.
+    """
+    begin, folder = time.perf_counter(), Path(output_dir)
+    data, work = folder / "data", folder / "work"
+    _say(f"1. Images: {data}")
+    make_images(data, train=train, validation=400 if train >= 2400 else 80, seed=seed)
+    _say("2. A dense ViT, trained from nothing (over a minute)")
+    train_dense(data, folder / "dense", seed=seed, steps=steps)
+    with no_progress_bars():
+        dense = AutoModelForImageClassification.from_pretrained(folder / "dense").eval()
+    processor = ViTImageProcessor.from_pretrained(folder / "dense")
+    training, validation = (
+        load_dataset("imagefolder", data_dir=str(data / split), split="train") for split in ("train", "validation")
+    )
+
+    _say(f"3. Every method, at {SHARE:.0%} of the multiply-adds (ATS takes what it needs)")
+    models: dict[str, PreTrainedModel] = {"dense": dense}
+    for number, (name, setting) in enumerate(SETTINGS.items(), start=1):
+        target = folder / name
+        if not (target / "model.safetensors").is_file():
+            _say(f"   {number} of {len(SETTINGS)}: {NAMES[name]}" + (", trained" if name in TRAINING else ""))
+            set_seed(seed)
+            reduced = _prepared(name, reduce_tokens(copy.deepcopy(dense), setting(dense.config)), training, processor, work / name)
+            with tempfile.TemporaryDirectory(dir=folder) as unfinished, no_progress_bars():
+                reduced.save_pretrained(unfinished)
+                processor.save_pretrained(unfinished)
+                target.mkdir(exist_ok=True)
+                for file in sorted(Path(unfinished).iterdir(), key=lambda file: file.suffix == ".safetensors"):
+                    os.replace(file, target / file.name)  # the weights come last: with them the folder is whole
+        with no_progress_bars():
+            models[name] = AutoModelForImageClassification.from_pretrained(target).eval()
+
+    _say("4. Accuracy on images that no model has seen, and speed, all in turn")
+    report = evaluate_model(dense, validation, processor, output_dir=work / "accuracy" / "dense")
+    reports = {"dense": report}
+    for name, model in models.items():
+        if name != "dense":
+            where = work / "accuracy" / name
+            reports[name] = evaluate_model(model, validation, processor, dense=report, output_dir=where)
+    speed = _speed(models, validation, processor, work / "speed.json")
+    rows = [_row(name, reports[name].to_dict(), speed[name]) for name in models]
+    write_whole(folder / "results.json", json.dumps(rows, indent=1))
+    table = markdown_table(rows)
+    write_whole(folder / "table.md", table + "\n")
+
+    _say("5. Pictures, pages and model cards")
+    pareto_plot(rows, folder / "pareto.png", "Accuracy of a small ViT on drawn images")
+    pictures = _examples(validation, SHOWN)
+    chosen = {NAMES[name]: models[name] for name in ("tome", "bat", "ltmp", "ats", "evit", "dlvit")}
+    comparisons = []
+    for number, picture in enumerate(pictures[:4]):
+        comparisons.append(folder / f"methods-{number}.png")
+        method_comparison(chosen, picture, processor, size=168).save(comparisons[-1])
+    for name, row in zip(models, rows, strict=True):
+        if name != "dense":
+            page = folder / f"{name}.html"
+            write_page(models[name], pictures, processor, page, dense=dense, title=f"{NAMES[name]} on drawn images")
+            record = {**row, "dataset": "drawn shapes", "base_model": "dense", "seed": seed}
+            write_whole(folder / name / "record.json", json.dumps(record, indent=1))
+            write_card(folder / name)
+    write_report(folder / "index.html", rows, folder / "pareto.png", comparisons)
+
+    print("\n" + table + "\n")
+    _say("6. One of the folders in a fresh process that cannot import this package:")
+    sample = next((data / "validation").glob("star/*.png"))
+    _say(f"   an image of a {sample.parent.name}, by {folder / 'ltmp'}: {_fresh(folder / 'ltmp', sample)}")
+    seconds = time.perf_counter() - begin
+    _say(f"Done in {seconds // 60:.0f} min {seconds % 60:.0f} s. Open {folder / 'index.html'}.")
+    return table
+
+
+def _prepared(name: str, model: PreTrainedModel, images: Dataset, processor: Any, work: Path) -> PreTrainedModel:
+    """What the method has to learn, from the training images."""
+    if name in ("ltmp", "sit"):
+        pixels = processor(_examples(images, 96), return_tensors="pt")["pixel_values"]
+        calibrate(model, pixels, SHARE if name == "ltmp" else None)
+    if name == "dlvit":
+        work.mkdir(parents=True, exist_ok=True)
+        options: dict[str, Any] = {"image_processor": processor}
+        make_labels(model, images, work, labeller="groups", keep_share=0.4, max_samples=160, **options)
+        fit_filter(model, work, images, **options)
+    if name in TRAINING:
+        arguments = TokenReduceTrainingArguments(
+            str(work),
+            **{**recipe(name), "per_device_train_batch_size": 32, **TRAINING[name]},
+            remove_unused_columns=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            use_cpu=True,
+        )
+        augmented = images.with_transform(BatchTransform(TrainTransform(processor, scale=(0.9, 1.0))))
+        trainer = TokenReduceTrainer(model, arguments, train_dataset=augmented, data_collator=Collator())
+        trainer.train()
+    return model.eval()
+
+
+def _speed(
+    models: dict[str, PreTrainedModel], images: Dataset, processor: Any, file: Path
+) -> dict[str, dict[str, float]]:
+    if not file.is_file():
+        pixels = processor(_examples(images, 64), return_tensors="pt")["pixel_values"]
+        report = benchmark(models, pixels, batch_sizes=[32], repeats=11, breakdown=False, memory=False)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(report.to_dict(), indent=1))
+    return {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+
+
+def _row(name: str, accuracy: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
+    names = ("speedup", "speedup_interval", "oracle_share", "images_per_second")
+    row = {**accuracy, **{key: speed[key] for key in names}, "speed_batch_size": speed["batch_size"]}
+    return {**row, "name": NAMES[name], "trained": name in TRAINING}
+
+
+def _examples(images: Dataset, count: int) -> list[Image.Image]:
+    """Evenly spread, so of all classes."""
+    return images.select([place * len(images) // count for place in range(count)])["image"][:]
+
+
+def _fresh(folder: Path, image: Path) -> str:
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", FRESH, str(folder.resolve()), str(image.resolve())]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache)
+    if done.returncode:
+        raise RuntimeError(f"{folder} does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

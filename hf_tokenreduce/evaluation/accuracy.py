@@ -1,0 +1,290 @@
+"""`evaluate_model`: accuracy on labelled images beside the model before reduction, image by image."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..convert import restore
+from ..modeling.multiply_adds import multiply_adds, num_patches, num_prefix_tokens
+from .compute import evaluating, summary, total_multiply_adds
+from .resume import Progress, Records, digest_of_data, digest_of_model, launched_processes
+
+
+NUM_RESAMPLES = 10_000
+
+
+@dataclass
+class AccuracyReport:
+    """Accuracies and their differences are in percent, intervals are of 95 %.
+
+    top1_interval: Wilson's, of what other images of the kind would give
+    baseline_top1: of the model before reduction; `drop` is that less `top1`, and `drop_interval` a paired bootstrap's:
+        most of what makes accuracy vary from one set of images to another is common to both models
+    agreement: percent of the images for which both predict the same class
+    became_right, became_wrong: rows of the data set that only this model, or only the other, gets right
+    tokens: that leave the last layer, over images; `tokens_per_layer` are means
+    multiply_adds: of the whole model, over images; `mult_adds_ratio` is the share of its encoder's that is kept
+    per_image: rows of the data set, their classes, what was predicted first by both, tokens and multiply-adds
+    """
+
+    images: int
+    method: str | None
+    settings: dict[str, Any] | None
+    top1: float
+    top1_interval: tuple[float, float]
+    top5: float
+    tokens: dict[str, float]
+    tokens_per_layer: list[float]
+    multiply_adds: dict[str, float]
+    mult_adds_ratio: float
+    baseline_top1: float | None = None
+    drop: float | None = None
+    drop_interval: tuple[float, float] | None = None
+    agreement: float | None = None
+    became_right: list[int] = field(default_factory=list)
+    became_wrong: list[int] = field(default_factory=list)
+    per_image: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but `per_image`."""
+        values = asdict(self)
+        del values["per_image"]
+        return values
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    processor: Any,
+    *,
+    dense: PreTrainedModel | AccuracyReport | None = None,
+    batch_size: int = 32,
+    output_dir: str | Path | None = None,
+    num_workers: int = 0,
+    image_column: str = "image",
+    label_column: str = "label",
+    progress: bool = True,
+) -> AccuracyReport:
+    """Accuracy of a classifier, reduced or not.
+
+    dataset: images with their classes, such as an image folder. A class is named by a label of the model, or begins
+        with its index: `0001_n01443537`.
+    dense: what to compare with: a model, which goes through the images beside this one, or the report that it got
+        on the same images. None: `restore(model)`; of a model that is not reduced, no comparison.
+    output_dir: what was measured is kept there as it comes, and the report in `report.json` at the end. Called again
+        after a crash, only what is missing is computed. What another model, data set or processor left there is a
+        `ValueError`.
+    num_workers: processes that read images
+
+    Processes of `accelerate launch` or `torchrun` share the images; each brings the model on its own device, and each
+    gets the report of all images. Their `output_dir` is on a file system they share.
+    """
+    _check(dataset, batch_size, image_column, label_column)
+    classes = class_indices(dataset, label_column, model.config.label2id)
+    labels = [classes[label] if classes else label for label in dataset.with_format(None)[label_column]]
+    highest = model.config.num_labels - 1
+    if any(label is None or not 0 <= label <= highest for label in labels):
+        raise ValueError(f"The labels must be classes of the model, 0 to {highest}. Leave out images without a class.")
+    given, beside = None, None
+    if isinstance(dense, AccuracyReport):
+        given = _given_predictions(dense, len(dataset))
+    elif dense is not None:
+        beside = dense
+    elif getattr(model.config, "reduction", None) is not None:
+        beside = restore(model)
+
+    processes = launched_processes(model.device)
+    settings = {
+        "model": digest_of_model(model),
+        "dense": None if beside is None else digest_of_model(beside),
+        "data": digest_of_data(dataset, image_column, labels),
+        "processor": processor.to_dict(),
+    }
+    records = Records(output_dir, settings, processes)
+    missing = [row for row in range(len(dataset)) if row not in records.done]
+    mine = missing[processes.rank :: processes.world]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    reader = _Reader(dataset.with_format(None), batches, image_column, processor)
+    loader: Any = DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(batches)))
+    shown = progress and processes.rank == 0
+    models = [model] if beside is None else [model, beside]
+    with (
+        evaluating(*models),
+        torch.inference_mode(),
+        logging.tqdm(total=len(mine), desc="evaluating", leave=False, disable=not shown) as bar,
+    ):
+        for rows, pixel_values in loader:
+            records.add(_record(model, beside, rows, pixel_values))
+            bar.update(len(rows))
+    found = records.gather()
+    report = _report(model, found, labels, given)
+    records.finish(report.to_dict())
+    return report
+
+
+def class_indices(dataset: Dataset, label_column: str, label2id: dict[str, int]) -> list[int]:
+    """For each class of the data set its index in the model. Empty: the column holds indices and no names."""
+    names = getattr(dataset.features[label_column], "names", None)
+    return [class_index(name, label2id) for name in names or []]
+
+
+def class_index(name: str, label2id: dict[str, int]) -> int:
+    if name in label2id:
+        return int(label2id[name])
+    index = name.split("_")[0]
+    if not index.isdecimal() or int(index) >= len(label2id):
+        raise ValueError(
+            f"The class {name!r} is no label of the model, nor does it begin with the index of one. Rename its folder "
+            f"to one of {', '.join(list(label2id)[:5])}, ... or to an index and anything, such as 0001_{name}."
+        )
+    return int(index)
+
+
+def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Of a share, in percent."""
+    share = correct / count
+    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
+
+
+def paired_bootstrap(right: np.ndarray, was_right: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Of the drop in accuracy, in percent, for images drawn anew: bool (n,) twice.
+
+    An image can only count -1, 0 or 1, so that drawing how many of each there are is drawing images, and fast for any
+    number of them.
+    """
+    count = len(right)
+    lost, gained = int((was_right & ~right).sum()), int((right & ~was_right).sum())
+    shares = [lost / count, gained / count, (count - lost - gained) / count]
+    drawn = np.random.default_rng(seed).multinomial(count, shares, size=NUM_RESAMPLES)
+    low, high = np.quantile(100 * (drawn[:, 0] - drawn[:, 1]) / count, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _record(model: PreTrainedModel, dense: PreTrainedModel | None, rows: list[int], pixel_values: Tensor) -> Progress:
+    pixel_values = pixel_values.to(model.device)
+    output = model(pixel_values)
+    ranked = output.logits.topk(min(5, output.logits.shape[-1]), dim=-1).indices
+    if output.get("token_counts") is None:
+        counts = torch.full((len(rows), model.config.num_hidden_layers), _num_tokens(model))
+    else:
+        counts = output.token_counts
+    record = {"rows": rows, "ranked": ranked.tolist(), "tokens": counts.tolist()}
+    if dense is not None:
+        logits = dense(pixel_values.to(dense.device)).logits
+        record["dense"] = logits.argmax(dim=-1).tolist()
+    return record
+
+
+def _report(
+    model: PreTrainedModel, found: dict[int, dict[str, Any]], labels: list[int], given: Tensor | None
+) -> AccuracyReport:
+    from .metrics.accuracy.accuracy import top_k_hits
+    from .metrics.agreement.agreement import agreement, flips
+
+    rows = sorted(found)
+    truth = np.array([labels[row] for row in rows])
+    ranked = np.array([found[row]["ranked"] for row in rows])
+    counts = torch.tensor([found[row]["tokens"] for row in rows])
+    reduction = getattr(model.config, "reduction", None)
+    num_tokens = _num_tokens(model)
+    cost = total_multiply_adds(model, counts, num_tokens=num_tokens)
+    all_tokens = torch.full_like(counts[:1], num_tokens)
+    encoder = multiply_adds(model.config, counts, num_tokens, reduction).mean()
+    right = top_k_hits(ranked, truth)
+    per_image = {
+        "rows": torch.tensor(rows),
+        "labels": torch.from_numpy(truth),
+        "predictions": torch.from_numpy(ranked[:, 0]),
+        "tokens": counts,
+        "multiply_adds": cost,
+    }
+    report = AccuracyReport(
+        images=len(rows),
+        method=None if reduction is None else reduction.method,
+        settings=None if reduction is None else reduction.to_dict(),
+        top1=100 * float(right.mean()),
+        top1_interval=wilson_interval(int(right.sum()), len(rows)),
+        top5=100 * float(top_k_hits(ranked, truth, ranked.shape[1]).mean()),
+        tokens=summary(counts[:, -1]),
+        tokens_per_layer=counts.double().mean(dim=0).tolist(),
+        multiply_adds=summary(cost),
+        mult_adds_ratio=(encoder / multiply_adds(model.config, all_tokens, num_tokens)).item(),
+        per_image=per_image,
+    )
+    if given is None and "dense" in found[rows[0]]:
+        given = torch.tensor([found[row]["dense"] for row in rows])
+    if given is not None:
+        theirs = given.numpy()
+        was_right = top_k_hits(theirs, truth)
+        report.baseline_top1 = 100 * float(was_right.mean())
+        report.drop = report.baseline_top1 - report.top1
+        report.drop_interval = paired_bootstrap(right, was_right)
+        report.agreement = 100 * agreement(ranked[:, 0], theirs)
+        report.became_right, report.became_wrong = (
+            per_image["rows"][torch.from_numpy(which)].tolist() for which in flips(ranked[:, 0], theirs, truth)
+        )
+        per_image["dense_predictions"] = given
+    return report
+
+
+class _Reader(torch.utils.data.Dataset):
+    """Batches of rows as pixel values, for a `DataLoader`."""
+
+    def __init__(self, dataset: Dataset, batches: list[list[int]], image_column: str, processor: Any):
+        self.dataset, self.batches, self.image_column, self.processor = dataset, batches, image_column, processor
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[list[int], Tensor]:
+        rows = self.batches[number]
+        photos = []
+        for row in rows:
+            try:
+                photos.append(self.dataset[row][self.image_column].convert("RGB"))
+            except Exception as error:  # Pillow raises whatever its parsers trip over
+                raise ValueError(
+                    f"Row {row} of the data set holds no readable image in its column {self.image_column!r} "
+                    f"({error}). Repair it, or leave it out by dataset.select(...)."
+                ) from error
+        return rows, self.processor(photos, return_tensors="pt")["pixel_values"]
+
+
+def _given_predictions(report: AccuracyReport, num_rows: int) -> Tensor:
+    if report.images != num_rows or "predictions" not in report.per_image:
+        raise ValueError(
+            f"dense is a report on {report.images} images, the data set has {num_rows}. Give the one that "
+            "evaluate_model returned for the same images, as it returned it, or the model itself."
+        )
+    return report.per_image["predictions"]
+
+
+def _num_tokens(model: PreTrainedModel) -> int:
+    return num_patches(model.config) + num_prefix_tokens(model.config)
+
+
+def _check(dataset: Any, batch_size: int, image_column: str, label_column: str) -> None:
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"dataset must be one split of a data set, got a {type(dataset).__name__}. Load it by "
+            'load_dataset("imagefolder", data_dir=..., split="validation").'
+        )
+    missing = [name for name in (image_column, label_column) if name not in dataset.column_names]
+    if missing or len(dataset) == 0:
+        raise ValueError(
+            f"The data set has {len(dataset)} rows and the columns {dataset.column_names}; there must be rows, and "
+            f"columns of images and labels: image_column={image_column!r}, label_column={label_column!r}."
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

@@ -1,0 +1,120 @@
+"""Where the time of a forward goes: attention, linears, the method's decisions, moving tokens, the rest."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import PreTrainedModel
+
+
+# The first of these that an operation lies in: a projection that a score needs is scoring, not linear.
+PARTS = ("moving", "scoring", "linear", "attention")
+HOOKS = ("before_encoder", "select_queries", "after_attention", "after_layer")
+MOVES = ("apply_map", "mix", "move", "pad", "unpad")
+PREFIX = "hf_tokenreduce::"
+
+
+def breakdown(model: PreTrainedModel, pixel_values: Tensor, repeats: int = 3) -> dict[str, float]:
+    """Shares of the time of a forward, which sum to 1.
+
+    attention: its products and softmax
+    linear: its projections, and the MLP with its activation
+    scoring: what the method computes to decide: scores, similarities, matching, sorting
+    moving: applying the decision to hidden states, sizes and maps
+    other: embedding, norms, residuals, head
+
+    By torch.profiler: on CUDA of the time of the kernels, else of the CPU, Python included. Profiling costs time
+    itself, the more the smaller the operations are: the shares say where to look, the benchmark how long it takes.
+    """
+    cuda = pixel_values.is_cuda
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.inference_mode(), labelled(model):
+        model(pixel_values)
+        with profile(activities=activities) as profiler:
+            for _ in range(repeats):
+                with record_function(PREFIX + "other"):
+                    model(pixel_values)
+            if cuda:
+                torch.cuda.synchronize(pixel_values.device)
+    seconds = dict.fromkeys((*PARTS, "other"), 0.0)
+    for event in profiler.events():
+        part = _part_of(event)
+        if part is not None:
+            seconds[part] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    total = sum(seconds.values())
+    return {part: spent / total for part, spent in seconds.items()}
+
+
+def _part_of(event: Any) -> str | None:
+    """The part that an event's own time belongs to; None for what is no part of a forward."""
+    if event.device_type != DeviceType.CPU:  # kernels count by the operations that launched them
+        return None
+    labels = set()
+    while event is not None:
+        if event.name.startswith(PREFIX):
+            labels.add(event.name.removeprefix(PREFIX))
+        event = event.cpu_parent
+    if "other" not in labels:
+        return None
+    return next((part for part in PARTS if part in labels), "other")
+
+
+@contextmanager
+def labelled(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, the parts of the model, stock or reduced, carry their name in a profile. Nothing it computes is
+    changed, and afterwards everything is as it was."""
+    with ExitStack() as stack:
+        for layer in model.base_model.layers:
+            attention = layer.attention
+            stack.enter_context(_as_attribute(attention, "forward", _named("attention", attention.forward)))
+            for module in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, layer.mlp):
+                stack.enter_context(_as_attribute(module, "forward", _named("linear", module.forward)))
+            for hook in HOOKS if hasattr(layer, "reducer") else ():
+                act = getattr(layer.reducer, hook)
+                stack.enter_context(_as_attribute(layer.reducer, hook, _named("scoring", act)))
+        for module, name in _movers(model):
+            stack.enter_context(_as_attribute(module, name, _named("moving", getattr(module, name))))
+        yield
+
+
+def _movers(model: nn.Module) -> list[tuple[Any, str]]:
+    """The functions that move tokens, in every module that a class of the model was written in. (A model loaded from
+    a repository has its own copy of them.)"""
+    written_in = {part.__module__ for module in model.modules() for part in type(module).__mro__}
+    found = []
+    for name in sorted(written_in):
+        module = sys.modules.get(name)
+        for move in MOVES:
+            function = getattr(module, move, None)
+            if function is not None and getattr(function, "__module__", "").split(".")[-1] == "tokens":
+                found.append((module, move))
+    return found
+
+
+def _named(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(call)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        with record_function(PREFIX + part):
+            return call(*args, **kwargs)
+
+    return recorded
+
+
+@contextmanager
+def _as_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    was_own = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if was_own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

@@ -1,0 +1,142 @@
+"""Multiply-adds of a whole model, by arithmetic and counted on the real forward, and its parameters.
+
+A multiply-add is what papers on vision transformers call a FLOP: DeiT-S has 4.6 G of them, whose floating-point
+operations would be twice as many. Here the patch embedding and the head are counted too, as papers do; the share of a
+reduction that `hf_tokenreduce.modeling.multiply_adds` speaks of is that of the encoder's layers alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..modeling.configuration_methods import parse_reduction
+from ..modeling.multiply_adds import even_counts, multiply_adds, num_patches, num_prefix_tokens
+
+
+HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+
+
+def measured_multiply_adds(model: PreTrainedModel, pixel_values: Tensor, *, progress: bool = False) -> Tensor:
+    """Multiply-adds of each image, embedding and head included, as torch's counter sees them in the forward: (B,)
+    float64.
+
+    The images go through the model one by one, so that each has its own count where a batch would share one. Attention
+    is computed in plain products meanwhile, because the counter does not know every fused kernel; what is multiplied
+    is the same.
+    """
+    if pixel_values.ndim != 4 or len(pixel_values) == 0:
+        raise ValueError(f"pixel_values must be (B, C, H, W) with B above 0, got {tuple(pixel_values.shape)}.")
+    counts = []
+    images = pixel_values.to(model.device).split(1)
+    with evaluating(model), plain_attention(model), torch.no_grad():
+        for image in logging.tqdm(images, desc="counting multiply-adds", leave=False, disable=not progress):
+            with FlopCounterMode(display=False) as counter:
+                model(image)
+            counts.append(counter.get_total_flops() / 2)
+    return torch.tensor(counts, dtype=torch.float64)
+
+
+def total_multiply_adds(
+    model: PreTrainedModel, token_counts: Tensor | None = None, reduction: Any = None, num_tokens: int | None = None
+) -> Tensor:
+    """The same by arithmetic: nothing runs. (B,) float64.
+
+    token_counts: long (B, L), as a reduced model returns them. None: those of a method that keeps the same number of
+        every image, or of a dense model; then B is 1. Adaptive methods cannot say, and raise a `ValueError`.
+    reduction: a method configuration or its dictionary form, instead of the one the model has. So a dense model
+        answers what it would cost, before anything is reduced.
+    num_tokens: that enter the model, prefix tokens included. None: those of an image of the model's own size.
+    """
+    config = model.config
+    reduction = parse_reduction(getattr(config, "reduction", None) if reduction is None else reduction)
+    if num_tokens is None:
+        num_tokens = num_patches(config) + num_prefix_tokens(config)
+    if token_counts is None:
+        if reduction is not None:
+            reduction.check_fit(config)
+            token_counts = torch.tensor([even_counts(reduction, config)])
+        else:
+            token_counts = torch.full((1, config.num_hidden_layers), num_tokens)
+    encoder = multiply_adds(config, token_counts.cpu(), num_tokens, reduction)
+    return encoder + outside_multiply_adds(model, num_tokens - num_prefix_tokens(config))
+
+
+def dense_multiply_adds(model: PreTrainedModel, num_tokens: int | None = None) -> float:
+    """Of the model without its reduction, whole."""
+    config = model.config
+    if num_tokens is None:
+        num_tokens = num_patches(config) + num_prefix_tokens(config)
+    encoder = multiply_adds(config, torch.full((1, config.num_hidden_layers), num_tokens), num_tokens)
+    return encoder.item() + outside_multiply_adds(model, num_tokens - num_prefix_tokens(config))
+
+
+def outside_multiply_adds(model: PreTrainedModel, patches: int) -> int:
+    """Of the patch embedding and of what comes after the encoder."""
+    base = model.base_model
+    after = [head.weight for name in HEADS if isinstance(head := getattr(model, name, None), nn.Linear)]
+    if getattr(base, "pooler", None) is not None:
+        after.append(base.pooler.dense.weight)
+    return patches * base.embeddings.patch_embeddings.projection.weight.numel() + sum(w.numel() for w in after)
+
+
+def describe_compute(model: PreTrainedModel, pixel_values: Tensor | None = None, *, progress: bool = False) -> dict:
+    """{"parameters", "multiply_adds": their `summary` over the images, "dense_multiply_adds", "share"}.
+
+    With images it is measured on them; without, by arithmetic, which adaptive methods have no answer for. `share` is
+    the mean over a dense model's, of the whole model.
+    """
+    if pixel_values is None:
+        counts, tokens = total_multiply_adds(model), None
+    else:
+        counts = measured_multiply_adds(model, pixel_values, progress=progress)
+        patch = model.base_model.embeddings.patch_embeddings.projection.kernel_size
+        grid = [size // side for size, side in zip(pixel_values.shape[-2:], patch, strict=True)]
+        tokens = grid[0] * grid[1] + num_prefix_tokens(model.config)
+    dense = dense_multiply_adds(model, tokens)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "multiply_adds": summary(counts),
+        "dense_multiply_adds": dense,
+        "share": counts.mean().item() / dense,
+    }
+
+
+def summary(values: Tensor) -> dict[str, float]:
+    """Of one number per image: what it is on average, and for the images that take the least and the most."""
+    values = values.double()
+    return {
+        "mean": values.mean().item(),
+        "p50": values.quantile(0.5).item(),
+        "p95": values.quantile(0.95).item(),
+        "min": values.min().item(),
+        "max": values.max().item(),
+    }
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode meanwhile, and afterwards the mode that each module had."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    implementation = model.config._attn_implementation
+    model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = implementation

@@ -1,0 +1,79 @@
+"""Peak memory of one forward: on CUDA by torch's own account, on a CPU in a process of its own.
+
+Run as a module it is that process: `python -m hf_tokenreduce.evaluation.memory MODEL IMAGES THREADS` prints MiB.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+MIB = 2**20
+
+
+def peak_memory(model: nn.Module, pixel_values: Tensor) -> float | None:
+    """MiB that a forward needs at its peak above what the model and the images take. None on a CPU without Linux's
+    /proc. The model must be one that pickles."""
+    if pixel_values.is_cuda:
+        return _on_cuda(model, pixel_values)
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    package = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [os.path.join(folder, name) for name in ("model.pt", "images.pt")]
+        torch.save(model, files[0])
+        torch.save(pixel_values, files[1])
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, *files, str(torch.get_num_threads())],
+            capture_output=True,
+            text=True,
+            # Below this size malloc keeps what is freed; above, it goes back to the system and the peak is real.
+            env={
+                **os.environ,
+                "MALLOC_MMAP_THRESHOLD_": "65536",
+                "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")]),
+            },
+        )
+    if done.returncode:
+        raise RuntimeError(f"The process that measures memory failed:\n{done.stderr}")
+    return float(done.stdout.split()[-1])
+
+
+def _on_cuda(model: nn.Module, pixel_values: Tensor) -> float:
+    device = pixel_values.device
+    with torch.inference_mode():
+        model(pixel_values)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        model(pixel_values)
+        torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / MIB
+
+
+def _resident(field: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
+
+
+def main() -> None:
+    model_file, images_file, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    # Both files were written by the process that started this one.
+    model = torch.load(model_file, weights_only=False).eval()
+    pixel_values = torch.load(images_file)
+    with torch.inference_mode():
+        model(pixel_values[:1])
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _resident("VmRSS")
+        model(pixel_values)
+    print(_resident("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""`pareto_plot`: accuracy against multiply-adds and against speed, several settings of several methods."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+NAMES = {
+    "tome": "ToMe",
+    "evit": "EViT",
+    "topk": "Top-K",
+    "bat": "BAT",
+    "sit": "SiT",
+    "dlvit": "DL-ViT",
+    "ats": "ATS",
+    "ltmp": "LTMP",
+}
+
+# Told apart by shape, filling, dash and the label at their end; the greys alone would do, colour is a help.
+STYLES = {
+    "tome": ("o", True, "-", "#1b4f9c"),
+    "evit": ("s", True, "--", "#b8541a"),
+    "topk": ("s", False, ":", "#8a6d1f"),
+    "bat": ("D", True, "-.", "#2d7a3a"),
+    "sit": ("^", True, "--", "#7a3b9c"),
+    "dlvit": ("v", False, ":", "#555555"),
+    "ats": ("P", True, "-", "#a3243b"),
+    "ltmp": ("X", True, "-", "#111111"),
+}
+OTHERS = [
+    ("<", True, "-", "#336666"),
+    (">", False, "--", "#664433"),
+    ("p", True, "-.", "#445588"),
+    ("h", False, ":", "#555555"),
+]
+
+
+class Point(NamedTuple):
+    x: float
+    y: float
+    x_interval: tuple[float, float] | None
+    y_interval: tuple[float, float] | None
+
+
+def pareto_plot(
+    rows: Sequence[Mapping[str, Any]] | str | Path, path: str | Path | Sequence[str | Path], title: str = ""
+) -> None:
+    """Draw records, or those of a JSON file, into a picture of the kind that the name of `path` ends with; or into
+    several, such as a .png and a .svg.
+
+    Of a record the keys are `method` (None for the dense model), `top1`, and `mult_adds_ratio` and `speedup`, of
+    which one may be missing in all records. There may be `label` (a name for the line, instead of the method's),
+    `top1_interval`, `speedup_interval`, `dense_images_per_second` (then speed is also given in images/s) and
+    `baseline_top1`, which stands for the dense model where no record does.
+    """
+    given: Any = json.loads(Path(rows).read_text()) if isinstance(rows, (str, Path)) else rows
+    records: list[Any] = [row for row in given if row.get("top1") is not None]
+    reduced = [row for row in records if row.get("method") is not None]
+    if not reduced:
+        raise ValueError("There is nothing to draw: no record has a method and its top1.")
+    panels = [name for name in ("mult_adds_ratio", "speedup") if any(row.get(name) is not None for row in reduced)]
+    if not panels:
+        raise ValueError("The records have neither mult_adds_ratio nor speedup to draw accuracy against.")
+
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "hf_tokenreduce"}):
+        figure = Figure(figsize=(5.6 * len(panels), 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, name in zip(axes, panels, strict=True):
+            _draw_panel(axis, name, records, reduced)
+        axes[0].set_ylabel("top-1 accuracy, %")
+        if title:
+            figure.suptitle(title)
+        for file in [path] if isinstance(path, (str, Path)) else path:
+            figure.savefig(file, dpi=160, metadata={"Date": None} if str(file).endswith(".svg") else None)
+
+
+def _draw_panel(axis: Any, name: str, rows: Sequence[Mapping[str, Any]], reduced: list[Mapping[str, Any]]) -> None:
+    speed = name == "speedup"
+    styles = _styles(reduced)
+    lines: dict[str, list[Point]] = {}
+    for row in reduced:
+        if row.get(name) is not None:
+            lines.setdefault(_label(row), []).append(_point(row, name))
+    dense = _dense_point(rows, name)
+    if dense is not None:
+        axis.axhline(dense.y, color="0.75", linewidth=0.8, zorder=0)
+        axis.plot(dense.x, dense.y, marker="*", markersize=13, color="black", linestyle="none", zorder=4)
+        axis.annotate("dense", (dense.x, dense.y), (0, -9), textcoords="offset points", ha="center", va="top")
+    ends = []
+    for label, points in lines.items():
+        marker, filled, dash, color = styles[label]
+        points = sorted(points, key=lambda point: point.x)
+        xs, ys = [p.x for p in points], [p.y for p in points]
+        axis.plot(
+            xs, ys, linestyle=dash, color=color, marker=marker, markersize=7, linewidth=1.4,
+            markerfacecolor=color if filled else "white", markeredgecolor=color, markeredgewidth=1.2, zorder=3,
+        )  # fmt: skip
+        for bars, values in (("xerr", [p.x_interval for p in points]), ("yerr", [p.y_interval for p in points])):
+            drawn = [(p, v) for p, v in zip(points, values, strict=True) if v is not None]
+            if drawn:
+                middles = [p.x if bars == "xerr" else p.y for p, _ in drawn]
+                lengths = [[max(0.0, m - v[0]) for m, (_, v) in zip(middles, drawn, strict=True)],
+                           [max(0.0, v[1] - m) for m, (_, v) in zip(middles, drawn, strict=True)]]  # fmt: skip
+                axis.errorbar(
+                    [p.x for p, _ in drawn], [p.y for p, _ in drawn], **{bars: lengths},
+                    fmt="none", ecolor=color, elinewidth=0.7, alpha=0.35, zorder=1,
+                )  # fmt: skip
+        ends.append((label, points[-1 if speed else 0], color))
+    axis.margins(x=0.08)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines["right"].set_visible(False)
+    axis.spines["top"].set_visible(False)
+    if speed:
+        _describe_speed(axis, reduced)
+    else:
+        axis.set_xlabel("share of the encoder's multiply-adds kept")
+    _label_ends(axis, ends, right=speed)
+
+
+def _describe_speed(axis: Any, reduced: list[Mapping[str, Any]]) -> None:
+    rate = dense_rate(reduced)
+    sizes = {row["speed_batch_size"] for row in reduced if row.get("speed_batch_size")}
+    batch = f", batch {sizes.pop()}" if len(sizes) == 1 else ""
+    if rate is None:
+        axis.set_xlabel(f"speed-up over dense{batch}")
+        return
+    axis.set_xlabel(f"images/s{batch}")
+    axis.xaxis.set_major_locator(_round_steps(rate))
+    axis.xaxis.set_major_formatter(lambda value, place: f"{value * rate:.4g}")
+    above = axis.secondary_xaxis("top")
+    above.set_xlabel("speed-up over dense")
+
+
+def _round_steps(rate: float) -> Any:
+    """Ticks at round numbers of images/s, on an axis of speed-ups."""
+    from matplotlib.ticker import Locator, MaxNLocator
+
+    class RoundRates(Locator):
+        def tick_values(self, low: float, high: float) -> Any:
+            return [tick / rate for tick in MaxNLocator(6).tick_values(low * rate, high * rate)]
+
+        def __call__(self) -> Any:
+            axis: Any = self.axis
+            return self.tick_values(*axis.get_view_interval())
+
+    return RoundRates()
+
+
+def _label_ends(axis: Any, ends: list[tuple[str, Point, str]], right: bool) -> None:
+    """Names in a column beside the cheap ends of the lines, at the ends' heights but never on each other."""
+    low, high = axis.get_xlim()
+    room = (0.1 + 0.02 * max(len(label) for label, _, _ in ends)) * (high - low)
+    axis.set_xlim(low - (0 if right else room), high + (room if right else 0))
+    column = high + 0.06 * (high - low) if right else low - 0.06 * (high - low)
+    bottom, top = axis.get_ylim()
+    ends = sorted(ends, key=lambda end: end[1].y)
+    heights = spread_apart([point.y for _, point, _ in ends], 0.052 * (top - bottom), bottom, top)
+    for (label, point, color), height in zip(ends, heights, strict=True):
+        axis.annotate(
+            label, (point.x, point.y), (column, height), color=color, va="center", ha="left" if right else "right",
+            fontweight="bold", fontsize=9.5, zorder=5,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 5},
+        )  # fmt: skip
+
+
+def dense_rate(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Images/s of the dense model, the median of what was measured beside each setting. Times a setting's speed-up it
+    gives images/s that can be compared, which what was measured in other moments of a machine cannot."""
+    rates = [row["dense_images_per_second"] for row in rows if row.get("dense_images_per_second")]
+    return statistics.median(rates) if rates else None
+
+
+def spread_apart(heights: Sequence[float], distance: float, bottom: float, top: float) -> list[float]:
+    """Ascending heights, moved as little as it takes to be `distance` apart, and within bounds if they fit there."""
+    groups: list[list[float]] = []  # of the wanted heights; a group stands centred on their mean
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _lowest(groups[-1], distance) < _highest(groups[-2], distance) + distance:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    placed = [_lowest(group, distance) + distance * i for group in groups for i in range(len(group))]
+    for i in range(len(placed)):
+        placed[i] = max(placed[i], bottom + distance * i)
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], top - distance * (len(placed) - 1 - i))
+    return placed
+
+
+def _lowest(group: list[float], distance: float) -> float:
+    return sum(group) / len(group) - distance * (len(group) - 1) / 2
+
+
+def _highest(group: list[float], distance: float) -> float:
+    return sum(group) / len(group) + distance * (len(group) - 1) / 2
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return row.get("label") or NAMES.get(row["method"], row["method"])
+
+
+def _styles(reduced: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each line. A second line of a method, and a method unknown here, take what is left over."""
+    left, found, taken = list(OTHERS), {}, set()
+    for row in reduced:
+        label, method = _label(row), row["method"]
+        if label in found:
+            continue
+        if method in STYLES and method not in taken:
+            taken.add(method)
+            found[label] = STYLES[method]
+        else:
+            found[label] = left[0]
+            left.append(left.pop(0))
+    return found
+
+
+def _point(row: Mapping[str, Any], name: str) -> Point:
+    return Point(row[name], row["top1"], row.get(f"{name}_interval"), row.get("top1_interval"))
+
+
+def _dense_point(rows: Sequence[Mapping[str, Any]], name: str) -> Point | None:
+    for row in rows:
+        if row.get("method") is None:
+            return Point(1.0, row["top1"], None, row.get("top1_interval"))
+    known = {row["baseline_top1"] for row in rows if row.get("baseline_top1") is not None}
+    return Point(1.0, known.pop(), None, None) if len(known) == 1 else None

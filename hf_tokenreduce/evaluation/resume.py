@@ -1,0 +1,168 @@
+"""Results that are kept as they come, by one process or several, so that nothing is computed twice."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
+
+
+Progress = dict[str, Any]
+"""Of a batch: `rows`, and under other names a list with a value per row each."""
+
+
+class Processes(NamedTuple):
+    """rank of `world`; `state` is accelerate's, None of one process alone."""
+
+    rank: int = 0
+    world: int = 1
+    state: Any = None
+
+    def wait(self) -> None:
+        if self.state is not None:
+            self.state.wait_for_everyone()
+
+
+def launched_processes(device: torch.device) -> Processes:
+    """Those that `accelerate launch` or `torchrun` started together."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched == 1:
+        return Processes()
+    state = PartialState(cpu=device.type == "cpu")
+    if state.num_processes != launched:
+        raise ValueError(
+            f"{launched} processes were launched and do not know of each other. On a machine without accelerators, "
+            "make the first PartialState or Accelerator with cpu=True."
+        )
+    return Processes(state.process_index, state.num_processes, state)
+
+
+class Records:
+    """What is known of each row. With a folder, each process appends what it adds to a file of its own there, a line
+    per batch, and begins with what all files hold.
+
+    settings: what the results depend on; a folder whose `settings.json` says otherwise is refused.
+    """
+
+    def __init__(self, folder: str | Path | None, settings: dict[str, Any], processes: Processes):
+        self.folder = None if folder is None else Path(folder)
+        self.processes = processes
+        self.done: dict[int, dict[str, Any]] = {}
+        self.file: Path | None = None
+        if self.folder is None:
+            return
+        self.file = self.folder / f"part-{processes.rank}.jsonl"
+        settings = json.loads(json.dumps(settings, default=str))
+        known = self.folder / "settings.json"
+        if processes.rank == 0 and not known.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(known, json.dumps(settings, indent=1))
+        processes.wait()
+        refuse_other_settings(known, settings)
+        for part in sorted(self.folder.glob("part-*.jsonl")):
+            for record in read_lines(part):
+                self._take(record)
+        processes.wait()  # nobody writes before all have read
+
+    def add(self, record: Progress) -> None:
+        self._take(record)
+        if self.file is not None:
+            append_line(self.file, record)
+
+    def gather(self) -> dict[int, dict[str, Any]]:
+        """By row, of all processes. A row that two of them computed counts once."""
+        if self.processes.world == 1:
+            return self.done
+        return {row: values for part in gather_object([self.done]) for row, values in part.items()}
+
+    def finish(self, report: dict[str, Any]) -> None:
+        if self.folder is not None and self.processes.rank == 0:
+            write_whole(self.folder / "report.json", json.dumps(report, indent=1))
+        self.processes.wait()
+
+    def _take(self, record: Progress) -> None:
+        names = [name for name in record if name != "rows"]
+        for place, row in enumerate(record["rows"]):
+            self.done[row] = {name: record[name][place] for name in names}
+
+
+def refuse_other_settings(file: Path, settings: dict[str, Any]) -> None:
+    found = json.loads(file.read_text())
+    differing = sorted(name for name in {**found, **settings} if found.get(name) != settings.get(name))
+    if differing:
+        raise ValueError(
+            f"{file.parent} holds results of something else: of another {' and '.join(differing)}. Give another "
+            "output_dir, or delete this one to start anew."
+        )
+
+
+def read_lines(file: Path) -> list[Any]:
+    """The records of a file, without the line that a killed process left unfinished."""
+    records = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def append_line(file: Path, record: Any) -> None:
+    with file.open("ab+") as lines:
+        # A line after one that was left unfinished would be lost with it.
+        if lines.tell() > 0:
+            lines.seek(-1, os.SEEK_END)
+            if lines.read(1) != b"\n":
+                lines.write(b"\n")
+        lines.write(json.dumps(record).encode() + b"\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Whoever looks finds the old file or the new one, never half of it."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text)
+    part.replace(file)
+
+
+def digest_of_model(model: nn.Module) -> str:
+    """Of its weights and of how it reduces."""
+    reduction = getattr(model.config, "reduction", None)
+    named = (item for name, tensor in sorted(model.state_dict().items()) for item in (name.encode(), _bytes(tensor)))
+    how = [type(model).__name__, None if reduction is None else reduction.to_dict()]
+    return digest([json.dumps(how).encode(), *named])
+
+
+def digest_of_data(dataset: Dataset, image_column: str, labels: list[int]) -> str:
+    """Of the labels, and of the images' names, or their size where they have none; not of every pixel."""
+
+    def parts() -> Iterable[bytes]:
+        yield json.dumps(labels).encode()
+        if getattr(dataset.features[image_column], "decode", None) is None:
+            return
+        encoded = dataset.with_format("arrow").select_columns(image_column)
+        for table in encoded.iter(1000):
+            for image in table[image_column]:
+                name, content = image["path"].as_py(), image["bytes"]
+                where = "/".join(Path(name).parts[-2:]) if name else ""
+                yield f"{where}:{len(content.as_buffer()) if content.is_valid else 0}".encode()
+
+    return digest(parts())
+
+
+def digest(parts: Iterable[Any]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+        found.update(b"\0")
+    return found.hexdigest()[:32]
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

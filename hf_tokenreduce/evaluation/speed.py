@@ -1,0 +1,325 @@
+"""`benchmark`: how fast reduced models are beside the dense model and beside the ideal, all in one run."""
+
+import copy
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..convert import PAIRS, restore
+from .breakdown import breakdown
+from .compute import evaluating
+from .memory import peak_memory
+from .oracle import SliceOracle
+from .speed_report import BenchmarkReport, SpeedRow
+
+
+Timer = Callable[[Callable[[], Any]], float]
+
+MOST_BATCHES = 16  # different ones that the repeats go through
+SAME_SIZE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+
+
+def benchmark(
+    models: Mapping[str, PreTrainedModel],
+    pixel_values: Tensor,
+    *,
+    batch_sizes: Sequence[int] = (1, 32),
+    dtypes: Sequence[str] = ("float32",),
+    repeats: int = 15,
+    warmup: int = 2,
+    threads: int | None = None,
+    device: str | torch.device | None = None,
+    compile: bool = False,
+    oracle: bool = True,
+    breakdown: bool = True,
+    memory: bool = True,
+    progress: bool = True,
+    timer: Timer | None = None,
+) -> BenchmarkReport:
+    """Time models of one size beside each other. The dense model is among them: the one that is not reduced, or else
+    `restore` of the first, under the name "dense".
+
+    pixel_values: (n, C, H, W), the images. The repeats go through them batch by batch, all models through the same,
+        so adaptive methods are timed on images that differ. Too few for a batch are repeated.
+    repeats, warmup: in every repeat all models run in turn, so that what disturbs the machine falls on all alike.
+    device: None: the first model's. threads: None: torch's setting. Both hold for all models.
+    compile: `torch.compile` the dense model, the methods that keep the same number of tokens of every image, and
+        their oracles. Adaptive methods run as they are.
+    oracle: also time the slice oracle of each reduced model: the dense model cut, for free, to the mean number of
+        tokens that each layer leaves of this batch; where images differ also to the most ("padded").
+    breakdown, memory: also measure where the time goes, and the peak memory of a forward.
+    timer: runs what it is given, once, and returns the seconds that took. None: CUDA events or the clock.
+    """
+    _check(models, pixel_values, batch_sizes, repeats, warmup)
+    first = next(iter(models.values()))
+    device = torch.device(first.device if device is None else device)
+    types = {name: _floating(name) for name in dtypes}
+    named = dict(models)
+    dense_name = next((name for name, model in models.items() if _method(model) is None), None)
+    if dense_name is None:
+        dense_name = "dense"
+        named = {"dense": restore(first), **named}
+    report = BenchmarkReport(_settings(named, device, threads, dtypes, compile, repeats, warmup, pixel_values))
+    times = timer or (_by_events if device.type == "cuda" else _by_clock)
+    total = len(types) * len(batch_sizes) * (warmup + repeats)
+    with _on(device, threads), logging.tqdm(total=total, desc="timing", leave=False, disable=not progress) as bar:
+        report.settings["threads"] = torch.get_num_threads()
+        for dtype_name, dtype in types.items():
+            ready = {name: _placed(model, device, dtype) for name, model in named.items()}
+            images = pixel_values.to(device, dtype)
+            with evaluating(*ready.values()), torch.inference_mode():
+                for batch_size in batch_sizes:
+                    rows = _time_batches(
+                        ready, dense_name, _batches(images, batch_size, repeats), repeats, warmup, compile, oracle,
+                        times, bar,
+                    )  # fmt: skip
+                    for row in rows:
+                        row.dtype = dtype_name
+                    _measure_more(rows, ready, dense_name, _batches(images, batch_size, 1)[0], breakdown, memory)
+                    report.rows += rows
+    return report
+
+
+def _time_batches(
+    ready: dict[str, PreTrainedModel],
+    dense_name: str,
+    batches: list[Tensor],
+    repeats: int,
+    warmup: int,
+    compile: bool,
+    oracle: bool,
+    times: Timer,
+    bar: Any,
+) -> list[SpeedRow]:
+    counts = {name: [_token_counts(model, batch) for batch in batches] for name, model in ready.items()}
+    even = {name: all(bool((c == c[:1]).all()) for c in found) for name, found in counts.items()}
+    adaptive = {name for name, model in ready.items() if not even[name] or _keeps_varying(model)}
+    runs: dict[str, Any] = {}
+    oracles: dict[str, SliceOracle] = {}
+    lengths: dict[str, list[list[int]]] = {}
+
+    def add(name: str, model: nn.Module, compiled: bool) -> None:
+        runs[name] = torch.compile(model, dynamic=False) if compiled else model
+
+    for name, model in ready.items():
+        compiled = compile and name not in adaptive
+        add(name, model, compiled)
+        if not oracle or _method(model) is None:
+            continue
+        hook = model.config.reduction.hook
+        # Of a stock model's weights, so that not even an unused hook is paid for.
+        ideal = {"oracle": [c.double().mean(dim=0).round().long().tolist() for c in counts[name]]}
+        if name in adaptive and len(batches[0]) > 1:
+            ideal["padded"] = [c.amax(dim=0).tolist() for c in counts[name]]
+        for kind, wanted in ideal.items():
+            dense = ready[dense_name]
+            stock = restore(dense) if hasattr(dense.config, "reduction") else dense
+            key = f"{name} {kind}"
+            lengths[key], oracles[key] = wanted, SliceOracle(stock, hook, wanted[0])
+            add(key, oracles[key], compiled)
+
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for repeat in range(-warmup, repeats):
+        which = max(repeat, 0) % len(batches)
+        turn = repeat % len(order)  # another begins each time, so that none always follows the same
+        for name in order[turn:] + order[:turn]:
+            run = runs[name]
+            if name in oracles:
+                oracles[name].lengths = lengths[name][which]
+            spent = times(lambda run=run, images=batches[which]: run(images))  # type: ignore[misc]
+            if repeat >= 0:
+                seconds[name].append(spent)
+        bar.update()
+
+    rows = []
+    for name, model in ready.items():
+        own = torch.tensor(seconds[name], dtype=torch.float64)
+        leaving = torch.cat([c[:, -1] for c in counts[name]]).double()
+        speedup, interval = _ratio(seconds[dense_name], seconds[name])
+        row = SpeedRow(
+            name=name,
+            method=_method(model),
+            batch_size=len(batches[0]),
+            dtype="",
+            compiled=compile and name not in adaptive,
+            tokens={"mean": leaving.mean().item(), "min": leaving.min().item(), "max": leaving.max().item()},
+            p50_ms=1000 * own.quantile(0.5).item(),
+            p95_ms=1000 * own.quantile(0.95).item(),
+            images_per_second=len(batches[0]) / own.quantile(0.5).item(),
+            speedup=speedup,
+            speedup_interval=interval,
+        )
+        if f"{name} oracle" in seconds:
+            row.oracle_share, row.oracle_share_interval = _ratio(seconds[f"{name} oracle"], seconds[name])
+        if f"{name} padded" in seconds:
+            row.over_padded = _ratio(seconds[f"{name} padded"], seconds[name])[0]
+        rows.append(row)
+    return rows
+
+
+def _measure_more(
+    rows: list[SpeedRow],
+    ready: dict[str, PreTrainedModel],
+    dense_name: str,
+    images: Tensor,
+    with_breakdown: bool,
+    with_memory: bool,
+) -> None:
+    for row in rows:
+        model = ready[row.name]
+        if with_breakdown:
+            row.breakdown = breakdown(model, images)
+        if with_memory:
+            row.peak_memory_mib = peak_memory(model, images)
+    dense = next(row.peak_memory_mib for row in rows if row.name == dense_name)
+    for row in rows:
+        if row.peak_memory_mib is not None and dense:
+            row.memory_over_dense = row.peak_memory_mib / dense
+
+
+def _ratio(above: list[float], below: list[float]) -> tuple[float, tuple[float, float]]:
+    """The median of the ratios, and an interval of about 95 % for it, by their quartiles as the notch of a box plot:
+    single disturbed repeats move it no more than the median."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    median = statistics.median(ratios)
+    if len(ratios) < 2:
+        return median, (median, median)
+    lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    half = 1.57 * (upper - lower) / math.sqrt(len(ratios))
+    return median, (median - half, median + half)
+
+
+def _token_counts(model: PreTrainedModel, images: Tensor) -> Tensor:
+    output = model(images)
+    if _method(model) is not None:
+        return output.token_counts.cpu()
+    embedded = model.base_model.embeddings(images[:1])
+    return torch.full((len(images), model.config.num_hidden_layers), embedded.shape[1])
+
+
+def _keeps_varying(model: PreTrainedModel) -> bool:
+    """Whether a method decides for each image how many tokens it keeps, also if these images happen to be alike."""
+    reduction = getattr(model.config, "reduction", None)
+    if reduction is None:
+        return False
+    try:
+        reduction.leaving(0, model.base_model.embeddings.patch_embeddings.num_patches, model.config)
+    except ValueError:
+        return True
+    return False
+
+
+def _batches(images: Tensor, batch_size: int, most: int) -> list[Tensor]:
+    if len(images) < batch_size:
+        images = images.repeat(-(-batch_size // len(images)), 1, 1, 1)
+    count = min(len(images) // batch_size, most, MOST_BATCHES)
+    return list(images[: count * batch_size].split(batch_size))
+
+
+def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model itself if it is there already, else a copy: the caller's is left as it is."""
+    if model.device == device and model.dtype == dtype:
+        return model
+    return copy.deepcopy(model).to(device=device, dtype=dtype)
+
+
+def _by_clock(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _by_events(call: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+@contextmanager
+def _on(device: torch.device, threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if threads is None else threads)
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _method(model: PreTrainedModel) -> str | None:
+    reduction = getattr(model.config, "reduction", None)
+    return None if reduction is None else reduction.method
+
+
+def _floating(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{name!r} is no floating type of torch. Use float32, bfloat16 or float16.")
+    return found
+
+
+def _settings(named, device, threads, dtypes, compile, repeats, warmup, pixel_values) -> dict[str, Any]:
+    kernels = {model.config._attn_implementation for model in named.values()}
+    if len(kernels) > 1:
+        raise ValueError(
+            f"The models attend by different kernels, {sorted(kernels)}, so their ratios would not be the methods'. "
+            "Call set_attn_implementation on each, with one name."
+        )
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+        "threads": threads,
+        "dtypes": list(dtypes),
+        "attention": kernels.pop(),
+        "compile": compile,
+        "torch": torch.__version__,
+        "repeats": repeats,
+        "warmup": warmup,
+        "images": list(pixel_values.shape),
+    }
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
+
+
+def _check(models: Any, pixel_values: Tensor, batch_sizes: Sequence[int], repeats: int, warmup: int) -> None:
+    if not models:
+        raise ValueError('There is nothing to time: give models by name, such as {"tome": reduce_tokens(...)}.')
+    known = {cls.__name__ for pair in PAIRS.items() for cls in pair}
+    for name, model in models.items():
+        if type(model).__name__ not in known:
+            raise ValueError(
+                f"{name!r} is a {type(model).__name__}, which cannot be timed beside its parts. Give one of "
+                f"{', '.join(sorted(known))}; of a wrapped model, the model inside."
+            )
+    first = next(iter(models.values()))
+    for name, model in models.items():
+        differing = [key for key in SAME_SIZE if getattr(model.config, key) != getattr(first.config, key)]
+        if differing:
+            raise ValueError(
+                f"{name!r} differs from the first model in {differing}: time models of one size together."
+            )
+    if pixel_values.ndim != 4 or len(pixel_values) == 0:
+        raise ValueError(f"pixel_values must be (n, C, H, W) with n above 0, got {tuple(pixel_values.shape)}.")
+    if not batch_sizes or min(batch_sizes) < 1 or repeats < 1 or warmup < 0:
+        raise ValueError(
+            f"batch_sizes={list(batch_sizes)} and repeats={repeats} must be at least 1, warmup={warmup} at least 0."
+        )

@@ -1,0 +1,148 @@
+"""What `benchmark` found: rows, tables, files, and several of them as one."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .breakdown import PARTS
+
+
+COMPARABLE = ("device", "threads", "dtypes", "attention", "compile", "torch")
+
+
+@dataclass
+class SpeedRow:
+    """One model at one batch size and dtype.
+
+    tokens: that leave the last layer: mean, least and most
+    p50_ms, p95_ms: of the time a batch takes; images_per_second by the median
+    speedup: over dense, the median of the ratios in each repeat; `speedup_interval` is that median's, about 95 %
+    oracle_share: the oracle's time over the model's: how much of the ideal is reached; `over_padded`: the time of
+        the oracle cut to the longest image of the batch over the model's, for methods that keep different numbers
+    peak_memory_mib: above what the model and the images take
+    breakdown: see `hf_tokenreduce.evaluation.breakdown`
+    """
+
+    name: str
+    method: str | None
+    batch_size: int
+    dtype: str
+    compiled: bool
+    tokens: dict[str, float]
+    p50_ms: float
+    p95_ms: float
+    images_per_second: float
+    speedup: float
+    speedup_interval: tuple[float, float]
+    oracle_share: float | None = None
+    oracle_share_interval: tuple[float, float] | None = None
+    over_padded: float | None = None
+    peak_memory_mib: float | None = None
+    memory_over_dense: float | None = None
+    breakdown: dict[str, float] | None = None
+
+
+@dataclass
+class BenchmarkReport:
+    """settings: what was measured on, and how; only reports that agree in them can be combined."""
+
+    settings: dict[str, Any]
+    rows: list[SpeedRow] = field(default_factory=list)
+
+    def row(self, name: str, batch_size: int | None = None, dtype: str | None = None) -> SpeedRow:
+        found = [
+            row
+            for row in self.rows
+            if row.name == name and batch_size in (None, row.batch_size) and dtype in (None, row.dtype)
+        ]
+        if len(found) != 1:
+            known = sorted({(row.name, row.batch_size, row.dtype) for row in self.rows})
+            raise ValueError(f"{len(found)} rows are {(name, batch_size, dtype)}. Name one of {known}.")
+        return found[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"settings": self.settings, "rows": [asdict(row) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "BenchmarkReport":
+        rows = [SpeedRow(**row) for row in values["rows"]]
+        for row in rows:
+            row.speedup_interval = tuple(row.speedup_interval)  # type: ignore[assignment]
+            if row.oracle_share_interval is not None:
+                row.oracle_share_interval = tuple(row.oracle_share_interval)  # type: ignore[assignment]
+        return cls(dict(values["settings"]), rows)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "BenchmarkReport":
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    def to_markdown(self) -> str:
+        s = self.settings
+        lines = [
+            f"{s['device']}, {s['threads']} threads, {s['attention']} attention, torch {s['torch']}; medians of "
+            f"{s['repeats']} repeats in turn, in brackets the interval of the median",
+            "",
+            "| model | batch | dtype | tokens leaving | ms | p95 | images/s | speed-up over dense | of the oracle "
+            "| over padded | peak MiB | peak over dense |",
+            "|---" * 12 + "|",
+        ]
+        for row in self.rows:
+            low, high = row.speedup_interval
+            least, most = row.tokens["min"], row.tokens["max"]
+            spread = "" if least == most else f" ({least:.0f}-{most:.0f})"
+            cells = [
+                row.name + (" (compiled)" if row.compiled else ""),
+                str(row.batch_size),
+                row.dtype,
+                f"{row.tokens['mean']:.0f}{spread}",
+                f"{row.p50_ms:.1f}",
+                f"{row.p95_ms:.1f}",
+                f"{row.images_per_second:.1f}",
+                f"{row.speedup:.2f} ({low:.2f}-{high:.2f})",
+                _cell(row.oracle_share),
+                _cell(row.over_padded),
+                _cell(row.peak_memory_mib, 0),
+                _cell(row.memory_over_dense),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        with_parts = [row for row in self.rows if row.breakdown is not None]
+        if with_parts:
+            parts = [*PARTS[::-1], "other"]
+            lines += ["", "Share of the time, %:", "", "| model | batch | dtype | " + " | ".join(parts) + " |"]
+            lines.append("|---" * (3 + len(parts)) + "|")
+            for row in with_parts:
+                shares = row.breakdown or {}
+                cells = [row.name, str(row.batch_size), row.dtype, *(f"{100 * shares[part]:.0f}" for part in parts)]
+                lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+
+def combine(reports: Iterable[BenchmarkReport | Mapping[str, Any]]) -> BenchmarkReport:
+    """One report of several, which may have been stored. Only what was measured alike can stand in one table."""
+    read = [report if isinstance(report, BenchmarkReport) else BenchmarkReport.from_dict(report) for report in reports]
+    if not read:
+        raise ValueError("There are no reports to combine.")
+    settings = read[0].settings
+    for other in read[1:]:
+        for name in COMPARABLE:
+            if other.settings[name] != settings[name]:
+                raise ValueError(
+                    f"These reports cannot be compared: {name} is {settings[name]!r} in one and "
+                    f"{other.settings[name]!r} in another. Measure again under the same conditions."
+                )
+    rows: dict[tuple[str, int, str], SpeedRow] = {}
+    for row in (row for report in read for row in report.rows):
+        key = (row.name, row.batch_size, row.dtype)
+        if row.method is not None and key in rows:
+            raise ValueError(f"Two reports have a row {key}. Give the models different names, or leave one out.")
+        rows.setdefault(key, row)  # the dense model is in every report; its rows only differ by noise
+    return BenchmarkReport(dict(settings), list(rows.values()))
+
+
+def _cell(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,364 @@
+"""Model cards, filled from the configuration in a folder and the record of its run. What is unknown is left out."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..modeling.configuration_base import REDUCTIONS
+from ..modeling.configuration_methods import parse_reduction
+from ..modeling.multiply_adds import even_counts, even_share
+from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, split
+from .contents import check_config, one_line
+from .methods import METHODS, Method
+from .records import Record, accuracy, drop, duration, number, read_record
+
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+METRIC = "Top-1 accuracy"
+PICTURES = ("token_map.png", "images/token_map.png")
+ALWAYS_OURS = {"library_name", "pipeline_tag", "model-index"}
+BAR = 40
+
+
+def model_card(
+    folder: str | Path | None,
+    *,
+    record: Record | str | Path | None = None,
+    base_model: str | None = None,
+    base_license: str | None = None,
+    dataset: str | None = None,
+    repo_id: str | None = None,
+    machine: str | None = None,
+) -> str:
+    """The card of a folder of `save_pretrained`: a new one, or its README.md with our sections and metadata renewed.
+
+    record: of the run that made it, or its file. None: record.json in the folder, if it is there.
+    base_model, dataset: ids on the Hub, which then stand in the metadata. A record's own names stand in the text.
+    base_license: of the base model's weights, such as "apache-2.0"; it is this model's too.
+    repo_id: where it will be published.
+    machine: what the record's speed-up was measured on, unless the record says so itself.
+    folder: None for a card of a record alone.
+    """
+    for name, value in (("base_model", base_model), ("dataset", dataset), ("repo_id", repo_id)):
+        _check_id(name, value)
+    folder = None if folder is None else Path(folder)
+    config = None
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{folder} has no config.json. Save the model there first: model.save_pretrained(folder)."
+            )
+        config = check_config(folder)
+        if record is None and (folder / "record.json").is_file():
+            record = folder / "record.json"
+    elif record is None:
+        raise ValueError("A card needs a folder, a record, or both.")
+    known = {} if record is None else dict(read_record(record))
+    if machine is not None:
+        known.setdefault("machine", machine)
+    reduction = _reduction(config, known)
+    method = METHODS[None if reduction is None else reduction.method]
+    title = repo_id.split("/")[-1] if repo_id else (folder.resolve().name if folder else _stem(record))
+    old = "" if folder is None else _read(folder / "README.md")
+    line_break = "\r\n" if "\r\n" in old else "\n"
+    block, old_body = split(old.replace("\r\n", "\n"))
+    theirs = parse_metadata(block)
+    given = {"base_model": base_model, "license": base_license, "datasets": dataset}
+    explicit = {name for name, value in given.items() if value}
+    # What the card says already holds until something else is given.
+    base_model, base_license = (given[name] or _one(theirs.get(name)) for name in ("base_model", "license"))
+    data = _metadata(known, method, title, base_model, base_license, dataset or _one(theirs.get("datasets")))
+    block = merge_metadata(block, _changes(theirs, data, explicit))
+    body = _body(folder, config, known, reduction, method, title, base_model, base_license, repo_id)
+    text = f"---\n{block}---\n{merge_body(old_body, body)}"
+    return text.replace("\n", line_break)
+
+
+def write_card(folder: str | Path, **options: Any) -> Path:
+    """Write `model_card(folder, ...)` to README.md of the folder."""
+    path = Path(folder) / "README.md"
+    _write(path, model_card(folder, **options))
+    return path
+
+
+def write_cards(records_dir: str | Path, output_dir: str | Path) -> list[Path]:
+    """A card for every JSON record of a folder, and README.md with the table that compares them."""
+    files = sorted(Path(records_dir).glob("*.json"))
+    if not files:
+        raise ValueError(f"There are no records in {records_dir}. They are the record.json files of training runs.")
+    records = {file.stem: read_record(file) for file in files}
+    if "README" in records:
+        raise ValueError(f"{Path(records_dir) / 'README.json'}: give it another name, README.md is the table.")
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    written = []
+    for file in files:
+        written.append(output_dir / f"{file.stem}.md")
+        _write(written[-1], model_card(None, record=file))
+    index = output_dir / "README.md"
+    old = index.read_text(encoding="utf-8") if index.is_file() else ""
+    _write(index, merge_body(old, _index(records)))
+    return [*written, index]
+
+
+def _reduction(config: Any, record: Record) -> Any:
+    """The method of the configuration, which a record of the same model has to share."""
+    recorded = None
+    if record.get("method") is not None:
+        recorded = parse_reduction({**(record.get("settings") or {}), "method": record["method"]})
+    if config is None:
+        return recorded
+    if record and (recorded is None) != (config.reduction is None):
+        raise ValueError(f"The record is of another model: {recorded} there, {config.reduction} in config.json.")
+    if recorded is not None and recorded.to_dict() != config.reduction.to_dict():
+        raise ValueError(f"The record is of another model: {recorded} there, {config.reduction} in config.json.")
+    tokens = record.get("tokens_per_layer")
+    if tokens is not None and len(tokens) != config.num_hidden_layers:
+        raise ValueError(
+            f"The record is of another model: it has {len(tokens)} layers, config.json {config.num_hidden_layers}."
+        )
+    return config.reduction
+
+
+def _body(
+    folder: Path | None,
+    config: Any,
+    record: Record,
+    reduction: Any,
+    method: Method,
+    title: str,
+    base_model: str | None,
+    base_license: str | None,
+    repo_id: str | None,
+) -> str:
+    import jinja2
+
+    base = plain(record.get("base_model") or "")
+    if base_model:
+        base = f"[{base_model}](https://huggingface.co/{base_model})"
+    what = f"{base or 'A vision transformer'} with token reduction by {method.name}" if reduction else base
+    ratio, tokens = record.get("mult_adds_ratio"), record.get("tokens_per_layer")
+    if config is not None and reduction is not None and not method.adaptive:
+        # By arithmetic, where no run says it: these methods keep the same of every image.
+        ratio = even_share(reduction, config) if ratio is None else ratio
+        tokens = even_counts(reduction, config) if tokens is None else tokens
+    speedup = number(record, "speedup", 2)
+    rows = [
+        ("top-1", accuracy(record, "baseline_top1") or "", accuracy(record)),
+        ("points of top-1 lost", "", drop(record) if reduction else None),
+        ("multiply-adds of the encoder", "1", None if ratio is None or reduction is None else f"{ratio:.2f}"),
+        ("images per second", "1", speedup if reduction else None),
+    ]
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=plain(title),
+        intro=f"{what or 'A vision transformer, not reduced'}, made with hf_tokenreduce.",
+        method=method,
+        picture=next((name for name in PICTURES if folder is not None and (folder / name).is_file()), None),
+        settings=[] if reduction is None else _settings(reduction),
+        results=[row for row in rows if row[2] is not None],
+        has_baseline=reduction is not None,
+        conditions=_conditions(record, speedup if reduction else None),
+        tokens=None if tokens is None else _bars(tokens),
+        distilled=config is not None and config.num_prefix_tokens == 2,
+        training=_training(record),
+        command=code(record["command"]) if record.get("command") else None,
+        loads=folder is not None,
+        repo_id=repo_id or "<this repository>",
+        setting_code=_setting_code(reduction),
+        limits=_limits(folder, record, reduction, method, base_license),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _settings(reduction: Any) -> list[tuple[str, str]]:
+    return [(name, f"`{json.dumps(value)}`") for name, value in reduction.to_dict().items() if name != "method"]
+
+
+def _setting_code(reduction: Any) -> str | None:
+    if reduction is None:
+        return None
+    name = REDUCTIONS[reduction.method].__name__
+    values = ", ".join(f"{key}={value!r}" for key, value in reduction.to_dict().items() if key != "method")
+    lines = f"from hf_tokenreduce import {name}, reduce_tokens\n\nmodel = reduce_tokens(model, {name}({values}))"
+    return f"```python\n{lines}\n```"
+
+
+def _conditions(record: Record, speedup: str | None) -> str:
+    """What the table's numbers were measured on."""
+    parts = []
+    if record.get("top1") is not None:
+        images, dataset = record.get("eval_images"), record.get("dataset")
+        seen = f" on {images:,} evaluation images, with its 95 % interval by Wilson" if images else ""
+        parts.append(f"Top-1{seen}.{f' Data: {plain(dataset)}.' if dataset else ''}")
+    if speedup is not None:
+        batch = record.get("speed_batch_size")
+        on = plain(record["machine"]) if record.get("machine") else None
+        known = ", ".join(filter(None, [batch and f"batch {batch}", on]))
+        parts.append(f"Images per second against the dense model side by side{f' ({known})' if known else ''}.")
+    return " ".join(parts)
+
+
+def _training(record: Record) -> str | None:
+    epochs, seconds, seed = record.get("epochs"), duration(record.get("seconds")), record.get("seed")
+    if epochs == 0:
+        return "Not trained after the reduction." if record.get("method") else None
+    parts = [
+        epochs and f"{epochs:g} epoch{'' if epochs == 1 else 's'}",
+        seconds and f"in {seconds}",
+        seed is not None and f"seed {seed}",
+    ]
+    text = ", ".join(part for part in parts if part)
+    return f"{text[0].upper()}{text[1:]}." if text else None
+
+
+def _limits(folder: Any, record: Record, reduction: Any, method: Method, base_license: str | None) -> list[str]:
+    limits = []
+    if record.get("top1") is not None:
+        limits.append("The accuracy is that of the images named above; measure it on your own before you rely on it.")
+    if record.get("speedup") is not None and reduction is not None:
+        limits.append("The speed-up is that of one machine and batch size; small batches and small models gain less.")
+    if method.adaptive:
+        limits.append("How many tokens are kept depends on the image, and so does the time it takes.")
+    elif reduction is not None:
+        limits.append("Every image keeps the same number of tokens, however much it shows.")
+    if reduction is not None:
+        limits.append("`last_hidden_state` has fewer tokens than the image has patches.")
+    if folder is not None:
+        limits.append("Loading it runs the code of this repository: read it, and pin `revision`.")
+    license_text = f"That licence is {plain(base_license)}." if base_license else ""
+    limits.append(f"The licence of the base model's weights holds for these too. {license_text}".strip())
+    return limits
+
+
+def _bars(tokens: list[float]) -> str:
+    most = max(tokens) or 1
+    lines = [f"layer {i:>2}  {n:>6.4g}  {'█' * round(BAR * n / most)}" for i, n in enumerate(tokens)]
+    return code("\n".join(lines))
+
+
+def _metadata(
+    record: Record, method: Method, title: str, base_model: str | None, base_license: str | None, dataset: str | None
+) -> dict[str, Any]:
+    tags = ["token-reduction", "vision-transformer", "hf_tokenreduce"]
+    tags += [method.name.lower()] if method is not METHODS[None] else []
+    tags += [f"arxiv:{method.arxiv}"] if method.arxiv else []
+    results = None
+    name = dataset or record.get("dataset")
+    if record.get("top1") is not None and name:
+        results = [
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image Classification",
+                dataset_type=dataset or "imagefolder",
+                dataset_name=name,
+                metric_type="accuracy",
+                metric_name=METRIC,
+                metric_value=round(record["top1"] / 100, 6),
+            )
+        ]
+    return ModelCardData(
+        base_model=base_model,
+        license=base_license,
+        datasets=[dataset] if dataset else None,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=tags,
+        metrics=["accuracy"] if results else None,
+        model_name=title if results else None,
+        eval_results=results,
+    ).to_dict()
+
+
+def _changes(theirs: dict[str, Any], ours: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
+    """What of our metadata goes over the owner's: tags are added, results of other metrics kept, and the owner's word
+    stands unless the key is always ours or was given just now."""
+    changes = {name: value for name, value in ours.items() if name not in theirs or name in ALWAYS_OURS | explicit}
+    if "tags" in theirs:
+        tags = theirs["tags"] if isinstance(theirs["tags"], list) else [theirs["tags"]]
+        changes["tags"] = tags + [tag for tag in ours["tags"] if tag not in tags]
+    if theirs.get("model-index"):
+        try:
+            name, present = model_index_to_eval_results(theirs["model-index"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"The card's model-index is malformed ({one_line(repr(error))}). Mend it first."
+            ) from None
+        kept = [result for result in present if result.metric_name != METRIC]
+        if "model-index" in ours:
+            _, renewed = model_index_to_eval_results(ours["model-index"])
+            changes["model-index"] = eval_results_to_model_index(name, kept + renewed)
+    return changes
+
+
+def _index(records: dict[str, Record]) -> str:
+    head = ["method", "base model", "data", "multiply-adds", "top-1, 95 % interval", "before", "lost", "speed-up"]
+    head += ["epochs", "time", "seed"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+
+    def order(item: tuple[str, Record]) -> tuple[Any, ...]:
+        stem, record = item
+        group = (record.get("base_model") or "", record.get("dataset") or "", record["method"] is not None)
+        return (*group, record["method"] or "", -(record.get("mult_adds_ratio") or 0), stem)
+
+    for stem, record in sorted(records.items(), key=order):
+        dense = record["method"] is None
+        cells = [
+            f"[{METHODS[record['method']].name}](<{stem}.md>)",
+            plain(record.get("base_model") or ""),
+            plain(record.get("dataset") or ""),
+            number(record, "mult_adds_ratio", 2),
+            accuracy(record),
+            None if dense or record.get("baseline_top1") is None else f"{record['baseline_top1']:.1f} %",
+            None if dense else drop(record),
+            None if dense else number(record, "speedup", 2),
+            None if record.get("epochs") is None else f"{record['epochs']:g}",
+            duration(record.get("seconds")),
+            None if record.get("seed") is None else str(record["seed"]),
+        ]
+        lines.append(f"| {' | '.join(cell or '' for cell in cells)} |")
+    table = "\n".join(lines)
+    return (
+        "# Models\n\n<!-- tokenreduce:begin table -->\n"
+        "Multiply-adds and speed-up are against the dense model; before: its top-1 before reduction and training. "
+        "What was not measured is left empty.\n\n"
+        f"{table}\n<!-- tokenreduce:end table -->\n"
+    )
+
+
+def _check_id(name: str, value: str | None) -> None:
+    if value is not None:
+        try:
+            validate_repo_id(value)
+        except HFValidationError as error:
+            raise ValueError(f"{name} must be an id on the Hub, got {value!r}: {one_line(error)}") from None
+
+
+def _stem(record: Any) -> str:
+    return Path(record).stem if isinstance(record, (str, Path)) else "A reduced vision transformer"
+
+
+def _one(value: Any) -> str | None:
+    """Of metadata, which can be a name or a list of names: the name, if it is one."""
+    names = value if isinstance(value, list) else [value]
+    return names[0] if len(names) == 1 and isinstance(names[0], str) else None
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return file.read()
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a card is never left half written."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    part.replace(path)

@@ -1,0 +1,138 @@
+"""`publish`: a checked folder to the Hub, file by file as listed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from .check import CheckReport, check_folder, copy_files
+from .contents import one_line
+
+
+LOADING = """from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained("{repo_id}", revision="{revision}", trust_remote_code=True)"""
+
+
+class PublishError(RuntimeError):
+    """The Hub, or the way to it, refused. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class PublishResult:
+    """files: what was uploaded, with sizes in bytes. url: of the commit; of the folder for a dry run. revision: the
+    commit to pin, None for a dry run. pull_request: its address, if one was opened.
+    """
+
+    repo_id: str
+    files: dict[str, int]
+    url: str
+    revision: str | None
+    pull_request: str | None
+    report: CheckReport
+
+    @property
+    def snippet(self) -> str:
+        """Two lines that load exactly what was published."""
+        return LOADING.format(repo_id=self.repo_id, revision=self.revision or "<commit>")
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    dry_run: str | Path | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    load: bool = True,
+    skip_others: bool = False,
+) -> PublishResult:
+    """Check a folder by `check_folder` and upload what belongs to it; other files of the repository stay.
+
+    repo_id: "namespace/name"; the repository is made if it is not there.
+    private: of a repository that is made now; one that exists stays as it is.
+    create_pr: open a pull request on a repository that exists, instead of writing to it.
+    dry_run: a folder, empty or not there yet, which gets exactly the files that would be uploaded. Nothing is sent.
+    revision: the branch to write to, made if it is not there. None: main.
+    token, endpoint: of the Hub. None: what `hf auth login` saved, and HF_ENDPOINT.
+    load, skip_others: of `check_folder`.
+
+    An upload that was cut off goes on where it stopped when it is called again.
+    """
+    if create_pr and revision is not None:
+        raise ValueError(f"A pull request goes to main: with create_pr leave revision={revision!r} out.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id must be 'namespace/name', got {repo_id!r}: {one_line(error)}") from None
+    folder = Path(folder)
+    target = None if dry_run is None else _empty_folder(Path(dry_run))
+    report = check_folder(folder, load=load, skip_others=skip_others)
+    report.raise_for_errors()
+    if target is not None:
+        copy_files(folder, report.files, target)
+        return PublishResult(repo_id, report.files, str(target), None, None, report)
+
+    endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+    api = HfApi(endpoint=endpoint, token=token)
+    with _clear_errors(repo_id, endpoint):
+        if not create_pr:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision not in (None, constants.DEFAULT_REVISION):
+                api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=sorted(report.files),
+            commit_message=commit_message or "A model with token reduction",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return PublishResult(repo_id, report.files, commit.commit_url, commit.oid, commit.pr_url, report)
+
+
+def _empty_folder(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"dry_run={str(folder)!r} is there already and not an empty folder. Name another one.")
+    return folder
+
+
+@contextmanager
+def _clear_errors(repo_id: str, endpoint: str) -> Iterator[None]:
+    """One line for whatever goes wrong between here and the Hub."""
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise PublishError("Nothing was sent: HF_HUB_OFFLINE is set. Unset it to publish.") from None
+    except HfHubHTTPError as error:
+        raise PublishError(_explain(error, repo_id, endpoint)) from error
+    except (HTTPError, ConnectionError) as error:
+        raise PublishError(
+            f"{endpoint} cannot be reached: {one_line(error)}. Check the network, try again."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{endpoint} does not take the folder for {repo_id}: {one_line(error)}") from error
+    except RuntimeError as error:
+        # Transfers of single files wrap what went wrong.
+        raise PublishError(f"The upload to {repo_id} broke off: {one_line(error.__cause__ or error)}") from error
+
+
+def _explain(error: HfHubHTTPError, repo_id: str, endpoint: str) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return (
+            f"{endpoint} does not know you (401). Log in with `hf auth login`, or pass token= with a token that may "
+            f"write to {repo_id}. It answers the same for a repository that is not there."
+        )
+    if status == 403:
+        return f"Your token may not write to {repo_id} (403). Use one with write access, or another namespace."
+    if status == 404:
+        return f"There is no repository {repo_id}, or you may not see it (404). A pull request needs one that exists."
+    return f"{endpoint} refused the upload to {repo_id} ({status}): {one_line(error.server_message or error)}"

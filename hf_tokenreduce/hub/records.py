@@ -1,0 +1,104 @@
+"""The record of a run, as the training script writes it: checked, and put into words and numbers for a card."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..modeling.configuration_base import REDUCTIONS
+from ..modeling.configuration_methods import parse_reduction
+from .contents import read_json, short
+
+
+Record = dict[str, Any]
+
+TEXTS = ("base_model", "dataset", "command", "machine")
+# name -> lowest and highest value, and whether it counts
+NUMBERS = {
+    "eval_images": (1, 10**9, True),
+    "seed": (0, 2**64, True),
+    "speed_batch_size": (1, 10**6, True),
+    "epochs": (0, 10**6, False),
+    "seconds": (0, 10**9, False),
+    "top1": (0, 100, False),
+    "baseline_top1": (0, 100, False),
+    "mult_adds_ratio": (0, 10, False),
+    "speedup": (0, 10**4, False),
+}
+
+
+def read_record(record: Record | str | Path) -> Record:
+    """A record, or its file. What a card reads of it is checked; what is missing or null is unknown."""
+    name = "The record"
+    if not isinstance(record, dict):
+        path = Path(record)
+        if not path.is_file():
+            raise ValueError(f"There is no record {path}. It is the record.json that a training run writes.")
+        name, record = str(path), read_json(path)
+    if not isinstance(record, dict):
+        raise ValueError(f"{name} must be an object, got {short(record)}.")
+    method = record.get("method")
+    if "method" not in record or not (method is None or method in REDUCTIONS):
+        raise ValueError(f"{name} has method {short(method)}; it must be null for dense, or one of {_known()}.")
+    settings = record.get("settings") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name}: settings must be an object, got {short(settings)}.")
+    if method is not None:
+        parse_reduction({**settings, "method": method})
+    for key in TEXTS:
+        if not isinstance(record.get(key), str | None):
+            raise ValueError(f"{name}: {key} must be text, got {short(record[key])}.")
+    for key, (least, most, counts) in NUMBERS.items():
+        value = record.get(key)
+        if value is None:
+            continue
+        kinds = int if counts else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{name}: {key} must be a number from {least} to {most}, got {short(value)}.")
+    tokens = record.get("tokens_per_layer")
+    if tokens is not None and not (
+        isinstance(tokens, list) and tokens and all(isinstance(n, (int, float)) and 0 <= n < 10**6 for n in tokens)
+    ):
+        raise ValueError(f"{name}: tokens_per_layer must list a number per layer, got {short(tokens)}.")
+    return record
+
+
+def wilson(share: float, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval, by Wilson, of a share that was found in `total` independent trials."""
+    center = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def accuracy(record: Record, key: str = "top1") -> str | None:
+    """In per cent, with its interval if the number of images is known."""
+    value, total = record.get(key), record.get("eval_images")
+    if value is None:
+        return None
+    if total is None:
+        return f"{value:.1f} %"
+    low, high = wilson(value / 100, total)
+    return f"{value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def drop(record: Record) -> str | None:
+    """In points of top-1; a gain has a minus."""
+    if record.get("top1") is None or record.get("baseline_top1") is None:
+        return None
+    return f"{record['baseline_top1'] - record['top1']:.1f}".replace("-0.0", "0.0")
+
+
+def number(record: Record, key: str, digits: int) -> str | None:
+    return None if record.get(key) is None else f"{record[key]:.{digits}f}"
+
+
+def duration(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _known() -> str:
+    return ", ".join(sorted(REDUCTIONS))

@@ -1,0 +1,378 @@
+"""A page to try a checkpoint on: drop an image, pick a method and a budget, and see it beside the dense model.
+
+`serve("folder")` opens it on this computer alone. What the page shows is computed by `Comparison`, without a page.
+"""
+
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .convert import reduce_tokens, restore
+from .loading import load_model
+from .modeling.configuration_base import KeepRateConfig, ReductionConfig
+from .modeling.configuration_methods import ATSConfig, BATConfig, EViTConfig, ToMeConfig, TopKConfig
+from .modeling.multiply_adds import multiply_adds
+from .visualization import seen_images, token_maps
+from .visualization.drawing import draw_layer, resized_to_cells
+
+
+PUBLISHED = "as published"
+# What runs on a checkpoint that was not trained for it.
+UNTRAINED: dict[str, type[ReductionConfig]] = {
+    "ToMe": ToMeConfig,
+    "BAT": BATConfig,
+    "EViT": EViTConfig,
+    "Top-K": TopKConfig,
+    "ATS": ATSConfig,
+}
+MAX_PIXELS = 50_000_000
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+REPEATS = 5
+TOP = 5
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+logger = logging.get_logger(__name__)
+
+
+class Side(NamedTuple):
+    """What one model made of an image.
+
+    predictions: the most probable labels and their probabilities
+    tokens: those that leave each layer, prefix tokens included
+    multiply_adds: of the encoder's layers
+    milliseconds: of a forward of this image alone, the median
+    """
+
+    predictions: list[tuple[str, float]]
+    tokens: list[int]
+    multiply_adds: float
+    milliseconds: float
+
+
+class Answer(NamedTuple):
+    """name: of the method. seen: the image as the models saw it. token_map: the same, with the tokens that are left.
+    share: of the dense model's multiply-adds."""
+
+    name: str
+    reduction: ReductionConfig
+    dense: Side
+    reduced: Side
+    share: float
+    seen: Image.Image
+    token_map: Image.Image
+
+
+class Comparison:
+    """A checkpoint beside its dense self, by the setting it was published with or by one that needs no training.
+
+    model: a ViT or DeiT classifier of transformers, or a reduced one. All models share its weights.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, *, repeats: int = REPEATS, keep: int = 8):
+        self.processor, self.repeats = processor, repeats
+        unreduced = reduce_tokens(model, None).eval()
+        self.dense = restore(unreduced)
+        self.published = model.eval() if getattr(model.config, "reduction", None) is not None else None
+        # A reduced model is a few Python objects around the same weights: some are kept, the oldest goes.
+        self._reduced = lru_cache(maxsize=keep)(self._reduce)
+
+    def methods(self) -> list[str]:
+        return [PUBLISHED, *UNTRAINED] if self.published is not None else list(UNTRAINED)
+
+    def has_budget(self, method: str) -> bool:
+        """Whether a budget can be set: not of ATS, whose tokens are as many as an image's scores are spread over."""
+        return method in UNTRAINED and method != "ATS"
+
+    def setting(self, method: str, budget: float) -> ReductionConfig:
+        """The mildest setting of a method that keeps at most `budget` of the multiply-adds."""
+        if method not in UNTRAINED:
+            raise ValueError(f"There is no method {method!r} for this checkpoint. Pick one of {self.methods()}.")
+        config_class, layers = UNTRAINED[method], self.dense.config.num_hidden_layers
+        if config_class is ATSConfig:
+            return ATSConfig(layers=tuple(range(layers // 4, layers)))
+        if issubclass(config_class, KeepRateConfig):
+            quarters = sorted({layers // 4, layers // 2, 3 * layers // 4})
+            return config_class.for_budget(self.dense.config, budget, layers=quarters)
+        return config_class.for_budget(self.dense.config, budget)
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image, method: str, budget: float = 0.65, *, size: int = 384) -> Answer:
+        """budget: the share of the multiply-adds to keep, of methods that have one. size: of the pictures, about."""
+        if method == PUBLISHED and self.published is not None:
+            reduced = self.published
+        else:
+            reduced = self._reduced(method, round(budget, 3) if self.has_budget(method) else 1.0)
+        pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"].to(self.dense.device)
+        maps = token_maps(reduced, pixels)
+        times = self._milliseconds([self.dense, reduced], pixels)
+        counts = torch.full_like(maps.counts, maps.num_tokens)
+        dense_side = self._side(self.dense(pixels).logits, counts, maps.num_tokens, None, times[0])
+        settings = reduced.config.reduction
+        reduced_side = self._side(maps.logits, maps.counts, maps.num_tokens, settings, times[1])
+        patch = tuple(reduced.base_model.embeddings.patch_embeddings.patch_size)
+        seen = resized_to_cells(seen_images(pixels, self.processor)[0], maps.grid, size, patch)
+        return Answer(
+            name=method,
+            reduction=settings,
+            dense=dense_side,
+            reduced=reduced_side,
+            share=maps.shares[0].item(),
+            seen=seen,
+            token_map=draw_layer(seen, maps, 0, maps.counts.shape[1] - 1),
+        )
+
+    def _reduce(self, method: str, budget: float) -> PreTrainedModel:
+        return reduce_tokens(self.dense, self.setting(method, budget))
+
+    def _side(
+        self, logits: Any, counts: Tensor, num_tokens: int, reduction: ReductionConfig | None, milliseconds: float
+    ) -> Side:
+        cost = multiply_adds(self.dense.config, counts, num_tokens, reduction).item()
+        return Side(self._predictions(logits[0]), counts[0].tolist(), cost, milliseconds)
+
+    def _milliseconds(self, models: Sequence[PreTrainedModel], pixels: Tensor) -> list[float]:
+        """Each model's median; they take turns, so that what slows the machine for a while slows all of them."""
+        seconds: list[list[float]] = [[] for _ in models]
+        for repeat in range(self.repeats + 1):
+            for taken, model in zip(seconds, models, strict=True):
+                start = time.perf_counter()
+                model(pixels)
+                if pixels.is_cuda:
+                    torch.cuda.synchronize(pixels.device)
+                if repeat:  # the first is a warm-up
+                    taken.append(time.perf_counter() - start)
+        return [1000 * statistics.median(taken) for taken in seconds]
+
+    def _predictions(self, logits: Tensor) -> list[tuple[str, float]]:
+        labels = self.dense.config.id2label
+        best = logits.float().softmax(dim=-1).topk(min(TOP, len(logits)))
+        names = [str(labels[index]).split(",")[0] for index in best.indices.tolist()]
+        # ImageNet has two cranes.
+        unique = [
+            name if names.count(name) == 1 else f"{name} ({index})"
+            for name, index in zip(names, best.indices.tolist(), strict=True)
+        ]
+        return list(zip(unique, best.values.tolist(), strict=True))
+
+
+def load_comparison(
+    folder_or_id: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Comparison:
+    """Of a folder or a Hub id. What this package saved loads without `trust_remote_code`: its classes are here."""
+    model, processor = load_model(str(folder_or_id), revision, trust_remote_code)
+    return Comparison(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
+
+
+def read_image(file: str | Path, *, max_upload_mb: float = 10) -> Image.Image:
+    """An uploaded file, upright and in RGB; its size is judged by its header, before a pixel is decoded."""
+    if Path(file).stat().st_size > max_upload_mb * 1024**2:
+        raise ValueError(f"The file is larger than {max_upload_mb} MB. Give a smaller one.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(
+                        f"The image has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 10**6} "
+                        "megapixels. Give a smaller one."
+                    )
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"The image has more than {MAX_PIXELS // 10**6} megapixels. Give a smaller one.") from error
+    except (OSError, SyntaxError) as error:  # Pillow's parsers raise either on a broken file
+        raise ValueError(f"The file is not an image that can be read; these can: {', '.join(FORMATS)}.") from error
+
+
+def build_app(
+    folder_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_upload_mb: float = 10,
+) -> Any:
+    """The page as a `gradio.Blocks`, not yet launched."""
+    gr = _gradio()
+    comparison = load_comparison(folder_or_id, revision=revision, trust_remote_code=trust_remote_code)
+    methods = comparison.methods()
+    name = Path(folder_or_id).name if Path(folder_or_id).is_dir() else str(folder_or_id)
+
+    def compare(file: str | None, method: str, budget: float) -> tuple[Any, ...]:
+        if file is None:
+            return None, None, None, None, ""
+        try:
+            answer = comparison(read_image(file, max_upload_mb=max_upload_mb), method, budget)
+        except ValueError as error:
+            raise gr.Error(str(error), duration=None, print_exception=False) from error
+        dense, reduced = dict(answer.dense.predictions), dict(answer.reduced.predictions)
+        return dense, reduced, answer.seen, answer.token_map, report(answer)
+
+    def picture(label: str) -> Any:
+        return gr.Image(
+            label=label,
+            show_label=False,
+            format="png",
+            interactive=False,
+            buttons=["fullscreen", "download"],
+            height=300,
+        )
+
+    with gr.Blocks(title=f"{name}, with fewer tokens", analytics_enabled=False, delete_cache=(600, 600)) as app:
+        gr.Markdown(
+            f"# {_plain(name)}\nThe same weights on all tokens of an image, and on fewer. Patches "
+            "that share a token share its colour and an outline; those that were dropped fade."
+        )
+        with gr.Row():
+            with gr.Column(scale=2, min_width=260):
+                image = gr.Image(
+                    label="Image",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    buttons=["fullscreen"],
+                    height=300,
+                )
+                method = gr.Dropdown(methods, value=methods[0], label="Method")
+                budget = gr.Slider(
+                    0.4,
+                    1.0,
+                    value=0.65,
+                    step=0.05,
+                    label="Share of the multiply-adds to keep",
+                    interactive=comparison.has_budget(methods[0]),
+                )
+            with gr.Column(scale=5, min_width=320):
+                with gr.Row():
+                    with gr.Column(min_width=240):
+                        gr.Markdown("**What the model sees**")
+                        seen = picture("What the model sees")
+                    with gr.Column(min_width=240):
+                        gr.Markdown("**Tokens that are left**")
+                        drawn = picture("Tokens that are left")
+                with gr.Row():
+                    dense = gr.Label(label="Dense", num_top_classes=TOP)
+                    reduced = gr.Label(label="Reduced", num_top_classes=TOP)
+                costs = gr.HTML()
+        method.change(
+            lambda chosen: gr.update(interactive=comparison.has_budget(chosen)),
+            method,
+            budget,
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        gr.on(
+            [image.change, method.change, budget.release],
+            compare,
+            [image, method, budget],
+            [dense, reduced, seen, drawn, costs],
+            api_name="compare",
+            concurrency_limit=1,  # one at a time, for the times it shows are of a machine that does nothing else
+            show_progress="minimal",
+        )
+    return app.queue(max_size=32)
+
+
+def serve(
+    folder_or_id: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    max_upload_mb: float = 10,
+    open_browser: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Show the page at `http://host:port` until interrupted. Whoever reaches that address can use it: the default is
+    this computer alone.
+    """
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port must lie between 1 and 65535, got {port}.")
+    if not max_upload_mb > 0:
+        raise ValueError(f"max_upload_mb must be above 0, got {max_upload_mb}.")
+    gr = _gradio()
+    app = build_app(folder_or_id, revision=revision, trust_remote_code=trust_remote_code, max_upload_mb=max_upload_mb)
+    if host not in LOOPBACK:
+        logger.warning(f"The page listens on {host}: whoever reaches port {port} of this computer can use it.")
+    try:
+        app.launch(
+            server_name=host,
+            server_port=port,
+            inbrowser=open_browser,
+            share=False,
+            max_file_size=int(max_upload_mb * 1024**2),
+            # Fonts of the reader's computer: the page fetches nothing from elsewhere.
+            theme=gr.themes.Soft(font=["Helvetica", "Arial", "sans-serif"], font_mono=["Courier", "monospace"]),
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+        )
+    except OSError as error:
+        raise ValueError(f"Port {port} of {host} cannot be listened on ({error}). Give another port.") from error
+
+
+def report(answer: Answer) -> str:
+    """HTML: what both models cost, and how many tokens leave each layer."""
+    dense, reduced = answer.dense, answer.reduced
+    setting = ", ".join(f"{key}={value}" for key, value in answer.reduction.to_dict().items())
+    rows = [
+        ("Tokens leaving the last layer", f"{dense.tokens[-1]}", f"{reduced.tokens[-1]}", ""),
+        (
+            "Multiply-adds of the layers",
+            f"{dense.multiply_adds / 1e9:.3g} G",
+            f"{reduced.multiply_adds / 1e9:.3g} G",
+            f"{answer.share:.0%}",
+        ),
+        (
+            "Time of this image alone",
+            f"{dense.milliseconds:.1f} ms",
+            f"{reduced.milliseconds:.1f} ms",
+            f"{dense.milliseconds / reduced.milliseconds:.2f} times the speed",
+        ),
+    ]
+    plain = "border:none;padding:3px 20px 3px 0"
+    cells = "".join(
+        "<tr style='border:none'>" + "".join(f"<td style='{plain}'>{cell}</td>" for cell in row) + "</tr>"
+        for row in [("", "<b>dense</b>", "<b>reduced</b>", ""), *rows]
+    )
+    most = max(dense.tokens)
+    bars = "".join(
+        f"<div style='flex:1;text-align:center' title='layer {layer}: {count} tokens'>"
+        f"<div style='height:72px;background:var(--border-color-primary);display:flex;align-items:flex-end'>"
+        f"<div style='width:100%;height:{100 * count / most:.1f}%;background:var(--color-accent)'></div></div>"
+        f"<small>{count}</small></div>"
+        for layer, count in enumerate(reduced.tokens)
+    )
+    return (
+        f"<table style='border:none'><tbody>{cells}</tbody></table>"
+        f"<p style='margin:12px 0 4px'>Tokens leaving each layer, of {dense.tokens[0]}</p>"
+        f"<div style='display:flex;gap:3px;max-width:720px'>{bars}</div>"
+        f"<p><small>{escape(setting)}</small></p>"
+    )
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown leaves as it is."""
+    return "".join(f"\\{mark}" if mark in "\\`*_{}[]<>()#+-.!|" else mark for mark in text)
+
+
+def _gradio() -> Any:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported and when a page is built
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError('The page needs Gradio: pip install "hf-tokenreduce[serve]".') from error
+    return gradio

@@ -1,0 +1,250 @@
+"""Token maps as one HTML file that needs nothing else: pictures inside, no script, no request."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .composing import Images, load_images, pictures_of
+from .drawing import draw_layer, draw_token_weights
+from .maps import TokenMaps, checked_layers, token_maps
+from .template import PAGE
+
+
+MAP_SIZE, THUMBNAIL, HEAT_SIZE = 256, 112, 128  # pixels of the longer side, about
+RANKED = 6  # images listed at either end, if there are more than twice as many
+MIXTURES = 6  # tokens shown of each image
+
+
+class Picture(NamedTuple):
+    source: str
+    width: int
+    height: int
+
+
+class Guess(NamedTuple):
+    label: str
+    full_label: str
+    probability: float
+
+
+def write_page(
+    model: PreTrainedModel,
+    images: Images,
+    processor: Any,
+    path: str | Path,
+    *,
+    dense: PreTrainedModel | None = None,
+    names: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write an HTML page that shows what a reduced model did to each of some images. Returns its path.
+
+    images: pictures, files, or pixel values that `processor` made, (B, C, H, W). A page takes about 100 KB per image.
+    dense: the model to compare predictions with, such as `restore(model)` where nothing was trained
+    names: one per image, by default those of the files
+    layers: 0-based, whose maps are shown; by default up to five of those that reduce
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Give the name of a file in it, such as {path / 'tokens.html'}.")
+    pixel_values, names = load_images(images, processor, names)
+    maps = token_maps(model, pixel_values)
+    shown = checked_layers(layers, maps, most=5)
+    pictures = pictures_of(pixel_values, processor, maps, model, MAP_SIZE)
+    guesses = _guesses(maps.logits, model)
+    dense_guesses = None if dense is None else _guesses(_dense_logits(dense, pixel_values), dense)
+    rows = []
+    for index in logging.tqdm(range(len(names)), desc="drawing token maps", leave=False):
+        rows.append(
+            {
+                "name": names[index],
+                "share": float(maps.shares[index]),
+                "picture": _embedded(pictures[index]),
+                "maps": [
+                    {
+                        "layer": layer,
+                        "tokens": int(maps.counts[index, layer]),
+                        "picture": _embedded(draw_layer(pictures[index], maps, index, layer)),
+                    }
+                    for layer in shown
+                ],
+                "guess": guesses and guesses[index],
+                "dense": dense_guesses and dense_guesses[index],
+            }
+        )
+    reduction = maps.reduction
+    method = "no reduction" if reduction is None else type(reduction).__name__.removesuffix("Config")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    html = environment.from_string(PAGE).render(
+        title=title or f"What {method} did to each image",
+        model=Path(model.config.name_or_path).name or model.config.model_type,
+        method=method,
+        settings={} if reduction is None else _settings(reduction),
+        thresholds=_thresholds(model),
+        rows=rows,
+        maps=maps,
+        mean_counts=maps.counts.double().mean(dim=0).tolist(),
+        least_counts=maps.counts.amin(dim=0).tolist(),
+        most_counts=maps.counts.amax(dim=0).tolist(),
+        share=float(maps.shares.mean()),
+        agreeing=_agreeing(guesses, dense_guesses),
+        chart=_chart(maps, names),
+        adaptive=maps.differ(),
+        ranking=_ranking(maps, names, pictures) if maps.differ() else {},
+        heats=_heats(maps, names, pictures),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _settings(reduction: Any) -> dict[str, str]:
+    """What is set and decides: neither what only training looks at, nor thresholds that were learned since."""
+    values = reduction.to_dict()
+    names = ("merge", "prune", "max_tokens") if reduction.method == "ltmp" else tuple(values)
+    return {name: _setting(values[name]) for name in names if name != "method" and values[name] is not None}
+
+
+def _thresholds(model: PreTrainedModel) -> dict[str, list[float]]:
+    """LTMP's, of each layer."""
+    reducers = [dict(layer.reducer.named_parameters()) for layer in model.base_model.layers]
+    return {
+        label: [reducer[name].item() for reducer in reducers]
+        for name, label in (("merge_threshold", "merges above"), ("prune_threshold", "prunes up to"))
+        if name in reducers[0]
+    }
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_setting(entry) for entry in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _embedded(picture: Image.Image) -> Picture:
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=82, subsampling=0, optimize=True)
+    data = base64.b64encode(stream.getvalue()).decode("ascii")
+    return Picture(f"data:image/jpeg;base64,{data}", *picture.size)
+
+
+@torch.no_grad()
+def _dense_logits(dense: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    height, width = pixel_values.shape[-2:]
+    interpolate = (height, width) != tuple(dense.base_model.embeddings.image_size)
+    training = dense.training
+    dense.eval()
+    try:
+        batches = [batch.to(dense.device) for batch in pixel_values.split(32)]
+        outputs = [dense(batch, interpolate_pos_encoding=interpolate) for batch in batches]
+        return torch.cat([output.logits.float().cpu() for output in outputs])
+    finally:
+        dense.train(training)
+
+
+def _guesses(logits: Tensor | None, model: PreTrainedModel) -> list[Guess] | None:
+    """The most probable label of each image. None of a model without a classifier."""
+    if logits is None:
+        return None
+    best = logits.softmax(dim=-1).max(dim=-1)
+    labels = [model.config.id2label.get(index, str(index)) for index in best.indices.tolist()]
+    return [
+        Guess(label.split(",")[0], label, probability)
+        for label, probability in zip(labels, best.values.tolist(), strict=True)
+    ]
+
+
+def _agreeing(guesses: list[Guess] | None, dense: list[Guess] | None) -> int | None:
+    if guesses is None or dense is None:
+        return None
+    return sum(ours.full_label == theirs.full_label for ours, theirs in zip(guesses, dense, strict=True))
+
+
+def _ranking(
+    maps: TokenMaps, names: Sequence[str], pictures: Sequence[Image.Image]
+) -> dict[str, list[dict[str, Any]]]:
+    """Images from the one that took least to the one that took most, or, if they are many, those at either end."""
+    last = maps.counts.shape[1] - 1
+
+    def entry(index: int) -> dict[str, Any]:
+        drawn = draw_layer(pictures[index], maps, index, last)
+        drawn.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        return {
+            "name": names[index],
+            "picture": _embedded(drawn),
+            "share": float(maps.shares[index]),
+            "tokens": int(maps.counts[index, last]),
+        }
+
+    order = maps.shares.argsort(stable=True).tolist()
+    groups = {"": order}
+    if len(order) > 2 * RANKED:
+        groups = {"Easiest": order[:RANKED], "Hardest": order[-RANKED:]}
+    return {label: [entry(index) for index in group] for label, group in groups.items()}
+
+
+def _heats(maps: TokenMaps, names: Sequence[str], pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """Of mixtures: how much each patch weighs in all tokens together, and where some of them look."""
+    weights = maps.patch_weights[-1]
+    if weights is None:
+        return []
+    heats = []
+    for name, picture, of_image in zip(names, pictures, weights, strict=True):
+        small = picture.copy()
+        small.thumbnail((HEAT_SIZE, HEAT_SIZE), Image.Resampling.LANCZOS)
+        sharpest = of_image.amax(dim=1).argsort(descending=True, stable=True)[:MIXTURES].tolist()
+        heats.append(
+            {
+                "name": name,
+                "total": _embedded(draw_token_weights(small, of_image.sum(dim=0), maps.grid)),
+                "tokens": [
+                    {"token": token, "picture": _embedded(draw_token_weights(small, of_image[token], maps.grid))}
+                    for token in sharpest
+                ],
+            }
+        )
+    return heats
+
+
+def _chart(maps: TokenMaps, names: Sequence[str]) -> dict[str, Any]:
+    """A line per image over the layers, in the units of a drawing of 760 x 240; one line if all are the same."""
+    left, right, top, bottom = 46.0, 640.0, 14.0, 206.0
+    num_layers = maps.counts.shape[1]
+
+    def across(stage: int) -> float:
+        return round(left + (right - left) * stage / num_layers, 1)
+
+    def up(tokens: float) -> float:
+        return round(bottom - (bottom - top) * tokens / maps.num_tokens, 1)
+
+    def line(counts: Sequence[float]) -> dict[str, Any]:
+        stages = enumerate([maps.num_tokens, *counts])
+        points = " ".join(f"{across(stage)},{up(tokens)}" for stage, tokens in stages)
+        return {"points": points, "end": up(counts[-1]), "tokens": counts[-1]}
+
+    mean = line(maps.counts.double().mean(dim=0).tolist())
+    lines = []
+    if maps.differ():
+        lines = [{"name": name, **line(counts)} for name, counts in zip(names, maps.counts.tolist(), strict=True)]
+    ticks = sorted({0, round(maps.num_tokens / 4), round(maps.num_tokens / 2), round(maps.num_tokens * 3 / 4)})
+    return {
+        "left": left,
+        "right": right,
+        "bottom": bottom,
+        "mean": mean,
+        "lines": lines,
+        "ticks": [(tick, up(tick)) for tick in [*ticks, maps.num_tokens]],
+        "stages": [("in", across(0))] + [(layer, across(layer + 1)) for layer in range(num_layers)],
+    }

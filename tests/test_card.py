@@ -1,0 +1,383 @@
+"""Cards say what the configuration and the record say, nothing else, and never lose a word of their owner."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from helpers import METHODS, tiny_model
+from hub_server import card_errors
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from test_hub import saved
+
+from hf_tokenreduce import ATSConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce.hub import model_card, write_card, write_cards
+from hf_tokenreduce.hub.card_text import merge_metadata, sections
+from hf_tokenreduce.hub.methods import METHODS as DESCRIBED
+from hf_tokenreduce.hub.records import wilson
+from hf_tokenreduce.modeling.configuration_base import REDUCTIONS
+
+
+RECORD = {
+    "method": "evit",
+    "settings": METHODS["evit"][0].to_dict(),
+    "base_model": "deit-tiny",
+    "dataset": "trash/train",
+    "eval_images": 400,
+    "seed": 3,
+    "command": "python train.py --reduction_args '{\"layers\": [0, 2]}'",
+    "epochs": 5.0,
+    "seconds": 754.2,
+    "top1": 85.0,
+    "baseline_top1": 87.25,
+    "mult_adds_ratio": 0.5731,
+    "speedup": 1.4142,
+    "speed_batch_size": 32,
+    "tokens_per_layer": [41.0, 41.0, 26.0, 26.0],
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("good"), "vit", "evit")[1]
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "reduced")
+
+
+def metadata(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def part(card, name):
+    begin, end = sections(card)[name]
+    return card[begin:end]
+
+
+def test_every_method_is_described():
+    assert DESCRIBED.keys() - {None} == REDUCTIONS.keys()
+
+
+def test_a_full_card(folder):
+    (folder / "token_map.png").write_bytes(b"a picture")
+    card = model_card(
+        folder,
+        record={**RECORD, "machine": "one CPU of two cores"},
+        base_model="facebook/deit-tiny-patch16-224",
+        base_license="apache-2.0",
+        dataset="someone/trash",
+        repo_id="someone/deit-evit",
+    )
+    assert card_errors(card) == []
+    assert "\n# deit-evit\n" in card
+    method, results, training = (part(card, name) for name in ("method", "results", "training"))
+    assert "[facebook/deit-tiny-patch16-224](https://huggingface.co/facebook/deit-tiny-patch16-224)" in method
+    assert "https://arxiv.org/abs/2202.07800" in method
+    assert "| `keep_rate` | `0.6` |" in method and "| `layers` | `[0, 2]` |" in method
+    assert "](token_map.png)" in method
+    low, high = (100 * bound for bound in wilson(0.85, 400))
+    assert f"| 85.0 % ({low:.1f} to {high:.1f}) |" in results and "| 87.2 % (" in results
+    assert "| points of top-1 lost |  | 2.2 |" in results
+    assert "| multiply-adds of the encoder | 1 | 0.57 |" in results
+    assert "| images per second | 1 | 1.41 |" in results
+    assert "400 evaluation images" in results and "(batch 32, one CPU of two cores)" in results
+    assert "layer  3      26  ███" in results
+    assert "5 epochs, in 13 min, seed 3." in training and RECORD["command"] in training
+    assert 'from_pretrained("someone/deit-evit"' in part(card, "usage") and "revision" in part(card, "usage")
+    assert "apache-2.0" in part(card, "limits")
+    data = metadata(card)
+    assert data["base_model"] == "facebook/deit-tiny-patch16-224"
+    assert (data["license"], data["datasets"], data["library_name"]) == (
+        "apache-2.0",
+        ["someone/trash"],
+        "transformers",
+    )
+    assert {"token-reduction", "evit", "arxiv:2202.07800"} <= set(data["tags"])
+
+
+def test_the_model_index_survives_the_hub_s_own_reading(folder):
+    card = ModelCard(model_card(folder, record=RECORD))
+    result = card.data.eval_results[0]
+    assert (result.task_type, result.metric_type, result.metric_value) == ("image-classification", "accuracy", 0.85)
+    assert (result.dataset_type, result.dataset_name) == ("imagefolder", "trash/train")
+    index = metadata(str(card))["model-index"]
+    assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
+    assert index == metadata(model_card(folder, record=RECORD))["model-index"]
+
+
+def test_what_is_unknown_is_left_out(folder):
+    """Without a record only arithmetic is left, which is certain for a method that keeps the same of every image."""
+    card = model_card(folder)
+    assert card_errors(card) == []
+    results = part(card, "results")
+    assert "| multiply-adds of the encoder | 1 | 0.57 |" in results and "layer  0      41" in results
+    assert not any(word in results for word in ("top-1", "Top-1", "second", "None", "nan"))
+    assert part(card, "training").count("\n") == 1
+    assert not {"license", "base_model", "model-index", "datasets", "metrics"} & metadata(card).keys()
+    for name in ("base_model", "dataset", "machine", "eval_images", "baseline_top1", "seed", "speed_batch_size"):
+        card = model_card(folder, record={**RECORD, name: None})
+        assert "None" not in card and card_errors(card) == []
+    assert "model-index" not in metadata(model_card(folder, record={**RECORD, "dataset": None}))
+    assert "% (" not in part(model_card(folder, record={**RECORD, "eval_images": None}), "results")
+
+
+def test_adaptive_and_distilled(tmp_path):
+    folder = tmp_path / "adaptive"
+    reduce_tokens(tiny_model("deit"), ATSConfig(layers=(1, 2))).save_pretrained(folder)
+    card = model_card(folder)
+    assert "depends on the image" in part(card, "limits")
+    assert "multiply-adds" not in part(card, "results")
+    recorded = {
+        "method": "ats",
+        "settings": ATSConfig(layers=(1, 2)).to_dict(),
+        "tokens_per_layer": [66, 30.5, 20, 20],
+    }
+    results = part(model_card(folder, record=recorded), "results")
+    assert "the class token and the distillation token included, averaged over images" in results
+    assert "layer  1    30.5  ██████████████████\n" in results
+
+
+def test_the_record_in_the_folder_is_found_and_must_fit(folder):
+    (folder / "record.json").write_text(json.dumps(RECORD))
+    assert model_card(folder) == model_card(folder, record=RECORD) == model_card(folder, record=folder / "record.json")
+    for changes in (
+        {"settings": {**RECORD["settings"], "keep_rate": 0.5}},
+        {"method": "tome", "settings": ToMeConfig(r=8).to_dict()},
+        {"method": None, "settings": None},
+        {"tokens_per_layer": [41.0] * 12},
+    ):
+        with pytest.raises(ValueError, match="The record is of another model"):
+            model_card(folder, record={**RECORD, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "evil"}, "method 'evil'"),
+        ({"top1": "85"}, "top1 must be a number from 0 to 100"),
+        ({"top1": float("nan")}, "top1"),
+        ({"top1": 850}, "top1"),
+        ({"eval_images": 0}, "eval_images"),
+        ({"eval_images": 4.5}, "eval_images"),
+        ({"seed": True}, "seed"),
+        ({"command": ["python"]}, "command must be text"),
+        ({"tokens_per_layer": []}, "tokens_per_layer"),
+        ({"tokens_per_layer": ["41"] * 4}, "tokens_per_layer"),
+        ({"settings": {"method": "evit", "keep": 1}}, "Unknown field"),
+        ({"settings": [1]}, "settings"),
+    ],
+)
+def test_records_that_make_no_sense(folder, changes, words):
+    with pytest.raises(ValueError, match=words):
+        model_card(folder, record={**RECORD, **changes})
+
+
+def test_a_record_cannot_write_markup(folder):
+    record = {
+        **RECORD,
+        "base_model": "x](http://evil) <script>\n# Title",
+        "dataset": "a | b <!-- tokenreduce:end results -->",
+        "command": "echo '```' <!-- tokenreduce:end training -->\n```",
+    }
+    card = model_card(folder, record=record)
+    assert list(sections(card.split("---\n", 2)[2])) == ["method", "results", "training", "usage", "limits"]
+    assert "<script>" not in card.replace("\\<script\\>", "") and "\n# Title" not in card
+    assert "````\necho" in card
+    assert card_errors(card) == []
+    (folder / "README.md").write_text(card)
+    assert model_card(folder, record=record) == card
+
+
+OWNER = """---
+# chosen with care
+license: cc-by-4.0   # not apache
+tags: [mine, evit]
+language: en
+model-index:
+- name: my name for it
+  results:
+  - task: {type: image-classification}
+    dataset: {name: Mine, type: someone/mine}
+    metrics:
+    - {type: f1, value: 0.5, name: My F1}
+extra:
+  anything: [1, 2]
+---
+
+# My own title
+
+Before everything.
+"""
+
+
+def test_the_owner_s_words_stay(folder):
+    (folder / "README.md").write_text(OWNER)
+    write_card(folder, record=RECORD)
+    first = (folder / "README.md").read_text()
+    assert first.split("---\n", 2)[2].startswith(
+        "\n# My own title\n\nBefore everything.\n\n<!-- tokenreduce:begin method"
+    )
+    assert "# chosen with care\nlicense: cc-by-4.0   # not apache\n" in first
+    assert card_errors(first) == []
+    data = metadata(first)
+    assert (data["license"], data["language"], data["extra"]) == ("cc-by-4.0", "en", {"anything": [1, 2]})
+    assert data["tags"] == [
+        "mine",
+        "evit",
+        "token-reduction",
+        "vision-transformer",
+        "hf_tokenreduce",
+        "arxiv:2202.07800",
+    ]
+    assert [metric["name"] for result in data["model-index"][0]["results"] for metric in result["metrics"]] == [
+        "My F1",
+        "Top-1 accuracy",
+    ]
+    assert data["model-index"][0]["name"] == "my name for it"
+    assert "cc-by-4.0" in part(first, "limits")
+
+    between = first.replace("<!-- tokenreduce:begin results -->", "Between.\n\n<!-- tokenreduce:begin results -->")
+    begin, end = sections(between)["limits"]
+    mine = between[:begin] + "Instead of the limits.\n" + between[end:] + "\nAfter everything."
+    (folder / "README.md").write_text(mine)
+    write_card(folder, record={**RECORD, "top1": 90.0, "dataset": "other/train"}, base_license="mit")
+    second = (folder / "README.md").read_text()
+    for words in (
+        "Before everything.",
+        "Between.",
+        "Instead of the limits.",
+        "After everything.",
+        "# chosen with care",
+    ):
+        assert second.count(words) == 1
+    assert "90.0 % (" in second and "85.0 % (" not in second
+    assert "limits" not in sections(second)
+    results = metadata(second)["model-index"][0]["results"]
+    assert [(result["dataset"]["name"], result["metrics"][0]["value"]) for result in results] == [
+        ("Mine", 0.5),
+        ("other/train", 0.9),
+    ]
+    assert metadata(second)["license"] == "mit"  # given just now
+
+
+def test_renewing_changes_nothing_that_has_not_changed(folder):
+    write_card(folder, record=RECORD, base_model="facebook/deit-tiny-patch16-224", base_license="apache-2.0")
+    first = (folder / "README.md").read_bytes()
+    write_card(folder, record=RECORD)
+    assert (folder / "README.md").read_bytes() == first
+    assert not list(folder.glob("*.part"))
+
+
+def test_line_ends_stay(folder):
+    (folder / "README.md").write_bytes(OWNER.replace("\n", "\r\n").encode())
+    write_card(folder, record=RECORD)
+    written = (folder / "README.md").read_bytes()
+    assert written.count(b"\n") == written.count(b"\r\n") > 50
+    write_card(folder, record=RECORD)
+    assert (folder / "README.md").read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- tokenreduce:begin results -->\n",
+        "<!-- tokenreduce:end results -->\n",
+        "<!-- tokenreduce:begin a -->\n<!-- tokenreduce:begin b -->\n<!-- tokenreduce:end b -->\n"
+        "<!-- tokenreduce:end a -->\n",
+        "<!-- tokenreduce:begin a -->\n<!-- tokenreduce:end b -->\n",
+        "<!-- tokenreduce:begin a -->\n<!-- tokenreduce:end a -->\n" * 2,
+    ],
+)
+def test_markers_that_do_not_pair_up(folder, text):
+    (folder / "README.md").write_text(text)
+    with pytest.raises(ValueError, match="end or delete"):
+        write_card(folder)
+    assert (folder / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize("block", ["a: [", "- a\n- b", "model-index:\n- 3"])
+def test_metadata_that_cannot_be_merged(folder, block):
+    text = f"---\n{block}\n---\nwords\n"
+    (folder / "README.md").write_text(text)
+    with pytest.raises(ValueError, match="Mend it first"):
+        write_card(folder, record=RECORD)
+    assert (folder / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "a: 1\nb: |\n  two\n\n  lines\nc: 3\n",
+        "a: 1\nb:\n- x\n# a remark\n- y\nc: 3\n",
+        "'b': x\na: {c: 1}\nc: &here [1]\nd: *here\n",
+        "{a: 1, b: 2}\n",
+        "",
+    ],
+)
+def test_metadata_in_any_form(block):
+    before = yaml.safe_load(block) or {}
+    assert yaml.safe_load(merge_metadata(block, {"b": ["new"], "e": "more"})) == {**before, "b": ["new"], "e": "more"}
+    assert merge_metadata(block, before) == block
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (340, 400), (1, 2)])
+def test_wilson(right, total):
+    """Its bounds are where the observed share is as many standard errors away as the level says."""
+    share = right / total
+    low, high = wilson(share, total)
+    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
+    for bound in (low, high):
+        if 1e-9 < bound < 1 - 1e-9:
+            assert abs(share - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / total) ** 0.5)
+
+
+def test_cards_of_many_records(tmp_path):
+    results = tmp_path / "model_cards" / "results"
+    results.mkdir(parents=True)
+    dense = {"method": None, "settings": None, "base_model": "deit-tiny", "dataset": "trash/train", "top1": 88.0}
+    records = {
+        "evit-65": RECORD,
+        "tome (r 7)": {**RECORD, "method": "tome", "settings": ToMeConfig(r=7).to_dict(), "top1": None},
+        "dense": {**dense, "eval_images": 400, "epochs": 10, "seconds": 90.0, "mult_adds_ratio": 1.0},
+    }
+    for name, record in records.items():
+        (results / f"{name}.json").write_text(json.dumps(record))
+    written = write_cards(results, tmp_path / "model_cards")
+    assert [path.name for path in written] == ["dense.md", "evit-65.md", "tome (r 7).md", "README.md"]
+    for path in written[:-1]:
+        card = path.read_text()
+        assert card_errors(card) == []
+        assert f"# {path.stem}" in card
+        assert "None" not in card.replace("max_tokens=None", "")
+    assert "reduce_tokens(model, ToMeConfig(r=7, prop_attn=True, inflect=0.0))" in written[2].read_text()
+    rows = [line for line in written[-1].read_text().splitlines() if line.startswith("| [")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["[dense](<dense.md>)", "[EViT](<evit-65.md>)", "[ToMe](<tome (r 7).md>)"]
+    assert cells[1][3:] == ["0.57", "85.0 % (81.2 to 88.2)", "87.2 %", "2.2", "1.41", "5", "13 min", "3"]
+    assert cells[2][4] == "" and cells[0][9] == "90 s"
+
+    index = written[-1]
+    index.write_text("Mine.\n\n" + index.read_text() + "\nMine too.\n")
+    (results / "dense.json").unlink()
+    write_cards(results, tmp_path / "model_cards")
+    assert index.read_text().startswith("Mine.\n\n# Models") and index.read_text().endswith("\nMine too.\n")
+    assert "dense.md" not in index.read_text()
+    (results / "broken.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"broken\.json has method"):
+        write_cards(results, tmp_path / "model_cards")
+
+
+def test_what_a_card_needs(tmp_path):
+    for arguments, words in (
+        ({"folder": None}, "needs a folder, a record"),
+        ({"folder": tmp_path}, "has no config.json"),
+        ({"folder": None, "record": tmp_path / "nothing.json"}, "There is no record"),
+        ({"folder": None, "record": RECORD, "base_model": "a/b/c"}, "base_model must be an id on the Hub"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model_card(**arguments)
+    with pytest.raises(ValueError, match="There are no records"):
+        write_cards(tmp_path, tmp_path)

@@ -1,0 +1,221 @@
+"""Comparisons: every setting once, resumed after a kill, in tables and in a picture that can be read."""
+
+import csv
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+from datasets import load_dataset
+from helpers import tiny_model
+from PIL import Image
+from transformers import ViTConfig, ViTImageProcessor
+
+from hf_tokenreduce import (
+    ATSConfig,
+    BATConfig,
+    DLViTConfig,
+    EViTConfig,
+    LTMPConfig,
+    SiTConfig,
+    TokenReduceViTConfig,
+    ToMeConfig,
+    TopKConfig,
+    reduce_tokens,
+)
+from hf_tokenreduce.evaluation import compare, default_reductions, evaluate_model, pareto_plot
+from hf_tokenreduce.evaluation.compare import describe
+from hf_tokenreduce.evaluation.pareto import spread_apart
+from hf_tokenreduce.modeling.multiply_adds import even_share
+
+
+QUICK = {"batch_size": 4, "progress": False, "repeats": 2}
+
+
+@pytest.fixture
+def processor():
+    return ViTImageProcessor(size={"height": 32, "width": 32})
+
+
+@pytest.fixture
+def photos(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for number in range(10):
+        folder = tmp_path / "photos" / f"{number % 4:04}_class"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (40, 30, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number:02}.png")
+    return load_dataset("imagefolder", data_dir=str(tmp_path / "photos"), split="train")
+
+
+def test_every_setting_in_every_file(tmp_path, photos, processor):
+    model = tiny_model()
+    settings = [
+        ToMeConfig(r=5),
+        {"method": "tome", "r": 9},
+        None,
+        LTMPConfig(target=0.7),
+        DLViTConfig(),
+        ToMeConfig(r=5),
+        LTMPConfig(target=0.01),
+    ]
+    found = compare(model, photos, processor, settings, output_dir=tmp_path / "out", **QUICK)
+    assert [row["method"] for row in found.rows] == [None, "tome", "tome", "ltmp", "dlvit", "ltmp"]
+    dense, tome, _, ltmp, dlvit, unreachable = found.rows
+    expected = evaluate_model(reduce_tokens(model, ToMeConfig(r=5)), photos, processor, progress=False)
+    assert {name: tome[name] for name in expected.to_dict()} == json.loads(json.dumps(expected.to_dict()))
+    assert dense["mult_adds_ratio"] == dense["speedup"] == 1.0 and dense["drop"] is None
+    assert ltmp["mult_adds_ratio"] == pytest.approx(0.7, abs=0.02)
+    assert "its filter is not trained" in dlvit["skipped"] and dlvit["top1"] is None
+    assert "target=0.01 cannot be reached" in unreachable["skipped"]
+    for row in (tome, ltmp):
+        assert row["speedup"] > 0 and row["images_per_second"] > 0 and row["speed_batch_size"] == 4
+    folder = tmp_path / "out"
+    assert json.loads((folder / "results.json").read_text()) == found.rows
+    with (folder / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["top1"]) for line in lines[:4]] == [row["top1"] for row in found.rows[:4]]
+    assert json.loads(lines[1]["settings"]) == ToMeConfig(r=5).to_dict() and lines[4]["skipped"]
+    table = (folder / "table.md").read_text()
+    assert "| ToMe r=5 |" in table and "- DL-ViT: its filter is not trained" in table
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {11}
+    with Image.open(folder / "pareto.png") as picture:
+        assert picture.width > 1000
+    names = {text.text for text in ElementTree.parse(folder / "pareto.svg").iter("{http://www.w3.org/2000/svg}text")}
+    assert {"ToMe", "LTMP", "dense", "top-1 accuracy, %"} <= names
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_comparison_goes_on(monkeypatch, tmp_path, photos, processor):
+    module = sys.modules[compare.__module__]
+    model, settings = tiny_model(), [SiTConfig(layers=(1, 2)), ToMeConfig(r=5), EViTConfig(layers=(1,))]
+    evaluated, calibrated, dying = [], [], []
+    evaluate, calibrate = module.evaluate_model, module.calibrate
+
+    def evaluate_or_die(reduced, *arguments, **options):
+        reduction = reduced.config.reduction
+        if reduction is not None and reduction.method in dying:
+            raise Killed
+        evaluated.append(reduction and reduction.method)
+        return evaluate(reduced, *arguments, **options)
+
+    def count(reduced, pixels, target, max_images):
+        calibrated.append(len(pixels))
+        return calibrate(reduced, pixels, target, max_images=max_images, steps=2)
+
+    monkeypatch.setattr(module, "evaluate_model", evaluate_or_die)
+    monkeypatch.setattr(module, "calibrate", count)
+    options = {"output_dir": tmp_path / "out", "speed": False, "calibration_images": 6, **QUICK}
+    for method in ("sit", "tome"):
+        dying[:] = [method]
+        with pytest.raises(Killed):
+            compare(model, photos, processor, settings, **options)
+    assert calibrated == [6]  # what was learned before the first kill is not learned again
+    lines = (tmp_path / "out" / "results.jsonl").read_text()
+    assert [json.loads(line)["method"] for line in lines.splitlines()] == [None, "sit"]
+    (tmp_path / "out" / "results.jsonl").write_text(lines + '{"key": "tome')
+    dying.clear()
+    evaluated.clear()
+    found = compare(model, photos, processor, settings, **options)
+    assert evaluated == [None, "tome", "evit"]  # of the dense model, what is known is read
+    assert [row["method"] for row in found.rows] == [None, "sit", "tome", "evit"]
+    assert found.rows[1]["speedup"] is None
+    evaluated.clear()
+    again = compare(model, photos, processor, [*settings, ToMeConfig(r=6)], **options)
+    assert evaluated == [None, "tome"] and again.rows[:-1] == found.rows
+    with pytest.raises(ValueError, match="holds results of something else: of another data"):
+        compare(model, photos.select(range(9)), processor, settings, **options)
+    with pytest.raises(ValueError, match="holds results of something else: of another speed"):
+        compare(model, photos, processor, settings, **{**options, "speed": True})
+
+
+def test_what_a_model_has_learned_counts(tmp_path, photos, processor):
+    stock = tiny_model()
+    setting = LTMPConfig(merge_threshold=1.0, prune_threshold=0.0)
+    learned = reduce_tokens(stock, setting)
+    for layer in learned.base_model.layers:
+        layer.reducer.prune_threshold.data.fill_(0.012)
+    options = {"output_dir": tmp_path / "out", "speed": False, **QUICK}
+    row = compare(learned, photos, processor, [setting], **options).rows[1]
+    expected = evaluate_model(learned, photos, processor, progress=False)
+    assert row["tokens_per_layer"] == expected.tokens_per_layer and row["mult_adds_ratio"] < 0.7
+    # Thresholds learned since are another model's result.
+    learned.base_model.layers[0].reducer.prune_threshold.data.fill_(0.02)
+    assert (
+        compare(learned, photos, processor, [setting], **options).rows[1]["tokens_per_layer"]
+        != row["tokens_per_layer"]
+    )
+
+
+@pytest.mark.parametrize("depth", [4, 12, 24])
+def test_settings_at_given_shares(depth):
+    config = ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_hidden_layers=depth)
+    found = default_reductions(config)
+    assert len(set(map(str, found))) == len(found)
+    for method in (ToMeConfig, TopKConfig, EViTConfig, BATConfig, SiTConfig):
+        shares = [even_share(setting, config) for setting in found if type(setting) is method]
+        wanted = (0.8, 0.65, 0.5)[: len(shares)]
+        assert len(shares) >= 2 and all(share <= want for share, want in zip(shares, wanted, strict=True))
+        assert shares == pytest.approx(wanted, abs=0.03)
+    assert [setting.target for setting in found if type(setting) is LTMPConfig] == [0.8, 0.65, 0.5]
+    assert [setting.num_tokens for setting in found if type(setting) is ATSConfig] == [None, 98, 49]
+    for setting in found:
+        setting.check_fit(TokenReduceViTConfig(**config.to_dict()))
+    assert [type(setting) for setting in default_reductions(config, [0.9])].count(ToMeConfig) == 1
+    with pytest.raises(ValueError, match="share is that of the multiply-adds"):
+        default_reductions(config, [1.5])
+
+
+def test_names_of_settings():
+    assert describe(None) == "dense"
+    assert describe(ToMeConfig(r=8)) == "ToMe r=8"
+    assert describe(ToMeConfig(r=[9, 9, 8, 8], prop_attn=False)) == "ToMe r=8 to 9, prop_attn=False"
+    assert describe(EViTConfig(keep_rate=0.65432, layers=(1, 2))) == "EViT keep_rate=0.6543, layers=(1, 2)"
+    assert describe(ATSConfig()) == "ATS" and describe(LTMPConfig()) == "LTMP target=0.75"
+
+
+def records():
+    return [
+        {
+            "method": method,
+            "top1": 80.0 - place,
+            "mult_adds_ratio": share,
+            "speedup": 0.9 / share,
+            "baseline_top1": 82.0,
+        }
+        for place, method in enumerate(["tome", "bat", "another"])
+        for share in (0.8, 0.5)
+    ]
+
+
+def test_a_picture_of_records_alone(tmp_path):
+    (tmp_path / "records.json").write_text(json.dumps(records()))
+    pareto_plot(tmp_path / "records.json", tmp_path / "a.svg", "trained")
+    pareto_plot(records(), tmp_path / "b.svg", "trained")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    text = (tmp_path / "a.svg").read_text()
+    assert text.count(">dense<") == 2 and text.count(">another<") == 2 and "speed-up over dense" in text
+    rates = [{**row, "dense_images_per_second": 60.0, "speed_batch_size": 16} for row in records()]
+    pareto_plot(rates, tmp_path / "c.svg")
+    assert "images/s, batch 16" in (tmp_path / "c.svg").read_text()
+    pareto_plot([{**row, "speedup": None, "label": f"{row['method']} tuned"} for row in records()], tmp_path / "d.svg")
+    text = (tmp_path / "d.svg").read_text()
+    assert "speed-up" not in text and text.count(">tome tuned<") == 1
+
+
+def test_pictures_that_cannot_be(tmp_path):
+    for rows in ([], [{"method": None, "top1": 80.0}], [{"method": "tome", "top1": None}]):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            pareto_plot(rows, tmp_path / "a.png")
+    with pytest.raises(ValueError, match="neither mult_adds_ratio nor speedup"):
+        pareto_plot([{"method": "tome", "top1": 80.0}], tmp_path / "a.png")
+
+
+def test_labels_stand_apart():
+    assert spread_apart([1.0, 5.0, 9.0], 1.0, 0.0, 10.0) == [1.0, 5.0, 9.0]
+    assert spread_apart([4.9, 5.0, 5.1], 1.0, 0.0, 10.0) == pytest.approx([4.0, 5.0, 6.0])
+    assert spread_apart([0.0, 0.1, 9.9, 10.0], 1.0, 0.0, 10.0) == pytest.approx([0.0, 1.0, 9.0, 10.0])

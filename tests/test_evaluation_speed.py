@@ -1,0 +1,255 @@
+"""The benchmark: its arithmetic by a clock that the tests set, its oracle, where it says time goes."""
+
+import time
+
+import pytest
+import torch
+from helpers import BACKBONES, METHODS, reduce_tiny, tiny_images, tiny_model
+from torch import nn
+from transformers import ViTConfig, ViTModel
+
+from hf_tokenreduce import ATSConfig, EViTConfig, LTMPConfig, ToMeConfig, reduce_tokens, restore
+from hf_tokenreduce.evaluation import BenchmarkReport, benchmark, combine, speed
+from hf_tokenreduce.evaluation.breakdown import PARTS, breakdown
+from hf_tokenreduce.evaluation.memory import peak_memory
+from hf_tokenreduce.evaluation.oracle import SliceOracle
+from hf_tokenreduce.modeling import merging, tokens
+
+
+QUICK = {"breakdown": False, "memory": False, "progress": False, "warmup": 1}
+
+
+class FakeClock:
+    """Seconds by the tokens that a model's MLPs see, which it listens to."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, call):
+        self.calls += 1
+        seen = []
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: seen.append(output.numel()) if type(module).__name__ == "ViTMLP" else None
+        )
+        call()
+        handle.remove()
+        return sum(seen)
+
+
+def test_ratios_are_those_of_the_clock():
+    dense = tiny_model()
+    models = {"tome": reduce_tokens(dense, ToMeConfig(r=7)), "same": reduce_tokens(dense, ToMeConfig(r=0))}
+    clock = FakeClock()
+    report = benchmark(models, tiny_images(5), batch_sizes=(1, 2), repeats=3, timer=clock, **QUICK)
+    # warm-up and three repeats of dense, two models and their two oracles, at two batch sizes
+    assert clock.calls == 4 * 5 * 2
+    for batch_size in (1, 2):
+        row = report.row("tome", batch_size)
+        counts = [65 - 7 * layer for layer in (1, 2, 3, 4)]
+        assert row.speedup == pytest.approx(4 * 65 / sum(counts))
+        assert row.speedup_interval == pytest.approx((row.speedup, row.speedup))
+        assert row.oracle_share == 1.0 and row.over_padded is None
+        assert row.tokens == {"mean": 37.0, "min": 37.0, "max": 37.0}
+        assert row.p50_ms == row.p95_ms == 1000 * sum(counts) * 48 * batch_size
+        assert row.images_per_second == pytest.approx(1 / (sum(counts) * 48))
+        assert report.row("dense", batch_size).speedup == report.row("same", batch_size).speedup == 1.0
+
+
+def test_intervals_are_of_ratios_within_a_repeat():
+    """Noise that all models of a repeat share leaves no spread; noise of single calls does."""
+    dense = tiny_model()
+    models = {"dense": dense, "same": reduce_tokens(dense, None), "tome": reduce_tokens(dense, ToMeConfig(r=7))}
+    calls = iter(range(1000))
+    shared = benchmark(models, tiny_images(2), batch_sizes=[2], repeats=8, oracle=False, **QUICK,
+                       timer=lambda call: 1.0 + next(calls) // 3)  # fmt: skip
+    assert shared.row("tome").speedup_interval == (1.0, 1.0)
+    noise = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
+    single = benchmark(models, tiny_images(2), batch_sizes=[2], repeats=21, oracle=False, **QUICK,
+                       timer=lambda call: 1.0 + 0.2 * noise.pop())  # fmt: skip
+    low, high = single.row("same").speedup_interval
+    assert low < 1.0 < high and high - low < 0.2
+
+
+def test_a_model_against_itself_by_the_real_clock():
+    dense = tiny_model()
+    models = {"dense": dense, "again": reduce_tokens(dense, None)}
+    report = benchmark(models, tiny_images(4), batch_sizes=[4], repeats=15, **QUICK)
+    row = report.row("again")
+    low, high = row.speedup_interval
+    assert low <= row.speedup <= high
+    assert low < 1.5 and high > 0.6
+    assert report.settings["threads"] == torch.get_num_threads() and report.settings["attention"] == "sdpa"
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_adaptive_methods_are_held_against_both_oracles(backbone):
+    dense = tiny_model(backbone)
+    models = {"ltmp": reduce_tiny(dense, METHODS["ltmp"][0]), "ats": reduce_tiny(dense, METHODS["ats"][0])}
+    report = benchmark(models, tiny_images(4), batch_sizes=[4], repeats=2, **QUICK)
+    assert [row.name for row in report.rows] == ["dense", "ltmp", "ats"]
+    for name in models:
+        row = report.row(name)
+        assert row.oracle_share > 0 and row.over_padded > 0
+        assert row.tokens["min"] <= row.tokens["mean"] <= row.tokens["max"]
+    assert report.row("ats").tokens["min"] < report.row("ats").tokens["max"]
+
+
+@pytest.mark.parametrize("hook", ["before_encoder", "select_queries", "after_attention", "after_layer"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_an_oracle_that_cuts_nothing_is_the_dense_model(backbone, hook):
+    stock, images = tiny_model(backbone), tiny_images(2)
+    length = 66 if backbone.startswith("deit") else 65
+    oracle = SliceOracle(stock, hook, [length] * 4)
+    with torch.no_grad():
+        torch.testing.assert_close(oracle(images), stock(images).logits)
+        oracle.lengths = [40, 30, 20, 10]
+        seen = []
+        handles = [layer.mlp.fc1.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+                   for layer in stock.base_model.layers]  # fmt: skip
+        assert oracle(images).shape == (2, 5)
+    for handle in handles:
+        handle.remove()
+    assert seen == ([length, 40, 30, 20] if hook == "after_layer" else [40, 30, 20, 10])
+
+
+def test_an_oracle_of_a_base_model():
+    stock = tiny_model("vit", {"vit": (ViTModel, ViTConfig)})
+    with torch.no_grad():
+        expected = stock(tiny_images(2)).pooler_output
+        torch.testing.assert_close(SliceOracle(stock, "after_attention", [65] * 4)(tiny_images(2)), expected)
+
+
+def busy(seconds):
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+@pytest.mark.parametrize("planted", [None, "scoring", "moving", "linear", "attention", "other"])
+def test_time_planted_in_a_part_shows_there(monkeypatch, planted):
+    model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
+    layer = model.base_model.layers[0]
+    spots = {
+        "scoring": (merging, "match_most_similar"),
+        "moving": (tokens, "move"),  # which apply_map calls
+        "linear": (layer.attention.k_proj, "forward"),
+        "attention": (nn.functional, "scaled_dot_product_attention"),
+        "other": (layer.layernorm_before, "forward"),
+    }
+    if planted is not None:
+        owner, name = spots[planted]
+        original = getattr(owner, name)
+
+        def slow(*args, **kwargs):
+            busy(0.05)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slow)
+    shares = breakdown(model, tiny_images(2), repeats=1)
+    assert set(shares) == {*PARTS, "other"} and sum(shares.values()) == pytest.approx(1.0)
+    assert all(share > 0 for share in shares.values())
+    if planted is not None:
+        assert shares[planted] > 0.5, shares
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_breakdown_leaves_no_trace(method):
+    model = reduce_tiny(tiny_model(), METHODS[method][0])
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    functions = {name: getattr(merging, name) for name in ("apply_map", "move")}
+    with torch.no_grad():
+        expected = model(tiny_images(2)).logits
+        shares = breakdown(model, tiny_images(2), repeats=1)
+        assert torch.equal(model(tiny_images(2)).logits, expected)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert functions == {name: getattr(merging, name) for name in functions}
+    assert shares["moving"] > 0 and shares["scoring"] > 0
+    dense = breakdown(restore(model), tiny_images(2), repeats=1)
+    assert dense["moving"] == dense["scoring"] == 0
+
+
+def test_memory_in_a_process_of_its_own():
+    wide = tiny_model(hidden_size=192, intermediate_size=768, image_size=64)
+    images = tiny_images(48, size=64)
+    dense = peak_memory(wide, images)
+    reduced = peak_memory(reduce_tokens(wide, EViTConfig(keep_rate=0.05, layers=(0,))), images)
+    if dense is None:
+        pytest.skip("peak memory of a CPU is read from Linux's /proc")
+    mlp = 48 * 257 * 768 * 4 / 2**20
+    assert dense > mlp > reduced - mlp
+    assert reduced < dense
+
+
+def test_other_types_and_all_measurements(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "peak_memory", lambda model, images: 40.0 - 10 * hasattr(model.config, "reduction"))
+    models = {"tome": reduce_tokens(tiny_model(), ToMeConfig(r=7))}
+    report = benchmark(models, tiny_images(2), batch_sizes=[2], dtypes=("float32", "bfloat16"), repeats=2,
+                       threads=1, progress=False)  # fmt: skip
+    assert models["tome"].dtype == torch.float32
+    assert [(row.name, row.dtype) for row in report.rows] == [
+        (name, dtype) for dtype in ("float32", "bfloat16") for name in ("dense", "tome")
+    ]
+    assert [row.memory_over_dense for row in report.rows] == [1.0, 0.75, 1.0, 0.75]
+    assert all(sum(row.breakdown.values()) == pytest.approx(1) for row in report.rows)
+    report.save(tmp_path / "report.json")
+    again = BenchmarkReport.load(tmp_path / "report.json")
+    assert again == report
+    text = report.to_markdown()
+    assert text.count("| tome | 2 | float32 |") == 2 and "scoring" in text
+    widths = {line.count("|") for line in text.split("Share")[0].splitlines() if line.startswith("|")}
+    assert widths == {13}
+
+
+def test_compiled_models_are_compared_with_the_compiled_dense_one(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(type(model).__name__) or model)
+    dense = tiny_model()
+    models = {"tome": reduce_tokens(dense, ToMeConfig(r=7)), "ats": reduce_tokens(dense, ATSConfig(layers=(1, 2)))}
+    report = benchmark(models, tiny_images(2), batch_sizes=[2], repeats=1, compile=True, **QUICK)
+    assert [row.compiled for row in report.rows] == [True, True, False]
+    assert compiled == ["ViTForImageClassification", "TokenReduceViTForImageClassification", "SliceOracle"]
+
+
+def report_of(**settings):
+    models = {settings.pop("name", "tome"): reduce_tokens(tiny_model(), ToMeConfig(r=7))}
+    report = benchmark(models, tiny_images(2), batch_sizes=[1], repeats=1, timer=lambda call: 1.0, **QUICK)
+    report.settings |= settings
+    return report
+
+
+def test_reports_are_combined_if_measured_alike():
+    both = combine([report_of(), report_of(name="other").to_dict()])
+    assert [row.name for row in both.rows] == ["dense", "tome", "other"]
+    for name, value in {
+        "threads": 64,
+        "dtypes": ["float16"],
+        "attention": "eager",
+        "device": "H",
+        "torch": "1",
+    }.items():
+        with pytest.raises(ValueError, match=f"cannot be compared: {name} is"):
+            combine([report_of(), report_of(name="other", **{name: value})])
+    with pytest.raises(ValueError, match="Two reports have a row"):
+        combine([report_of(), report_of()])
+    with pytest.raises(ValueError, match="no reports"):
+        combine([])
+    with pytest.raises(ValueError, match="Name one of"):
+        both.row("unknown")
+
+
+def test_what_cannot_be_timed():
+    dense, images = tiny_model(), tiny_images(1)
+    wide = tiny_model(hidden_size=96)
+    eager = reduce_tokens(tiny_model(attn_implementation="eager"), LTMPConfig())
+    for models, pixels, options, message in (
+        ({}, images, {}, "nothing to time"),
+        ({"net": nn.Linear(2, 2)}, images, {}, "'net' is a Linear"),
+        ({"a": dense, "b": wide}, images, {}, r"differs from the first model in \['hidden_size'\]"),
+        ({"a": dense, "b": eager}, images, {}, "different kernels"),
+        ({"a": dense}, images[0], {}, "pixel_values must be"),
+        ({"a": dense}, images, {"batch_sizes": [0]}, "must be at least 1"),
+        ({"a": dense}, images, {"repeats": 0}, "must be at least 1"),
+        ({"a": dense}, images, {"dtypes": ["int8"]}, "no floating type"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            benchmark(models, pixels, **{"repeats": 1, **options}, **QUICK)
