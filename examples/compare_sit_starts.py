@@ -18,7 +18,7 @@ from transformers.utils import logging
 from hf_tokenreduce import SiTConfig, calibrate, reduce_tokens
 
 
-def main():
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--model_revision", default="main")
@@ -29,7 +29,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 8, 9])
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.disable_progress_bar()
 
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision)

@@ -41,12 +41,12 @@ SETTINGS = {
 }
 
 
-def main():
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--model_revision", default="main")
     parser.add_argument("--data_dir", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.disable_progress_bar()
     dense = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.model_revision)
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision)

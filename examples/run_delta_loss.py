@@ -29,7 +29,7 @@ from hf_tokenreduce.training.filter import fit_filter
 from hf_tokenreduce.training.labels import LABELLERS, MASKS, make_labels
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--model_revision", default="main")
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=32, help="images")
     parser.add_argument("--validation_share", type=float, default=0.1)
     parser.add_argument("--use_cpu", action="store_true", help="needed for several processes without accelerators")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def load_images(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
@@ -74,8 +74,8 @@ def load_images(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
     return dataset.remove_columns(column).add_column(column, labels)
 
 
-def main():
-    args = parse_arguments()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     setting = DLViTConfig(**args.reduction_args)
     processes = PartialState(cpu=args.use_cpu)
     model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.model_revision)

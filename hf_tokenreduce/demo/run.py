@@ -52,6 +52,7 @@ from .report import NAMES, markdown_table, write_report
 
 
 SHARE = 0.6  # of the multiply-adds to keep
+LEARNED_FROM = 1600  # images that methods learn from, of those the dense model did
 SHOWN = 12  # images on a method's page
 SETTINGS: dict[str, Callable[[Any], ReductionConfig]] = {
     "tome": lambda config: ToMeConfig.for_budget(config, SHARE),
@@ -82,7 +83,7 @@ print(f"{type(classify.model).__module__.split('.')[0]}: {best['label']} {best['
 """
 
 
-def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STEPS, train: int = 2400) -> str:
+def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STEPS, train: int = 6000) -> str:
     """Do all of it; returns the table, which is also in `output_dir`/table.md beside index.html.
 
     steps: of the dense model's training, train: images; fewer are quicker, and worse.
@@ -90,7 +91,7 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
     begin, folder = time.perf_counter(), Path(output_dir)
     data, work = folder / "data", folder / "work"
     _say(f"1. Images: {data}")
-    make_images(data, train=train, validation=400 if train >= 2400 else 80, seed=seed)
+    make_images(data, train=train, validation=min(400, train), seed=seed)
     _say("2. A dense ViT, trained from nothing (over a minute)")
     train_dense(data, folder / "dense", seed=seed, steps=steps)
     with no_progress_bars():
@@ -100,6 +101,7 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
         load_dataset("imagefolder", data_dir=str(data / split), split="train") for split in ("train", "validation")
     )
 
+    training = training.shuffle(seed=seed).select(range(min(LEARNED_FROM, len(training))))
     _say(f"3. Every method, at {SHARE:.0%} of the multiply-adds (ATS takes what it needs)")
     models: dict[str, PreTrainedModel] = {"dense": dense}
     for number, (name, setting) in enumerate(SETTINGS.items(), start=1):
@@ -107,7 +109,8 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
         if not (target / "model.safetensors").is_file():
             _say(f"   {number} of {len(SETTINGS)}: {NAMES[name]}" + (", trained" if name in TRAINING else ""))
             set_seed(seed)
-            reduced = _prepared(name, reduce_tokens(copy.deepcopy(dense), setting(dense.config)), training, processor, work / name)
+            reduced = reduce_tokens(copy.deepcopy(dense), setting(dense.config))
+            reduced = _prepared(name, reduced, training, processor, work / name)
             with tempfile.TemporaryDirectory(dir=folder) as unfinished, no_progress_bars():
                 reduced.save_pretrained(unfinished)
                 processor.save_pretrained(unfinished)

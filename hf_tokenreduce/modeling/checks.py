@@ -7,6 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .multiply_adds import num_prefix_tokens
+
+
+MOST_LAYERS = 1024  # that a list may name: no model has as many, and a message shall not print a million
+
 
 def is_sequence(value: Any) -> bool:
     """Whether it is a list of values, in an order that means something (a 0-d array is iterable by type alone)."""
@@ -37,6 +42,8 @@ def checked_layers(owner: str, layers: Any) -> tuple[int, ...]:
     if not is_sequence(layers):
         raise ValueError(f"{owner}: layers must be a list of 0-based layer indices, got {layers!r}.")
     layers = tuple(layers)
+    if len(layers) > MOST_LAYERS:
+        raise ValueError(f"{owner}: layers names {len(layers)} layers, more than any model has.")
     for layer in layers:
         if not is_integer(layer) or layer < 0:
             raise ValueError(f"{owner}: layers holds 0-based layer indices, got {layer!r} in {list(layers)}.")
@@ -61,10 +68,11 @@ def checked_caps(owner: str, caps: Any, count: int | None, per: str) -> Any:
 
 def check_caps_fit(owner: str, name: str, caps: Any, config: PreTrainedConfig) -> None:
     for cap in caps if isinstance(caps, tuple) else (caps,):
-        if cap is not None and cap < config.num_prefix_tokens:
+        prefix = num_prefix_tokens(config)
+        if cap is not None and cap < prefix:
             raise ValueError(
-                f"{owner}: {name}={cap} is less than the {config.num_prefix_tokens} prefix tokens, which always stay; "
-                f"set it to {config.num_prefix_tokens} or more."
+                f"{owner}: {name}={cap} is less than the {prefix} prefix tokens, which always stay; set it to "
+                f"{prefix} or more."
             )
 
 
