@@ -1,0 +1,178 @@
+"""The command line: every command on tiny data, its help, and its errors."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import tiny_model
+from PIL import Image
+from transformers import AutoModelForImageClassification, ViTImageProcessor
+
+from hf_tokenreduce.cli import app, main
+
+
+COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model of 12 layers, and labelled images."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = tiny_model(num_hidden_layers=12)
+    names = ["cat", "dog", "owl", "hen", "fox"]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: index for index, name in enumerate(names)}
+    model.save_pretrained(folder / "model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "model")
+    generator = np.random.default_rng(0)
+    for name in names[:3]:
+        (folder / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a command; returns exit code, output, errors."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return stopped.value.code, printed.out, printed.err
+
+    return call
+
+
+def answer(call, *arguments):
+    code, printed, errors = call(*arguments)
+    assert code == 0, errors
+    return json.loads(printed)
+
+
+@pytest.fixture(scope="module")
+def reduced(place):
+    with pytest.raises(SystemExit):
+        main(["reduce", str(place / "model"), "-r", "tome", "--share", "0.7", "-o", str(place / "tome")])
+    return place / "tome"
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_fits_a_screen_and_has_an_example(call, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, printed, _ = call(*([command] if command else []), "--help")
+    assert code == 0 and printed.count("\n") <= 45
+    if command:
+        assert f"tokenreduce {command}" in printed.split("--help")[-1]  # after the options
+
+
+def test_reduce_and_inspect(call, place, reduced):
+    found = answer(call, "inspect", reduced, "--json")
+    assert found["method"] == "tome" and 0.6 < found["share"] <= 0.75
+    assert len(found["tokens_per_layer"]) == 12 and found["tokens_per_layer"][-1] < 65
+    stock = answer(call, "inspect", place / "model", "--json")
+    assert stock["method"] is None and stock["share"] == 1 and stock["parameters"] == found["parameters"]
+    code, printed, _ = call("inspect", reduced)
+    assert code == 0 and "ToMe" not in printed and "tome" in printed
+
+
+def test_reduce_calibrates_on_images(call, place):
+    output = place / "ltmp"
+    arguments = ["reduce", place / "model", "-r", "ltmp", "--share", 0.7, "-o", output]
+    code, _, errors = call(*arguments)
+    assert code == 2 and "pass --images FOLDER" in errors and not output.exists()
+    found = answer(call, *arguments, "--images", place / "photos", "--json")
+    assert found["settings"]["target"] == 0.7 and found["tokens_per_layer"] is None
+    model = AutoModelForImageClassification.from_pretrained(output)
+    assert len({layer.reducer.merge_threshold.item() for layer in model.vit.layers}) > 1
+
+
+def test_evaluate(call, place, reduced):
+    found = answer(call, "evaluate", reduced, place / "photos", "--json")
+    assert found["images"] == 12 and 0 <= found["top1"] <= 100 and found["baseline_top1"] is not None
+    fewer = answer(call, "evaluate", reduced, place / "photos", "--limit", 6, "--dense", place / "model", "--json")
+    assert fewer["images"] == 6
+
+
+def test_benchmark(call, place, reduced):
+    arguments = ["benchmark", reduced, "--images", place / "photos", "--batch-size", 2, "--repeats", 1]
+    found = answer(call, *arguments, "--device", "cpu", "-o", place / "speed.json", "--json")
+    assert {row["name"] for row in found["rows"]} == {"dense", "tome"}
+    assert json.loads((place / "speed.json").read_text()) == found
+
+
+def test_compare(call, place):
+    arguments = ["compare", place / "model", place / "photos", "-o", place / "comparison", "--no-speed"]
+    found = answer(call, *arguments, "-r", '{"method": "tome", "r": 4}', "-r", '{"method": "ats"}', "--json")
+    assert [row["method"] for row in found] == [None, "tome", "ats"]
+    assert (place / "comparison" / "pareto.png").is_file()
+    code, printed, _ = call(*arguments, "--share", 0.6, "--limit", 12)
+    assert code == 0 and "BAT" in printed and "LTMP" in printed
+
+
+def test_show(call, place, reduced):
+    for name in ("page.html", "grid.png"):
+        code, _, errors = call("show", reduced, place / "photos", "-o", place / name, "--limit", 2)
+        assert code == 0, errors
+    assert Image.open(place / "grid.png").width > 200
+    assert (place / "page.html").read_text().count("<img") >= 2
+    code, _, errors = call("show", reduced, place / "photos", "-o", place / "page.pdf")
+    assert code == 2 and "must end in .html or .png" in errors
+    code, _, errors = call("show", place / "model", place / "photos", "-o", place / "page.html")
+    assert code == 2 and "is not reduced" in errors
+
+
+def test_card_and_publish(call, place, reduced):
+    code, _, errors = call("card", reduced, "--base-license", "apache-2.0")
+    assert code == 0 and "license: apache-2.0" in (reduced / "README.md").read_text(), errors
+    found = answer(call, "publish", reduced, "someone/tome", "--dry-run", place / "upload", "--json")
+    assert found["revision"] is None and set(found["files"]) == {
+        str(file.relative_to(place / "upload")) for file in (place / "upload").rglob("*") if file.is_file()
+    }
+    code, _, errors = call("publish", reduced, "no/such/name", "--dry-run", place / "upload2")
+    assert code == 2 and errors.count("\n") == 1 and "namespace/name" in errors
+
+
+def test_train(call, place):
+    arguments = ["train", place / "model", "--train-dir", place / "photos", "-o", place / "trained", "-r", "topk"]
+    arguments += ["--share", 0.7, "--epochs", 1, "--batch-size", 4, "--ignore_mismatched_sizes", "--use_cpu", "True"]
+    code, _, errors = call(*arguments, "--disable_tqdm", "True", "--dataloader_num_workers", 0)
+    assert code == 0, errors
+    record = json.loads((place / "trained" / "record.json").read_text())
+    assert record["method"] == "topk" and record["epochs"] == 1 and record["command"].startswith("tokenreduce train ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere-at-all"], "could not be loaded"),
+        (["reduce", "MODEL", "-r", "tomme", "-o", "x"], "There is no method 'tomme'. The methods are: "),
+        (["reduce", "MODEL", "-r", "bat", "--share", "0.05", "-o", "x"], "cannot be reached"),
+        (["reduce", "MODEL", "-r", "bat", "--reduction-args", "{keep}", "-o", "x"], "is not JSON"),
+        (["reduce", "MODEL", "-r", "bat", "--reduction-args", '{"keep": 1}', "-o", "x"], "BATConfig has no keep"),
+        (["evaluate", "MODEL", "MODEL"], ""),
+        (["show", "MODEL", "no-images", "-o", "x.png"], ""),
+    ],
+)
+def test_errors_are_one_line(call, place, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(place / "model") if argument == "MODEL" else argument for argument in arguments]
+    code, printed, errors = call(*arguments)
+    assert code == 2 and not printed
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("tokenreduce: ") and message in last and "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_where_an_error_came_from(place):
+    with pytest.raises(ValueError, match="There is no method"):
+        main(["reduce", str(place / "model"), "-r", "tomme", "-o", "x", "--debug"])
+
+
+def test_the_same_command_gives_the_same_answer(call, place, reduced):
+
+    first = answer(call, "evaluate", reduced, place / "photos", "--json")
+    assert answer(call, "evaluate", reduced, place / "photos", "--json") == first
