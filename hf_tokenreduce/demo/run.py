@@ -59,7 +59,7 @@ SETTINGS: dict[str, Callable[[Any], ReductionConfig]] = {
     "topk": lambda config: TopKConfig.for_budget(config, SHARE, layers=(1, 3, 4)),
     "evit": lambda config: EViTConfig.for_budget(config, SHARE, layers=(1, 3, 4)),
     "bat": lambda config: BATConfig.for_budget(config, SHARE, layers=(1, 3, 4)),
-    "ats": lambda config: ATSConfig(layers=range(1, 6)),
+    "ats": lambda config: ATSConfig(layers=(3, 4, 5)),
     "ltmp": lambda config: LTMPConfig(target=SHARE),
     "sit": lambda config: SiTConfig.for_budget(config, SHARE, layers=(1, 3)),
     "dlvit": lambda config: DLViTConfig.for_budget(config, SHARE),
