@@ -8,8 +8,8 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-slow test-conformance check format clean
 
-demo: $(INSTALLED)  ## reduce a ViT by the even methods, save it, load it in a fresh process
-	$(BIN)/python examples/quickstart.py --output_dir demo
+demo: $(INSTALLED)  ## draw images, train a small ViT, reduce it by every method; a report in demo/
+	$(BIN)/tokenreduce demo --output-dir demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests -n 2

@@ -49,13 +49,18 @@ def model_and_images(tmp_path):
     return tmp_path / "model", tmp_path / "images"
 
 
-def test_sweep_of_bat(tmp_path, model_and_images, run):
-    _, images = model_and_images
-    deep = tiny_model(num_hidden_layers=12)
-    deep.config.label2id = {"cat": 0, "dog": 1}
-    deep.save_pretrained(tmp_path / "deep")
+@pytest.fixture
+def deep(tmp_path):
+    model = tiny_model(num_hidden_layers=12)
+    model.config.label2id = {"cat": 0, "dog": 1}
+    model.save_pretrained(tmp_path / "deep")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
-    arguments = ["--model_name_or_path", tmp_path / "deep", "--data_dir", images, "--output_dir", tmp_path / "sweep"]
+    return tmp_path / "deep"
+
+
+def test_sweep_of_bat(tmp_path, deep, model_and_images, run):
+    _, images = model_and_images
+    arguments = ["--model_name_or_path", deep, "--data_dir", images, "--output_dir", tmp_path / "sweep"]
     arguments += ["--keep_rates", 0.5, "--cluster_shares", 0.2, 0.4, "--fuse_shares", 0.5]
     printed = run("sweep_bat.py", *arguments)
     assert "| 0.4 |" in printed and printed == (tmp_path / "sweep" / "bat_sweep_deep.md").read_text() + "\n"
@@ -70,12 +75,17 @@ def test_starts_of_sit(model_and_images, run):
     assert [line.count("|") for line in printed.splitlines()] == [5, 5, 5, 5]
 
 
-def test_measure_differences(tmp_path, model_and_images, run):
+def test_measure_differences(deep, model_and_images, run):
     _, images = model_and_images
-    tiny_model(num_hidden_layers=12).save_pretrained(tmp_path / "deep")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deep")
-    printed = run("measure_differences.py", "--model_name_or_path", tmp_path / "deep", "--data_dir", images)
+    printed = run("measure_differences.py", "--model_name_or_path", deep, "--data_dir", images)
     assert printed.count("| yes |") == 10
+
+
+def test_measure_steps(deep, model_and_images, run):
+    _, images = model_and_images
+    names = ["--model_name_or_path", deep, "--data_dir", images]
+    printed = run("measure_steps.py", *names, "--batch_size", 2, "--repeats", 1)
+    assert "| dense |" in printed and "| LTMP, frozen backbone |" in printed
 
 
 @pytest.fixture
