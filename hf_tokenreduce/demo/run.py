@@ -53,6 +53,7 @@ from .report import NAMES, markdown_table, write_report
 
 SHARE = 0.6  # of the multiply-adds to keep
 LEARNED_FROM = 1600  # images that methods learn from, of those the dense model did
+LABELLED = 160  # of them for DL-ViT, whose labels take a forward for every few patches
 SHOWN = 12  # images on a method's page
 SETTINGS: dict[str, Callable[[Any], ReductionConfig]] = {
     "tome": lambda config: ToMeConfig.for_budget(config, SHARE),
@@ -167,7 +168,7 @@ def _prepared(name: str, model: PreTrainedModel, images: Dataset, processor: Any
     if name == "dlvit":
         work.mkdir(parents=True, exist_ok=True)
         options: dict[str, Any] = {"image_processor": processor}
-        make_labels(model, images, work, labeller="groups", keep_share=0.4, max_samples=160, **options)
+        make_labels(model, images, work, labeller="groups", keep_share=0.4, max_samples=LABELLED, **options)
         fit_filter(model, work, images, **options)
     if name in TRAINING:
         arguments = TokenReduceTrainingArguments(
