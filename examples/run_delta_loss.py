@@ -27,6 +27,7 @@ from hf_tokenreduce import DLViTConfig, reduce_tokens
 from hf_tokenreduce.evaluation.accuracy import class_index
 from hf_tokenreduce.training.filter import fit_filter
 from hf_tokenreduce.training.labels import LABELLERS, MASKS, make_labels
+from hf_tokenreduce.training.run import base_model
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -124,6 +125,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     reduced.save_pretrained(args.output_dir / "model")
     processor.save_pretrained(args.output_dir / "model")
+    # The training that follows reads there what it all began with.
+    settings = reduced.config.reduction.to_dict()
+    origin = {"method": "dlvit", "settings": settings, "base_model": base_model(args.model_name_or_path)}
+    (args.output_dir / "model" / "record.json").write_text(json.dumps(origin))
     results = {"labels": labelling._asdict(), "filter": fit._asdict()}
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2))
 
