@@ -88,6 +88,14 @@ def test_measure_steps(deep, model_and_images, run):
     assert "| dense |" in printed and "| LTMP, frozen backbone |" in printed
 
 
+def test_compare_labellers(model_and_images, run):
+    model, images = model_and_images
+    printed = run("compare_labellers.py", "--model_name_or_path", model, "--data_dir", images, "--max_samples", 3)
+    rows = [line.split("|")[1:5] for line in printed.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["exact", "groups", "exact", "groups", "gradient"]
+    assert rows[0][3].strip() == rows[2][3].strip() == "1.00" and all(-1 <= float(row[3]) <= 1 for row in rows)
+
+
 @pytest.fixture
 def class_folders(tmp_path, model_and_images):
     """A training folder whose classes can be told apart by their colour."""

@@ -94,7 +94,7 @@ def make_labels(
         max_samples, rows = None, list(range(len(dataset)))
     else:
         rows = sorted(random.Random(seed).sample(range(len(dataset)), max_samples))
-    groups = _groups(classifier, labeller).to(model.device)
+    groups = patch_groups(classifier, labeller).to(model.device)
     wanted = {
         "labeller": labeller,
         "mask": "zero" if labeller == "gradient" else mask,
@@ -262,7 +262,7 @@ def _losses(model: PreTrainedModel, tokens: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _groups(model: PreTrainedModel, labeller: str) -> Tensor:
+def patch_groups(model: PreTrainedModel, labeller: str) -> Tensor:
     """(N0,) long, which patches are masked together."""
     height, width = patch_grid(model.config)
     side = 2 if labeller == "groups" else 1
