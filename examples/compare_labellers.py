@@ -12,6 +12,7 @@ import time
 import torch
 from torch import Tensor
 
+from hf_tokenreduce import restore
 from hf_tokenreduce.evaluation.accuracy import class_index
 from hf_tokenreduce.loading import load_images, load_model
 from hf_tokenreduce.training.labels import embed, gradient_deltas, masked_deltas, patch_groups
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     model, processor = load_model(args.model_name_or_path, args.model_revision)
+    if hasattr(model.config, "reduction"):
+        model = restore(model)
     images = load_images(args.data_dir, limit=args.max_samples)
     names = images.features["label"].names
     targets = torch.tensor([class_index(names[label], model.config.label2id) for label in images["label"]])
