@@ -7,6 +7,7 @@ What is not run as it comes stands in `SKIPPED`, `MISSING_HERE` and `OVERRIDDEN`
 import re
 import unittest
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from parameterized import parameterized
@@ -42,6 +43,7 @@ from hf_tokenreduce import (
     TokenReduceViTModel,
     ToMeConfig,
 )
+from hf_tokenreduce.modeling.backbone import ReducedPreTrainedModel
 
 
 # Tests with nothing to check on these models, nor on the stock ViT and DeiT: the name (a regular expression), and a
@@ -169,6 +171,12 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
             self.assertTrue((outputs.token_counts[:, -1] < self.model_tester.num_tokens).all())
             # Tokens that enter each layer, and then those that leave the last; of the longest image where they differ.
             yield outputs, [self.model_tester.seq_length, *outputs.token_counts.amax(dim=0).tolist()]
+
+    def test_reverse_loading_mapping(self):
+        # Our default keeps today's names; asked for the original ones, the mapping is the stock models'.
+        original = {**ReducedPreTrainedModel.save_pretrained.__kwdefaults__, "save_original_format": True}
+        with patch.object(ReducedPreTrainedModel.save_pretrained, "__kwdefaults__", original):
+            super().test_reverse_loading_mapping()
 
     def test_hidden_states_output(self):
         super().test_hidden_states_output()
