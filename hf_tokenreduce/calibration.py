@@ -17,6 +17,7 @@ from .modeling.merging import decide_by_thresholds
 from .modeling.multiply_adds import even_share, multiply_adds, patch_grid
 from .modeling.slimming import SiTReducer
 from .modeling.tokens import TokenState
+from .modes import evaluating
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
@@ -67,15 +68,10 @@ def calibrate(
             else "target is missing: the share of the multiply-adds to keep, such as 0.65."
         )
     pixels = load_images(images, image_processor, max_images).to(model.device)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         if method == "sit":
             return _fit_slimming(model, pixels, steps)
         return _fit_thresholds(model, pixels, target, merge_share, tolerance)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def load_images(images: Tensor | str | Path, image_processor: Any, max_images: int) -> Tensor:

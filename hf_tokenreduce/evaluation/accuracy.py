@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from ..convert import restore
 from ..modeling.multiply_adds import multiply_adds, num_patches, num_prefix_tokens
-from .compute import evaluating, summary, total_multiply_adds
+from ..modes import evaluating
+from .compute import summary, total_multiply_adds
 from .resume import Progress, Records, digest_of_data, digest_of_model, launched_processes
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..modeling.configuration_methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, multiply_adds, num_patches, num_prefix_tokens
+from ..modes import evaluating
 
 
 HEADS = ("classifier", "cls_classifier", "distillation_classifier")
@@ -117,19 +118,6 @@ def summary(values: Tensor) -> dict[str, float]:
         "min": values.min().item(),
         "max": values.max().item(),
     }
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode meanwhile, and afterwards the mode that each module had."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

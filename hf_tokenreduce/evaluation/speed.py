@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..convert import PAIRS, restore
+from ..modes import evaluating
 from .breakdown import breakdown
-from .compute import evaluating
 from .memory import peak_memory
 from .oracle import SliceOracle
 from .speed_report import BenchmarkReport, SpeedRow

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.tokens import start
-from .labels import embed, evaluating, read_image
+from ..modes import evaluating
+from .labels import embed, read_image
 
 
 logger = logging.get_logger(__name__)

@@ -11,8 +11,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +32,7 @@ from transformers.utils import logging
 
 from ..convert import restore
 from ..modeling.multiply_adds import patch_grid
+from ..modes import evaluating
 
 
 CLASSIFIERS = (ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
@@ -197,17 +197,6 @@ def embed(model: PreTrainedModel, images: list[Image.Image], image_processor: An
     weight = embeddings.patch_embeddings.projection.weight
     pixels = image_processor(images, return_tensors="pt")["pixel_values"]
     return embeddings(pixels.to(device=weight.device, dtype=weight.dtype))
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @torch.inference_mode()

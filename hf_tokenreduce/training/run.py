@@ -253,5 +253,6 @@ def describe(model: Any, dense: Any, pixels: torch.Tensor, repeats: int = 7) -> 
         "mult_adds_ratio": round((cost / total).item(), 4),
         "speedup": round(statistics.median(seconds[plain]) / statistics.median(seconds[model]), 3),
         "speed_batch_size": len(pixels),
+        "machine": f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "tokens_per_layer": np.round(counts.double().mean(dim=0).numpy(), 1).tolist(),
     }

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.multiply_adds import multiply_adds
+from ..modes import evaluating
 
 
 class TokenMaps(NamedTuple):
@@ -77,7 +78,7 @@ def token_maps(model: PreTrainedModel, pixel_values: Tensor, *, batch_size: int 
     maps: list[list[Tensor | None]] = []
     weights: list[list[Tensor | None]] = []
     counts, logits = [], []
-    with _evaluating(model), _states(model) as states:
+    with evaluating(model), _states(model) as states:
         batches = pixel_values.split(batch_size)
         for batch in logging.tqdm(batches, desc="mapping tokens", leave=False, disable=len(batches) == 1 or None):
             output = model(batch.to(model.device), interpolate_pos_encoding=interpolate, output_patch_map=True)
@@ -118,17 +119,6 @@ def checked_layers(layers: Sequence[int] | None, maps: TokenMaps, most: int) -> 
     reducing = maps.reducing_layers() or [num_layers - 1]
     count = min(most, len(reducing))
     return [reducing[(place + 1) * len(reducing) // count - 1] for place in range(count)]
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class _Tracked(NamedTuple):
