@@ -266,6 +266,7 @@ def card(
     base_model: Annotated[str | None, typer.Option(help="Hub id of what it was made of.")] = None,
     base_license: Annotated[str | None, typer.Option(help="Of those weights, such as apache-2.0.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub id of the data it was trained on.")] = None,
+    repo_id: Annotated[str | None, typer.Option(help="Where it will be published: namespace/name.")] = None,
     records: Annotated[Path | None, typer.Option(help="Instead: a card for every record here, into FOLDER.")] = None,
 ) -> None:
     """Write the model card, README.md, from the folder's settings and record. What its owner wrote stays."""
@@ -274,7 +275,8 @@ def card(
     if records is not None:
         written = write_cards(records, folder)
     else:
-        written = [write_card(folder, base_model=base_model, base_license=base_license, dataset=dataset)]
+        names = {"base_model": base_model, "base_license": base_license, "dataset": dataset, "repo_id": repo_id}
+        written = [write_card(folder, **names)]
     for path in written:
         out.print(f"Written: {path}")
 

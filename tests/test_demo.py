@@ -41,7 +41,14 @@ def test_each_folder_is_whole(first):
     folder, _ = first
     for method in METHODS:
         names = {file.name for file in (folder / method).iterdir()}
-        wanted = {"config.json", "model.safetensors", "preprocessor_config.json", "record.json", "README.md"}
+        wanted = {
+            "config.json",
+            "model.safetensors",
+            "preprocessor_config.json",
+            "record.json",
+            "README.md",
+            "token_map.png",
+        }
         assert wanted <= names and "backbone.py" in names
         assert "tokenreduce:begin" in (folder / method / "README.md").read_text()
 

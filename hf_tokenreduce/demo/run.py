@@ -148,6 +148,8 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
             write_page(models[name], pictures, processor, page, dense=dense, title=f"{NAMES[name]} on drawn images")
             record = {**row, "dataset": "drawn shapes", "base_model": "dense", "seed": seed}
             write_whole(folder / name / "record.json", json.dumps(record, indent=1))
+            picture = method_comparison({NAMES[name]: models[name]}, pictures[0], processor, size=288)
+            picture.save(folder / name / "token_map.png")
             write_card(folder / name)
     write_report(folder / "index.html", rows, folder / "pareto.png", comparisons)
 
