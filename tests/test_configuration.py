@@ -62,6 +62,8 @@ WRONG_VALUES = [
     (DLViTConfig, {"keep_rate": 0.0}, "0.0"),
     (DLViTConfig, {"keep_rate": [0.5]}, r"\[0.5\]"),
     (DLViTConfig, {"hidden_size": 0}, "0"),
+    (DLViTConfig, {"hidden_size": 10**12}, "from 1 to 65536"),
+    (ATSConfig, {"num_tokens": 10**12}, "from 1 to 65536"),
     (DLViTConfig, {"trained": None}, "None"),
     (DLViTConfig, {"max_tokens": [50]}, r"\[50\]"),
     (DLViTConfig, {"keep_rate": 0.5, "max_tokens": 50}, "0.5.*50"),

@@ -11,6 +11,7 @@ from .multiply_adds import num_prefix_tokens
 
 
 MOST_LAYERS = 1024  # that a list may name: no model has as many, and a message shall not print a million
+MOST = 2**16  # tokens of a sampling grid, or features: what is far beyond any model would only fill the memory
 
 
 def is_sequence(value: Any) -> bool:
@@ -31,6 +32,11 @@ def is_number(value: Any) -> bool:
 def check_flag(owner: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{owner}: {name} must be True or False, got {value!r}.")
+
+
+def check_size(owner: str, name: str, value: Any) -> None:
+    if not is_integer(value) or not 1 <= value <= MOST:
+        raise ValueError(f"{owner}: {name} must be an integer from 1 to {MOST}, or None, got {value!r}.")
 
 
 def check_rate(owner: str, rate: Any) -> None:

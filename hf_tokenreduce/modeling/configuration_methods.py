@@ -12,6 +12,7 @@ from .checks import (
     check_flag,
     check_layers_fit,
     check_rate,
+    check_size,
     checked_caps,
     checked_layers,
     is_integer,
@@ -207,8 +208,8 @@ class ATSConfig(ReductionConfig):
 
     def __post_init__(self):
         layers = checked_layers("ATSConfig", self.layers)
-        if self.num_tokens is not None and (not is_integer(self.num_tokens) or self.num_tokens < 1):
-            raise ValueError(f"ATSConfig: num_tokens must be at least 1, or None for all, got {self.num_tokens!r}.")
+        if self.num_tokens is not None:
+            check_size("ATSConfig", "num_tokens", self.num_tokens)
         if self.score not in ("joint", "per_head"):
             raise ValueError(f"ATSConfig: score must be 'joint' or 'per_head', got {self.score!r}.")
         self._set(
@@ -354,8 +355,8 @@ class DLViTConfig(ReductionConfig):
     def __post_init__(self):
         if not is_number(self.threshold) or not 0 <= self.threshold <= 1:
             raise ValueError(f"DLViTConfig: threshold must lie between 0 and 1, got {self.threshold!r}.")
-        if self.hidden_size is not None and (not is_integer(self.hidden_size) or self.hidden_size < 1):
-            raise ValueError(f"DLViTConfig: hidden_size must be an integer above 0, got {self.hidden_size!r}.")
+        if self.hidden_size is not None:
+            check_size("DLViTConfig", "hidden_size", self.hidden_size)
         check_flag("DLViTConfig", "trained", self.trained)
         if is_sequence(self.max_tokens):
             raise ValueError(f"DLViTConfig: max_tokens is one number, for it filters once, got {self.max_tokens!r}.")
