@@ -17,6 +17,8 @@ Class folders are named by a label of the model, or begin with its index: `0001_
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 from accelerate import PartialState
@@ -27,7 +29,7 @@ from hf_tokenreduce import DLViTConfig, reduce_tokens
 from hf_tokenreduce.evaluation.accuracy import class_index
 from hf_tokenreduce.training.filter import fit_filter
 from hf_tokenreduce.training.labels import LABELLERS, MASKS, make_labels
-from hf_tokenreduce.training.run import base_model
+from hf_tokenreduce.training.run import origin
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -127,8 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
     processor.save_pretrained(args.output_dir / "model")
     # The training that follows reads there what it all began with.
     settings = reduced.config.reduction.to_dict()
-    origin = {"method": "dlvit", "settings": settings, "base_model": base_model(args.model_name_or_path)}
-    (args.output_dir / "model" / "record.json").write_text(json.dumps(origin))
+    command = shlex.join(("python", "examples/run_delta_loss.py", *(sys.argv[1:] if arguments is None else arguments)))
+    record = {"method": "dlvit", "settings": settings, **origin(args.model_name_or_path), "command": command}
+    (args.output_dir / "model" / "record.json").write_text(json.dumps(record))
     results = {"labels": labelling._asdict(), "filter": fit._asdict()}
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2))
 

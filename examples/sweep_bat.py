@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     top1 = {key: row["top1"] for key, row in zip(settings, found.rows[1:], strict=True)}
 
     lines = [f"# BAT without training: {name}, {len(images)} images, top-1 %", ""]
+    lines += ["By `examples/sweep_bat.py`" + (" `--no_prop_attn`." if args.no_prop_attn else "."), ""]
     for rate in args.keep_rates:
         lines += [f"keep rate {rate}: Top-K {top1[rate, 'topk']:.1f}, EViT {top1[rate, 'evit']:.1f}", ""]
         lines.append("| cluster share | " + " | ".join(f"fuse share {fused}" for fused in args.fuse_shares) + " |")

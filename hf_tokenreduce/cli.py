@@ -272,11 +272,8 @@ def card(
     """Write the model card, README.md, from the folder's settings and record. What its owner wrote stays."""
     from .hub import write_card, write_cards
 
-    if records is not None:
-        written = write_cards(records, folder)
-    else:
-        names = {"base_model": base_model, "base_license": base_license, "dataset": dataset, "repo_id": repo_id}
-        written = [write_card(folder, **names)]
+    names = {"base_model": base_model, "base_license": base_license, "dataset": dataset, "repo_id": repo_id}
+    written = [write_card(folder, **names)] if records is None else write_cards(records, folder, **names)
     for path in written:
         out.print(f"Written: {path}")
 

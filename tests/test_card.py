@@ -24,8 +24,10 @@ RECORD = {
     "settings": METHODS["evit"][0].to_dict(),
     "base_model": "deit-tiny",
     "dataset": "trash/train",
+    "eval_dataset": "trash/val",
     "eval_images": 400,
     "seed": 3,
+    "earlier_commands": ["python train.py --output_dir dense"],
     "command": "python train.py --reduction_args '{\"layers\": [0, 2]}'",
     "epochs": 5.0,
     "seconds": 754.2,
@@ -83,9 +85,10 @@ def test_a_full_card(folder):
     assert "| points of top-1 lost |  | 2.2 |" in results
     assert "| multiply-adds of the encoder | 1 | 0.57 |" in results
     assert "| images per second | 1 | 1.41 |" in results
-    assert "400 evaluation images" in results and "(batch 32, one CPU of two cores)" in results
+    assert "400 images of trash/val" in results and "(batch 32, one CPU of two cores)" in results
     assert "layer  3      26  ███" in results
-    assert "5 epochs, in 13 min, seed 3." in training and RECORD["command"] in training
+    assert "5 epochs on trash/train, in 13 min, seed 3." in training
+    assert f"{RECORD['earlier_commands'][0]}\n{RECORD['command']}" in training
     assert 'from_pretrained("someone/deit-evit"' in part(card, "usage") and "revision" in part(card, "usage")
     assert "apache-2.0" in part(card, "limits")
     data = metadata(card)
@@ -102,7 +105,7 @@ def test_the_model_index_survives_the_hub_s_own_reading(folder):
     card = ModelCard(model_card(folder, record=RECORD))
     result = card.data.eval_results[0]
     assert (result.task_type, result.metric_type, result.metric_value) == ("image-classification", "accuracy", 0.85)
-    assert (result.dataset_type, result.dataset_name) == ("imagefolder", "trash/train")
+    assert (result.dataset_type, result.dataset_name) == ("imagefolder", "trash/val")
     index = metadata(str(card))["model-index"]
     assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
     assert index == metadata(model_card(folder, record=RECORD))["model-index"]
@@ -120,7 +123,7 @@ def test_what_is_unknown_is_left_out(folder):
     for name in ("base_model", "dataset", "machine", "eval_images", "baseline_top1", "seed", "speed_batch_size"):
         card = model_card(folder, record={**RECORD, name: None})
         assert "None" not in card and card_errors(card) == []
-    assert "model-index" not in metadata(model_card(folder, record={**RECORD, "dataset": None}))
+    assert "model-index" not in metadata(model_card(folder, record={**RECORD, "dataset": None, "eval_dataset": None}))
     assert "% (" not in part(model_card(folder, record={**RECORD, "eval_images": None}), "results")
 
 
@@ -164,6 +167,7 @@ def test_the_record_in_the_folder_is_found_and_must_fit(folder):
         ({"eval_images": 4.5}, "eval_images"),
         ({"seed": True}, "seed"),
         ({"command": ["python"]}, "command must be text"),
+        ({"earlier_commands": "python"}, "earlier_commands must list"),
         ({"tokens_per_layer": []}, "tokens_per_layer"),
         ({"tokens_per_layer": ["41"] * 4}, "tokens_per_layer"),
         ({"settings": {"method": "evit", "keep": 1}}, "Unknown field"),
@@ -179,7 +183,8 @@ def test_a_record_cannot_write_markup(folder):
     record = {
         **RECORD,
         "base_model": "x](http://evil) <script>\n# Title",
-        "dataset": "a | b <!-- tokenreduce:end results -->",
+        "eval_dataset": "a | b <!-- tokenreduce:end results -->",
+        "earlier_commands": [],
         "command": "echo '```' <!-- tokenreduce:end training -->\n```",
     }
     card = model_card(folder, record=record)
@@ -243,7 +248,7 @@ def test_the_owner_s_words_stay(folder):
     begin, end = sections(between)["limits"]
     mine = between[:begin] + "Instead of the limits.\n" + between[end:] + "\nAfter everything."
     (folder / "README.md").write_text(mine)
-    write_card(folder, record={**RECORD, "top1": 90.0, "dataset": "other/train"}, base_license="mit")
+    write_card(folder, record={**RECORD, "top1": 90.0, "eval_dataset": "other/train"}, base_license="mit")
     second = (folder / "README.md").read_text()
     for words in (
         "Before everything.",
@@ -352,7 +357,7 @@ def test_cards_of_many_records(tmp_path):
         assert card_errors(card) == []
         assert f"# {path.stem}" in card
         assert "None" not in card.replace("max_tokens=None", "")
-    assert "reduce_tokens(model, ToMeConfig(r=7, prop_attn=True, inflect=0.0))" in written[2].read_text()
+    assert "Its weights are not here; the commands above make them." in written[1].read_text()
     rows = [line for line in written[-1].read_text().splitlines() if line.startswith("| [")]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[0] for row in cells] == ["[dense](<dense.md>)", "[EViT](<evit-65.md>)", "[ToMe](<tome (r 7).md>)"]
@@ -361,10 +366,12 @@ def test_cards_of_many_records(tmp_path):
 
     index = written[-1]
     index.write_text("Mine.\n\n" + index.read_text() + "\nMine too.\n")
+    written[1].write_text(written[1].read_text() + "\nMine in a card.\n")
     (results / "dense.json").unlink()
     write_cards(results, tmp_path / "model_cards")
     assert index.read_text().startswith("Mine.\n\n# Models") and index.read_text().endswith("\nMine too.\n")
     assert "dense.md" not in index.read_text()
+    assert written[1].read_text().endswith("\nMine in a card.\n") and written[1].read_text().count("## Results") == 1
     (results / "broken.json").write_text("{}")
     with pytest.raises(ValueError, match=r"broken\.json has method"):
         write_cards(results, tmp_path / "model_cards")

@@ -139,9 +139,14 @@ def test_training_from_a_dense_baseline_to_a_reduced_model(tmp_path, class_folde
     assert 0.6 < record["mult_adds_ratio"] <= 0.7 and len(record["tokens_per_layer"]) == 4
     assert (tmp_path / "bat" / "preprocessor_config.json").is_file()
     assert (tmp_path / "bat" / "modeling_tokenreduce_vit.py").is_file()
+    assert (record["dataset"], record["eval_dataset"]) == ("data/train", "data/val")
     # reduced already: it is trained on
     again = train(tmp_path / "bat", data, tmp_path / "again", "--num_train_epochs", 1, "--augmentation", "strong")
     assert again["settings"] == record["settings"]
+    assert again["base_model"] == first["base_model"]
+    assert again["earlier_commands"] == [first["command"], record["command"]]
+    with pytest.raises(ValueError, match="filter has to be fitted first"):
+        train(tmp_path / "dense", data, tmp_path / "filter", "--reduction", "dlvit", "--share", 0.5)
     with pytest.raises(ValueError, match=r"The data has 2 classes, \['cat', 'dog'\], the model 5"):
         train(model, data, tmp_path / "wrong")
 

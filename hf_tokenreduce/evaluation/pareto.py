@@ -118,15 +118,15 @@ def _draw_panel(axis: Any, name: str, rows: Sequence[Mapping[str, Any]], reduced
     axis.spines["right"].set_visible(False)
     axis.spines["top"].set_visible(False)
     if speed:
-        _describe_speed(axis, reduced)
+        _describe_speed(axis, rows)
     else:
         axis.set_xlabel("share of the encoder's multiply-adds kept")
     _label_ends(axis, ends, right=speed)
 
 
-def _describe_speed(axis: Any, reduced: list[Mapping[str, Any]]) -> None:
-    rate = dense_rate(reduced)
-    sizes = {row["speed_batch_size"] for row in reduced if row.get("speed_batch_size")}
+def _describe_speed(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    rate = dense_rate(rows)
+    sizes = {row["speed_batch_size"] for row in rows if row.get("speed_batch_size")}
     batch = f", batch {sizes.pop()}" if len(sizes) == 1 else ""
     if rate is None:
         axis.set_xlabel(f"speed-up over dense{batch}")

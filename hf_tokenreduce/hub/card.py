@@ -9,7 +9,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..modeling.configuration_base import REDUCTIONS
 from ..modeling.configuration_methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share
 from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, split
@@ -34,6 +33,7 @@ def model_card(
     dataset: str | None = None,
     repo_id: str | None = None,
     machine: str | None = None,
+    previous: str | None = None,
 ) -> str:
     """The card of a folder of `save_pretrained`: a new one, or its README.md with our sections and metadata renewed.
 
@@ -43,6 +43,7 @@ def model_card(
     repo_id: where it will be published.
     machine: what the record's speed-up was measured on, unless the record says so itself.
     folder: None for a card of a record alone.
+    previous: text of the card to renew. None: the folder's README.md.
     """
     for name, value in (("base_model", base_model), ("dataset", dataset), ("repo_id", repo_id)):
         _check_id(name, value)
@@ -64,9 +65,10 @@ def model_card(
     reduction = _reduction(config, known)
     method = METHODS[None if reduction is None else reduction.method]
     title = repo_id.split("/")[-1] if repo_id else (folder.resolve().name if folder else _stem(record))
-    old = "" if folder is None else _read(folder / "README.md")
-    line_break = "\r\n" if "\r\n" in old else "\n"
-    block, old_body = split(old.replace("\r\n", "\n"))
+    if previous is None:
+        previous = "" if folder is None else _read(folder / "README.md")
+    line_break = "\r\n" if "\r\n" in previous else "\n"
+    block, old_body = split(previous.replace("\r\n", "\n"))
     theirs = parse_metadata(block)
     given = {"base_model": base_model, "license": base_license, "datasets": dataset}
     explicit = {name for name, value in given.items() if value}
@@ -86,8 +88,9 @@ def write_card(folder: str | Path, **options: Any) -> Path:
     return path
 
 
-def write_cards(records_dir: str | Path, output_dir: str | Path) -> list[Path]:
-    """A card for every JSON record of a folder, and README.md with the table that compares them."""
+def write_cards(records_dir: str | Path, output_dir: str | Path, **options: Any) -> list[Path]:
+    """A card for every JSON record of a folder, and README.md with the table that compares them. options: of
+    `model_card`, for every one of them."""
     files = sorted(Path(records_dir).glob("*.json"))
     if not files:
         raise ValueError(f"There are no records in {records_dir}. They are the record.json files of training runs.")
@@ -99,10 +102,9 @@ def write_cards(records_dir: str | Path, output_dir: str | Path) -> list[Path]:
     written = []
     for file in files:
         written.append(output_dir / f"{file.stem}.md")
-        _write(written[-1], model_card(None, record=file))
+        _write(written[-1], model_card(None, record=file, previous=_read(written[-1]), **options))
     index = output_dir / "README.md"
-    old = index.read_text(encoding="utf-8") if index.is_file() else ""
-    _write(index, merge_body(old, _index(records)))
+    _write(index, merge_body(_read(index), _index(records)))
     return [*written, index]
 
 
@@ -143,7 +145,8 @@ def _body(
         base = f"[{base_model}](https://huggingface.co/{base_model})"
     what = f"{base or 'A vision transformer'} with token reduction by {method.name}" if reduction else base
     ratio, tokens = record.get("mult_adds_ratio"), record.get("tokens_per_layer")
-    if config is not None and reduction is not None and not method.adaptive:
+    adaptive = method.adaptive and getattr(reduction, "keep_rate", None) is None
+    if config is not None and reduction is not None and not adaptive:
         # By arithmetic, where no run says it: these methods keep the same of every image.
         ratio = even_share(reduction, config) if ratio is None else ratio
         tokens = even_counts(reduction, config) if tokens is None else tokens
@@ -167,11 +170,13 @@ def _body(
         tokens=None if tokens is None else _bars(tokens),
         distilled=config is not None and config.num_prefix_tokens == 2,
         training=_training(record),
-        command=code(record["command"]) if record.get("command") else None,
+        commands=code("\n".join([*record.get("earlier_commands", []), record["command"]]))
+        if record.get("command")
+        else None,
         loads=folder is not None,
         repo_id=repo_id or "<this repository>",
-        setting_code=_setting_code(reduction),
-        limits=_limits(folder, record, reduction, method, base_license),
+        adaptive=adaptive,
+        limits=_limits(folder, record, reduction, adaptive, base_license),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -180,22 +185,14 @@ def _settings(reduction: Any) -> list[tuple[str, str]]:
     return [(name, f"`{json.dumps(value)}`") for name, value in reduction.to_dict().items() if name != "method"]
 
 
-def _setting_code(reduction: Any) -> str | None:
-    if reduction is None:
-        return None
-    name = REDUCTIONS[reduction.method].__name__
-    values = ", ".join(f"{key}={value!r}" for key, value in reduction.to_dict().items() if key != "method")
-    lines = f"from hf_tokenreduce import {name}, reduce_tokens\n\nmodel = reduce_tokens(model, {name}({values}))"
-    return f"```python\n{lines}\n```"
-
-
 def _conditions(record: Record, speedup: str | None) -> str:
     """What the table's numbers were measured on."""
     parts = []
     if record.get("top1") is not None:
-        images, dataset = record.get("eval_images"), record.get("dataset")
-        seen = f" on {images:,} evaluation images, with its 95 % interval by Wilson" if images else ""
-        parts.append(f"Top-1{seen}.{f' Data: {plain(dataset)}.' if dataset else ''}")
+        images, dataset = record.get("eval_images"), _measured_on(record)
+        data = f" of {plain(dataset)}" if dataset else ""
+        seen = f" on {images:,} images{data}, with its 95 % interval by Wilson" if images else data.replace(" of", " on")
+        parts.append(f"Top-1{seen}.")
     if speedup is not None:
         batch = record.get("speed_batch_size")
         on = plain(record["machine"]) if record.get("machine") else None
@@ -204,12 +201,17 @@ def _conditions(record: Record, speedup: str | None) -> str:
     return " ".join(parts)
 
 
+def _measured_on(record: Record) -> str | None:
+    return record.get("eval_dataset") or record.get("dataset")
+
+
 def _training(record: Record) -> str | None:
     epochs, seconds, seed = record.get("epochs"), duration(record.get("seconds")), record.get("seed")
+    dataset = record.get("dataset")
     if epochs == 0:
         return "Not trained after the reduction." if record.get("method") else None
     parts = [
-        epochs and f"{epochs:g} epoch{'' if epochs == 1 else 's'}",
+        epochs and f"{epochs:g} epoch{'' if epochs == 1 else 's'}{f' on {plain(dataset)}' if dataset else ''}",
         seconds and f"in {seconds}",
         seed is not None and f"seed {seed}",
     ]
@@ -217,13 +219,13 @@ def _training(record: Record) -> str | None:
     return f"{text[0].upper()}{text[1:]}." if text else None
 
 
-def _limits(folder: Any, record: Record, reduction: Any, method: Method, base_license: str | None) -> list[str]:
+def _limits(folder: Any, record: Record, reduction: Any, adaptive: bool, base_license: str | None) -> list[str]:
     limits = []
     if record.get("top1") is not None:
         limits.append("The accuracy is that of the images named above; measure it on your own before you rely on it.")
     if record.get("speedup") is not None and reduction is not None:
         limits.append("The speed-up is that of one machine and batch size; small batches and small models gain less.")
-    if method.adaptive:
+    if adaptive:
         limits.append("How many tokens are kept depends on the image, and so does the time it takes.")
     elif reduction is not None:
         limits.append("Every image keeps the same number of tokens, however much it shows.")
@@ -249,7 +251,7 @@ def _metadata(
     tags += [method.name.lower()] if method is not METHODS[None] else []
     tags += [f"arxiv:{method.arxiv}"] if method.arxiv else []
     results = None
-    name = dataset or record.get("dataset")
+    name = dataset or _measured_on(record)
     if record.get("top1") is not None and name:
         results = [
             EvalResult(
@@ -311,7 +313,7 @@ def _index(records: dict[str, Record]) -> str:
         cells = [
             f"[{METHODS[record['method']].name}](<{stem}.md>)",
             plain(record.get("base_model") or ""),
-            plain(record.get("dataset") or ""),
+            plain(_measured_on(record) or ""),
             number(record, "mult_adds_ratio", 2),
             accuracy(record),
             None if dense or record.get("baseline_top1") is None else f"{record['baseline_top1']:.1f} %",

@@ -54,7 +54,8 @@ METHODS: dict[str | None, Method] = {
     "ltmp": Method(
         "LTMP",
         "In every layer tokens merge whose similarity is above one learned threshold, and those are pruned whose "
-        "importance is below another. Every image keeps as many as pass.",
+        "importance is below another. Every image keeps as many as pass. The thresholds among the settings are those it "
+        "starts from; the learned ones, two per layer, are with the weights.",
         "Learned Thresholds Token Merging and Pruning for Vision Transformers",
         "2307.10780",
         adaptive=True,
@@ -70,8 +71,8 @@ METHODS: dict[str | None, Method] = {
         "DL-ViT",
         "Before the first layer a small network judges every embedded patch. Those that do not matter never enter the "
         "encoder.",
-        "Vision Transformer with Token Filtering from a Feature Selection Perspective",
-        None,
+        "Predicting Token Impact Towards Efficient Vision Transformer",
+        "2305.14840",
         adaptive=True,
     ),
 }

@@ -11,7 +11,7 @@ from .contents import read_json, short
 
 Record = dict[str, Any]
 
-TEXTS = ("base_model", "dataset", "command", "machine")
+TEXTS = ("base_model", "dataset", "eval_dataset", "command", "machine")
 # name -> lowest and highest value, and whether it counts
 NUMBERS = {
     "eval_images": (1, 10**9, True),
@@ -47,6 +47,9 @@ def read_record(record: Record | str | Path) -> Record:
     for key in TEXTS:
         if not isinstance(record.get(key), str | None):
             raise ValueError(f"{name}: {key} must be text, got {short(record[key])}.")
+    earlier = record.get("earlier_commands") or []
+    if not isinstance(earlier, list) or not all(isinstance(line, str) for line in earlier):
+        raise ValueError(f"{name}: earlier_commands must list texts, got {short(earlier)}.")
     for key, (least, most, counts) in NUMBERS.items():
         value = record.get(key)
         if value is None:

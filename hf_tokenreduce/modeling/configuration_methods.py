@@ -331,8 +331,8 @@ class SiTConfig(KeepRateConfig):
 
 @dataclass(frozen=True)
 class DLViTConfig(ReductionConfig):
-    """Token filtering, after "Vision Transformer with Token Filtering from a Feature Selection Perspective". Before
-    the first attention a small network judges each embedded patch; those that do not matter are dropped.
+    """Token filtering, after "Predicting Token Impact Towards Efficient Vision Transformer". Before the first
+    attention a small network judges each embedded patch; those that do not matter are dropped.
 
     threshold: patches of a higher probability stay, so images differ in their number of tokens; 0 keeps all.
     keep_rate: instead of a threshold: the share of the patches with the highest probability stays, rounded up, the

@@ -100,8 +100,9 @@ def main(arguments: list[str] | None = None, command: Sequence[str] | None = Non
     trainer.save_model()
     if args.process_index == 0:
         record = describe(trainer.model, dense, pixels) | {
-            "base_model": base_model(model_args.model_name_or_path),
-            "dataset": data_args.dataset_name or "/".join(Path(str(data_args.train_dir)).parts[-2:]),
+            **origin(model_args.model_name_or_path),
+            "dataset": name_of(data_args.dataset_name, data_args.train_dir),
+            "eval_dataset": name_of(data_args.dataset_name, data_args.validation_dir or data_args.train_dir),
             "eval_images": len(validation),
             "seed": args.seed,
             "command": shlex.join(command),
@@ -114,10 +115,19 @@ def main(arguments: list[str] | None = None, command: Sequence[str] | None = Non
         print(json.dumps(record, indent=1))
 
 
-def base_model(path: str) -> str:
-    """The checkpoint that it all began with: a folder that this script wrote knows its own."""
-    record = Path(path) / "record.json"
-    return json.loads(record.read_text())["base_model"] if record.is_file() else Path(path).name
+def origin(path: str) -> dict[str, Any]:
+    """The checkpoint that it all began with, and the commands that made `path` of it: a folder that a training wrote
+    knows its own."""
+    file = Path(path) / "record.json"
+    if not file.is_file():
+        return {"base_model": Path(path).name, "earlier_commands": []}
+    record = json.loads(file.read_text())
+    made_by = [record["command"]] if record.get("command") else []
+    return {"base_model": record["base_model"], "earlier_commands": record.get("earlier_commands", []) + made_by}
+
+
+def name_of(dataset_name: str | None, folder: str | None) -> str:
+    return dataset_name or "/".join(Path(str(folder)).parts[-2:])
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenReduceTrainingArguments]:
@@ -189,6 +199,11 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
     settings = json.loads(model_args.reduction_args)
     share = 0.75 if model_args.reduction == "ltmp" and model_args.share is None else model_args.share
     setting = method_setting(dense.config, model_args.reduction, share, settings)
+    if setting.method == "dlvit" and setting != getattr(dense.config, "reduction", None):
+        raise ValueError(
+            "DL-ViT's filter has to be fitted first, or it keeps every token. Run examples/run_delta_loss.py with these "
+            "settings, then train the model it writes, without --reduction."
+        )
     model = reduce_tokens(dense, setting)
     if model_args.reduction in ("ltmp", "sit"):
         photos = train.shuffle(seed=0).select(range(min(100, len(train))))[data_args.image_column_name]
