@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Token reduction for the vision transformers of Hugging Face: half the cost, most of the accuracy.",
+    help="Token reduction for the vision transformers of Hugging Face.",
     epilog="Start with: [bold]tokenreduce demo[/bold]. Of a command: [bold]tokenreduce reduce --help[/bold].",
 )
 out = Console()
@@ -129,7 +129,7 @@ def evaluate(
     limit: Limit = None,
     batch_size: Batch = 32,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="Keeps results; goes on there.")
+        Path | None, typer.Option("--output-dir", "-o", help="Keeps results; an interrupted run goes on.")
     ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -195,7 +195,7 @@ def benchmark(
 def compare(
     model: Model,
     data: Data,
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Table, picture; goes on there.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Table, picture; resumes there.")],
     share: Annotated[list[float], typer.Option(help="Of multiply-adds; may be given again.")] = [0.8, 0.65, 0.5],  # noqa: B006
     reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only these: JSON settings, again.")] = [],  # noqa: B006
     calibration_images: Annotated[int, typer.Option(min=1, help="For LTMP and SiT, without labels.")] = 100,
@@ -236,7 +236,7 @@ def show(
     output: Annotated[Path, typer.Option("--output", "-o", help="A page (.html) or a picture (.png).")],
     layer: Annotated[list[int] | None, typer.Option(help="From 0; may be given again.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Of the images, evenly spread.")] = 16,
-    title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -312,7 +312,7 @@ def publish(
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="127.0.0.1: this computer alone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Of the page.")] = 7860,
+    port: Annotated[int, typer.Option(help="The page listens there.")] = 7860,
     max_upload_mb: Annotated[float, typer.Option(help="Of one image.")] = 10,
     open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     revision: Revision = None,
@@ -334,7 +334,7 @@ def serve(
 
 @app.command(epilog="tokenreduce demo --output-dir demo")
 def demo(
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Goes on there.")] = Path("demo"),
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Output; resumes there.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of images and training.")] = 0,
 ) -> None:
     """Draw images, train a small ViT, reduce it by every method: table, pictures, pages, folders. No downloads."""

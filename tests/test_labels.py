@@ -363,7 +363,8 @@ def test_the_example(tmp_path):
     assert "on 1 images held out the filter keeps 50.0% of the patches" in done.stdout
     assert set(stored(tmp_path / "out" / "labels")["label"]) == {3, 4}
     record = json.loads((tmp_path / "out" / "model" / "record.json").read_text())
-    assert record["base_model"] == "stock" and record["command"].startswith("python examples/run_delta_loss.py --model")
+    assert record["base_model"] == "stock"
+    assert record["command"].startswith("python examples/run_delta_loss.py --model")
     reduced = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "model")
     pixels = PROCESSOR(photographs(1)[0]["image"], return_tensors="pt").pixel_values
     assert reduced(pixels).token_counts.tolist() == [[33] * 4]

@@ -190,9 +190,10 @@ def _conditions(record: Record, speedup: str | None) -> str:
     parts = []
     if record.get("top1") is not None:
         images, dataset = record.get("eval_images"), _measured_on(record)
-        data = f" of {plain(dataset)}" if dataset else ""
-        seen = f" on {images:,} images{data}, with its 95 % interval by Wilson" if images else data.replace(" of", " on")
-        parts.append(f"Top-1{seen}.")
+        on = [f"{images:,} images" if images else None, plain(dataset) if dataset else None]
+        seen = " of ".join(filter(None, on))
+        interval = ", with its 95 % interval by Wilson" if images else ""
+        parts.append(f"Top-1{f' on {seen}' if seen else ''}{interval}.")
     if speedup is not None:
         batch = record.get("speed_batch_size")
         on = plain(record["machine"]) if record.get("machine") else None

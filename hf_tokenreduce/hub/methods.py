@@ -54,8 +54,8 @@ METHODS: dict[str | None, Method] = {
     "ltmp": Method(
         "LTMP",
         "In every layer tokens merge whose similarity is above one learned threshold, and those are pruned whose "
-        "importance is below another. Every image keeps as many as pass. The thresholds among the settings are those it "
-        "starts from; the learned ones, two per layer, are with the weights.",
+        "importance is below another. Every image keeps as many as pass. The settings hold the thresholds it starts "
+        "from; the learned ones, two per layer, are with the weights.",
         "Learned Thresholds Token Merging and Pruning for Vision Transformers",
         "2307.10780",
         adaptive=True,

@@ -201,8 +201,8 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
     setting = method_setting(dense.config, model_args.reduction, share, settings)
     if setting.method == "dlvit" and setting != getattr(dense.config, "reduction", None):
         raise ValueError(
-            "DL-ViT's filter has to be fitted first, or it keeps every token. Run examples/run_delta_loss.py with these "
-            "settings, then train the model it writes, without --reduction."
+            "DL-ViT's filter has to be fitted first, or it keeps every token. Run examples/run_delta_loss.py with "
+            "these settings, then train the model it writes, without --reduction."
         )
     model = reduce_tokens(dense, setting)
     if model_args.reduction in ("ltmp", "sit"):
