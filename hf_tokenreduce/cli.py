@@ -57,10 +57,10 @@ def reduce(
     """Reduce a checkpoint and save it, weights and code: a folder that loads anywhere."""
     from .calibration import calibrate
     from .convert import reduce_tokens
-    from .loading import load_model, method_setting
+    from .loading import load_model, method_setting, parse_settings
 
     dense, processor = load_model(model, revision, trust_remote_code)
-    setting = method_setting(dense.config, reduction, share, _settings(reduction_args))
+    setting = method_setting(dense.config, reduction, share, parse_settings(reduction_args))
     reduced = reduce_tokens(dense, setting)
     if reduction in ("ltmp", "sit"):
         if images is None:
@@ -210,10 +210,10 @@ def compare(
     """Try every method that runs untrained at some budgets: a table, and a picture of accuracy against cost."""
     from .evaluation import compare as measure
     from .evaluation import default_reductions
-    from .loading import load_images, load_model
+    from .loading import load_images, load_model, parse_settings
 
     dense, processor = load_model(model, revision, trust_remote_code)
-    settings: list[Any] = [_settings(text) for text in reduction] or default_reductions(dense.config, share)
+    settings: list[Any] = [parse_settings(text) for text in reduction] or default_reductions(dense.config, share)
     found = measure(
         dense,
         load_images(data, split, limit),
@@ -286,12 +286,23 @@ def publish(
     private: Annotated[bool, typer.Option("--private", help="Of a repository that is made now.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of writing.")] = False,
     skip_others: Annotated[bool, typer.Option("--skip-others", help="Leave out files that do not belong.")] = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Check a folder in a fresh process without this package, list what goes up, and upload it."""
+    from .hub import check_folder
     from .hub import publish as upload
 
-    found = upload(folder, repo_id, private=private, create_pr=create_pr, dry_run=dry_run, skip_others=skip_others)
+    report = check_folder(folder, skip_others=skip_others, trust_remote_code=trust_remote_code)
+    report.raise_for_errors()
+    if not as_json:
+        table = Table("file", "size", title=f"To {repo_id}", title_justify="left")
+        for name, size in report.files.items():
+            table.add_row(escape(name), f"{size / 1000:.1f} kB")
+        out.print(table)
+        for warning in report.warnings:
+            out.print(f"[yellow]{escape(warning)}[/yellow]")
+    found = upload(folder, repo_id, private=private, create_pr=create_pr, dry_run=dry_run, report=report)
     if as_json:
         answer = {
             "files": found.files,
@@ -301,9 +312,6 @@ def publish(
         }
         print(json.dumps(answer, indent=1))
         return
-    _print({name: f"{size / 1000:.1f} kB" for name, size in found.files.items()}, False, f"To {repo_id}")
-    for warning in found.report.warnings:
-        out.print(f"[yellow]{escape(warning)}[/yellow]")
     out.print(f"{'Written to' if dry_run else 'Uploaded:'} {found.pull_request or found.url}")
     print(found.snippet)
 
@@ -374,18 +382,6 @@ def _described(model: Any, name: str) -> dict[str, Any]:
     described["multiply_adds"] = round(total_multiply_adds(model).item())
     described["share"] = round(described["multiply_adds"] / described["dense_multiply_adds"], 4)
     return described
-
-
-def _settings(text: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--reduction-args is not JSON ({error}). Write it as '{{\"keep_rate\": 0.5}}'.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"--reduction-args must be a JSON object, got {text!r}. Write it as '{{\"keep_rate\": 0.5}}'."
-        )
-    return settings
 
 
 def _print(answer: dict[str, Any], as_json: bool, title: str) -> None:

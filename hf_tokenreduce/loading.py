@@ -1,5 +1,6 @@
 """From what a user types, a folder, a Hub id, a method's name, to models, images and settings."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,9 +64,7 @@ def load_images(name: str, split: str | None = None, limit: int | None = None) -
     dataset = found[split]
     if not isinstance(dataset.features.get("label"), ClassLabel):
         raise ValueError(f"{name} has no classes: make one folder per class, or name a data set with a label column.")
-    if limit is None or limit >= len(dataset):
-        return dataset
-    return dataset.select([place * len(dataset) // limit for place in range(limit)])
+    return dataset if limit is None else dataset.select(spread(len(dataset), limit))
 
 
 def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list[str]]:
@@ -80,8 +79,7 @@ def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list
                 f"{name} is neither an image nor a folder of images ({', '.join(sorted(IMAGE_SUFFIXES))})."
             )
         files += found
-    count = min(limit, len(files))
-    files = [files[place * len(files) // count] for place in range(count)]
+    files = [files[place] for place in spread(len(files), limit)]
     pictures = []
     for file in files:
         try:
@@ -90,6 +88,23 @@ def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{file} cannot be read as an image ({error}). Leave it out.") from error
     return pictures, [file.stem for file in files]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many indices below `count`, evenly: images of a class lie beside each other."""
+    chosen = min(count, most)
+    return [place * count // chosen for place in range(chosen)]
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """A method's settings as they are typed: JSON."""
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The method's settings are not JSON ({error}). Write '{{\"keep_rate\": 0.5}}'.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"The method's settings must be a JSON object, got {text!r}. Write '{{\"keep_rate\": 0.5}}'.")
+    return settings
 
 
 def method_setting(

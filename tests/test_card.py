@@ -208,6 +208,10 @@ model-index:
     dataset: {name: Mine, type: someone/mine}
     metrics:
     - {type: f1, value: 0.5, name: My F1}
+  - task: {type: image-classification}
+    dataset: {name: Mine, type: someone/mine}
+    metrics:
+    - {type: accuracy, value: 0.6, name: Top-1 accuracy}
 extra:
   anything: [1, 2]
 ---
@@ -240,6 +244,7 @@ def test_the_owner_s_words_stay(folder):
     assert [metric["name"] for result in data["model-index"][0]["results"] for metric in result["metrics"]] == [
         "My F1",
         "Top-1 accuracy",
+        "Top-1 accuracy, by hf_tokenreduce",
     ]
     assert data["model-index"][0]["name"] == "my name for it"
     assert "cc-by-4.0" in part(first, "limits")
@@ -261,8 +266,10 @@ def test_the_owner_s_words_stay(folder):
     assert "90.0 % (" in second and "85.0 % (" not in second
     assert "limits" not in sections(second)
     results = metadata(second)["model-index"][0]["results"]
-    assert [(result["dataset"]["name"], result["metrics"][0]["value"]) for result in results] == [
+    found = [(one["dataset"]["name"], metric["value"]) for one in results for metric in one["metrics"]]
+    assert found == [
         ("Mine", 0.5),
+        ("Mine", 0.6),
         ("other/train", 0.9),
     ]
     assert metadata(second)["license"] == "mit"  # given just now

@@ -151,7 +151,7 @@ def test_train(call, place):
         (["inspect", "nowhere-at-all"], "could not be loaded"),
         (["reduce", "MODEL", "-r", "tomme", "-o", "x"], "There is no method 'tomme'. The methods are: "),
         (["reduce", "MODEL", "-r", "bat", "--share", "0.05", "-o", "x"], "cannot be reached"),
-        (["reduce", "MODEL", "-r", "bat", "--reduction-args", "{keep}", "-o", "x"], "is not JSON"),
+        (["reduce", "MODEL", "-r", "bat", "--reduction-args", "{keep}", "-o", "x"], "are not JSON"),
         (["reduce", "MODEL", "-r", "bat", "--reduction-args", '{"keep": 1}', "-o", "x"], "BATConfig has no keep"),
         (["evaluate", "MODEL", "MODEL"], ""),
         (["show", "MODEL", "no-images", "-o", "x.png"], ""),

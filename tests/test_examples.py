@@ -154,11 +154,17 @@ def test_training_from_a_dense_baseline_to_a_reduced_model(tmp_path, class_folde
 @pytest.mark.parametrize("method", ["ltmp", "sit"])
 def test_training_with_lora_and_merging(tmp_path, class_folders, method):
     model, data = class_folders
+    train(model, data, tmp_path / "base", "--ignore_mismatched_sizes", "--num_train_epochs", 0)
     extra = ["--share", 0.8] if method == "ltmp" else ["--reduction_args", '{"layers": [1]}', "--token_weight", 0]
-    extra += ["--freeze_backbone", "False", "--learning_rate", 1e-3, "--num_train_epochs", 1]
-    record = train(
-        model, data, tmp_path / "out", "--ignore_mismatched_sizes", "--lora", "True", "--reduction", method, *extra
-    )
+    extra += ["--learning_rate", 1e-3, "--num_train_epochs", 1, "--hub_token", "hf_nobody"]
+    record = train(tmp_path / "base", data, tmp_path / "out", "--lora", "True", "--reduction", method, *extra)
+    assert "--hub_token ***" in record["command"] and "hf_nobody" not in json.dumps(record)
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    changed = {name for name, value in load_file(tmp_path / "out" / "model.safetensors").items()
+               if name in before and not torch.equal(value, before[name])}  # fmt: skip
+    assert any("q_proj" in name for name in changed) and "classifier.weight" in changed
+    with pytest.raises(ValueError, match="new head for these classes"):
+        train(model, data, tmp_path / "no", "--ignore_mismatched_sizes", "--reduction", method, "--share", 0.8)
     assert record["method"] == method and record["mult_adds_ratio"] < 1
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert not [name for name, _ in loaded.named_parameters() if "lora" in name]
@@ -168,7 +174,9 @@ def test_training_with_lora_and_merging(tmp_path, class_folders, method):
 @pytest.mark.parametrize("method", ["tome", "bat", "sit", "ats", "ltmp"])
 def test_two_processes_train_as_one(tmp_path, class_folders, method):
     model, data = class_folders
-    arguments = ["--ignore_mismatched_sizes", "--reduction", method, "--num_train_epochs", 2, "--augmentation", "none"]
+    train(model, data, tmp_path / "base", "--ignore_mismatched_sizes", "--num_train_epochs", 0)
+    model = tmp_path / "base"
+    arguments = ["--reduction", method, "--num_train_epochs", 2, "--augmentation", "none"]
     if method in ("bat", "sit", "ats"):
         arguments += ["--reduction_args", '{"layers": [1, 2]}']
     arguments += ["--lr_scheduler_type", "constant"]

@@ -60,18 +60,27 @@ def test_code_that_computes_something_else_is_found(folder):
     """It loads, but the logits give it away; and the warning names the file."""
     file = folder / "backbone.py"
     file.write_text(file.read_text().replace("logits = self.classifier(", "logits = 1.001 * self.classifier("))
-    report = check_folder(folder)
+    report = check_folder(folder, trust_remote_code=True)
     assert "computes something else" in report.errors[0]
     assert report.warnings[0].startswith("backbone.py is not this version's")
 
 
-def test_code_that_does_not_load_is_found_and_gets_no_credentials(folder, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+def test_changed_code_is_not_run_unless_trusted(folder, tmp_path):
     file = folder / "backbone.py"
-    found = 'raise RuntimeError(f\'token {os.environ.get("HF_TOKEN")} offline {os.environ["HF_HUB_OFFLINE"]}\')'
+    file.write_text(f"{file.read_text()}\nimport os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    refused(folder, "backbone.py is not this version's", "pass trust_remote_code=True")
+    assert not (tmp_path / "ran").exists()
+    assert check_folder(folder, trust_remote_code=True).ok and (tmp_path / "ran").exists()
+
+
+def test_code_that_does_not_load_is_found_and_gets_no_credentials(folder, monkeypatch):
+    for name in ("HF_TOKEN", "MY_SECRET_KEY"):
+        monkeypatch.setenv(name, "hf_secret")
+    file = folder / "backbone.py"
+    found = """raise RuntimeError(f'{[name for name in os.environ if os.environ[name] == "hf_secret"]} hold it')"""
     file.write_text(f"{file.read_text()}\nimport os\n{found}\n")
-    report = check_folder(folder)
-    assert "does not load in a fresh process: RuntimeError: token None offline 1" in report.errors[0]
+    report = check_folder(folder, trust_remote_code=True)
+    assert "does not load in a fresh process: RuntimeError: [] hold it" in report.errors[0]
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -231,6 +240,7 @@ def test_an_auto_map_that_points_elsewhere(folder, auto_class, reference):
         ({"architectures": ["Evil"]}, "architectures ['Evil']"),
         ({"architectures": "TokenReduceViTForImageClassification"}, "architectures"),
         ({"hidden_size": "48"}, "hidden_size must be an integer"),
+        ({"num_labels": 30_000_000, "id2label": None}, "num_labels must be an integer from 1"),
         ({"hidden_size": 10**12}, "hidden_size must be an integer from 1 to"),
         ({"hidden_size": 51}, "(1, 1, 51) by config.json"),
         ({"num_attention_heads": 5}, "hidden_size=48 is no multiple of num_attention_heads=5"),
@@ -295,6 +305,12 @@ def test_a_processor_with_code(folder):
     values = {**json.loads(path.read_text()), "auto_map": {"AutoImageProcessor": "other/repo--evil.Processor"}}
     path.write_text(json.dumps(values))
     refused(folder, "processor with code of its own")
+
+
+def test_a_processor_of_huge_images(folder):
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"height": 15000, "width": 15000}}))
+    refused(folder, "size must have sides from 1 to 4,096 pixels")
 
 
 def test_broken_weights(folder):

@@ -46,7 +46,8 @@ def trainer_for(folder, method, setting=None, **changes):
             for layer in model.vit.layers:
                 layer.reducer.merge_threshold.fill_(0.9)
                 layer.reducer.prune_threshold.fill_(0.012)
-    others = {name: changes.pop(name) for name in ("teacher_model", "eval_dataset") if name in changes}
+    names = ("teacher_model", "eval_dataset", "compute_loss_func", "compute_metrics")
+    others = {name: changes.pop(name) for name in names if name in changes}
     return TokenReduceTrainer(model, arguments(folder, method, **changes), train_dataset=ROWS, **others)
 
 
@@ -132,6 +133,23 @@ def test_keep_rates_warm_up(tmp_path):
     assert trainer.model.config.reduction == BATConfig(keep_rate=[0.5, 0.8], layers=(1, 2))
 
 
+def test_a_warm_up_is_neither_evaluated_nor_saved(tmp_path):
+    trainer = trainer_for(
+        tmp_path, "evit", keep_rate_warmup=1.0, max_steps=3, save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1, eval_dataset=ROWS,
+    )  # fmt: skip
+    goal = trainer.model.config.reduction
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda model, _: seen.append((model.training, model.config.reduction)))
+    trainer.train()
+    assert {reduction for training, reduction in seen if not training} == {goal}
+    assert [reduction == goal for training, reduction in seen if training] == [False, False, False]
+    for step in (1, 2, 3):
+        saved = AutoModelForImageClassification.from_pretrained(tmp_path / f"checkpoint-{step}")
+        assert saved.config.reduction == goal
+    assert trainer.model.config.reduction == goal
+
+
 def test_a_teacher_by_any_name(tmp_path):
     stock = gentle(tiny_model())
     stock.save_pretrained(tmp_path / "teacher")
@@ -174,6 +192,23 @@ def test_wrong_settings(tmp_path):
             lambda: trainer_for(tmp_path, "sit", teacher_model=tiny_model(num_hidden_layers=3)),
             "teacher's num_hidden_layers is 3, the model's 4",
         ),
+        (
+            lambda: trainer_for(tmp_path, "tome", logits_weight=1.0, teacher_model=tiny_model(image_size=16)),
+            "teacher's image_size is 16, the model's 32",
+        ),
+        (
+            lambda: trainer_for(tmp_path, "sit", teacher_model=tiny_model("deit")),
+            "teacher's prefix tokens is 2, the model's 1",
+        ),
+        (
+            lambda: trainer_for(tmp_path, "sit", teacher_model=reduce_tokens(tiny_model(), ToMeConfig(r=2))),
+            "teacher of tokens must be dense, this one is reduced by ToMeConfig",
+        ),
+        (
+            lambda: TokenReduceTrainer(reduce_tokens(tiny_model("deit-teacher"), ToMeConfig()), arguments(tmp_path)),
+            "WithTeacher is for inference",
+        ),
+        (lambda: trainer_for(tmp_path, "tome", compute_loss_func=print), "compute_loss_func would not be called"),
         (lambda: arguments(tmp_path, logits_weight=-1.0), "logits_weight.*-1"),
         (lambda: arguments(tmp_path, keep_rate_warmup=1.5), r"keep_rate_warmup.*1\.5"),
         (lambda: TokenReduceTrainer(tiny_model(), arguments(tmp_path)), "got a ViTForImageClassification"),
@@ -187,7 +222,7 @@ def test_wrong_settings(tmp_path):
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):
     trainer_for(tmp_path, "evit", max_steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ValueError, match="'evit', this model is reduced by 'tome'"):
+    with pytest.raises(ValueError, match=r"EViTConfig\(.*this model is reduced by ToMeConfig"):
         trainer_for(tmp_path, "tome").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

@@ -23,7 +23,7 @@ from ..convert import reduce_tokens
 from ..evaluation import benchmark, evaluate_model, pareto_plot
 from ..evaluation.resume import write_whole
 from ..hub import write_card
-from ..loading import no_progress_bars
+from ..loading import no_progress_bars, spread
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.configuration_methods import (
     ATSConfig,
@@ -206,8 +206,7 @@ def _row(name: str, accuracy: dict[str, Any], speed: dict[str, Any]) -> dict[str
 
 
 def _examples(images: Dataset, count: int) -> list[Image.Image]:
-    """Evenly spread, so of all classes."""
-    return images.select([place * len(images) // count for place in range(count)])["image"][:]
+    return images.select(spread(len(images), count))["image"][:]
 
 
 def _fresh(folder: Path, image: Path) -> str:

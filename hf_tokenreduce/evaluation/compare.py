@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..calibration import calibrate
 from ..convert import reduce_tokens
+from ..loading import spread
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.configuration_methods import (
     ATSConfig,
@@ -296,9 +297,7 @@ def _calibrate_once(
 
 def _pixels(dataset: Dataset, processor: Any, image_column: str, most: int) -> Tensor:
     """Of at most so many images, evenly spread."""
-    count = min(most, len(dataset))
-    rows = [place * len(dataset) // count for place in range(count)]
-    photos = dataset.with_format(None).select(rows)[image_column]
+    photos = dataset.with_format(None).select(spread(len(dataset), most))[image_column]
     return torch.cat([processor(photo.convert("RGB"), return_tensors="pt")["pixel_values"] for photo in photos])
 
 

@@ -29,8 +29,10 @@ from .contents import (
 TOLERANCE = 1e-5
 MOST_REPORTED = 10
 
-# What a stranger does with the folder. Credentials are withheld and the network is off, so that the code in the folder
-# can neither use nor reach anything.
+# Of this process's environment; credentials may stand under any other name.
+PASSED_ON = {"PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT"}
+
+# What a stranger does with the folder.
 FRESH = """
 import json, sys
 sys.modules["hf_tokenreduce"] = None  # importing it fails
@@ -80,6 +82,7 @@ def check_folder(
     images: Tensor | None = None,
     load: bool = True,
     skip_others: bool = False,
+    trust_remote_code: bool = False,
     timeout: float = 600,
 ) -> CheckReport:
     """Whether a folder of `save_pretrained`, with its image processor, can be published.
@@ -91,6 +94,7 @@ def check_folder(
     images: pixel values (n, C, H, W) to compare on. None: two of noise, always the same.
     load: False looks at the files only.
     skip_others: files that do not belong are left out instead of being an error.
+    trust_remote_code: also take, and run, code that is not this version's. You should have read it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -111,10 +115,12 @@ def check_folder(
             check_weights(folder, files, config)
         except ValueError as error:
             errors.append(str(error))
-    warnings += [
-        f"{name} is not this version's: the folder was saved by another one, or the file was changed."
-        for name in differing_code(folder, files)
-    ]
+    for name in differing_code(folder, files):
+        what = f"{name} is not this version's: the folder was saved by another one, or the file was changed."
+        if trust_remote_code:
+            warnings.append(what)
+        else:
+            errors.append(f"{what} Save the model again, or read the file and pass trust_remote_code=True.")
     if "README.md" not in files:
         warnings.append("There is no README.md: write_card(folder) writes a model card.")
     difference = None
@@ -182,8 +188,9 @@ def _compute(copy: Path, config: Any, images: Tensor, photo: Tensor) -> tuple[Te
 
 
 def _run_fresh(copy: Path, work: str, timeout: float) -> None:
-    environment = {name: value for name, value in os.environ.items() if "TOKEN" not in name or "TOKENIZERS" in name}
+    environment = {name: value for name, value in os.environ.items() if name in PASSED_ON or name[:4] == "OMP_"}
     environment |= {
+        "HOME": work,
         "HF_HOME": f"{work}/home",
         "HF_MODULES_CACHE": f"{work}/modules",
         "HF_TOKEN_PATH": f"{work}/no-token",

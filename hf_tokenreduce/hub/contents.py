@@ -51,9 +51,10 @@ LARGEST = {
     "encoder_stride": 2**14,
     "image_size": 2**14,
     "patch_size": 2**14,
+    "num_labels": 2**20,
 }
 MOST_PATCHES = 2**16
-MOST_LABELS = 2**20
+MOST_PIXELS = 2**12  # of a side, after the processor
 JSON_BYTES = 2**26
 
 
@@ -116,6 +117,14 @@ def check_processor(folder: Path) -> None:
         raise ValueError(f"preprocessor_config.json must hold an object, got {short(processor)}.")
     if processor.get("auto_map"):
         raise ValueError("preprocessor_config.json has an auto_map: a processor with code of its own is not taken.")
+    for name in ("size", "crop_size"):
+        sizes = processor.get(name) or 1
+        for side in sizes.values() if isinstance(sizes, dict) else [sizes]:
+            if not isinstance(side, int) or not 1 <= side <= MOST_PIXELS:
+                raise ValueError(
+                    f"preprocessor_config.json: {name} must have sides from 1 to {MOST_PIXELS:,} pixels, got "
+                    f"{short(sizes)}."
+                )
 
 
 def model_class_of(config: Any) -> type[PreTrainedModel]:
@@ -189,10 +198,10 @@ def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _why_not(name: str, is_folder: bool = False) -> str:
     if is_folder and name.startswith("checkpoint-"):
-        return "is a training checkpoint, with its optimizer. Keep it elsewhere."
+        return "is a training checkpoint, with its optimizer. Leave it out with --skip-others."
     if Path(name).suffix.lower() in PICKLED:
-        return "may hold pickled objects, which run code when they are loaded. Delete it, or keep it elsewhere."
-    return "does not belong to a published model. Delete it, or keep it elsewhere."
+        return "may hold pickled objects, which run code when loaded. Delete it, or leave it out with --skip-others."
+    return "does not belong to a published model. Delete it, or leave it out with --skip-others."
 
 
 def _remedy(name: str) -> str:
@@ -256,8 +265,8 @@ def _check_sizes(values: dict[str, Any]) -> None:
     if not 1 <= sides[0] * sides[1] <= MOST_PATCHES:
         raise ValueError(f"config.json: {sides[0]} x {sides[1]} patches, where 1 to {MOST_PATCHES:,} can be.")
     labels = values.get("id2label") or {}
-    if not isinstance(labels, dict) or len(labels) > MOST_LABELS:
-        raise ValueError(f"config.json: id2label must be an object of at most {MOST_LABELS:,} names.")
+    if not isinstance(labels, dict) or len(labels) > LARGEST["num_labels"]:
+        raise ValueError(f"config.json: id2label must be an object of at most {LARGEST['num_labels']:,} names.")
     reduction = values.get("reduction")
     if reduction is not None and not isinstance(reduction, dict):
         raise ValueError(f"config.json: reduction must be an object or null, got {short(reduction)}.")

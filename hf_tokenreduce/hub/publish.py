@@ -53,6 +53,8 @@ def publish(
     endpoint: str | None = None,
     load: bool = True,
     skip_others: bool = False,
+    trust_remote_code: bool = False,
+    report: CheckReport | None = None,
 ) -> PublishResult:
     """Check a folder by `check_folder` and upload what belongs to it; other files of the repository stay.
 
@@ -62,7 +64,8 @@ def publish(
     dry_run: a folder, empty or not there yet, which gets exactly the files that would be uploaded. Nothing is sent.
     revision: the branch to write to, made if it is not there. None: main.
     token, endpoint: of the Hub. None: what `hf auth login` saved, and HF_ENDPOINT.
-    load, skip_others: of `check_folder`.
+    load, skip_others, trust_remote_code: of `check_folder`.
+    report: what `check_folder` said just now, so that it is not asked again.
 
     An upload that was cut off goes on where it stopped when it is called again.
     """
@@ -74,7 +77,8 @@ def publish(
         raise ValueError(f"repo_id must be 'namespace/name', got {repo_id!r}: {one_line(error)}") from None
     folder = Path(folder)
     target = None if dry_run is None else _empty_folder(Path(dry_run))
-    report = check_folder(folder, load=load, skip_others=skip_others)
+    if report is None:
+        report = check_folder(folder, load=load, skip_others=skip_others, trust_remote_code=trust_remote_code)
     report.raise_for_errors()
     if target is not None:
         copy_files(folder, report.files, target)

@@ -37,7 +37,7 @@ def read_record(record: Record | str | Path) -> Record:
     if not isinstance(record, dict):
         raise ValueError(f"{name} must be an object, got {short(record)}.")
     method = record.get("method")
-    if "method" not in record or not (method is None or method in REDUCTIONS):
+    if "method" not in record or not (method is None or (isinstance(method, str) and method in REDUCTIONS)):
         raise ValueError(f"{name} has method {short(method)}; it must be null for dense, or one of {_known()}.")
     settings = record.get("settings") or {}
     if not isinstance(settings, dict):

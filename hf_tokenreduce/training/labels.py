@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -301,7 +302,13 @@ def _checked_classes(model: PreTrainedModel, dataset: Dataset, image_column: str
                 "image_column_name and label_column_name."
             )
     feature, label2id = dataset.features[label_column], model.config.label2id
+    named = not any(re.fullmatch(r"LABEL_\d+", name) for name in label2id)
     for index, name in enumerate(feature.names if isinstance(feature, ClassLabel) else ()):
+        if named and name not in label2id:
+            raise ValueError(
+                f"The class {name!r} is none of the model's: {list(label2id)[:5]}, ... Label with a model that was trained "
+                "for these classes, or give the labels as the model's numbers."
+            )
         if int(label2id.get(name, index)) != index:
             raise ValueError(
                 f"The class {name!r} is number {index} in the data set and {label2id[name]} in the model. Pass "

@@ -2,6 +2,7 @@
 `examples/run_image_classification.py` run."""
 
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -13,20 +14,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 from datasets import Image as ImageFeature
 from peft import LoraConfig, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
+from transformers.utils import logging
 
 from ..calibration import calibrate
 from ..convert import reduce_tokens, restore
-from ..loading import method_setting
+from ..loading import method_setting, parse_settings, spread
 from ..modeling.configuration_base import REDUCTIONS
 from ..modeling.multiply_adds import multiply_adds
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
 from .recipes import AUGMENTATION, recipe
 from .trainer import TokenReduceTrainer
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -62,10 +67,16 @@ def main(arguments: list[str] | None = None, command: Sequence[str] | None = Non
     arguments = sys.argv[1:] if arguments is None else arguments
     command = command or ("python", "examples/run_image_classification.py", *arguments)
     model_args, data_args, args = parse(arguments)
+    came_from = origin(model_args.model_name_or_path)
     set_seed(args.seed)
     train, validation, names = load_data(data_args, args.seed)
     processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     dense, order, knows_classes = load_model(model_args, names)
+    if not knows_classes and (args.freeze_backbone or (args.logits_weight and model_args.teacher_model is None)):
+        raise ValueError(
+            "The model gets a new head for these classes, which this recipe would freeze, or take as the teacher. "
+            "First train the model as it is, without --reduction; then reduce what that wrote."
+        )
     model = reduce(dense, model_args, train, processor, data_args)
     if model_args.lora:
         model = with_lora(model)
@@ -88,7 +99,8 @@ def main(arguments: list[str] | None = None, command: Sequence[str] | None = Non
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
         teacher_model=model_args.teacher_model,
     )
-    pixels = torch.stack([EvalTransform(processor)(image) for image in validation[:32][data_args.image_column_name]])
+    sample = validation.select(spread(len(validation), 256))[data_args.image_column_name]
+    pixels = torch.stack([EvalTransform(processor)(image) for image in sample])
     baseline = evaluate_dense(dense, trainer) if knows_classes else None
     begin = time.perf_counter()
     if args.num_train_epochs:
@@ -99,15 +111,16 @@ def main(arguments: list[str] | None = None, command: Sequence[str] | None = Non
         trainer.model = trainer.model.merge_and_unload()
     trainer.save_model()
     if args.process_index == 0:
-        record = describe(trainer.model, dense, pixels) | {
-            **origin(model_args.model_name_or_path),
+        record = describe(trainer.model, pixels) | {
+            **came_from,
             "dataset": name_of(data_args.dataset_name, data_args.train_dir),
             "eval_dataset": name_of(data_args.dataset_name, data_args.validation_dir or data_args.train_dir),
             "eval_images": len(validation),
             "seed": args.seed,
-            "command": shlex.join(command),
-            "epochs": args.num_train_epochs,
-            "seconds": round(seconds, 1),
+            "command": shown(command),
+            "epochs": round(trainer.state.epoch or 0, 2),
+            # What came before a resumption is not known.
+            "seconds": None if args.resume_from_checkpoint else round(seconds, 1),
             "top1": 100 * metrics["eval_accuracy"],
             "baseline_top1": baseline,
         }
@@ -119,11 +132,18 @@ def origin(path: str) -> dict[str, Any]:
     """The checkpoint that it all began with, and the commands that made `path` of it: a folder that a training wrote
     knows its own."""
     file = Path(path) / "record.json"
-    if not file.is_file():
-        return {"base_model": Path(path).name, "earlier_commands": []}
-    record = json.loads(file.read_text())
+    record = json.loads(file.read_text()) if file.is_file() else {}
     made_by = [record["command"]] if record.get("command") else []
-    return {"base_model": record["base_model"], "earlier_commands": record.get("earlier_commands", []) + made_by}
+    name = Path(path).name if Path(path).exists() else path  # else a Hub id
+    return {
+        "base_model": record.get("base_model") or name,
+        "earlier_commands": (record.get("earlier_commands") or []) + made_by,
+    }
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command that anyone may read."""
+    return re.sub(r"(--\w*(?:token|key|secret|password)[ =])\S+", r"\1***", shlex.join(command))
 
 
 def name_of(dataset_name: str | None, folder: str | None) -> str:
@@ -138,8 +158,15 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
     known, _ = parser.parse_known_args(arguments)
     if known.augmentation not in AUGMENTATION:
         raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATION)}, got {known.augmentation!r}.")
+    if known.on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error must be stop or skip, got {known.on_error!r}.")
     parser.set_defaults(**recipe(known.reduction or "tome", known.recipe), remove_unused_columns=False)
-    return parser.parse_args_into_dataclasses(arguments)
+    if known.lora:
+        parser.set_defaults(freeze_backbone=False)
+    model_args, data_args, args = parser.parse_args_into_dataclasses(arguments)
+    if model_args.lora and args.freeze_backbone:
+        raise ValueError("--lora adapts the backbone, --freeze_backbone keeps it as it is. Leave one of them out.")
+    return model_args, data_args, args
 
 
 def load_data(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset, list[str]]:
@@ -153,29 +180,46 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset, li
     if data_args.validation_dir:
         data["validation"] = load_dataset("imagefolder", data_dir=data_args.validation_dir, split="train")
     train, validation = data["train"], data["validation"]
-    names = train.features[data_args.label_column_name].names
+    names = class_names(train, data_args)
     if validation is None:
         split = train.train_test_split(data_args.train_val_split, seed=seed)
         train, validation = split["train"], split["test"]
-    elif validation.features[data_args.label_column_name].names != names:
+    elif class_names(validation, data_args) != names:
         raise ValueError(
-            f"The classes of training and validation differ: {names} and "
-            f"{validation.features[data_args.label_column_name].names}. Give both the same class folders."
+            f"The classes of training and validation differ: {names} and {class_names(validation, data_args)}. Give "
+            "both the same class folders."
         )
     parts = []
     for part, most in ((train, data_args.max_train_samples), (validation, data_args.max_eval_samples)):
         part = part.shuffle(seed=seed).select(range(min(most, len(part)))) if most else part
         if data_args.on_error == "skip":
             raw = part.cast_column(data_args.image_column_name, ImageFeature(decode=False))
-            part = part.select(readable_rows(raw, data_args.image_column_name))
+            readable = readable_rows(raw, data_args.image_column_name)
+            logger.warning(f"{len(part) - len(readable)} of {len(part)} images cannot be read and are left out.")
+            part = part.select(readable)
         parts.append(part)
     return parts[0], parts[1], names
+
+
+def class_names(dataset: Dataset, data_args: DataArguments) -> list[str]:
+    feature = dataset.features.get(data_args.label_column_name)
+    if not isinstance(feature, ClassLabel) or data_args.image_column_name not in dataset.features:
+        raise ValueError(
+            f"The data needs columns {data_args.image_column_name!r} and {data_args.label_column_name!r}, the second "
+            f"with classes (one folder per class, or a ClassLabel). It has {dict(dataset.features)}."
+        )
+    return feature.names
 
 
 def load_model(model_args: ModelArguments, names: list[str]) -> tuple[Any, list[int], bool]:
     """The model, for each class of the data its index in the model, and whether it knew them."""
     where = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
     model = AutoModelForImageClassification.from_pretrained(model_args.model_name_or_path, **where)
+    if not hasattr(model, "classifier"):
+        raise ValueError(
+            f"{model_args.model_name_or_path} is a {type(model).__name__}, which has two heads and no loss. Save it "
+            "with one, by DeiTForImageClassification.from_pretrained(...).save_pretrained(FOLDER), and train that."
+        )
     theirs = model.config.label2id
     if set(theirs) == set(names):
         return model, [int(theirs[name]) for name in names], True
@@ -196,7 +240,7 @@ def load_model(model_args: ModelArguments, names: list[str]) -> tuple[Any, list[
 def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: Any, data_args: DataArguments) -> Any:
     if model_args.reduction is None:
         return dense if hasattr(dense.config, "reduction") else reduce_tokens(dense, None)
-    settings = json.loads(model_args.reduction_args)
+    settings = parse_settings(model_args.reduction_args)
     share = 0.75 if model_args.reduction == "ltmp" and model_args.share is None else model_args.share
     setting = method_setting(dense.config, model_args.reduction, share, settings)
     if setting.method == "dlvit" and setting != getattr(dense.config, "reduction", None):
@@ -246,11 +290,12 @@ def evaluate_dense(dense: Any, trainer: TokenReduceTrainer) -> float:
 
 
 @torch.inference_mode()
-def describe(model: Any, dense: Any, pixels: torch.Tensor, repeats: int = 7) -> dict[str, Any]:
-    """What the model saves: by arithmetic, and by the clock, side by side with the dense one."""
+def describe(model: Any, pixels: torch.Tensor, repeats: int = 7, batch_size: int = 32) -> dict[str, Any]:
+    """What the model saves: by arithmetic on all images, and by the clock on some, in turns with the dense one."""
     model = model.cpu().eval()
     plain = restore(model).eval()
-    counts = torch.cat([model(part).token_counts for part in pixels.split(32)])
+    counts = torch.cat([model(part).token_counts for part in pixels.split(batch_size)])
+    batch = pixels[spread(len(pixels), batch_size)]
     num_tokens = model.base_model.embeddings.patch_embeddings.num_patches + model.config.num_prefix_tokens
     total = multiply_adds(model.config, torch.full((1, counts.shape[1]), num_tokens), num_tokens)
     cost = multiply_adds(model.config, counts, num_tokens, model.config.reduction).mean()
@@ -258,7 +303,7 @@ def describe(model: Any, dense: Any, pixels: torch.Tensor, repeats: int = 7) -> 
     for repeat in range(repeats + 1):
         for one, times in seconds.items():
             begin = time.perf_counter()
-            one(pixels)
+            one(batch)
             if repeat:  # the first is a warm-up
                 times.append(time.perf_counter() - begin)
     reduction = model.config.reduction
@@ -267,7 +312,7 @@ def describe(model: Any, dense: Any, pixels: torch.Tensor, repeats: int = 7) -> 
         "settings": None if reduction is None else reduction.to_dict(),
         "mult_adds_ratio": round((cost / total).item(), 4),
         "speedup": round(statistics.median(seconds[plain]) / statistics.median(seconds[model]), 3),
-        "speed_batch_size": len(pixels),
+        "speed_batch_size": len(batch),
         "machine": f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "tokens_per_layer": np.round(counts.double().mean(dim=0).numpy(), 1).tolist(),
     }

@@ -14,12 +14,13 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..convert import restore
 from ..modeling.configuration_base import KeepRateConfig
-from ..modeling.multiply_adds import multiply_adds
+from ..modeling.configuration_methods import parse_reduction
+from ..modeling.multiply_adds import multiply_adds, num_prefix_tokens
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
 from .losses import distillation_loss, token_loss
@@ -57,6 +58,10 @@ class TokenReduceTrainer(Trainer):
             raise ValueError(f"args must be TokenReduceTrainingArguments, got {type(args).__name__}.")
         reduced = _reduced_model(model)
         reduction = reduced.config.reduction
+        if not hasattr(reduced, "classifier"):
+            raise ValueError(f"A {type(reduced).__name__} is for inference: it has no loss. Train one with one head.")
+        if settings.get("compute_loss_func") is not None:
+            raise ValueError("TokenReduceTrainer has losses of its own, so compute_loss_func would not be called.")
         for name in ("train_dataset", "eval_dataset"):
             dataset = settings.get(name)
             if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
@@ -76,6 +81,7 @@ class TokenReduceTrainer(Trainer):
             for parameter in learned:
                 parameter.requires_grad_(True)
         self.teacher = _teacher(reduced, args, teacher_model)
+        self._goal = reduction
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
         super().__init__(model, args, *others, **settings)
@@ -90,7 +96,11 @@ class TokenReduceTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         reduced = _reduced_model(self.model)
         if not self.args.token_weight:
-            return super().train(*args, **kwargs)
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                if reduced.config.reduction != self._goal:  # it broke off while the keep rate warmed up
+                    reduced.set_reduction(self._goal)
         reverse = reverse_modules(reduced)
         setattr(reduced, REVERSE, reverse)
         hook = restore_hidden_states(reduced, reverse)
@@ -120,6 +130,28 @@ class TokenReduceTrainer(Trainer):
             optimizer.add_param_group({"params": parameters, "lr": rates[part], "weight_decay": decay})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._at_its_goal():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._at_its_goal():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _at_its_goal(self) -> Iterator[None]:
+        """What is evaluated and saved is the model that was asked for, also while its keep rate warms up."""
+        reduced, goal = _reduced_model(self.model), self._goal
+        warm = reduced.config.reduction
+        if warm == goal:
+            yield
+            return
+        reduced.set_reduction(goal)
+        try:
+            yield
+        finally:
+            reduced.set_reduction(warm)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         with self._unmixed():
@@ -212,7 +244,8 @@ class TokenReduceTrainer(Trainer):
         if reverse is not None:
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             state_dict = {name: value for name, value in state_dict.items() if REVERSE not in name.split(".")}
-        super()._save(output_dir, state_dict)
+        with self._at_its_goal():
+            super()._save(output_dir, state_dict)
         if reverse is not None and self.args.should_save:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
             save_file(
@@ -223,15 +256,16 @@ class TokenReduceTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         reduced = _reduced_model(self.model)
         if (folder / "config.json").is_file():
-            found = (json.loads((folder / "config.json").read_text()).get("reduction") or {}).get("method")
-            expected = None if reduced.config.reduction is None else reduced.config.reduction.method
-            if found != expected:
+            found = parse_reduction(json.loads((folder / "config.json").read_text()).get("reduction"))
+            if found != self._goal:
                 raise ValueError(
-                    f"{folder} is a checkpoint of the method {found!r}, this model is reduced by {expected!r}. Resume "
-                    "with the same method, or begin anew in another output_dir."
+                    f"{folder} is a checkpoint of {found}, this model is reduced by {self._goal}. Resume with the "
+                    "same setting, or begin anew in another output_dir."
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.token_weight:
+            if not (folder / REVERSE_FILE).is_file():
+                raise ValueError(f"{folder} was trained without token_weight, so it has no way back. Begin anew.")
             getattr(reduced, REVERSE).load_state_dict(load_file(folder / REVERSE_FILE))
 
 
@@ -266,10 +300,6 @@ class WarmUpKeepRate(TrainerCallback):
         if reduction != self.model.config.reduction:
             self.model.set_reduction(reduction)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.model.config.reduction != self.goal:
-            self.model.set_reduction(self.goal)
-
 
 def _reduced_model(model: Any) -> Any:
     """The reduced model inside whatever is wrapped around it."""
@@ -301,11 +331,25 @@ def _teacher(
         teacher = AutoModelForImageClassification.from_pretrained(given)
     else:
         teacher = given
-    ours, theirs = model.config, teacher.config
-    for name in ("num_labels", "hidden_size", "num_hidden_layers") if args.token_weight else ("num_labels",):
-        if getattr(ours, name) != getattr(theirs, name):
+    if args.token_weight and getattr(teacher.config, "reduction", None) is not None:
+        raise ValueError(f"A teacher of tokens must be dense, this one is reduced by {teacher.config.reduction}.")
+    ours, theirs = (_what_is_taught(config, bool(args.token_weight)) for config in (model.config, teacher.config))
+    if None in (ours["classes"], theirs["classes"]):  # nobody named them
+        ours["classes"] = theirs["classes"] = None
+    for name, value in ours.items():
+        if theirs[name] != value:
             raise ValueError(
-                f"The teacher's {name} is {getattr(theirs, name)}, the model's {getattr(ours, name)}. They must be "
-                "the same for what is distilled: take another teacher, or none, and the dense model teaches."
+                f"The teacher's {name} is {theirs[name]}, the model's {value}. They must be the same for what is "
+                "distilled: take another teacher, or none, and the dense model teaches."
             )
     return teacher.eval().requires_grad_(False)
+
+
+def _what_is_taught(config: PreTrainedConfig, tokens: bool) -> dict[str, Any]:
+    unnamed = PreTrainedConfig(num_labels=config.num_labels).label2id
+    facts = {name: getattr(config, name) for name in ("num_labels", "image_size")}
+    facts["classes"] = None if config.label2id == unnamed else config.label2id
+    if tokens:
+        facts |= {name: getattr(config, name) for name in ("patch_size", "hidden_size", "num_hidden_layers")}
+        facts["prefix tokens"] = num_prefix_tokens(config)
+    return facts
