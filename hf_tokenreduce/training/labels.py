@@ -306,8 +306,8 @@ def _checked_classes(model: PreTrainedModel, dataset: Dataset, image_column: str
     for index, name in enumerate(feature.names if isinstance(feature, ClassLabel) else ()):
         if named and name not in label2id:
             raise ValueError(
-                f"The class {name!r} is none of the model's: {list(label2id)[:5]}, ... Label with a model that was trained "
-                "for these classes, or give the labels as the model's numbers."
+                f"The class {name!r} is none of the model's: {list(label2id)[:5]}, ... Label with a model that was "
+                "trained for these classes, or give the labels as the model's numbers."
             )
         if int(label2id.get(name, index)) != index:
             raise ValueError(
