@@ -151,6 +151,26 @@ def test_training_from_a_dense_baseline_to_a_reduced_model(tmp_path, class_folde
         train(model, data, tmp_path / "wrong")
 
 
+def test_resumed_at_the_end_of_an_epoch_is_uninterrupted(tmp_path, class_folders):
+    model, data = class_folders
+    settings = [
+        "--ignore_mismatched_sizes",
+        "--reduction",
+        "tome",
+        "--num_train_epochs",
+        2,
+        "--augmentation",
+        "strong",
+    ]
+    whole = train(model, data, tmp_path / "whole", *settings, "--save_total_limit", 2)
+    first = tmp_path / "whole" / "checkpoint-4"
+    resumed = train(model, data, tmp_path / "resumed", *settings, "--resume_from_checkpoint", first)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert resumed["top1"] == whole["top1"] and resumed["epochs"] == 2
+    assert resumed["seconds"] is None and whole["seconds"] > 0
+
+
 @pytest.mark.parametrize("method", ["ltmp", "sit"])
 def test_training_with_lora_and_merging(tmp_path, class_folders, method):
     model, data = class_folders
