@@ -11,11 +11,11 @@ cores.
 import argparse
 
 import torch
-from datasets import load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 from transformers.utils import logging
 
 from hf_tokenreduce import SiTConfig, calibrate, reduce_tokens
+from hf_tokenreduce.loading import folder_split
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,8 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()
 
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision)
-    train = load_dataset("imagefolder", data_dir=args.train_dir, split="train")
-    validation = load_dataset("imagefolder", data_dir=args.validation_dir, split="train")
+    train, validation = folder_split(args.train_dir, "train"), folder_split(args.validation_dir, "validation", "train")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     order = order.repeat(-(-args.steps * args.batch_size // len(order)))
     names = train.features["label"].names

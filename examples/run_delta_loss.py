@@ -27,6 +27,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_tokenreduce import DLViTConfig, reduce_tokens
 from hf_tokenreduce.evaluation.accuracy import class_index
+from hf_tokenreduce.loading import folder_split
 from hf_tokenreduce.training.filter import fit_filter
 from hf_tokenreduce.training.labels import LABELLERS, MASKS, make_labels
 from hf_tokenreduce.training.run import origin
@@ -65,7 +66,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def load_images(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
     """With the model's numbers for the classes."""
     if args.train_dir is not None:
-        dataset = load_dataset("imagefolder", data_dir=args.train_dir, split=args.train_split)
+        dataset = folder_split(args.train_dir, args.train_split)
     else:
         dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=args.train_split)
     column = args.label_column_name

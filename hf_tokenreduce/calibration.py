@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -18,9 +17,8 @@ from .modeling.multiply_adds import even_share, multiply_adds, patch_grid
 from .modeling.slimming import SiTReducer
 from .modeling.tokens import TokenState
 from .modes import evaluating
+from .pictures import IMAGE_SUFFIXES, read_picture
 
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
 logger = logging.get_logger(__name__)
 
@@ -88,15 +86,8 @@ def load_images(images: Tensor | str | Path, image_processor: Any, max_images: i
         raise ValueError(f"No images in {folder}. Give a folder of images, with or without subfolders.")
     if image_processor is None:
         raise ValueError("A folder of images needs image_processor=, such as AutoImageProcessor.from_pretrained(...).")
-    pixels = []
-    for file in files[:: -(-len(files) // max_images)]:
-        try:
-            with Image.open(file) as image:
-                photo = image.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read as an image ({error}). Remove it or replace it.") from error
-        pixels.append(image_processor(photo, return_tensors="pt")["pixel_values"])
-    return torch.cat(pixels)
+    chosen = files[:: -(-len(files) // max_images)]
+    return torch.cat([image_processor(read_picture(file), return_tensors="pt")["pixel_values"] for file in chosen])
 
 
 @torch.no_grad()

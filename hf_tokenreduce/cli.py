@@ -59,6 +59,8 @@ def reduce(
     from .convert import reduce_tokens
     from .loading import load_model, method_setting, parse_settings
 
+    if output_dir.is_file():
+        raise ValueError(f"--output-dir {output_dir} is a file. Name a folder.")
     dense, processor = load_model(model, revision, trust_remote_code)
     setting = method_setting(dense.config, reduction, share, parse_settings(reduction_args))
     reduced = reduce_tokens(dense, setting)
@@ -143,7 +145,9 @@ def evaluate(
     reduced, processor = load_model(model, revision, trust_remote_code)
     other = None
     if dense is not None:
-        other = load_model(dense)[0]
+        other, others = load_model(dense, trust_remote_code=trust_remote_code)
+        if others.to_dict() != processor.to_dict():
+            raise ValueError(f"{dense} takes images that are prepared otherwise than those of {model}.")
     elif getattr(reduced.config, "reduction", None) is not None:
         other = restore(reduced).eval()
     images = load_images(data, split, limit)
@@ -163,6 +167,8 @@ def benchmark(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     compile_models: Annotated[bool, typer.Option("--compile", help="torch.compile what can be.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the report here, JSON.")] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Time and memory beside the dense model and the ideal, in one run, and where the time goes."""
@@ -171,11 +177,17 @@ def benchmark(
     from .evaluation import benchmark as measure
     from .loading import load_model, load_pictures
 
-    loaded = {name.rstrip("/").split("/")[-1]: load_model(name) for name in models}
-    processor = next(iter(loaded.values()))[1]
-    pixels = processor(load_pictures([images], 2 * max(batch_size))[0], return_tensors="pt")["pixel_values"]
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA device here.")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    last = [name.rstrip("/").split("/")[-1] for name in models]
+    named = last if len(set(last)) == len(last) else models
+    loaded = {name: load_model(model, revision, trust_remote_code) for name, model in zip(named, models, strict=True)}
+    processor = next(iter(loaded.values()))[1]
+    pixels = processor(load_pictures([images], 2 * max(batch_size))[0], return_tensors="pt")["pixel_values"]
     report = measure(
         {name: model for name, (model, _) in loaded.items()},
         pixels,
@@ -186,9 +198,9 @@ def benchmark(
         device=device,
         compile=compile_models,
     )
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
     if output is not None:
         report.save(output)
-    print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
 
 
 @app.command(epilog="tokenreduce compare facebook/deit-tiny-patch16-224 data/val --share 0.65 -o comparison")
@@ -197,7 +209,7 @@ def compare(
     data: Data,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Table, picture; resumes there.")],
     share: Annotated[list[float], typer.Option(help="Of multiply-adds; may be given again.")] = [0.8, 0.65, 0.5],  # noqa: B006
-    reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only these: JSON settings, again.")] = [],  # noqa: B006
+    reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this: a name, or JSON; again.")] = [],  # noqa: B006
     calibration_images: Annotated[int, typer.Option(min=1, help="For LTMP and SiT, without labels.")] = 100,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
     split: Split = None,
@@ -213,12 +225,18 @@ def compare(
     from .loading import load_images, load_model, parse_settings
 
     dense, processor = load_model(model, revision, trust_remote_code)
-    settings: list[Any] = [parse_settings(text) for text in reduction] or default_reductions(dense.config, share)
+    usual = default_reductions(dense.config, share)
+    settings: list[Any] = []
+    for text in reduction:
+        given = [one for one in usual if one.method == text]
+        settings += given or [{"method": None, **parse_settings(text)}]
+    if any(isinstance(one, dict) and one["method"] is None for one in settings):
+        raise ValueError('--reduction is a method\'s name, or JSON with it: \'{"method": "tome", "r": 8}\'.')
     found = measure(
         dense,
         load_images(data, split, limit),
         processor,
-        settings,
+        settings or usual,
         output_dir=output_dir,
         batch_size=batch_size,
         calibration_images=calibration_images,
@@ -247,6 +265,7 @@ def show(
 
     if output.suffix not in (".html", ".png"):
         raise ValueError(f"--output must end in .html or .png, got {output}.")
+    output.parent.mkdir(parents=True, exist_ok=True)
     reduced, processor = load_model(model, revision, trust_remote_code)
     if getattr(reduced.config, "reduction", None) is None:
         raise ValueError(f"{model} is not reduced, so there is nothing to show. Reduce it: tokenreduce reduce --help.")
@@ -353,7 +372,7 @@ def demo(
 
 def _described(model: Any, name: str) -> dict[str, Any]:
     from .evaluation import dense_multiply_adds, total_multiply_adds
-    from .modeling.multiply_adds import even_counts, num_patches, num_prefix_tokens
+    from .modeling.multiply_adds import even_counts, even_share, num_patches, num_prefix_tokens
 
     config = model.config
     reduction = getattr(config, "reduction", None)
@@ -380,7 +399,8 @@ def _described(model: Any, name: str) -> dict[str, Any]:
     except ValueError:  # adaptive: both depend on the image
         return described
     described["multiply_adds"] = round(total_multiply_adds(model).item())
-    described["share"] = round(described["multiply_adds"] / described["dense_multiply_adds"], 4)
+    # Of the encoder, as everywhere; patch embedding and head are in the numbers above.
+    described["share"] = 1.0 if reduction is None else round(even_share(reduction, config), 4)
     return described
 
 
@@ -422,6 +442,3 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print("tokenreduce: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("tokenreduce: stopped", file=sys.stderr)
-        raise SystemExit(130) from None

@@ -1,13 +1,16 @@
 """From what a user types, a folder, a Hub id, a method's name, to models, images and settings."""
 
+import glob
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -16,8 +19,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .calibration import IMAGE_SUFFIXES
+from .convert import PAIRS
 from .modeling.configuration_base import REDUCTIONS, ReductionConfig
+from .pictures import IMAGE_SUFFIXES, read_picture
+
+
+# What a folder of a split is called -> what we call it.
+SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
 def load_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
@@ -26,14 +34,25 @@ def load_model(name: str, revision: str | None = None, trust_remote_code: bool =
     where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code or None}
     with no_progress_bars():
         try:
-            model = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, **where)
+            model, found = AutoModelForImageClassification.from_pretrained(
+                name, use_safetensors=True, output_loading_info=True, **where
+            )
             processor = AutoImageProcessor.from_pretrained(name, **where)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{name!r} could not be loaded: {reason} It must be a folder with config.json, model.safetensors and "
                 "preprocessor_config.json, or the id of such a repository on the Hub."
             ) from error
+    if type(model) not in PAIRS and not hasattr(model.config, "reduction"):
+        kinds = ", ".join(stock.__name__ for stock in PAIRS if "Classification" in stock.__name__)
+        raise ValueError(f"{name!r} is a {type(model).__name__}. What can be reduced is: {kinds}.")
+    if found["missing_keys"]:
+        raise ValueError(
+            f"{name!r} has no trained {', '.join(sorted(found['missing_keys']))}: its classifier would be random. "
+            "Train it first: tokenreduce train."
+        )
+    model.to(PartialState().device)
     return model.eval(), processor
 
 
@@ -54,8 +73,7 @@ def load_images(name: str, split: str | None = None, limit: int | None = None) -
 
     split: by default the one there is, or what is called validation, test, or train, in this order.
     """
-    local = Path(name).is_dir()
-    found = load_dataset("imagefolder", data_dir=name) if local else load_dataset(name)
+    found = load_image_folder(name) if Path(name).is_dir() else load_dataset(name)
     assert isinstance(found, DatasetDict)
     if split is None:
         split = next((known for known in ("validation", "test", "train") if known in found), next(iter(found)))
@@ -65,6 +83,25 @@ def load_images(name: str, split: str | None = None, limit: int | None = None) -
     if not isinstance(dataset.features.get("label"), ClassLabel):
         raise ValueError(f"{name} has no classes: make one folder per class, or name a data set with a label column.")
     return dataset if limit is None else dataset.select(spread(len(dataset), limit))
+
+
+def load_image_folder(name: str | Path) -> DatasetDict:
+    """Class folders as "train", or by split, if that is what all subfolders are called. The name of a class or of a
+    file says nothing of its split, unlike in `load_dataset("imagefolder")` by itself: think of a test tube."""
+    folder = Path(name)
+    inner = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    parts = {SPLITS[part]: part for part in sorted(inner)} if inner and inner <= SPLITS.keys() else {"train": ""}
+    pattern = {split: f"{glob.escape(str((folder / part).resolve()))}/**" for split, part in parts.items()}
+    return load_dataset("imagefolder", data_files=pattern)
+
+
+def folder_split(name: str | Path, *wanted: str) -> Dataset:
+    """Of an image folder, the first of these splits that it has."""
+    found = load_image_folder(name)
+    for split in wanted:
+        if split in found:
+            return found[split]
+    raise ValueError(f"{name} has no {' or '.join(wanted)} folder, only {', '.join(found)}.")
 
 
 def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list[str]]:
@@ -80,14 +117,7 @@ def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list
             )
         files += found
     files = [files[place] for place in spread(len(files), limit)]
-    pictures = []
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                pictures.append(picture.convert("RGB"))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{file} cannot be read as an image ({error}). Leave it out.") from error
-    return pictures, [file.stem for file in files]
+    return [read_picture(file) for file in files], [file.stem for file in files]
 
 
 def spread(count: int, most: int) -> list[int]:

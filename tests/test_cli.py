@@ -1,6 +1,7 @@
 """The command line: every command on tiny data, its help, and its errors."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -102,6 +103,13 @@ def test_benchmark(call, place, reduced):
     found = answer(call, *arguments, "--device", "cpu", "-o", place / "speed.json", "--json")
     assert {row["name"] for row in found["rows"]} == {"dense", "tome"}
     assert json.loads((place / "speed.json").read_text()) == found
+    shutil.copytree(reduced, place / "other" / "dense")
+    shutil.copytree(reduced, place / "other" / "tome", dirs_exist_ok=True)
+    arguments += ["--device", "cpu", "--batch-size", 1]
+    both = answer(call, *arguments, place / "other" / "tome", "--json")
+    assert len({row["name"] for row in both["rows"]}) == 3
+    code, _, errors = call("benchmark", place / "other" / "dense", *arguments[2:])
+    assert code == 2 and "called 'dense' is reduced" in errors
 
 
 def test_compare(call, place):
@@ -109,6 +117,10 @@ def test_compare(call, place):
     found = answer(call, *arguments, "-r", '{"method": "tome", "r": 4}', "-r", '{"method": "ats"}', "--json")
     assert [row["method"] for row in found] == [None, "tome", "ats"]
     assert (place / "comparison" / "pareto.png").is_file()
+    named = answer(call, *arguments, "-r", "tome", "--share", 0.7, "--json")
+    assert [row["method"] for row in named] == [None, "tome"] and 0.6 < named[1]["mult_adds_ratio"] <= 0.7
+    code, _, errors = call(*arguments, "-r", '{"r": 4}')
+    assert code == 2 and "JSON with it" in errors
     code, printed, _ = call(*arguments, "--share", 0.6, "--limit", 12)
     assert code == 0 and "BAT" in printed and "LTMP" in printed
 

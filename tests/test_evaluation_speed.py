@@ -13,6 +13,7 @@ from hf_tokenreduce.evaluation import BenchmarkReport, benchmark, combine, speed
 from hf_tokenreduce.evaluation.breakdown import PARTS, breakdown
 from hf_tokenreduce.evaluation.memory import peak_memory
 from hf_tokenreduce.evaluation.oracle import SliceOracle
+from hf_tokenreduce.evaluation.speed import _ratio
 from hf_tokenreduce.modeling import merging, tokens
 
 
@@ -68,6 +69,15 @@ def test_intervals_are_of_ratios_within_a_repeat():
                        timer=lambda call: 1.0 + 0.2 * noise.pop())  # fmt: skip
     low, high = single.row("same").speedup_interval
     assert low < 1.0 < high and high - low < 0.2
+
+
+@pytest.mark.parametrize("repeats", [6, 11, 15, 51])
+def test_intervals_hold_the_median_as_often_as_they_say(repeats):
+    noise = torch.randn(2000, repeats, generator=torch.Generator().manual_seed(0)).exp()
+    intervals = [_ratio(row, [1.0] * repeats)[1] for row in noise.tolist()]
+    held = sum(low <= 1 <= high for low, high in intervals) / len(intervals)
+    assert 0.94 < held <= 1 and all(low > 0 for low, _ in intervals)
+    assert _ratio([3.0], [2.0]) == (1.5, (1.5, 1.5))
 
 
 def test_a_model_against_itself_by_the_real_clock():

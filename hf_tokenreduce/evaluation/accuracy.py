@@ -100,6 +100,8 @@ def evaluate_model(
         given = _given_predictions(dense, len(dataset))
     elif dense is not None:
         beside = dense
+        if dense.config.id2label != model.config.id2label:
+            raise ValueError("The classes of dense are others than the model's, or in another order: compare its own.")
     elif getattr(model.config, "reduction", None) is not None:
         beside = restore(model)
 
@@ -166,6 +168,9 @@ def paired_bootstrap(right: np.ndarray, was_right: np.ndarray, seed: int = 0) ->
     """
     count = len(right)
     lost, gained = int((was_right & ~right).sum()), int((right & ~was_right).sum())
+    if not lost and not gained:
+        unseen = 100 * (1 - 0.025 ** (1 / count))  # as many could flip, and none of them be among these
+        return -unseen, unseen
     shares = [lost / count, gained / count, (count - lost - gained) / count]
     drawn = np.random.default_rng(seed).multinomial(count, shares, size=NUM_RESAMPLES)
     low, high = np.quantile(100 * (drawn[:, 0] - drawn[:, 1]) / count, [0.025, 0.975])

@@ -41,7 +41,8 @@ from .resume import (
     refuse_other_settings,
     write_whole,
 )
-from .speed import benchmark
+from .speed import benchmark, device_name
+from .speed_report import conditions_line
 
 
 logger = logging.get_logger(__name__)
@@ -104,6 +105,10 @@ class Comparison:
                 _with_interval(row["speedup"], row["speedup_interval"], 2),
             ]
             lines.append("| " + " | ".join(cells) + " |")
+        if rate is not None:
+            how = next(row["speed_settings"] for row in self.rows if row.get("speed_settings"))
+            batch = next(row["speed_batch_size"] for row in self.rows if row.get("speed_batch_size"))
+            lines += ["", f"{conditions_line(how)}, batch {batch}"]
         skipped = [f"- {row['name']}: {row['skipped']}" for row in self.rows if row.get("skipped")]
         return "\n".join([*lines, *(["", "Left out:", "", *skipped] if skipped else [])])
 
@@ -158,7 +163,7 @@ def compare(
         "data": digest_of_data(dataset, image_column, list(dataset.with_format(None)[label_column])),
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
         "calibration": [calibration_images, calibration_dataset and digest_of_data(source, image_column, [])],
-        "speed": [speed_batch_size, repeats, torch.get_num_threads(), str(model.device)] if speed else None,
+        "speed": _conditions(dense, speed_batch_size, repeats) if speed else None,
     }
     if not (folder / "settings.json").is_file():
         write_whole(folder / "settings.json", json.dumps(settings, indent=1))
@@ -172,7 +177,7 @@ def compare(
     rows = []
     bar = logging.tqdm(wanted, desc="settings", disable=not progress)
     for reduction in bar:
-        same = reduction is not None and reduction == getattr(config, "reduction", None)
+        same = reduction is not None and reduction == parse_reduction(getattr(config, "reduction", None))
         reduced = reduce_tokens(model, reduction).eval()
         key = _key(reduction, digest_of_model(reduced) if same else "")
         name = describe(reduction)
@@ -299,6 +304,18 @@ def _pixels(dataset: Dataset, processor: Any, image_column: str, most: int) -> T
     """Of at most so many images, evenly spread."""
     photos = dataset.with_format(None).select(spread(len(dataset), most))[image_column]
     return torch.cat([processor(photo.convert("RGB"), return_tensors="pt")["pixel_values"] for photo in photos])
+
+
+def _conditions(model: PreTrainedModel, batch_size: int, repeats: int) -> dict[str, Any]:
+    """Times of other conditions do not go into one table."""
+    return {
+        "batch_size": batch_size,
+        "repeats": repeats,
+        "device": device_name(model.device),
+        "threads": torch.get_num_threads(),
+        "attention": model.config._attn_implementation,
+        "torch": torch.__version__,
+    }
 
 
 def _timed(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.dynamic_module_utils import init_hf_modules
 
 
 MIB = 2**20
@@ -64,6 +65,7 @@ def _resident(field: str) -> float:
 def main() -> None:
     model_file, images_file, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
+    init_hf_modules()  # where the code of a model's own repository is imported from
     # Both files were written by the process that started this one.
     model = torch.load(model_file, weights_only=False).eval()
     pixel_values = torch.load(images_file)

@@ -189,15 +189,15 @@ def _measure_more(
 
 
 def _ratio(above: list[float], below: list[float]) -> tuple[float, tuple[float, float]]:
-    """The median of the ratios, and an interval of about 95 % for it, by their quartiles as the notch of a box plot:
-    single disturbed repeats move it no more than the median."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    median = statistics.median(ratios)
-    if len(ratios) < 2:
-        return median, (median, median)
-    lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-    half = 1.57 * (upper - lower) / math.sqrt(len(ratios))
-    return median, (median - half, median + half)
+    """The median of the ratios, and an interval for it of at least 95 %, or of all ratios where they are less than 6:
+    from as low to as high a ratio as that many coin tosses bound the median by."""
+    ratios = sorted(a / b for a, b in zip(above, below, strict=True))
+    count, outside, chance = len(ratios), 0, 0.0
+    while chance + math.comb(count, outside) / 2**count <= 0.025:
+        chance += math.comb(count, outside) / 2**count
+        outside += 1
+    outside = max(outside - 1, 0)
+    return statistics.median(ratios), (ratios[outside], ratios[-1 - outside])
 
 
 def _token_counts(model: PreTrainedModel, images: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ def _settings(named, device, threads, dtypes, compile, repeats, warmup, pixel_va
             "Call set_attn_implementation on each, with one name."
         )
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+        "device": device_name(device),
         "threads": threads,
         "dtypes": list(dtypes),
         "attention": kernels.pop(),
@@ -293,7 +293,9 @@ def _settings(named, device, threads, dtypes, compile, repeats, warmup, pixel_va
     }
 
 
-def _processor_name() -> str:
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -310,6 +312,8 @@ def _check(models: Any, pixel_values: Tensor, batch_sizes: Sequence[int], repeat
                 f"{name!r} is a {type(model).__name__}, which cannot be timed beside its parts. Give one of "
                 f"{', '.join(sorted(known))}; of a wrapped model, the model inside."
             )
+    if "dense" in models and _method(models["dense"]) is not None and all(map(_method, models.values())):
+        raise ValueError("The model called 'dense' is reduced: call it by its method.")
     first = next(iter(models.values()))
     for name, model in models.items():
         differing = [key for key in SAME_SIZE if getattr(model.config, key) != getattr(first.config, key)]

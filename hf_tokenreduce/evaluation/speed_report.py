@@ -12,13 +12,18 @@ from .breakdown import PARTS
 COMPARABLE = ("device", "threads", "dtypes", "attention", "compile", "torch")
 
 
+def conditions_line(settings: Mapping[str, Any]) -> str:
+    s = settings
+    return f"{s['device']}, {s['threads']} threads, {s['attention']} attention, torch {s['torch']}"
+
+
 @dataclass
 class SpeedRow:
     """One model at one batch size and dtype.
 
     tokens: that leave the last layer: mean, least and most
     p50_ms, p95_ms: of the time a batch takes; images_per_second by the median
-    speedup: over dense, the median of the ratios in each repeat; `speedup_interval` is that median's, about 95 %
+    speedup: over dense, the median of the ratios in each repeat; `speedup_interval` is that median's, 95 %
     oracle_share: the oracle's time over the model's: how much of the ideal is reached; `over_padded`: the time of
         the oracle cut to the longest image of the batch over the model's, for methods that keep different numbers
     peak_memory_mib: above what the model and the images take
@@ -84,8 +89,7 @@ class BenchmarkReport:
     def to_markdown(self) -> str:
         s = self.settings
         lines = [
-            f"{s['device']}, {s['threads']} threads, {s['attention']} attention, torch {s['torch']}; medians of "
-            f"{s['repeats']} repeats in turn, in brackets the interval of the median",
+            f"{conditions_line(s)}; medians of {s['repeats']} repeats in turn, in brackets the interval of the median",
             "",
             "| model | batch | dtype | tokens leaving | ms | p95 | images/s | speed-up over dense | of the oracle "
             "| over padded | peak MiB | peak over dense |",

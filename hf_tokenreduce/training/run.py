@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..calibration import calibrate
 from ..convert import reduce_tokens, restore
-from ..loading import method_setting, parse_settings, spread
+from ..loading import folder_split, method_setting, parse_settings, spread
 from ..modeling.configuration_base import REDUCTIONS
 from ..modeling.multiply_adds import multiply_adds
 from .arguments import TokenReduceTrainingArguments
@@ -174,11 +174,11 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset, li
         data = dict(load_dataset(data_args.dataset_name))
         data["validation"] = data.get("validation", data.get("test"))
     elif data_args.train_dir:
-        data = {"train": load_dataset("imagefolder", data_dir=data_args.train_dir, split="train"), "validation": None}
+        data = {"train": folder_split(data_args.train_dir, "train"), "validation": None}
     else:
         raise ValueError("Nothing to train on: give --dataset_name or --train_dir.")
     if data_args.validation_dir:
-        data["validation"] = load_dataset("imagefolder", data_dir=data_args.validation_dir, split="train")
+        data["validation"] = folder_split(data_args.validation_dir, "validation", "train")
     train, validation = data["train"], data["validation"]
     names = class_names(train, data_args)
     if validation is None:

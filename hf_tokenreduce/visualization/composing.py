@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..pictures import read_picture
 from .drawing import draw_layer, resized_to_cells, seen_images
 from .maps import TokenMaps, checked_layers, token_maps
 
@@ -100,11 +101,7 @@ def load_images(images: Images, processor: Any, names: Sequence[str] | None) -> 
             picture = image.convert("RGB")
         else:
             found.append(Path(image).stem)
-            try:
-                with Image.open(image) as opened:
-                    picture = opened.convert("RGB")
-            except OSError as error:
-                raise ValueError(f"{image} cannot be read as an image ({error}). Remove it or replace it.") from error
+            picture = read_picture(image)
         pixels.append(processor(picture, return_tensors="pt")["pixel_values"])
     shapes = {tuple(values.shape[1:]) for values in pixels}
     if len(shapes) > 1:

@@ -1,0 +1,99 @@
+"""What a user types: folders of images whatever they are called, models that are whole, settings."""
+
+import numpy as np
+import pytest
+from helpers import SIZES, tiny_model
+from PIL import Image
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from hf_tokenreduce import ToMeConfig, reduce_tokens
+from hf_tokenreduce.loading import folder_split, load_image_folder, load_images, load_model, load_pictures, spread
+from hf_tokenreduce.pictures import read_picture
+
+
+PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
+
+
+def draw(path, size=(24, 16), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def test_no_class_or_file_is_taken_for_a_split(tmp_path):
+    """By its own rules `datasets` would keep 2 of these 12 images, or 4, silently."""
+    for name in ("cat", "test tube", "bullet train [old]", "val"):
+        for number in range(2):
+            draw(tmp_path / "photos" / name / f"{number}.png")
+        draw(tmp_path / "photos" / name / "holiday_test_1.png")
+    images = load_images(str(tmp_path / "photos"))
+    assert len(images) == 12 and images.features["label"].names == ["bullet train [old]", "cat", "test tube", "val"]
+    assert load_images(str(tmp_path / "photos"), limit=4)["label"] == [0, 1, 2, 3]
+    for number in range(2):
+        draw(tmp_path / "[root]" / "val" / "test tube" / f"{number}.png")
+        draw(tmp_path / "[root]" / "val" / "cat" / f"{number}.png")
+        draw(tmp_path / "[root]" / "train" / "cat" / f"{number}.png")
+        draw(tmp_path / "[root]" / "train" / "test tube" / f"{number}.png")
+    assert {name: len(part) for name, part in load_image_folder(tmp_path / "[root]").items()} == {
+        "train": 4,
+        "validation": 4,
+    }
+    assert len(load_images(str(tmp_path / "[root]"))) == 4
+    assert len(folder_split(tmp_path / "[root]" / "val", "validation", "train")) == 4
+    with pytest.raises(ValueError, match="has no test folder, only train, validation"):
+        folder_split(tmp_path / "[root]", "test")
+
+
+def test_spread():
+    assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 5) == [0, 1, 2]
+
+
+def test_pictures_are_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    draw(tmp_path / "phone.jpg", exif=exif)
+    assert read_picture(tmp_path / "phone.jpg").size == (16, 24)
+    assert load_pictures([str(tmp_path)], 5)[0][0].size == (16, 24)
+    (tmp_path / "broken.png").write_bytes((tmp_path / "phone.jpg").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
+        read_picture(tmp_path / "broken.png")
+
+
+def saved(folder, model):
+    model.save_pretrained(folder)
+    PROCESSOR.save_pretrained(folder)
+    return str(folder)
+
+
+def test_models_that_are_taken(tmp_path):
+    stock = saved(tmp_path / "stock", tiny_model())
+    reduced = saved(tmp_path / "reduced", reduce_tokens(tiny_model(), ToMeConfig(r=3)))
+    assert type(load_model(stock)[0]) is type(AutoModelForImageClassification.from_pretrained(stock))
+    assert load_model(reduced)[0].config.reduction == ToMeConfig(r=3)
+
+
+def test_models_that_are_refused(tmp_path):
+    headless = saved(tmp_path / "headless", ViTModel(ViTConfig(**SIZES)))
+    other = saved(
+        tmp_path / "other",
+        ResNetForImageClassification(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+        ),
+    )
+    cut = saved(tmp_path / "cut", tiny_model())
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    for name, words in (
+        (headless, r"no trained classifier\.bias, classifier\.weight: its classifier would be random"),
+        (other, "is a ResNetForImageClassification. What can be reduced is: ViTForImageClassification"),
+        (cut, "could not be loaded"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_model(name)
