@@ -193,7 +193,9 @@ def test_killed_and_resumed_by_two_processes(tmp_path):
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     here = Path(__file__).parent
-    environment = {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1", **address}
+    # Buffered, a line of one process is one write, and the other's does not get into it.
+    environment = {"PYTHONUNBUFFERED": "", "OMP_NUM_THREADS": "1", **address}
+    environment["PYTHONPATH"] = f"{here}{os.pathsep}{here.parent}"
     command = [sys.executable, "-c", WORKERS, str(tmp_path / "data"), str(folder)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **environment})
     said = [line.split() for line in run.stdout.splitlines()]
