@@ -17,7 +17,6 @@ Class folders are named by a label of the model, or begin with its index: `0001_
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from hf_tokenreduce.evaluation.accuracy import class_index
 from hf_tokenreduce.loading import folder_split
 from hf_tokenreduce.training.filter import fit_filter
 from hf_tokenreduce.training.labels import LABELLERS, MASKS, make_labels
-from hf_tokenreduce.training.run import origin
+from hf_tokenreduce.training.run import origin, shown
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -130,8 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
     processor.save_pretrained(args.output_dir / "model")
     # The training that follows reads there what it all began with.
     settings = reduced.config.reduction.to_dict()
-    command = shlex.join(("python", "examples/run_delta_loss.py", *(sys.argv[1:] if arguments is None else arguments)))
-    record = {"method": "dlvit", "settings": settings, **origin(args.model_name_or_path), "command": command}
+    command = ["python", "examples/run_delta_loss.py", *(sys.argv[1:] if arguments is None else arguments)]
+    record = {"method": "dlvit", "settings": settings, **origin(args.model_name_or_path), "command": shown(command)}
     (args.output_dir / "model" / "record.json").write_text(json.dumps(record))
     results = {"labels": labelling._asdict(), "filter": fit._asdict()}
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2))

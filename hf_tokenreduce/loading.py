@@ -2,6 +2,8 @@
 
 import glob
 import json
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,13 +88,22 @@ def load_images(name: str, split: str | None = None, limit: int | None = None) -
 
 
 def load_image_folder(name: str | Path) -> DatasetDict:
-    """Class folders as "train", or by split, if that is what all subfolders are called. The name of a class or of a
-    file says nothing of its split, unlike in `load_dataset("imagefolder")` by itself: think of a test tube."""
+    """Class folders as "train", or by split, if subfolders that hold folders only are called like one. The name of a
+    class or of a file says nothing of its split, unlike in `load_dataset("imagefolder")`: think of a test tube."""
     folder = Path(name)
-    inner = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    parts = {SPLITS[part]: part for part in sorted(inner)} if inner and inner <= SPLITS.keys() else {"train": ""}
-    pattern = {split: f"{glob.escape(str((folder / part).resolve()))}/**" for split, part in parts.items()}
-    return load_dataset("imagefolder", data_files=pattern)
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    parts = {"train": [folder]}
+    if any(path.name in SPLITS for path in inner) and all(_holds_folders_only(path) for path in inner):
+        parts = defaultdict(list)
+        for path in inner:
+            parts[SPLITS.get(path.name, re.sub(r"\W", "_", path.name))].append(path)
+    files = {split: [f"{glob.escape(str(path.resolve()))}/**" for path in paths] for split, paths in parts.items()}
+    return load_dataset("imagefolder", data_files=files)
+
+
+def _holds_folders_only(folder: Path) -> bool:
+    inside = [path for path in folder.iterdir() if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES]
+    return bool(inside) and all(path.is_dir() for path in inside)
 
 
 def folder_split(name: str | Path, *wanted: str) -> Dataset:

@@ -121,6 +121,8 @@ def test_compare(call, place):
     assert [row["method"] for row in named] == [None, "tome"] and 0.6 < named[1]["mult_adds_ratio"] <= 0.7
     code, _, errors = call(*arguments, "-r", '{"r": 4}')
     assert code == 2 and "JSON with it" in errors
+    code, _, errors = call(*arguments, "-r", "dlvit")
+    assert code == 2 and "dlvit has no untrained setting" in errors
     code, printed, _ = call(*arguments, "--share", 0.6, "--limit", 12)
     assert code == 0 and "BAT" in printed and "LTMP" in printed
 

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
+from hf_tokenreduce.training.run import DataArguments, name_of_validation
 from hf_tokenreduce.training.run import main as run_training
 
 
@@ -140,6 +141,8 @@ def test_training_from_a_dense_baseline_to_a_reduced_model(tmp_path, class_folde
     assert (tmp_path / "bat" / "preprocessor_config.json").is_file()
     assert (tmp_path / "bat" / "modeling_tokenreduce_vit.py").is_file()
     assert (record["dataset"], record["eval_dataset"]) == ("data/train", "data/val")
+    held_out = name_of_validation(DataArguments(train_dir="some/data/train"))
+    assert held_out == "data/train (a part held out)"
     # reduced already: it is trained on
     again = train(tmp_path / "bat", data, tmp_path / "again", "--num_train_epochs", 1, "--augmentation", "strong")
     assert again["settings"] == record["settings"]

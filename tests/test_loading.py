@@ -51,6 +51,20 @@ def test_no_class_or_file_is_taken_for_a_split(tmp_path):
         folder_split(tmp_path / "[root]", "test")
 
 
+def test_a_folder_beside_the_splits_is_one_too(tmp_path):
+    """Nor do training images get among those that a model is evaluated on."""
+    for part, count in (("train", 3), ("tune", 2), ("val", 1), ("valid", 1)):
+        for name in ("cat", "dog"):
+            for number in range(count):
+                draw(tmp_path / "data" / part / name / f"{part}{number}.png")
+    found = load_image_folder(tmp_path / "data")
+    assert {name: len(part) for name, part in found.items()} == {"train": 6, "tune": 4, "validation": 4}
+    assert len(load_images(str(tmp_path / "data"))) == 4 and len(load_images(str(tmp_path / "data"), "tune")) == 4
+    for path in ("animals/cat", "animals/dog", "things/car"):  # folders of classes, but of no split
+        draw(tmp_path / "nested" / path / "0.png")
+    assert len(load_images(str(tmp_path / "nested"))) == 3
+
+
 def test_spread():
     assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 5) == [0, 1, 2]
 

@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None, command: Sequence[str] | None = Non
         record = describe(trainer.model, pixels) | {
             **came_from,
             "dataset": name_of(data_args.dataset_name, data_args.train_dir),
-            "eval_dataset": name_of(data_args.dataset_name, data_args.validation_dir or data_args.train_dir),
+            "eval_dataset": name_of_validation(data_args),
             "eval_images": len(validation),
             "seed": args.seed,
             "command": shown(command),
@@ -148,6 +148,13 @@ def shown(command: Sequence[str]) -> str:
 
 def name_of(dataset_name: str | None, folder: str | None) -> str:
     return dataset_name or "/".join(Path(str(folder)).parts[-2:])
+
+
+def name_of_validation(data_args: DataArguments) -> str:
+    if data_args.validation_dir is not None:
+        return name_of(None, data_args.validation_dir)
+    held_out = "" if data_args.dataset_name else " (a part held out)"
+    return name_of(data_args.dataset_name, data_args.train_dir) + held_out
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenReduceTrainingArguments]:
