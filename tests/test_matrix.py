@@ -307,4 +307,5 @@ def test_other_image_and_patch_sizes(backbone, method):
         assert where_patches_went(output).shape[-1] == model.base_model.embeddings.patch_embeddings.num_patches
     model = reduced(backbone, method)
     output = model(tiny_images(2, size=48), interpolate_pos_encoding=True, output_patch_map=True)
-    assert where_patches_went(output).shape[-1] == 144
+    went = where_patches_went(output)
+    assert (went.shape[0], went.shape[-1]) == (2, 144)
