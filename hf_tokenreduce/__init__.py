@@ -1,6 +1,8 @@
 """Token reduction for the vision transformers of Hugging Face: `reduce_tokens(model, ToMeConfig(r=13))`."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from typing import Any
+
+import transformers
 
 from .calibration import calibrate
 from .convert import reduce_tokens, restore
@@ -15,12 +17,16 @@ from .modeling.configuration_methods import (
     TopKConfig,
 )
 from .modeling.configuration_tokenreduce import TokenReduceDeiTConfig, TokenReduceViTConfig
-from .modeling.modeling_tokenreduce_deit import (
+from .modeling.encoders import MODELS, PREFIX, auto_classes_of
+from .modeling.modeling_tokenreduce import (
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,
     TokenReduceDeiTModel,
+    TokenReduceViTForImageClassification,
+    TokenReduceViTModel,
+    reduced_model_class,
 )
-from .modeling.modeling_tokenreduce_vit import TokenReduceViTForImageClassification, TokenReduceViTModel
+from .modeling.tokens import unmerge
 from .thresholds import load_thresholds, save_thresholds
 
 
@@ -47,15 +53,32 @@ __all__ = [
     "reduce_tokens",
     "restore",
     "save_thresholds",
+    "unmerge",
 ]
 
-# Folders that carry our code load with it through `trust_remote_code`; with this package imported, without.
-AutoConfig.register("tokenreduce_vit", TokenReduceViTConfig)
-AutoModel.register(TokenReduceViTConfig, TokenReduceViTModel)
-AutoModelForImageClassification.register(TokenReduceViTConfig, TokenReduceViTForImageClassification)
-AutoConfig.register("tokenreduce_deit", TokenReduceDeiTConfig)
-AutoModel.register(TokenReduceDeiTConfig, TokenReduceDeiTModel)
-AutoModelForImageClassification.register(
-    TokenReduceDeiTConfig,
-    (TokenReduceDeiTForImageClassification, TokenReduceDeiTForImageClassificationWithTeacher),
-)
+
+def _register() -> None:
+    """Folders that carry our code load with it through `trust_remote_code`; with this package imported, without."""
+    found: dict[tuple[str, Any], list[Any]] = {}
+    for name in MODELS:
+        model_class = reduced_model_class(getattr(transformers, name))
+        for auto_class in auto_classes_of(name):
+            found.setdefault((auto_class, model_class.config_class), []).append(model_class)
+        transformers.AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
+    for (auto_class, config_class), classes in found.items():
+        getattr(transformers, auto_class).register(
+            config_class, classes[0] if len(classes) == 1 else tuple(classes), exist_ok=True
+        )
+
+
+_register()
+
+
+def __getattr__(name: str) -> Any:
+    """`TokenReduce...`, the reduced class of any model that can be reduced, and its configuration."""
+    from .modeling import configuration_tokenreduce, modeling_tokenreduce
+
+    for module in (modeling_tokenreduce, configuration_tokenreduce) if name.startswith(PREFIX) else ():
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .modeling.encoders import encoder_of, facts_of
 from .modeling.merging import decide_by_thresholds
-from .modeling.multiply_adds import even_share, multiply_adds, patch_grid
+from .modeling.multiply_adds import even_share, multiply_adds
 from .modeling.slimming import SiTReducer
 from .modeling.tokens import TokenState
 from .modes import evaluating
@@ -99,10 +100,10 @@ def _fit_thresholds(
     if not 0 <= merge_share <= 1:
         raise ValueError(f"merge_share must lie between 0 and 1, got {merge_share!r}.")
     settings = model.config.reduction
-    reducers = [layer.reducer for layer in model.base_model.layers]
+    encoder = encoder_of(model)
+    reducers, num_tokens = encoder.reducers, encoder.facts.num_tokens
     given = [(threshold, threshold.clone()) for reducer in reducers for threshold in reducer.parameters()]
     merge_share = merge_share if settings.merge and settings.prune else float(settings.merge)
-    num_tokens = model.base_model.embeddings.patch_embeddings.num_patches + model.config.num_prefix_tokens
     total = multiply_adds(model.config, torch.full((1, len(reducers)), num_tokens), num_tokens)
 
     def share_when_removing(tokens: float) -> float:
@@ -196,9 +197,8 @@ def _cut(values: Tensor, count: int) -> float:
 def _fit_slimming(model: PreTrainedModel, pixels: Tensor, steps: int) -> float:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    reducers = [layer.reducer for layer in model.base_model.layers]
-    slimming = [reducer for reducer in reducers if reducer.num_slim is not None]
-    height, width = patch_grid(model.config)
+    slimming = [reducer for reducer in encoder_of(model).reducers if reducer.num_slim is not None]
+    height, width = facts_of(model.config).grid
     order = torch.tensor(_neighbours_together(0, height, 0, width, width), device=model.device)
     with logging.tqdm(total=steps * len(slimming), desc="calibrating slimming", leave=False) as progress:
 

@@ -375,18 +375,20 @@ def demo(
 
 def _described(model: Any, name: str) -> dict[str, Any]:
     from .evaluation import dense_multiply_adds, total_multiply_adds
-    from .modeling.multiply_adds import even_counts, even_share, num_patches, num_prefix_tokens
+    from .modeling.encoders import encoder_of
+    from .modeling.multiply_adds import even_counts, even_share
 
-    config = model.config
-    reduction = getattr(config, "reduction", None)
+    encoder = encoder_of(model)
+    facts = encoder.facts
+    reduction = facts.reduction
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens = num_patches(config) + num_prefix_tokens(config)
+    tokens = facts.num_tokens
     described: dict[str, Any] = {
         "name": name,
         "class": type(model).__name__,
-        "backbone": f"{config.num_hidden_layers} layers of width {config.hidden_size}, {tokens} tokens",
-        "image_size": config.image_size,
-        "labels": config.num_labels,
+        "backbone": f"{facts.num_hidden_layers} layers of width {facts.hidden_size}, {tokens} tokens",
+        "image_size": getattr(encoder.config, "image_size", None),
+        "labels": model.config.num_labels,
         "parameters": parameters,
         "megabytes": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6, 1),
         "method": None if reduction is None else reduction.method,
@@ -397,13 +399,13 @@ def _described(model: Any, name: str) -> dict[str, Any]:
     }
     try:
         described["tokens_per_layer"] = (
-            [tokens] * config.num_hidden_layers if reduction is None else even_counts(reduction, config)
+            [tokens] * facts.num_hidden_layers if reduction is None else even_counts(reduction, facts)
         )
     except ValueError:  # adaptive: both depend on the image
         return described
     described["multiply_adds"] = round(total_multiply_adds(model).item())
     # Of the encoder, as everywhere; patch embedding and head are in the numbers above.
-    described["share"] = 1.0 if reduction is None else round(even_share(reduction, config), 4)
+    described["share"] = 1.0 if reduction is None else round(even_share(reduction, facts), 4)
     return described
 
 

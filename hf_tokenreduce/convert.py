@@ -1,83 +1,95 @@
 """`reduce_tokens` and `restore`: a loaded model with other classes around the same weights."""
 
+import copy
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    DeiTModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ViTForImageClassification,
-    ViTModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .modeling.configuration_base import ReductionConfig
 from .modeling.configuration_methods import parse_reduction
-from .modeling.modeling_tokenreduce_deit import (
-    TokenReduceDeiTForImageClassification,
-    TokenReduceDeiTForImageClassificationWithTeacher,
-    TokenReduceDeiTModel,
-)
-from .modeling.modeling_tokenreduce_vit import TokenReduceViTForImageClassification, TokenReduceViTModel
-
-
-# stock class -> reduced class
-PAIRS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
-    ViTModel: TokenReduceViTModel,
-    ViTForImageClassification: TokenReduceViTForImageClassification,
-    DeiTModel: TokenReduceDeiTModel,
-    DeiTForImageClassification: TokenReduceDeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher: TokenReduceDeiTForImageClassificationWithTeacher,
-}
+from .modeling.encoders import MODELS, PREFIX, encoder_of, what_can_be_reduced
+from .modeling.modeling_tokenreduce import reduced_model_class
 
 
 def reduce_tokens(model: PreTrainedModel, reduction: ReductionConfig | dict[str, Any] | None) -> PreTrainedModel:
-    """A model that computes what `model` does on fewer tokens.
+    """Make a model that computes what `model` does on fewer tokens.
 
-    Takes a ViT or DeiT of transformers, or one that is reduced already (then the method is swapped), and a method
-    configuration such as `ToMeConfig(r=13)` or its dictionary form. The result shares the weights of `model`, which
-    stays usable and as it was; dtype, device and train or eval mode are kept. Learned parts of a method are shared
-    if `reduction` is what the model runs already; else they start untrained.
+    The result shares the weights of `model`, which stays usable and as it was; dtype, device and train or eval mode
+    are kept. Learned parts of a method are shared if `reduction` is what the model runs already; else they start
+    untrained.
+
+    Args:
+        model (`PreTrainedModel`): A model of transformers whose vision encoder can be reduced, such as a
+            `ViTForImageClassification`, a `CLIPModel` or a `Dinov2Model`, or one that is reduced already: then the
+            method is swapped.
+        reduction: A method configuration such as `ToMeConfig(r=13)`, its dictionary form, or None.
+
+    Returns:
+        `PreTrainedModel`, a `TokenReduce...` class of the same kind.
+
+    Example:
+        >>> model = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224")
+        >>> model = reduce_tokens(model, ToMeConfig(r=13))
     """
-    for stock_class, reduced_class in PAIRS.items():
-        is_reduced = _is_ours(model, reduced_class)
-        if is_reduced or type(model) is stock_class:
-            if getattr(model, "_hf_peft_config_loaded", False):
-                raise ValueError("This model holds an adapter (add_adapter), which would be lost. Merge it first.")
-            reduced = _around_the_weights_of(model, reduced_class)
-            reduced.set_reduction(reduction)
-            if is_reduced and reduced.config.reduction == parse_reduction(model.config.reduction):
-                for ours, theirs in zip(reduced.base_model.layers, model.base_model.layers, strict=True):
-                    ours.reducer = theirs.reducer
-            return reduced
-    raise ValueError(
-        f"reduce_tokens cannot reduce a {type(model).__name__}. It takes one of "
-        f"{', '.join(stock_class.__name__ for stock_class in PAIRS)}, or a model that is reduced already; of a "
-        "wrapped model (PEFT, compiled, parallel), pass the model inside."
-    )
+    name = stock_name(model)
+    if name is None:
+        raise ValueError(
+            f"reduce_tokens cannot reduce a {type(model).__name__}. {what_can_be_reduced()} Of a wrapped model (PEFT, "
+            "compiled, parallel), pass the model inside."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("This model holds an adapter (add_adapter), which would be lost. Merge it first.")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"This {name} is quantised, so its layers are no longer those that are reduced. Reduce it first, save it, "
+            "then load the folder with quantization_config."
+        )
+    is_reduced = type(model).__name__ != name
+    reduced = _around_the_weights_of(model, reduced_model_class(getattr(transformers, name)))
+    reduced.set_reduction(reduction)
+    if is_reduced and reduced.config.reduction == parse_reduction(model.config.reduction):
+        for ours, theirs in zip(encoder_of(reduced).layers, encoder_of(model).layers, strict=True):
+            ours.reducer = theirs.reducer
+    return reduced
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """The stock transformers model with the weights of a reduced one. Learned parts of the method stay behind."""
-    for stock_class, reduced_class in PAIRS.items():
-        if _is_ours(model, reduced_class):
-            return _around_the_weights_of(model, stock_class)
-    raise ValueError(
-        f"restore takes a model made by reduce_tokens or a TokenReduce... class, got a {type(model).__name__}."
-    )
+    """Make the stock transformers model with the weights of a reduced one.
+
+    Args:
+        model (`PreTrainedModel`): A model made by `reduce_tokens`, or loaded as a `TokenReduce...` class.
+
+    Returns:
+        `PreTrainedModel` of transformers. Learned parts of the method stay behind.
+
+    Example:
+        >>> dense = restore(reduce_tokens(model, ToMeConfig(r=13)))
+    """
+    name = stock_name(model)
+    if name is None or type(model).__name__ == name:
+        raise ValueError(
+            f"restore takes a model made by reduce_tokens or a TokenReduce... class, got a {type(model).__name__}."
+        )
+    return _around_the_weights_of(model, getattr(transformers, name))
 
 
-def _is_ours(model: Any, reduced_class: type[PreTrainedModel]) -> bool:
-    # Exactly this class: a subclass may compute something else. One loaded from a repository is our class by another
+def stock_name(model: Any) -> str | None:
+    """The name of the stock class that this is, or reduces. None of any other model."""
+    # Exactly such a class: a subclass may compute something else. One loaded from a repository is our class by another
     # module, so there the name decides.
     theirs = type(model)
-    return theirs is reduced_class or (
-        theirs.__name__ == reduced_class.__name__ and theirs.__module__.startswith("transformers_modules.")
-    )
+    name = theirs.__name__.removeprefix(PREFIX)
+    if name not in MODELS:
+        return None
+    stock = getattr(transformers, name)
+    if theirs is stock:
+        return name
+    from_repository = theirs.__module__.startswith("transformers_modules.") and theirs.__name__ == PREFIX + name
+    return name if from_repository or theirs is reduced_model_class(stock) else None
 
 
 def _convert_config(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
@@ -85,33 +97,46 @@ def _convert_config(config: PreTrainedConfig, config_class: type[PreTrainedConfi
     for name in ("model_type", "transformers_version", "reduction", "auto_map"):
         values.pop(name, None)
     converted = config_class(**values)
-    converted._attn_implementation = config._attn_implementation
+    converted._attn_implementation = _attention_kernels(config)
     converted.name_or_path = config.name_or_path
     return converted
+
+
+def _attention_kernels(config: PreTrainedConfig) -> Any:
+    """Of the model and of its parts, which may differ."""
+    kernels = {part: getattr(config, part)._attn_implementation for part in config.sub_configs}
+    return {"": config._attn_implementation, **kernels} if kernels else config._attn_implementation
 
 
 def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> PreTrainedModel:
     config = _convert_config(model.config, model_class.config_class)
     config.architectures = [model_class.__name__]
     options: dict[str, Any] = {}
-    if model.base_model is model:
+    if hasattr(model, "pooler"):
         options["add_pooling_layer"] = model.pooler is not None
     with torch.device("meta"):
         shell = model_class(config, **options)
-    _adopt(shell, model)
+    encoder = encoder_of(model)
+    containers = {id(part) for layer in encoder.layers for part in (layer, encoder.attention(layer))}
+    _adopt(shell, model, containers)
+    if hasattr(model, "generation_config"):
+        shell.generation_config = copy.deepcopy(model.generation_config)
     return shell
 
 
-def _adopt(shell: nn.Module, model: nn.Module) -> None:
-    """Give `shell` the submodules of `model`, down to those that both kinds of model have in common."""
+def _adopt(shell: nn.Module, model: nn.Module, containers: set[int]) -> None:
+    """Give `shell` the parameters and submodules of `model`, down to the layers, of which both have their own."""
     shell.training = model.training
+    shell._parameters.update(model._parameters)
+    shell._buffers.update(model._buffers)
     if isinstance(shell, GradientCheckpointingLayer) and model.gradient_checkpointing:
         shell.gradient_checkpointing = True
         shell._gradient_checkpointing_func = model._gradient_checkpointing_func
     for name, child in shell.named_children():
         if name == "reducer":
             continue
-        if name == "attention" or isinstance(child, (PreTrainedModel, nn.ModuleList, GradientCheckpointingLayer)):
-            _adopt(child, getattr(model, name))
+        theirs = getattr(model, name)
+        if any(id(part) in containers for part in theirs.modules()):
+            _adopt(child, theirs, containers)
         else:
-            setattr(shell, name, getattr(model, name))
+            setattr(shell, name, theirs)

@@ -21,8 +21,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .convert import PAIRS
+from .convert import stock_name
 from .modeling.configuration_base import REDUCTIONS, ReductionConfig
+from .modeling.encoders import what_can_be_reduced
 from .pictures import IMAGE_SUFFIXES, read_picture
 
 
@@ -46,9 +47,8 @@ def load_model(name: str, revision: str | None = None, trust_remote_code: bool =
                 f"{name!r} could not be loaded: {reason} It must be a folder with config.json, model.safetensors and "
                 "preprocessor_config.json, or the id of such a repository on the Hub."
             ) from error
-    if type(model) not in PAIRS and not hasattr(model.config, "reduction"):
-        kinds = ", ".join(stock.__name__ for stock in PAIRS if "Classification" in stock.__name__)
-        raise ValueError(f"{name!r} is a {type(model).__name__}. What can be reduced is: {kinds}.")
+    if stock_name(model) is None:
+        raise ValueError(f"{name!r} is a {type(model).__name__}. {what_can_be_reduced()}")
     if found["missing_keys"]:
         raise ValueError(
             f"{name!r} has no trained {', '.join(sorted(found['missing_keys']))}: its classifier would be random. "

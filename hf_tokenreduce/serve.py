@@ -23,6 +23,7 @@ from .convert import reduce_tokens, restore
 from .loading import load_model
 from .modeling.configuration_base import KeepRateConfig, ReductionConfig
 from .modeling.configuration_methods import ATSConfig, BATConfig, EViTConfig, ToMeConfig, TopKConfig
+from .modeling.encoders import encoder_of, facts_of
 from .modeling.multiply_adds import multiply_adds
 from .visualization import seen_images, token_maps
 from .visualization.drawing import draw_layer, resized_to_cells
@@ -99,7 +100,7 @@ class Comparison:
         """The mildest setting of a method that keeps at most `budget` of the multiply-adds."""
         if method not in UNTRAINED:
             raise ValueError(f"There is no method {method!r} for this checkpoint. Pick one of {self.methods()}.")
-        config_class, layers = UNTRAINED[method], self.dense.config.num_hidden_layers
+        config_class, layers = UNTRAINED[method], facts_of(self.dense.config).num_hidden_layers
         if config_class is ATSConfig:
             return ATSConfig(layers=tuple(range(layers // 4, layers)))
         if issubclass(config_class, KeepRateConfig):
@@ -121,7 +122,7 @@ class Comparison:
         dense_side = self._side(self.dense(pixels).logits, counts, maps.num_tokens, None, times[0])
         settings = reduced.config.reduction
         reduced_side = self._side(maps.logits, maps.counts, maps.num_tokens, settings, times[1])
-        patch = tuple(reduced.base_model.embeddings.patch_embeddings.patch_size)
+        patch = encoder_of(reduced).patch_size
         seen = resized_to_cells(seen_images(pixels, self.processor)[0], maps.grid, size, patch)
         return Answer(
             name=method,

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
+
+from .modeling.encoders import encoder_of, stock_type
 
 
 KINDS = ("merge_threshold", "prune_threshold")
@@ -26,7 +29,7 @@ def save_thresholds(model: PreTrainedModel, path: str | Path) -> None:
     metadata = {
         "format": "pt",
         "reduction": json.dumps(model.config.reduction.to_dict()),
-        "backbone": json.dumps({"model_type": model.config.base_model_type, "fingerprint": _fingerprint(model)}),
+        "backbone": json.dumps({"model_type": stock_type(model.config), "fingerprint": _fingerprint(model)}),
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(thresholds, path, metadata=metadata)
@@ -55,7 +58,7 @@ def load_thresholds(model: PreTrainedModel, path: str | Path, *, check_backbone:
         if not ((values >= 0) & (values <= 1)).all():
             raise ValueError(f"{path} has a {kind} that is not between 0 and 1: {values.tolist()}.")
     if check_backbone:
-        ours = {"model_type": model.config.base_model_type, "fingerprint": _fingerprint(model)}
+        ours = {"model_type": stock_type(model.config), "fingerprint": _fingerprint(model)}
         theirs = json.loads(metadata.get("backbone", "{}"))
         if not _same_backbone(ours, theirs):
             raise ValueError(
@@ -74,16 +77,19 @@ def _reducers(model: PreTrainedModel) -> list[Any]:
             f"This {type(model).__name__} has no thresholds: it is not reduced by LTMP. Reduce it first: "
             "reduce_tokens(model, LTMPConfig())."
         )
-    return [layer.reducer for layer in model.base_model.layers]
+    return encoder_of(model).reducers
 
 
 def _fingerprint(model: PreTrainedModel) -> list[float]:
     """The weights that scores depend on most, each projected on a fixed direction in units of its length, and that
     length: close in any dtype."""
     numbers = []
-    weights = [model.base_model.embeddings.patch_embeddings.projection.weight]
-    for layer in model.base_model.layers:
-        weights += [layer.attention.q_proj.weight, layer.attention.k_proj.weight, layer.mlp.fc2.weight]
+    encoder = encoder_of(model)
+    weights = [encoder.patch_projection.weight]
+    for layer in encoder.layers:
+        attention = encoder.attention(layer)
+        *_, last_of_mlp = [part for part in layer.mlp.modules() if isinstance(part, nn.Linear)]
+        weights += [attention.q_proj.weight, attention.k_proj.weight, last_of_mlp.weight]
     for weight in weights:
         values = weight.detach().float().flatten().cpu()
         direction = torch.sin(torch.arange(values.numel(), dtype=torch.float64) * 12.9898).sign().float()

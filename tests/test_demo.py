@@ -49,7 +49,7 @@ def test_each_folder_is_whole(first):
             "README.md",
             "token_map.png",
         }
-        assert wanted <= names and "backbone.py" in names
+        assert wanted <= names and "layers.py" in names
         assert "tokenreduce:begin" in (folder / method / "README.md").read_text()
 
 

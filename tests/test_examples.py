@@ -139,7 +139,7 @@ def test_training_from_a_dense_baseline_to_a_reduced_model(tmp_path, class_folde
     assert record["baseline_top1"] == first["top1"] and record["settings"]["layers"] == [1, 2]
     assert 0.6 < record["mult_adds_ratio"] <= 0.7 and len(record["tokens_per_layer"]) == 4
     assert (tmp_path / "bat" / "preprocessor_config.json").is_file()
-    assert (tmp_path / "bat" / "modeling_tokenreduce_vit.py").is_file()
+    assert (tmp_path / "bat" / "modeling_tokenreduce.py").is_file()
     assert (record["dataset"], record["eval_dataset"]) == ("data/train", "data/val")
     held_out = name_of_validation(DataArguments(train_dir="some/data/train"))
     assert held_out == "data/train (a part held out)"

@@ -58,17 +58,17 @@ class Bomb:
 
 def test_code_that_computes_something_else_is_found(folder):
     """It loads, but the logits give it away; and the warning names the file."""
-    file = folder / "backbone.py"
-    file.write_text(file.read_text().replace("logits = self.classifier(", "logits = 1.001 * self.classifier("))
+    file = folder / "layers.py"
+    file.write_text(file.read_text().replace("return self.o_proj(", "return 1.01 * self.o_proj("))
     report = check_folder(folder, trust_remote_code=True)
     assert "computes something else" in report.errors[0]
-    assert report.warnings[0].startswith("backbone.py is not this version's")
+    assert report.warnings[0].startswith("layers.py is not this version's")
 
 
 def test_changed_code_is_not_run_unless_trusted(folder, tmp_path):
-    file = folder / "backbone.py"
+    file = folder / "layers.py"
     file.write_text(f"{file.read_text()}\nimport os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
-    refused(folder, "backbone.py is not this version's", "pass trust_remote_code=True")
+    refused(folder, "layers.py is not this version's", "pass trust_remote_code=True")
     assert not (tmp_path / "ran").exists()
     assert check_folder(folder, trust_remote_code=True).ok and (tmp_path / "ran").exists()
 
@@ -76,7 +76,7 @@ def test_changed_code_is_not_run_unless_trusted(folder, tmp_path):
 def test_code_that_does_not_load_is_found_and_gets_no_credentials(folder, monkeypatch):
     for name in ("HF_TOKEN", "MY_SECRET_KEY"):
         monkeypatch.setenv(name, "hf_secret")
-    file = folder / "backbone.py"
+    file = folder / "layers.py"
     found = """raise RuntimeError(f'{[name for name in os.environ if os.environ[name] == "hf_secret"]} hold it')"""
     file.write_text(f"{file.read_text()}\nimport os\n{found}\n")
     report = check_folder(folder, trust_remote_code=True)
@@ -212,14 +212,14 @@ def test_an_index_that_points_elsewhere(folder, target):
 @pytest.mark.parametrize(
     "reference",
     [
-        "other/repo--modeling_tokenreduce_vit.TokenReduceViTForImageClassification",
-        "../modeling_tokenreduce_vit.TokenReduceViTForImageClassification",
+        "other/repo--modeling_tokenreduce.TokenReduceViTForImageClassification",
+        "../modeling_tokenreduce.TokenReduceViTForImageClassification",
         "/tmp/evil.Class",
         "a.b.Class",
-        "modeling_tokenreduce_vit",
+        "modeling_tokenreduce",
         "evil.TokenReduceViTForImageClassification",
-        "modeling_tokenreduce_deit.TokenReduceViTForImageClassification",
-        ["modeling_tokenreduce_vit.TokenReduceViTForImageClassification", None],
+        "modeling_tokenreduce.TokenReduceDeiTForImageClassification",
+        ["modeling_tokenreduce.TokenReduceViTForImageClassification", None],
         None,
     ],
 )

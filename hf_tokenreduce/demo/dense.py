@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.utils import logging
 
+from ..modeling.encoders import encoder_of
 from .images import BOX, CLASSES, MANIFEST, SPLITS
 
 
@@ -167,9 +168,7 @@ def _logits(model: ViTForImageClassification, pixels: Tensor, window: Tensor | N
     tokens = model.vit.embeddings(pixels)
     index = F.pad(window + 1, (1, 0))  # and the class token
     tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-    for layer in model.vit.layers:
-        tokens = layer(tokens)
-    return model.classifier(model.vit.layernorm(tokens)[:, 0])
+    return encoder_of(model).run(tokens).logits
 
 
 def _window(boxes: Tensor, grid: int, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..convert import restore
-from ..modeling.multiply_adds import multiply_adds, num_patches, num_prefix_tokens
+from ..modeling.encoders import facts_of
+from ..modeling.multiply_adds import multiply_adds
 from ..modes import evaluating
 from .compute import summary, total_multiply_adds
 from .resume import Progress, Records, digest_of_data, digest_of_model, launched_processes
@@ -181,8 +182,9 @@ def _record(model: PreTrainedModel, dense: PreTrainedModel | None, rows: list[in
     pixel_values = pixel_values.to(model.device)
     output = model(pixel_values)
     ranked = output.logits.topk(min(5, output.logits.shape[-1]), dim=-1).indices
+    facts = facts_of(model.config)
     if output.get("token_counts") is None:
-        counts = torch.full((len(rows), model.config.num_hidden_layers), _num_tokens(model))
+        counts = torch.full((len(rows), facts.num_hidden_layers), facts.num_tokens)
     else:
         counts = output.token_counts
     record = {"rows": rows, "ranked": ranked.tolist(), "tokens": counts.tolist()}
@@ -203,7 +205,7 @@ def _report(
     ranked = np.array([found[row]["ranked"] for row in rows])
     counts = torch.tensor([found[row]["tokens"] for row in rows])
     reduction = getattr(model.config, "reduction", None)
-    num_tokens = _num_tokens(model)
+    num_tokens = facts_of(model.config).num_tokens
     cost = total_multiply_adds(model, counts, num_tokens=num_tokens)
     all_tokens = torch.full_like(counts[:1], num_tokens)
     encoder = multiply_adds(model.config, counts, num_tokens, reduction).mean()
@@ -274,10 +276,6 @@ def _given_predictions(report: AccuracyReport, num_rows: int) -> Tensor:
             "evaluate_model returned for the same images, as it returned it, or the model itself."
         )
     return report.per_image["predictions"]
-
-
-def _num_tokens(model: PreTrainedModel) -> int:
-    return num_patches(model.config) + num_prefix_tokens(model.config)
 
 
 def _check(dataset: Any, batch_size: int, image_column: str, label_column: str) -> None:

@@ -12,6 +12,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedModel
 
+from ..modeling.encoders import encoder_of
+
 
 # The first of these that an operation lies in: a projection that a score needs is scoring, not linear.
 PARTS = ("moving", "scoring", "linear", "attention")
@@ -70,10 +72,17 @@ def labelled(model: PreTrainedModel) -> Iterator[None]:
     """While it lasts, the parts of the model, stock or reduced, carry their name in a profile. Nothing it computes is
     changed, and afterwards everything is as it was."""
     with ExitStack() as stack:
-        for layer in model.base_model.layers:
-            attention = layer.attention
+        encoder = encoder_of(model)
+        for layer in encoder.layers:
+            attention, output = encoder.attention(layer), encoder.tower.layout.o_proj
             stack.enter_context(_as_attribute(attention, "forward", _named("attention", attention.forward)))
-            for module in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, layer.mlp):
+            for module in (
+                attention.q_proj,
+                attention.k_proj,
+                attention.v_proj,
+                getattr(attention, output),
+                layer.mlp,
+            ):
                 stack.enter_context(_as_attribute(module, "forward", _named("linear", module.forward)))
             for hook in HOOKS if hasattr(layer, "reducer") else ():
                 act = getattr(layer.reducer, hook)

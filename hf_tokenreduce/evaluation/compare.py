@@ -29,7 +29,7 @@ from ..modeling.configuration_methods import (
     TopKConfig,
     parse_reduction,
 )
-from ..modeling.multiply_adds import num_patches
+from ..modeling.encoders import facts_of
 from .accuracy import AccuracyReport, evaluate_model
 from .pareto import NAMES, dense_rate, pareto_plot
 from .resume import (
@@ -150,7 +150,7 @@ def compare(
     wanted: list[ReductionConfig | None] = [None]
     for reduction in map(parse_reduction, reductions):
         if reduction is not None:
-            reduction.check_fit(dense.config)
+            reduction.check_fit(facts_of(dense.config))
         if reduction not in wanted:
             wanted.append(reduction)
     speed_batch_size = batch_size if speed_batch_size is None else speed_batch_size
@@ -224,7 +224,8 @@ def default_reductions(config: PreTrainedConfig, shares: Sequence[float] = (0.8,
     """Settings of every method that runs untrained which keep these shares of the multiply-adds of a backbone; those
     that cannot keep so little are left out. ATS, which has no setting for a share, samples from all tokens, from half
     and from a quarter of them. Layers are those the methods have on 12 layers, moved in proportion."""
-    depth = config.num_hidden_layers
+    facts = facts_of(config)
+    depth = facts.num_hidden_layers
 
     def moved(*layers: int) -> tuple[int, ...]:
         return tuple(sorted({layer * depth // 12 for layer in layers}))
@@ -246,7 +247,7 @@ def default_reductions(config: PreTrainedConfig, shares: Sequence[float] = (0.8,
                 if "cannot be reached" not in str(error):
                     raise
                 logger.warning(f"{method.__name__} at {share} is left out: {error}")
-    half = math.ceil(num_patches(config) / 2)
+    half = math.ceil(facts.num_patches / 2)
     points = [None, half, half // 2]
     found += [ATSConfig(layers=tuple(range(depth // 4, depth)), num_tokens=count) for count in points]
     return [*found, *(LTMPConfig(target=share) for share in shares)]

@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.configuration_methods import parse_reduction
-from ..modeling.multiply_adds import even_counts, multiply_adds, num_patches, num_prefix_tokens
+from ..modeling.encoders import encoder_of, facts_of
+from ..modeling.multiply_adds import even_counts, multiply_adds
 from ..modes import evaluating
 
 
-HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+# Children of larger models that do not read the encoder, or not once per image.
+OTHER_PARTS = ("text_", "language_", "lm_head", "multi_modal", "neck", "head")
 
 
 def measured_multiply_adds(model: PreTrainedModel, pixel_values: Tensor, *, progress: bool = False) -> Tensor:
@@ -54,36 +56,48 @@ def total_multiply_adds(
         answers what it would cost, before anything is reduced.
     num_tokens: that enter the model, prefix tokens included. None: those of an image of the model's own size.
     """
-    config = model.config
-    reduction = parse_reduction(getattr(config, "reduction", None) if reduction is None else reduction)
+    facts = facts_of(model.config)
+    reduction = parse_reduction(facts.reduction if reduction is None else reduction)
     if num_tokens is None:
-        num_tokens = num_patches(config) + num_prefix_tokens(config)
+        num_tokens = facts.num_tokens
     if token_counts is None:
         if reduction is not None:
-            reduction.check_fit(config)
-            token_counts = torch.tensor([even_counts(reduction, config)])
+            reduction.check_fit(facts)
+            token_counts = torch.tensor([even_counts(reduction, facts)])
         else:
-            token_counts = torch.full((1, config.num_hidden_layers), num_tokens)
-    encoder = multiply_adds(config, token_counts.cpu(), num_tokens, reduction)
-    return encoder + outside_multiply_adds(model, num_tokens - num_prefix_tokens(config))
+            token_counts = torch.full((1, facts.num_hidden_layers), num_tokens)
+    encoder = multiply_adds(facts, token_counts.cpu(), num_tokens, reduction)
+    return encoder + outside_multiply_adds(model, num_tokens - facts.num_prefix_tokens)
 
 
 def dense_multiply_adds(model: PreTrainedModel, num_tokens: int | None = None) -> float:
     """Of the model without its reduction, whole."""
-    config = model.config
+    facts = facts_of(model.config)
     if num_tokens is None:
-        num_tokens = num_patches(config) + num_prefix_tokens(config)
-    encoder = multiply_adds(config, torch.full((1, config.num_hidden_layers), num_tokens), num_tokens)
-    return encoder.item() + outside_multiply_adds(model, num_tokens - num_prefix_tokens(config))
+        num_tokens = facts.num_tokens
+    encoder = multiply_adds(facts, torch.full((1, facts.num_hidden_layers), num_tokens), num_tokens)
+    return encoder.item() + outside_multiply_adds(model, num_tokens - facts.num_prefix_tokens)
 
 
 def outside_multiply_adds(model: PreTrainedModel, patches: int) -> int:
-    """Of the patch embedding and of what comes after the encoder."""
-    base = model.base_model
-    after = [head.weight for name in HEADS if isinstance(head := getattr(model, name, None), nn.Linear)]
-    if getattr(base, "pooler", None) is not None:
-        after.append(base.pooler.dense.weight)
-    return patches * base.embeddings.patch_embeddings.projection.weight.numel() + sum(w.numel() for w in after)
+    """Of the patch embedding, and of what reads the encoder's output: pooler, attention pooling, heads. Other parts of a
+    larger model, such as one for text, are not counted."""
+    encoder = encoder_of(model)
+    total = patches * encoder.patch_projection.weight.numel()
+    for name, part in model.named_children():
+        if not name.startswith(OTHER_PARTS):
+            total += _read_once(part, patches, skipped={id(encoder.module.embeddings), id(encoder.layers)})
+    return total
+
+
+def _read_once(part: nn.Module, patches: int, skipped: set[int]) -> int:
+    if id(part) in skipped:
+        return 0
+    if isinstance(part, nn.MultiheadAttention):  # one query asks all patches
+        return (2 * patches + 2) * part.embed_dim**2 + 2 * patches * part.embed_dim
+    if isinstance(part, nn.Linear):
+        return part.weight.numel()
+    return sum(_read_once(child, patches, skipped) for child in part.children())
 
 
 def describe_compute(model: PreTrainedModel, pixel_values: Tensor | None = None, *, progress: bool = False) -> dict:
@@ -96,9 +110,7 @@ def describe_compute(model: PreTrainedModel, pixel_values: Tensor | None = None,
         counts, tokens = total_multiply_adds(model), None
     else:
         counts = measured_multiply_adds(model, pixel_values, progress=progress)
-        patch = model.base_model.embeddings.patch_embeddings.projection.kernel_size
-        grid = [size // side for size, side in zip(pixel_values.shape[-2:], patch, strict=True)]
-        tokens = grid[0] * grid[1] + num_prefix_tokens(model.config)
+        tokens = encoder_of(model).embed(pixel_values[:1].to(model.device)).shape[1]
     dense = dense_multiply_adds(model, tokens)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -5,53 +5,52 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..modeling.attention import attend, split_heads
+from ..convert import reduce_tokens
+from ..modeling.attention import AttentionView
+from ..modeling.encoders import encoder_of, facts_of
+from ..modeling.hooks import Reducer
+from ..modeling.tokens import TokenMap, TokenState, apply_map
+from ..tasks import main_output
 
 
 class SliceOracle(nn.Module):
     """The dense model, except that where a method acts it cuts the sequence to the length the method leaves there.
 
-    dense: a stock model, base or classifier, whose weights it shares
-    lengths: the tokens that leave each layer, prefix included. May be set anew between calls.
+    dense: a model that reduces nothing, whose weights it shares
     hook: where the method acts
+    lengths: the tokens that leave each layer, prefix included. May be set anew between calls.
     """
 
     def __init__(self, dense: PreTrainedModel, hook: str, lengths: list[int] | None = None):
         super().__init__()
-        self.dense, self.hook = dense, hook
+        self.model = reduce_tokens(dense, None)
         self.lengths = lengths or []
+        prefix = facts_of(dense.config).num_prefix_tokens
+        for index, layer in enumerate(encoder_of(self.model).layers):
+            layer.reducer = _Cut(self, hook, index, prefix)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        base: Any = self.dense.base_model
-        hidden = base.embeddings(pixel_values.to(base.embeddings.patch_embeddings.projection.weight.dtype))
-        if self.hook == "before_encoder":
-            hidden = hidden[:, : self.lengths[0]]
-        for layer, length in zip(base.layers, self.lengths, strict=True):
-            normed = layer.layernorm_before(hidden)
-            if self.hook == "select_queries":
-                hidden = hidden[:, :length] + self._of_fewer_queries(layer.attention, normed, length)
-            else:
-                hidden = hidden + layer.attention(normed)[0]
-            if self.hook != "after_layer":
-                hidden = hidden[:, :length]
-            hidden = (hidden + layer.mlp(layer.layernorm_after(hidden)))[:, :length]
-        return self._head(base.layernorm(hidden), base)
+    def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        output = self.model(*inputs, **kwargs)
+        return main_output(output)
 
-    def _of_fewer_queries(self, attention: Any, normed: Tensor, length: int) -> Tensor:
-        query, key, value = (
-            split_heads(project(rows), attention.head_dim)
-            for project, rows in (
-                (attention.q_proj, normed[:, :length]),
-                (attention.k_proj, normed),
-                (attention.v_proj, normed),
-            )
-        )
-        return attention.o_proj(attend(attention, query, key, value, None)[0].flatten(2))
 
-    def _head(self, hidden: Tensor, base: Any) -> Tensor:
-        model: Any = self.dense
-        if hasattr(model, "cls_classifier"):
-            return (model.cls_classifier(hidden[:, 0]) + model.distillation_classifier(hidden[:, 1])) / 2
-        if hasattr(model, "classifier"):
-            return model.classifier(hidden[:, 0])
-        return hidden if base.pooler is None else base.pooler(hidden)
+class _Cut(Reducer):
+    def __init__(self, oracle: SliceOracle, hook: str, layer: int, prefix: int):
+        nn.Module.__init__(self)
+        self.oracle, self.hook, self.layer, self.prefix = (oracle,), hook, layer, prefix  # in a tuple: no submodule
+
+    def _first(self) -> TokenMap:
+        return TokenMap(None, self.oracle[0].lengths[self.layer] - self.prefix)
+
+    def before_encoder(self, state: TokenState) -> TokenState:
+        return apply_map(state, self._first()) if self.hook == "before_encoder" else state
+
+    def select_queries(self, view: AttentionView, state: TokenState) -> TokenMap | None:
+        return self._first() if self.hook == "select_queries" else None
+
+    def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
+        cuts = self.hook in ("before_encoder", "after_attention")  # before the encoder, the next layer's length
+        return apply_map(state, self._first()) if cuts else state
+
+    def after_layer(self, state: TokenState) -> TokenState:
+        return apply_map(state, self._first()) if self.hook == "after_layer" else state

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..convert import PAIRS, restore
+from ..convert import restore, stock_name
+from ..modeling.encoders import encoder_of, facts_of, what_can_be_reduced
 from ..modes import evaluating
 from .breakdown import breakdown
 from .memory import peak_memory
@@ -26,7 +27,6 @@ from .speed_report import BenchmarkReport, SpeedRow
 Timer = Callable[[Callable[[], Any]], float]
 
 MOST_BATCHES = 16  # different ones that the repeats go through
-SAME_SIZE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
 
 
 def benchmark(
@@ -204,8 +204,8 @@ def _token_counts(model: PreTrainedModel, images: Tensor) -> Tensor:
     output = model(images)
     if _method(model) is not None:
         return output.token_counts.cpu()
-    embedded = model.base_model.embeddings(images[:1])
-    return torch.full((len(images), model.config.num_hidden_layers), embedded.shape[1])
+    encoder = encoder_of(model)
+    return torch.full((len(images), encoder.facts.num_hidden_layers), encoder.embed(images[:1]).shape[1])
 
 
 def _keeps_varying(model: PreTrainedModel) -> bool:
@@ -214,7 +214,8 @@ def _keeps_varying(model: PreTrainedModel) -> bool:
     if reduction is None:
         return False
     try:
-        reduction.leaving(0, model.base_model.embeddings.patch_embeddings.num_patches, model.config)
+        facts = facts_of(model.config)
+        reduction.leaving(0, facts.num_patches, facts)
     except ValueError:
         return True
     return False
@@ -302,21 +303,32 @@ def device_name(device: torch.device) -> str:
     return found[0] if found else platform.processor() or platform.machine()
 
 
+def _sizes(model: PreTrainedModel) -> dict[str, Any]:
+    facts = facts_of(model.config)
+    return {
+        "hidden_size": facts.hidden_size,
+        "intermediate_size": facts.mlp_products / facts.hidden_size,
+        "num_hidden_layers": facts.num_hidden_layers,
+        "num_attention_heads": facts.num_attention_heads,
+        "patch_size": facts.grid,
+    }
+
+
 def _check(models: Any, pixel_values: Tensor, batch_sizes: Sequence[int], repeats: int, warmup: int) -> None:
     if not models:
         raise ValueError('There is nothing to time: give models by name, such as {"tome": reduce_tokens(...)}.')
-    known = {cls.__name__ for pair in PAIRS.items() for cls in pair}
     for name, model in models.items():
-        if type(model).__name__ not in known:
+        if stock_name(model) is None:
             raise ValueError(
-                f"{name!r} is a {type(model).__name__}, which cannot be timed beside its parts. Give one of "
-                f"{', '.join(sorted(known))}; of a wrapped model, the model inside."
+                f"{name!r} is a {type(model).__name__}, which cannot be timed beside its parts. "
+                f"{what_can_be_reduced()} Of a wrapped model, give the model inside."
             )
     if "dense" in models and _method(models["dense"]) is not None and all(map(_method, models.values())):
         raise ValueError("The model called 'dense' is reduced: call it by its method.")
     first = next(iter(models.values()))
     for name, model in models.items():
-        differing = [key for key in SAME_SIZE if getattr(model.config, key) != getattr(first.config, key)]
+        theirs, ours = _sizes(model), _sizes(first)
+        differing = [key for key, value in ours.items() if theirs[key] != value]
         if differing:
             raise ValueError(
                 f"{name!r} differs from the first model in {differing}: time models of one size together."

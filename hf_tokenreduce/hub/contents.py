@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from ..modeling.configuration_tokenreduce import TokenReduceDeiTConfig, TokenReduceViTConfig
-from ..modeling.modeling_tokenreduce_deit import (
-    TokenReduceDeiTForImageClassification,
-    TokenReduceDeiTForImageClassificationWithTeacher,
-)
-from ..modeling.modeling_tokenreduce_vit import TokenReduceViTForImageClassification
+from ..modeling.encoders import MODELS, PREFIX
+from ..modeling.modeling_tokenreduce import reduced_model_class
 
 
 MODELING = Path(__file__).parents[1] / "modeling"
@@ -29,15 +26,10 @@ PICTURE = re.compile(r"images/[\w-][\w.-]*\.png")
 PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
 NEVER_UPLOADED = {".git", ".cache", "__pycache__"}
 
-CONFIGS: dict[str, Any] = {config.model_type: config for config in (TokenReduceViTConfig, TokenReduceDeiTConfig)}
 CLASSES: dict[str, type[PreTrainedModel]] = {
-    model_class.__name__: model_class
-    for model_class in (
-        TokenReduceViTForImageClassification,
-        TokenReduceDeiTForImageClassification,
-        TokenReduceDeiTForImageClassificationWithTeacher,
-    )
+    PREFIX + name: reduced_model_class(getattr(transformers, name)) for name in MODELS
 }
+CONFIGS: dict[str, Any] = {model.config_class.model_type: model.config_class for model in CLASSES.values()}
 ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 # Beyond these a configuration is a mistake or an attack, and is refused before anything of its size exists.

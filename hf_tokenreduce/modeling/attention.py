@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from .tokens import pad
 
@@ -25,18 +24,42 @@ with suppress(ImportError):  # in torch 2.10 and later
 Lengths = tuple[int, ...] | None
 
 
+class PairBias(NamedTuple):
+    """What is added to the logits of each pair of a query and a key, by their places in the image.
+
+    table: (H, T0, T0), for all places, prefix included
+    queries, keys: (B, Q) and (B, T) long, the place of each token; padded to the longest image where tokens are packed
+    """
+
+    table: Tensor
+    queries: Tensor
+    keys: Tensor
+
+    def whole(self) -> Tensor:
+        """(B, H, Q, T)"""
+        index = self.queries[:, :, None] * self.table.shape[1] + self.keys[:, None, :]
+        return self.table.flatten(1)[:, index].transpose(0, 1)
+
+    def of_image(self, image: int, num_queries: int, num_keys: int) -> Tensor:
+        """(1, H, Q, T) without padding"""
+        queries, keys = self.queries[image, :num_queries], self.keys[image, :num_keys]
+        return self.table[:, queries][:, :, keys][None]
+
+
 class AttentionView(NamedTuple):
     """What a hook may ask an attention layer for. Nothing is computed until a method is called, and what comes back
     is even: padded with zeros to the longest image where tokens are packed.
 
     attention: the attention module
     hidden_states: (B, T, D) or packed, its normalised input
-    key, value: (B, H, T, d) or packed
+    key, value: (B, H, T, d) or packed; keys as queries meet them, with the rotation of their places if there is one
     key_bias: (B, T) or packed, float32 added to the logits of each key, or None
     num_prefix_tokens: P
     lengths: the tokens of each image if packed, else None
     received: (B, T) float32, the attention each token receives, mean over heads and live queries; after attention and
         for reducers with `needs_received` only
+    content: (B, H, T, d) or packed, keys without their rotation, for what compares tokens. None: the same as `key`
+    pair_bias: what is added for each pair of places, or None
     """
 
     attention: Any
@@ -47,31 +70,52 @@ class AttentionView(NamedTuple):
     num_prefix_tokens: int
     lengths: Lengths = None
     received: Tensor | None = None
+    content: Tensor | None = None
+    pair_bias: PairBias | None = None
 
     def class_attention(self) -> Tensor:
-        """How much the class token attends to each token: (B, H, T) float32. One row per head, never the whole map."""
+        """How much the class token attends to each token: (B, H, T) float32. One row per head, never the whole map.
+
+        In a model without prefix tokens the mean of the tokens, each counted as often as it stands for a patch, asks
+        in the place of a class token.
+        """
         head_dim = self.attention.head_dim
-        if self.lengths is None:
-            first, key, bias, padding = self.hidden_states[:, :1], self.key, self.key_bias, None
-        else:
-            starts = torch.tensor([0, *accumulate(self.lengths[:-1])], device=self.key.device)
-            first = self.hidden_states[0].index_select(0, starts)[:, None]
-            key = split_heads(pad(self.key.transpose(1, 2).flatten(2), self.lengths), head_dim)
-            bias = None if self.key_bias is None else pad(self.key_bias, self.lengths)
+        hidden_states, key, bias, padding = self.hidden_states, self.key, self.key_bias, None
+        if self.lengths is not None:
+            key = split_heads(pad(key.transpose(1, 2).flatten(2), self.lengths), head_dim)
+            bias = None if bias is None else pad(bias, self.lengths)
             real = torch.ones(1, sum(self.lengths), dtype=torch.bool, device=key.device)
             padding = ~pad(real, self.lengths)
-        query = split_heads(self.attention.q_proj(first), head_dim)
+        if self.num_prefix_tokens == 0:
+            asking = self._mean_token(bias, padding)
+        elif self.lengths is None:
+            asking = hidden_states[:, :1]
+        else:
+            starts = torch.tensor([0, *accumulate(self.lengths[:-1])], device=key.device)
+            asking = hidden_states[0].index_select(0, starts)[:, None]
+        query = split_heads(self.attention.q_proj(asking), head_dim)
         with full_precision(query):
             logits = query.float() @ key.float().transpose(2, 3) * self.attention.scaling  # (B, H, 1, T)
             if bias is not None:
                 logits = logits + bias[:, None, None, :]
+            if self.pair_bias is not None and self.num_prefix_tokens:
+                logits = logits + self.pair_bias._replace(queries=self.pair_bias.queries[:, :1]).whole().float()
             if padding is not None:
                 logits = logits.masked_fill(padding[:, None, None, :], -torch.inf)
             return logits.softmax(dim=-1).squeeze(2)
 
+    def _mean_token(self, bias: Tensor | None, padding: Tensor | None) -> Tensor:
+        """(B, 1, D)"""
+        rows = self.hidden_states if self.lengths is None else pad(self.hidden_states, self.lengths)
+        weights = torch.zeros(rows.shape[:2], device=rows.device) if bias is None else bias
+        if padding is not None:
+            weights = weights.masked_fill(padding, -torch.inf)
+        with full_precision(rows):
+            return (weights.softmax(dim=1)[:, None] @ rows.float()).to(rows.dtype)
+
     def patch_keys(self) -> Tensor:
         """The keys of the patch tokens, averaged over the heads: (B, N, d) float32."""
-        keys = self.key.mean(dim=1, dtype=torch.float32)
+        keys = (self.key if self.content is None else self.content).mean(dim=1, dtype=torch.float32)
         if self.lengths is not None:
             keys = pad(keys, self.lengths)
         return keys[:, self.num_prefix_tokens :]
@@ -102,6 +146,7 @@ def attend(
     key_bias: Tensor | None,
     query_lengths: Lengths = None,
     key_lengths: Lengths = None,
+    pair_bias: PairBias | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention by the implementation the configuration names: (B, Q, H, d), packed if the queries are, and, from
@@ -111,25 +156,30 @@ def attend(
     little: the time is in the linear layers, and those see all rows at once.
     """
     if query_lengths is None:
-        return _attend_evenly(attention, query, key, value, key_bias, **kwargs)
+        pairs = None if pair_bias is None else pair_bias.whole()
+        return _attend_evenly(attention, query, key, value, _logit_bias(key_bias, pairs), **kwargs)
     if key_lengths is None:
         batch, length = key.shape[0], key.shape[2]
         key, value = _pack_heads(key), _pack_heads(value)
         key_bias = None if key_bias is None else key_bias.reshape(1, -1)
         key_lengths = (length,) * batch
-    if _has_varlen_kernel(attention, query):
+    if pair_bias is None and _has_varlen_kernel(attention, query):
         return _attend_varlen(attention, query, key, value, key_bias, query_lengths, key_lengths), None
     biases: Any = [None] * len(key_lengths) if key_bias is None else key_bias.split(key_lengths, dim=1)
     attend_to_one = _attend_by_sdpa if attention.config._attn_implementation == "sdpa" else _attend_evenly
     outputs, maps = [], []
-    for one_query, one_key, one_value, one_bias in zip(
-        query.split(query_lengths, dim=2),
-        key.split(key_lengths, dim=2),
-        value.split(key_lengths, dim=2),
-        biases,
-        strict=True,
+    for image, (one_query, one_key, one_value, one_bias) in enumerate(
+        zip(
+            query.split(query_lengths, dim=2),
+            key.split(key_lengths, dim=2),
+            value.split(key_lengths, dim=2),
+            biases,
+            strict=True,
+        )
     ):
-        output, weights = attend_to_one(attention, one_query, one_key, one_value, one_bias, **kwargs)
+        pairs = None if pair_bias is None else pair_bias.of_image(image, one_query.shape[2], one_key.shape[2])
+        bias = _logit_bias(one_bias, pairs)
+        output, weights = attend_to_one(attention, one_query, one_key, one_value, bias, **kwargs)
         outputs.append(output)
         if weights is not None:
             maps.append(weights)
@@ -137,7 +187,13 @@ def attend(
 
 
 def attend_with_map(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, lengths: Lengths = None
+    attention: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    lengths: Lengths = None,
+    pair_bias: PairBias | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Attention for methods that need more of its map than a row: (output, map if eager, received attention (B, T)).
 
@@ -152,7 +208,10 @@ def attend_with_map(
     keep_maps = attention.config._attn_implementation == "eager"
     outputs, received, maps = [], [], []
     with full_precision(query):
-        for (one_query, one_key, one_value), bias in zip(images, biases, strict=True):
+        for image, ((one_query, one_key, one_value), bias) in enumerate(zip(images, biases, strict=True)):
+            if pair_bias is not None:
+                pairs = pair_bias.of_image(image, one_query.shape[1], one_key.shape[1])[0].float()
+                bias = pairs if bias is None else pairs + bias
             weights = _logits(one_query, one_key, bias, attention.scaling).softmax(dim=-1)  # (H, T, T)
             received.append(weights.detach().sum(dim=(0, 1)) / weights[..., 0].numel())
             if keep_maps:
@@ -167,14 +226,20 @@ def attend_with_map(
 
 
 def attend_masked(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, mask: Tensor
+    attention: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    mask: Tensor,
+    pair_bias: PairBias | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `attend_with_map`, where nothing is removed but masked.
 
     mask: (B, T), 1 for a live token and 0 for one that would be gone. Keys count by it, differentiably; queries that
     are gone attend, but their attention is not counted as received.
     """
-    bias = None if key_bias is None else key_bias[:, None, None, :]
+    bias = _logit_bias(key_bias, None if pair_bias is None else pair_bias.whole().float())
     with full_precision(query):
         logits = _logits(query, key, bias, attention.scaling)  # (B, H, T, T)
         highest = logits.detach().masked_fill((mask <= 0.5)[:, None, None, :], -torch.inf).amax(dim=-1, keepdim=True)
@@ -185,6 +250,13 @@ def attend_masked(
         dropped = F.dropout(weights, attention.attention_dropout, attention.training)
         output = (dropped.to(value.dtype) @ value).transpose(1, 2)
     return output, weights if attention.config._attn_implementation == "eager" else None, received
+
+
+def _logit_bias(key_bias: Tensor | None, pairs: Tensor | None) -> Tensor | None:
+    """What is added to the logits: (B, T) of keys as it is, or (B, H, Q, T) once pairs differ."""
+    if pairs is None:
+        return key_bias
+    return pairs if key_bias is None else pairs + key_bias[:, None, None, :]
 
 
 def fold_key_bias(
@@ -209,17 +281,18 @@ def fold_key_bias(
 
 
 def _attend_evenly(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, **kwargs
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
+    """bias: (B, T) per key or (B, H, Q, T) per pair, or None"""
     implementation = attention.config._attn_implementation
     mask = None
     head_dim = value.shape[-1]
-    if key_bias is not None:
-        if implementation in ("eager", "sdpa"):
-            mask = key_bias.to(query.dtype)[:, None, None, :]
+    if bias is not None:
+        if bias.ndim == 4 or implementation in ("eager", "sdpa"):
+            mask = _as_mask(bias, query.dtype)
         else:  # flash kernels take no mask; flex attention would recompile, and on CPU crash, with one
-            query, key, value = fold_key_bias(query, key, value, key_bias, attention.scaling)
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            query, key, value = fold_key_bias(query, key, value, bias, attention.scaling)
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, attention.eager_attention_forward)
     output, weights = interface(
         attention,
         query,
@@ -234,22 +307,29 @@ def _attend_evenly(
 
 
 def _attend_by_sdpa(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, **kwargs
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
     """What transformers' interface does for "sdpa", without its copy and checks: called once per image they add up."""
-    mask = None if key_bias is None else key_bias.to(query.dtype)[:, None, None, :]
+    mask = None if bias is None else _as_mask(bias, query.dtype)
     dropout = attention.attention_dropout if attention.training else 0.0
     output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=attention.scaling)
     return output.transpose(1, 2), None
 
 
-def _logits(query: Tensor, key: Tensor, key_bias: Tensor | None, scaling: float) -> Tensor:
-    """(..., H, Q, T) float32."""
-    if query.ndim == 3 and query.dtype == torch.float32 and key_bias is not None:
+def _as_mask(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    return bias.to(dtype) if bias.ndim == 4 else bias.to(dtype)[:, None, None, :]
+
+
+def _logits(query: Tensor, key: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """(..., H, Q, T) float32. bias: per key, (T,) or (B, T), or per pair, (..., H, Q, T)"""
+    if query.ndim == 3 and query.dtype == torch.float32 and bias is not None:
         # scaling and bias inside the product: two passes over the map less
-        return torch.baddbmm(key_bias.expand(len(query), 1, -1), query, key.transpose(1, 2), alpha=scaling)
+        bias = bias if bias.ndim == 3 else bias.expand(len(query), 1, -1)
+        return torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scaling)
     logits = (query * scaling @ key.transpose(-1, -2)).float()
-    return logits if key_bias is None else logits + key_bias
+    if bias is None:
+        return logits
+    return logits + (bias[:, None, None, :] if bias.ndim == 2 else bias)
 
 
 def _has_varlen_kernel(attention: Any, query: Tensor) -> bool:

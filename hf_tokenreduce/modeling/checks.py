@@ -5,9 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any
 
-from transformers import PreTrainedConfig
-
-from .multiply_adds import num_prefix_tokens
+from .encoders import EncoderFacts
 
 
 MOST_LAYERS = 1024  # that a list may name: no model has as many, and a message shall not print a million
@@ -72,9 +70,9 @@ def checked_caps(owner: str, caps: Any, count: int | None, per: str) -> Any:
     return tuple(int(value) for value in values)
 
 
-def check_caps_fit(owner: str, name: str, caps: Any, config: PreTrainedConfig) -> None:
+def check_caps_fit(owner: str, name: str, caps: Any, facts: EncoderFacts) -> None:
     for cap in caps if isinstance(caps, tuple) else (caps,):
-        prefix = num_prefix_tokens(config)
+        prefix = facts.num_prefix_tokens
         if cap is not None and cap < prefix:
             raise ValueError(
                 f"{owner}: {name}={cap} is less than the {prefix} prefix tokens, which always stay; set it to "

@@ -7,9 +7,9 @@ B images · N patch tokens · A attentive ones, I = N - A inattentive ones · K 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 
 from .attention import AttentionView, full_precision
+from .encoders import EncoderFacts
 from .hooks import Reducer
 from .multiply_adds import rounded_up_share
 from .tokens import TokenMap, TokenState, apply_map, merge
@@ -102,10 +102,10 @@ def keep_diverse(
 class BATReducer(Reducer):
     """Fuses and clusters tokens after attention. No parameters."""
 
-    def __init__(self, config: PreTrainedConfig, layer: int):
-        super().__init__(config, layer)
-        self.keep_rate = config.reduction.schedule().get(layer, 1.0)
-        self.prop_attn = config.reduction.prop_attn
+    def __init__(self, facts: EncoderFacts, layer: int):
+        super().__init__(facts, layer)
+        self.keep_rate = facts.reduction.schedule().get(layer, 1.0)
+        self.prop_attn = facts.reduction.prop_attn
 
     def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
         count, prefix = state.num_patch_tokens, state.num_prefix_tokens

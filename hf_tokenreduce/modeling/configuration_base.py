@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from .checks import check_layers_fit, check_rate, checked_layers, is_sequence
+from .encoders import EncoderFacts, facts_of
 from .multiply_adds import even_share, largest_within, rounded_up_share
 
 
@@ -23,7 +24,7 @@ class ReductionConfig:
     """Base of all method configurations. A subclass names its `method`, which also registers it, or None if it is a
     base itself.
 
-    `__post_init__` checks the values by themselves; `check_fit` checks them against a backbone. `hook` is where the
+    `__post_init__` checks the values by themselves; `check_fit` checks them against the facts of an encoder. `hook` is where the
     method acts: the method of `Reducer` it overrides.
     """
 
@@ -41,22 +42,22 @@ class ReductionConfig:
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
         return {"method": self.method, **values}
 
-    def check_fit(self, config: PreTrainedConfig) -> None:
-        """Raise a `ValueError` if this reduction cannot run on a backbone with this configuration."""
+    def check_fit(self, facts: EncoderFacts) -> None:
+        """Raise a `ValueError` if this reduction cannot run in an encoder with these facts."""
 
-    def leaving(self, layer: int, count: int, config: PreTrainedConfig) -> int:
+    def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
         """Of `count` patch tokens that enter a layer, how many leave it. Adaptive methods cannot say."""
         raise ValueError(
             f"How many tokens {type(self).__name__} keeps depends on the image: run the model on images and look at "
             "token_counts."
         )
 
-    def own_multiply_adds(self, layer: int, count: int, config: PreTrainedConfig) -> int:
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
         """What the method itself computes in a layer which `count` patch tokens of an image enter."""
         return 0
 
     @classmethod
-    def for_budget(cls, config: PreTrainedConfig, share: float, **settings: Any) -> "ReductionConfig":
+    def for_budget(cls, config: PreTrainedConfig | EncoderFacts, share: float, **settings: Any) -> "ReductionConfig":
         """The mildest setting that keeps at most `share` of the multiply-adds of a backbone's layers, what the method
         itself computes included. `settings` are the other fields, such as `layers`. For methods that keep the same
         number of tokens of every image.
@@ -106,19 +107,20 @@ class KeepRateConfig(ReductionConfig):
         rates = [self.keep_rate] * len(self.layers) if isinstance(self.keep_rate, float) else self.keep_rate
         return dict(zip(self.layers, rates, strict=True))
 
-    def check_fit(self, config: PreTrainedConfig) -> None:
-        check_layers_fit(type(self).__name__, self.layers, config.num_hidden_layers)
+    def check_fit(self, facts: EncoderFacts) -> None:
+        check_layers_fit(type(self).__name__, self.layers, facts.num_hidden_layers)
 
-    def leaving(self, layer: int, count: int, config: PreTrainedConfig) -> int:
+    def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
         return rounded_up_share(self.schedule().get(layer, 1.0), count)
 
     @classmethod
-    def for_budget(cls, config: PreTrainedConfig, share: float, **settings: Any) -> "KeepRateConfig":
+    def for_budget(cls, config: PreTrainedConfig | EncoderFacts, share: float, **settings: Any) -> "KeepRateConfig":
         """One keep rate for all layers, in steps of 0.0001."""
+        facts = facts_of(config)
 
         def keeping(steps: int) -> "KeepRateConfig":
             reduction = cls(keep_rate=(steps + 1) / 10000, **settings)
-            reduction.check_fit(config)
+            reduction.check_fit(facts)
             return reduction
 
-        return keeping(largest_within(share, 9999, lambda steps: even_share(keeping(steps), config)))
+        return keeping(largest_within(share, 9999, lambda steps: even_share(keeping(steps), facts)))

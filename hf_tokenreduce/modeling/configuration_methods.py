@@ -20,11 +20,11 @@ from .checks import (
     is_sequence,
 )
 from .configuration_base import REDUCTIONS, KeepRateConfig, ReductionConfig
+from .encoders import EncoderFacts, facts_of
 from .multiply_adds import (
     class_attention_cost,
     even_share,
     largest_within,
-    num_patches,
     rounded_half_up,
     rounded_up_share,
     similarity_cost,
@@ -77,30 +77,31 @@ class ToMeConfig(ReductionConfig):
         steps = max(num_layers - 1, 1)
         return [(first * steps + 2 * (r - first) * layer) // steps for layer in range(num_layers)]
 
-    def check_fit(self, config: PreTrainedConfig) -> None:
-        if not isinstance(self.r, int) and len(self.r) != config.num_hidden_layers:
+    def check_fit(self, facts: EncoderFacts) -> None:
+        if not isinstance(self.r, int) and len(self.r) != facts.num_hidden_layers:
             raise ValueError(
                 f"ToMeConfig: a list r needs one value per layer, got {len(self.r)} values for "
-                f"{config.num_hidden_layers} layers: {list(self.r)}."
+                f"{facts.num_hidden_layers} layers: {list(self.r)}."
             )
 
-    def leaving(self, layer: int, count: int, config: PreTrainedConfig) -> int:
-        return count - min(self.schedule(config.num_hidden_layers)[layer], count // 2)
+    def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        return count - min(self.schedule(facts.num_hidden_layers)[layer], count // 2)
 
-    def own_multiply_adds(self, layer: int, count: int, config: PreTrainedConfig) -> int:
-        return similarity_cost(count, config) if self.leaving(layer, count, config) < count else 0
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        return similarity_cost(count, facts) if self.leaving(layer, count, facts) < count else 0
 
     @classmethod
-    def for_budget(cls, config: PreTrainedConfig, share: float, **settings: Any) -> "ToMeConfig":
+    def for_budget(cls, config: PreTrainedConfig | EncoderFacts, share: float, **settings: Any) -> "ToMeConfig":
         """One r, or a list of r + 1 in the first layers and r in the others."""
-        layers = config.num_hidden_layers
+        facts = facts_of(config)
+        layers = facts.num_hidden_layers
 
         def merging(total: int) -> "ToMeConfig":
             r, more = divmod(total, layers)
             return cls(r=[r + 1] * more + [r] * (layers - more) if more else r, **settings)
 
-        most = layers * (num_patches(config) // 2)
-        return merging(most - largest_within(share, most, lambda spared: even_share(merging(most - spared), config)))
+        most = layers * (facts.num_patches // 2)
+        return merging(most - largest_within(share, most, lambda spared: even_share(merging(most - spared), facts)))
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ class TopKConfig(KeepRateConfig):
 
     method: ClassVar[str | None] = "topk"
 
-    def own_multiply_adds(self, layer: int, count: int, config: PreTrainedConfig) -> int:
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
         kept = rounded_up_share(self.schedule().get(layer, 1.0), count)
-        return class_attention_cost(count, config) if kept < count else 0
+        return class_attention_cost(count, facts) if kept < count else 0
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ class EViTConfig(TopKConfig):
         super().__post_init__()
         check_flag("EViTConfig", "fuse", self.fuse)
 
-    def leaving(self, layer: int, count: int, config: PreTrainedConfig) -> int:
-        kept = super().leaving(layer, count, config)
+    def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        kept = super().leaving(layer, count, facts)
         return kept + (self.fuse and kept < count)
 
 
@@ -175,13 +176,13 @@ class BATConfig(KeepRateConfig):
         fused = min(rounded_half_up(self.fuse_share * (leaving - clusters)), count - leaving)
         return leaving - clusters + fused, fused, clusters
 
-    def own_multiply_adds(self, layer: int, count: int, config: PreTrainedConfig) -> int:
-        leaving = self.leaving(layer, count, config)
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        leaving = self.leaving(layer, count, facts)
         if leaving == count:
             return 0
         attentive, fused, clusters = self.split(count, leaving)
-        distances = (count - attentive) ** 2 * config.hidden_size if clusters else 0
-        return class_attention_cost(count, config) + distances + (similarity_cost(attentive, config) if fused else 0)
+        distances = (count - attentive) ** 2 * facts.hidden_size if clusters else 0
+        return class_attention_cost(count, facts) + distances + (similarity_cost(attentive, facts) if fused else 0)
 
 
 @dataclass(frozen=True)
@@ -222,13 +223,13 @@ class ATSConfig(ReductionConfig):
         caps: Any = self.max_tokens
         return dict(zip(self.layers, caps, strict=True)).get(layer) if isinstance(caps, tuple) else caps
 
-    def check_fit(self, config: PreTrainedConfig) -> None:
-        check_layers_fit("ATSConfig", self.layers, config.num_hidden_layers)
-        check_caps_fit("ATSConfig", "max_tokens", self.max_tokens, config)
-        check_caps_fit("ATSConfig", "num_tokens", self.num_tokens, config)
+    def check_fit(self, facts: EncoderFacts) -> None:
+        check_layers_fit("ATSConfig", self.layers, facts.num_hidden_layers)
+        check_caps_fit("ATSConfig", "max_tokens", self.max_tokens, facts)
+        check_caps_fit("ATSConfig", "num_tokens", self.num_tokens, facts)
 
-    def own_multiply_adds(self, layer: int, count: int, config: PreTrainedConfig) -> int:
-        return class_attention_cost(count, config) if layer in self.layers and count else 0
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        return class_attention_cost(count, facts) if layer in self.layers and count else 0
 
 
 @dataclass(frozen=True)
@@ -278,16 +279,16 @@ class LTMPConfig(ReductionConfig):
         caps: Any = self.max_tokens
         return caps[layer] if isinstance(caps, tuple) else caps
 
-    def check_fit(self, config: PreTrainedConfig) -> None:
-        if isinstance(self.max_tokens, tuple) and len(self.max_tokens) != config.num_hidden_layers:
+    def check_fit(self, facts: EncoderFacts) -> None:
+        if isinstance(self.max_tokens, tuple) and len(self.max_tokens) != facts.num_hidden_layers:
             raise ValueError(
                 f"LTMPConfig: a list max_tokens needs one value per layer, got {len(self.max_tokens)} values for "
-                f"{config.num_hidden_layers} layers: {list(self.max_tokens)}."
+                f"{facts.num_hidden_layers} layers: {list(self.max_tokens)}."
             )
-        check_caps_fit("LTMPConfig", "max_tokens", self.max_tokens, config)
+        check_caps_fit("LTMPConfig", "max_tokens", self.max_tokens, facts)
 
-    def own_multiply_adds(self, layer: int, count: int, config: PreTrainedConfig) -> int:
-        return similarity_cost(count, config) if self.merge else 0
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        return similarity_cost(count, facts) if self.merge else 0
 
 
 @dataclass(frozen=True)
@@ -306,26 +307,33 @@ class SiTConfig(KeepRateConfig):
     keep_rate: float | Sequence[float] = 0.5
     layers: Sequence[int] = (5, 8, 9)
 
-    def check_fit(self, config: PreTrainedConfig) -> None:
-        super().check_fit(config)
+    def check_fit(self, facts: EncoderFacts) -> None:
+        super().check_fit(facts)
+        if facts_of(facts).has_places and self.layers:
+            raise ValueError(
+                "SiTConfig: SiT makes tokens that are mixtures of many patches and so have no place, but the attention "
+                "of this encoder (DINOv3, BEiT) asks for the place of every token. Use a method that keeps, merges or "
+                "samples tokens: ToMe, EViT, Top-K, BAT, ATS, LTMP or DL-ViT."
+            )
         if list(self.layers) != sorted(self.layers):
             raise ValueError(f"SiTConfig: layers must ascend: each slims what the last one left. Got {self.layers}.")
 
-    def slim_tokens(self, config: PreTrainedConfig) -> dict[int, int]:
+    def slim_tokens(self, facts: EncoderFacts) -> dict[int, int]:
         """The patch tokens that leave each of the layers that slim."""
-        share, present, tokens = 1.0, num_patches(config), {}
+        num_patches = facts_of(facts).num_patches
+        share, present, tokens = 1.0, num_patches, {}
         for layer, rate in self.schedule().items():
             share *= rate
-            slim = max(1, int(share * num_patches(config) + 1e-5))
+            slim = max(1, int(share * num_patches + 1e-5))
             if slim < present:
                 tokens[layer] = present = slim
         return tokens
 
-    def leaving(self, layer: int, count: int, config: PreTrainedConfig) -> int:
-        return self.slim_tokens(config).get(layer, count)
+    def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        return self.slim_tokens(facts).get(layer, count)
 
-    def own_multiply_adds(self, layer: int, count: int, config: PreTrainedConfig) -> int:
-        slim, width = self.slim_tokens(config).get(layer, 0), config.hidden_size
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        slim, width = self.slim_tokens(facts).get(layer, 0), facts.hidden_size
         return count * (width // 2 * (width + slim) + slim * width) if slim else 0
 
 
@@ -374,32 +382,33 @@ class DLViTConfig(ReductionConfig):
             max_tokens=checked_caps("DLViTConfig", self.max_tokens, None, "layer"),
         )
 
-    def check_fit(self, config: PreTrainedConfig) -> None:
-        check_caps_fit("DLViTConfig", "max_tokens", self.max_tokens, config)
+    def check_fit(self, facts: EncoderFacts) -> None:
+        check_caps_fit("DLViTConfig", "max_tokens", self.max_tokens, facts)
 
-    def leaving(self, layer: int, count: int, config: PreTrainedConfig) -> int:
+    def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
         if layer > 0 or not self.trained:
             return count
-        return super().leaving(layer, count, config) if self.keep_rate is None else self.keeps(count)
+        return super().leaving(layer, count, facts) if self.keep_rate is None else self.keeps(count)
 
     def keeps(self, count: int) -> int:
         """Patch tokens that stay by `keep_rate`."""
         rate: Any = self.keep_rate
         return rounded_up_share(rate, count)
 
-    def own_multiply_adds(self, layer: int, count: int, config: PreTrainedConfig) -> int:
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
         filters = layer == 0 and self.trained and (self.keep_rate is None or self.keeps(count) < count)
-        inner = self.hidden_size or config.hidden_size // 2
-        return count * inner * (2 * config.hidden_size + 1) if filters else 0
+        inner = self.hidden_size or facts.hidden_size // 2
+        return count * inner * (2 * facts.hidden_size + 1) if filters else 0
 
     @classmethod
-    def for_budget(cls, config: PreTrainedConfig, share: float, **settings: Any) -> "DLViTConfig":
+    def for_budget(cls, config: PreTrainedConfig | EncoderFacts, share: float, **settings: Any) -> "DLViTConfig":
         """A keep rate, in steps of 0.0001. It counts as trained."""
+        facts = facts_of(config)
 
         def keeping(steps: int, **changes: Any) -> "DLViTConfig":
             return cls(keep_rate=(steps + 1) / 10000, **{**settings, **changes})
 
-        return keeping(largest_within(share, 9999, lambda steps: even_share(keeping(steps, trained=True), config)))
+        return keeping(largest_within(share, 9999, lambda steps: even_share(keeping(steps, trained=True), facts)))
 
 
 def parse_reduction(value: Any) -> ReductionConfig | None:

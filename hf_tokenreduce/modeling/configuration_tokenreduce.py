@@ -1,43 +1,63 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""The ViT and DeiT configurations that carry the configuration of a method."""
+"""Configurations that carry the configuration of a method: `TokenReduce<Stock>Config`, made when asked for.
+
+`TokenReduceViTConfig` is a `ViTConfig` with a `reduction`, and so on for every stock configuration of a model that can
+be reduced. Inside a composite configuration the parts stay stock.
+"""
 
 from typing import Any, ClassVar
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import DeiTConfig, ViTConfig
+from transformers import PreTrainedConfig
 
 from .configuration_methods import parse_reduction
+from .encoders import PREFIX, TYPE_PREFIX, auto_classes_of, base_model_of, facts_of, fixed_fields
 
 
 _StockConfig: Any = object  # the mixin is only used in front of a stock configuration, whose methods it extends
 
+# What reduced models return besides what their stock models do; Trainer does not take it for predictions.
+EXTRA_OUTPUTS = (
+    "token_counts",
+    "patch_map",
+    "patch_weights",
+    "last_states",
+    "task_loss",
+    "auxiliary_loss",
+    "kept_shares",
+)
+
 
 class TokenReduceConfigMixin(_StockConfig):
-    """What the configuration of a reduced backbone adds to the stock one.
+    """What the configuration of a reduced model adds to the stock one.
 
     reduction: a method configuration, its dictionary form, or None (then the model computes what the stock one does).
         It is checked whenever it is set, and read back as a method configuration.
     """
 
     base_model_type: ClassVar[str]
-    num_prefix_tokens: ClassVar[int]
-    default_auto_map: ClassVar[dict[str, str]]
     reduction: Any
-    keys_to_ignore_at_inference = [
-        "token_counts",
-        "patch_map",
-        "patch_weights",
-        "task_loss",
-        "auxiliary_loss",
-        "kept_shares",
-    ]
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name, value in fixed_fields(self).items():
+            setattr(self, name, value)
+        if self.reduction is not None:
+            self.reduction.check_fit(facts_of(self))
 
     def __setattr__(self, key, value):
         if key == "reduction":
             value = parse_reduction(value)
-            if value is not None:
-                value.check_fit(self)
+            parts = [getattr(self, part, None) for part in self.sub_configs]
+            if value is not None and all(isinstance(part, PreTrainedConfig) for part in parts):  # else made later
+                value.check_fit(facts_of(self))
         super().__setattr__(key, value)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: class token, distillation token, registers."""
+        return facts_of(self).num_prefix_tokens
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
@@ -46,14 +66,27 @@ class TokenReduceConfigMixin(_StockConfig):
         return output
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        # The code is saved beside the weights, so no entry may go on pointing at the repository it was loaded from.
-        recorded = {name: reference.split("--")[-1] for name, reference in getattr(self, "auto_map", {}).items()}
-        self.auto_map = {**self.default_auto_map, **recorded}
+        # Made anew: the code is saved beside the weights, so no entry may go on pointing at where it came from.
+        self.auto_map = self._code_references()
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _code_references(self) -> dict[str, str]:
+        """Which class of which file each Auto class finds in a saved folder."""
+        found = {"AutoConfig": f"configuration_tokenreduce.{type(self).__name__}"}
+        architecture = (self.architectures or [""])[0].removeprefix(PREFIX)
+        base = base_model_of(self)
+        models = {"AutoModel": base} if base is not None else {}
+        models |= dict.fromkeys(auto_classes_of(architecture), architecture)
+        if architecture and not models:
+            models = {"AutoModel": architecture}
+        return found | {auto: f"modeling_tokenreduce.{PREFIX}{name}" for auto, name in models.items()}
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        part = cls.base_config_key
+        if part and part in config_dict:  # the folder is of a larger model, of which this is a part
+            config_dict = {"model_type": cls.base_model_type, **config_dict[part]}
         found = config_dict.get("model_type", cls.model_type)
         if found == cls.base_model_type:
             config_dict = {**config_dict, "model_type": cls.model_type}
@@ -67,37 +100,28 @@ class TokenReduceConfigMixin(_StockConfig):
         return config_dict, kwargs
 
 
-@strict
-class TokenReduceViTConfig(TokenReduceConfigMixin, ViTConfig):
-    """A `ViTConfig` with a `reduction`."""
-
-    model_type = "tokenreduce_vit"
-    base_model_type = "vit"
-    num_prefix_tokens = 1
-    default_auto_map = {
-        "AutoConfig": "configuration_tokenreduce.TokenReduceViTConfig",
-        "AutoModel": "modeling_tokenreduce_vit.TokenReduceViTModel",
-        "AutoModelForImageClassification": "modeling_tokenreduce_vit.TokenReduceViTForImageClassification",
-    }
-
-    reduction: Any = None
-
-
-@strict
-class TokenReduceDeiTConfig(TokenReduceConfigMixin, DeiTConfig):
-    """A `DeiTConfig` with a `reduction`. The class and the distillation token are prefix tokens."""
-
-    model_type = "tokenreduce_deit"
-    base_model_type = "deit"
-    num_prefix_tokens = 2
-    default_auto_map = {
-        "AutoConfig": "configuration_tokenreduce.TokenReduceDeiTConfig",
-        "AutoModel": "modeling_tokenreduce_deit.TokenReduceDeiTModel",
-        "AutoModelForImageClassification": "modeling_tokenreduce_deit.TokenReduceDeiTForImageClassification",
-    }
-
-    reduction: Any = None
+def reduced_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """`TokenReduce<Stock>Config` for a stock configuration class."""
+    name = PREFIX + stock.__name__
+    if name not in globals():
+        ignored = [*getattr(stock, "keys_to_ignore_at_inference", []), *EXTRA_OUTPUTS]
+        body = {
+            "__module__": __name__,
+            "__doc__": f"A `{stock.__name__}` with a `reduction`.",
+            "__annotations__": {"reduction": Any},
+            "reduction": None,
+            "model_type": TYPE_PREFIX + stock.model_type,
+            "base_model_type": stock.model_type,
+            "keys_to_ignore_at_inference": ignored,
+        }
+        made = strict(type(name, (TokenReduceConfigMixin, stock), body))
+        made.register_for_auto_class()
+        globals()[name] = made
+    return globals()[name]
 
 
-TokenReduceViTConfig.register_for_auto_class()
-TokenReduceDeiTConfig.register_for_auto_class()
+def __getattr__(name: str) -> Any:
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedConfig)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return reduced_config_class(stock)

@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from .encoders import EncoderFacts
 from .hooks import Reducer
 from .tokens import TokenMap, TokenState, apply_map, ranks
 
@@ -42,19 +42,19 @@ class DLViTReducer(Reducer):
     the model: what is dropped has no gradient.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer: int):
-        super().__init__(config, layer)
+    def __init__(self, facts: EncoderFacts, layer: int):
+        super().__init__(facts, layer)
         self.has_filter = layer == 0
         if self.has_filter:
             self.max_kept = None
-            if config.reduction.max_tokens is not None:
-                self.max_kept = config.reduction.max_tokens - config.num_prefix_tokens
-            width, inner = config.hidden_size, config.reduction.hidden_size or config.hidden_size // 2
+            if facts.reduction.max_tokens is not None:
+                self.max_kept = facts.reduction.max_tokens - facts.num_prefix_tokens
+            width, inner = facts.hidden_size, facts.reduction.hidden_size or facts.hidden_size // 2
             self.norm = nn.LayerNorm(2 * width, eps=1e-5)
             self.fc1 = nn.Linear(2 * width, inner)
             self.fc2 = nn.Linear(inner, 1)
             self.requires_grad_(False)
-            if not config.reduction.trained:
+            if not facts.reduction.trained:
                 logger.warning_once("DL-ViT's filter is not trained yet, so the model keeps every token.")
 
     def logits(self, patches: Tensor) -> Tensor:

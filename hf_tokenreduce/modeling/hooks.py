@@ -2,9 +2,9 @@
 """The places of a model where a method can act."""
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from .attention import AttentionView
+from .encoders import EncoderFacts
 from .tokens import TokenMap, TokenState
 
 
@@ -15,8 +15,8 @@ class Reducer(nn.Module):
         layer:    norm -> k, v -> select_queries -> attention -> + residual -> after_attention -> norm -> MLP
                   -> + residual -> after_layer
 
-    Every layer owns one reducer, built with the model's configuration and its own 0-based index; `before_encoder` is
-    asked of the first layer's. A hook decides, with a pure function, on a `TokenMap`, and returns the state with the
+    Every layer owns one reducer, built with the facts of the encoder, its reduction among them, and its own 0-based
+    index; `before_encoder` is asked of the first layer's. A hook decides, with a pure function, on a `TokenMap`, and returns the state with the
     map applied (`apply_map`). It must not change the state it is given, nor keep anything between calls: gradient
     checkpointing runs layers twice. Learned parts are ordinary parameters and submodules of the reducer.
     """
@@ -27,9 +27,9 @@ class Reducer(nn.Module):
     needs_received = False
     """Whether `after_attention` reads `view.received`, for which the whole attention map is computed."""
 
-    def __init__(self, config: PreTrainedConfig, layer: int):
+    def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__()
-        self.built_for = config.reduction
+        self.built_for = facts.reduction
 
     def init_weights(self) -> None:
         """Give parameters of the reducer itself their initial values, by `transformers.initialization`. Those of

@@ -9,12 +9,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .attention import AttentionView, full_precision
+from .encoders import EncoderFacts
 from .hooks import Reducer
-from .tokens import TokenMap, TokenState, apply_map, follow, merge, move, ranks, sum_by_target
+from .tokens import (
+    TokenMap,
+    TokenState,
+    apply_map,
+    follow,
+    merge,
+    move,
+    ranks,
+    remember_dropped,
+    representatives,
+    sum_by_target,
+)
 
 
 @torch.no_grad()
@@ -45,10 +56,10 @@ def match_most_similar(keys: Tensor, size: Tensor | None, r: int, num_prefix_tok
 class ToMeReducer(Reducer):
     """Merges similar tokens after attention."""
 
-    def __init__(self, config: PreTrainedConfig, layer: int):
-        super().__init__(config, layer)
-        self.r = config.reduction.schedule(config.num_hidden_layers)[layer]
-        self.prop_attn = config.reduction.prop_attn
+    def __init__(self, facts: EncoderFacts, layer: int):
+        super().__init__(facts, layer)
+        self.r = facts.reduction.schedule(facts.num_hidden_layers)[layer]
+        self.prop_attn = facts.reduction.prop_attn
 
     def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
         if min(self.r, state.num_patch_tokens // 2) == 0:
@@ -144,11 +155,11 @@ class LTMPReducer(Reducer):
     merge_threshold: nn.Parameter
     prune_threshold: nn.Parameter
 
-    def __init__(self, config: PreTrainedConfig, layer: int):
-        super().__init__(config, layer)
-        self.settings = config.reduction
+    def __init__(self, facts: EncoderFacts, layer: int):
+        super().__init__(facts, layer)
+        self.settings = facts.reduction
         self.max_tokens = self.settings.cap(layer)
-        self.hidden_size = config.hidden_size
+        self.hidden_size = facts.hidden_size
         self.prop_attn = self.settings.merge
         self.needs_received = self.settings.prune or self.max_tokens is not None
         if self.settings.merge:
@@ -219,22 +230,32 @@ class LTMPReducer(Reducer):
             mask = mask * self._step(importance, self.prune_threshold)
         if self.max_tokens is not None:
             mask = mask * (target >= 0)
-        patch_map = state.patch_map
+        before, patch_map = state, state.patch_map
         if self.settings.merge:
             mask = mask * (1 - self._step(similarity, self.merge_threshold))
             receiver = order.gather(1, decision.receiver).gather(1, back)
             merged = receiver != _positions(receiver)
             size = torch.ones_like(similarity) if state.size is None else state.size
             means = move(state.hidden_states, merge(receiver, receiver.shape[1], size), state.num_prefix_tokens)
+            origin = state.origin
+            if origin is not None:
+                inherited = representatives(origin, state.size, receiver, receiver.shape[1], order=back)
+                origin = torch.where(merged, origin, inherited)
             stays_as_it_is = F.pad(merged, (state.num_prefix_tokens, 0))[..., None]  # its row is masked from here on
             state = state._replace(
                 hidden_states=torch.where(stays_as_it_is, state.hidden_states, means),
                 size=torch.where(merged, size, sum_by_target(size, receiver, receiver.shape[1])),
+                origin=origin,
             )
             patch_map = None if patch_map is None else follow(patch_map, receiver, fill=-1)
         if patch_map is not None:
             patch_map = follow(patch_map, torch.where(target < 0, -1, _positions(target)), fill=-1)
-        return state._replace(mask=mask, rank=torch.where(mask > 0.5, target, -1), patch_map=patch_map)
+        return state._replace(
+            mask=mask,
+            rank=torch.where(mask > 0.5, target, -1),
+            patch_map=patch_map,
+            last_states=remember_dropped(before, patch_map),
+        )
 
     def _step(self, scores: Tensor, threshold: Tensor) -> Tensor:
         """1 where a score is above the threshold, else 0; with the slope of a sigmoid in the threshold."""

@@ -13,23 +13,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from .encoders import EncoderFacts, facts_of
 
-def multiply_adds(config: PreTrainedConfig, token_counts: Tensor, num_tokens: int, reduction: Any = None) -> Tensor:
+
+def multiply_adds(
+    config: PreTrainedConfig | EncoderFacts, token_counts: Tensor, num_tokens: int, reduction: Any = None
+) -> Tensor:
     """Multiply-adds of the encoder for each image: (B,) float64.
 
     token_counts: long (B, L), the tokens that leave each layer, as a reduced model returns them
     num_tokens: tokens that enter the model, prefix tokens included
     reduction: the method configuration that left these counts. None: a dense model.
     """
-    width, inner = config.hidden_size, config.intermediate_size
+    facts = facts_of(config)
+    width = facts.hidden_size
     leaving = token_counts.double()
     entering = leaving.roll(1, dims=1)
     entering[:, 0] = num_tokens
     own = torch.zeros(len(leaving), dtype=torch.float64, device=leaving.device)
     if reduction is not None:
-        for layer, counts in enumerate((entering - num_prefix_tokens(config)).unbind(dim=1)):
+        for layer, counts in enumerate((entering - facts.num_prefix_tokens).unbind(dim=1)):
             different, which = counts.unique(return_inverse=True)
-            costs = [reduction.own_multiply_adds(layer, int(count), config) for count in different.tolist()]
+            costs = [reduction.own_multiply_adds(layer, int(count), facts) for count in different.tolist()]
             own += torch.tensor(costs, dtype=torch.float64, device=own.device)[which]
     hook = "after_attention" if reduction is None else reduction.hook
     if hook == "before_encoder":
@@ -37,24 +42,25 @@ def multiply_adds(config: PreTrainedConfig, token_counts: Tensor, num_tokens: in
     queries = leaving if hook == "select_queries" else entering
     through_mlp = entering if hook == "after_layer" else leaving
     attention = 2 * (entering + queries) * width**2 + 2 * queries * entering * width
-    return own + (attention + 2 * through_mlp * width * inner).sum(dim=1)
+    return own + (attention + through_mlp * facts.mlp_products).sum(dim=1)
 
 
-def even_counts(reduction: Any, config: PreTrainedConfig) -> list[int]:
+def even_counts(reduction: Any, config: PreTrainedConfig | EncoderFacts) -> list[int]:
     """The tokens that leave each layer, prefix included, by a method that keeps the same number of every image."""
-    count, counts = num_patches(config), []
-    for layer in range(config.num_hidden_layers):
-        count = reduction.leaving(layer, count, config)
-        counts.append(num_prefix_tokens(config) + count)
+    facts = facts_of(config)
+    count, counts = facts.num_patches, []
+    for layer in range(facts.num_hidden_layers):
+        count = reduction.leaving(layer, count, facts)
+        counts.append(facts.num_prefix_tokens + count)
     return counts
 
 
-def even_share(reduction: Any, config: PreTrainedConfig) -> float:
+def even_share(reduction: Any, config: PreTrainedConfig | EncoderFacts) -> float:
     """The share of a dense model's multiply-adds that such a method keeps."""
-    num_tokens = num_patches(config) + num_prefix_tokens(config)
-    counts = torch.tensor([even_counts(reduction, config), [num_tokens] * config.num_hidden_layers])
-    reduced = multiply_adds(config, counts[:1], num_tokens, reduction)
-    return (reduced / multiply_adds(config, counts[1:], num_tokens)).item()
+    facts = facts_of(config)
+    counts = torch.tensor([even_counts(reduction, facts), [facts.num_tokens] * facts.num_hidden_layers])
+    reduced = multiply_adds(facts, counts[:1], facts.num_tokens, reduction)
+    return (reduced / multiply_adds(facts, counts[1:], facts.num_tokens)).item()
 
 
 def largest_within(share: float, most: int, share_at: Callable[[int], float]) -> int:
@@ -76,30 +82,14 @@ def largest_within(share: float, most: int, share_at: Callable[[int], float]) ->
     return low
 
 
-def num_patches(config: PreTrainedConfig) -> int:
-    height, width = patch_grid(config)
-    return height * width
-
-
-def patch_grid(config: PreTrainedConfig) -> tuple[int, int]:
-    height, width = _both(config.image_size)
-    patch_height, patch_width = _both(config.patch_size)
-    return height // patch_height, width // patch_width
-
-
-def num_prefix_tokens(config: PreTrainedConfig) -> int:
-    """Of a reduced configuration, which knows, or a stock one."""
-    return getattr(config, "num_prefix_tokens", 2 if config.model_type == "deit" else 1)
-
-
-def class_attention_cost(count: int, config: PreTrainedConfig) -> int:
+def class_attention_cost(count: int, facts: EncoderFacts) -> int:
     """Of the class token's query, and its products with the keys of `count` patch tokens and the prefix."""
-    return (config.hidden_size + count + num_prefix_tokens(config)) * config.hidden_size
+    return (facts.hidden_size + count + facts.num_prefix_tokens) * facts.hidden_size
 
 
-def similarity_cost(count: int, config: PreTrainedConfig) -> int:
+def similarity_cost(count: int, facts: EncoderFacts) -> int:
     """Of the products between the keys, averaged over heads, of one half of the tokens and the other."""
-    return (count // 2) * (count - count // 2) * (config.hidden_size // config.num_attention_heads)
+    return (count // 2) * (count - count // 2) * (facts.hidden_size // facts.num_attention_heads)
 
 
 def rounded_up_share(rate: float, count: int) -> int:
@@ -110,7 +100,3 @@ def rounded_up_share(rate: float, count: int) -> int:
 def rounded_half_up(value: float) -> int:
     """The nearest integer, as blind: 0.15 * 10 becomes 2."""
     return math.floor(value + 0.5 + 1e-5)
-
-
-def _both(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

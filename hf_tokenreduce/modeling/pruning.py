@@ -6,9 +6,9 @@ B images · N patch tokens
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from .attention import AttentionView
+from .encoders import EncoderFacts
 from .hooks import Reducer
 from .multiply_adds import rounded_up_share
 from .tokens import TokenMap, TokenState, apply_map, ranks
@@ -31,9 +31,9 @@ class TopKReducer(Reducer):
 
     fuse = False
 
-    def __init__(self, config: PreTrainedConfig, layer: int):
-        super().__init__(config, layer)
-        self.keep_rate = config.reduction.schedule().get(layer, 1.0)
+    def __init__(self, facts: EncoderFacts, layer: int):
+        super().__init__(facts, layer)
+        self.keep_rate = facts.reduction.schedule().get(layer, 1.0)
 
     def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
         count = rounded_up_share(self.keep_rate, state.num_patch_tokens)
@@ -46,6 +46,6 @@ class TopKReducer(Reducer):
 class EViTReducer(TopKReducer):
     """Top-K, with the tokens not kept fused into one if the configuration says so."""
 
-    def __init__(self, config: PreTrainedConfig, layer: int):
-        super().__init__(config, layer)
-        self.fuse = config.reduction.fuse
+    def __init__(self, facts: EncoderFacts, layer: int):
+        super().__init__(facts, layer)
+        self.fuse = facts.reduction.fuse

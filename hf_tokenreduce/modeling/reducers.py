@@ -1,9 +1,8 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
 """The table of methods: the name a configuration carries, and the module that does it in a layer."""
 
-from transformers import PreTrainedConfig
-
 from .clustering import BATReducer
+from .encoders import EncoderFacts
 from .filtering import DLViTReducer
 from .hooks import Reducer
 from .merging import LTMPReducer, ToMeReducer
@@ -24,9 +23,9 @@ REDUCERS: dict[str, type[Reducer]] = {
 }
 
 
-def build_reducer(config: PreTrainedConfig, layer: int) -> Reducer:
-    """The reducer of one layer, by `config.reduction`."""
-    if config.reduction is None:
-        return Reducer(config, layer)
-    config.reduction.check_fit(config)
-    return REDUCERS[config.reduction.method](config, layer)
+def build_reducer(facts: EncoderFacts, layer: int) -> Reducer:
+    """The reducer of one layer, by `facts.reduction`."""
+    if facts.reduction is None:
+        return Reducer(facts, layer)
+    facts.reduction.check_fit(facts)
+    return REDUCERS[facts.reduction.method](facts, layer)

@@ -6,9 +6,9 @@ B images · H heads · N patch tokens, padded to the longest image · G points o
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from .attention import AttentionView
+from .encoders import EncoderFacts
 from .hooks import Reducer
 from .tokens import TokenMap, TokenState
 
@@ -66,9 +66,9 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
 class ATSReducer(Reducer):
     """Samples tokens between softmax and values: only the sampled tokens' queries are computed. No parameters."""
 
-    def __init__(self, config: PreTrainedConfig, layer: int):
-        super().__init__(config, layer)
-        reduction = config.reduction
+    def __init__(self, facts: EncoderFacts, layer: int):
+        super().__init__(facts, layer)
+        reduction = facts.reduction
         self.active = layer in reduction.layers
         self.num_tokens = reduction.num_tokens
         self.score = reduction.score

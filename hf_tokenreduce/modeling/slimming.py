@@ -7,9 +7,9 @@ B images · N patch tokens · K slim ones · D features
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 
+from .encoders import EncoderFacts
 from .hooks import Reducer
 from .tokens import TokenState, mix
 
@@ -21,11 +21,11 @@ class SiTReducer(Reducer):
 
     scale: nn.Parameter
 
-    def __init__(self, config: PreTrainedConfig, layer: int):
-        super().__init__(config, layer)
-        self.num_slim = config.reduction.slim_tokens(config).get(layer)
+    def __init__(self, facts: EncoderFacts, layer: int):
+        super().__init__(facts, layer)
+        self.num_slim = facts.reduction.slim_tokens(facts).get(layer)
         if self.num_slim is not None:
-            width = config.hidden_size
+            width = facts.hidden_size
             self.norm = nn.LayerNorm(width, eps=1e-5)
             self.fc1 = nn.Linear(width, width // 2)
             self.fc2 = nn.Linear(width // 2, self.num_slim)

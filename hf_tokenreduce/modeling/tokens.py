@@ -10,7 +10,7 @@ per token, is kept padded to the longest image in both: (B, N).
 """
 
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class TokenState(NamedTuple):
         patch token.
     mask, rank: only while thresholds are learned (then nothing is removed). (B, N) each: 1 for a live token and 0 for
         one that would be gone, differentiable; and the place a live token would have among the patch tokens.
+    origin: (B, N) long, the patch whose position each patch token has: of the tokens it was made of, that of the
+        heaviest, of equals the last. None: no layer asks for positions.
+    last_states: (B, N0, D), for each dropped patch the last hidden state of the token that held it. None: not asked
+        for.
     """
 
     hidden_states: Tensor
@@ -42,6 +46,8 @@ class TokenState(NamedTuple):
     mask: Tensor | None = None
     rank: Tensor | None = None
     patch_weights: Tensor | None = None
+    origin: Tensor | None = None
+    last_states: Tensor | None = None
 
     @property
     def num_patch_tokens(self) -> int:
@@ -69,13 +75,14 @@ class TokenState(NamedTuple):
 class TokenMap(NamedTuple):
     """Which output token each patch token goes into. Prefix tokens cannot be named, so they cannot be touched.
 
-    target: (B, N) long, from 0 to the image's number of output tokens - 1; -1: dropped, or padding
+    target: (B, N) long, from 0 to the image's number of output tokens - 1; -1: dropped, or padding. None: the first
+        `num_tokens` stay and the others are dropped, which a slice does.
     num_tokens: M if the same for every image (the result is even), else the number for each (the result is packed)
     weight: (B, N), factor each token enters its output token with. None: every output token is one input token as
         it was.
     """
 
-    target: Tensor
+    target: Tensor | None
     num_tokens: int | tuple[int, ...]
     weight: Tensor | None = None
 
@@ -85,14 +92,27 @@ class TokenMap(NamedTuple):
         return tuple(num_prefix_tokens + count for count in self.num_tokens)
 
 
-def start(hidden_states: Tensor, num_prefix_tokens: int, track_patches: bool) -> TokenState:
+def start(
+    hidden_states: Tensor,
+    num_prefix_tokens: int,
+    track_patches: bool,
+    track_origin: bool = False,
+    track_last_states: bool = False,
+) -> TokenState:
     """The state of embedded images: every patch is its own token."""
     batch, length, _ = hidden_states.shape
     num_patches = length - num_prefix_tokens
-    patch_map = None
-    if track_patches:
-        patch_map = torch.arange(num_patches, device=hidden_states.device).repeat(batch, 1)
-    return TokenState(hidden_states, None, patch_map, num_prefix_tokens, num_patches)
+    each_its_own = None
+    if track_patches or track_origin or track_last_states:
+        each_its_own = torch.arange(num_patches, device=hidden_states.device).repeat(batch, 1)
+    return TokenState(
+        hidden_states,
+        patch_map=each_its_own if track_patches or track_last_states else None,
+        num_prefix_tokens=num_prefix_tokens,
+        num_patches=num_patches,
+        origin=each_its_own if track_origin else None,
+        last_states=torch.zeros_like(hidden_states[:, num_prefix_tokens:]) if track_last_states else None,
+    )
 
 
 def merge(target: Tensor, num_tokens: int | tuple[int, ...], mass: Tensor) -> TokenMap:
@@ -103,8 +123,17 @@ def merge(target: Tensor, num_tokens: int | tuple[int, ...], mass: Tensor) -> To
 
 def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
     """Move everything a state knows of its tokens."""
+    if state.patch_weights is not None:
+        raise ValueError(
+            "A map cannot move tokens that are mixtures of patches (SiT): what each patch weighs in them would be "
+            "wrong afterwards. Let SiT reduce after all other methods."
+        )
+    if token_map.target is None:
+        return _keep_first(state, token_map.num_tokens)
     target, num_tokens, weight = token_map
-    size, patch_map = state.size, state.patch_map
+    size, patch_map, origin = state.size, state.patch_map, state.origin
+    if origin is not None:
+        origin = representatives(origin, size, target, _widest(num_tokens))
     if weight is not None and size is None:
         size = torch.ones(target.shape, dtype=torch.float32, device=target.device)
     if size is not None:
@@ -116,11 +145,120 @@ def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
         size=size,
         patch_map=patch_map,
         lengths=token_map.lengths(state.num_prefix_tokens),
+        origin=origin,
+        last_states=remember_dropped(state, patch_map),
     )
+
+
+def _keep_first(state: TokenState, count: Any) -> TokenState:
+    """The first `count` patch tokens of every image, in the even layout, without a copy."""
+    patch_map = state.patch_map
+    if patch_map is not None:
+        patch_map = torch.where(patch_map < count, patch_map, -1)
+    return state._replace(
+        hidden_states=state.hidden_states[:, : state.num_prefix_tokens + count],
+        size=None if state.size is None else state.size[:, :count],
+        patch_map=patch_map,
+        origin=None if state.origin is None else state.origin[:, :count],
+        last_states=remember_dropped(state, patch_map),
+    )
+
+
+def representatives(
+    origin: Tensor, size: Tensor | None, target: Tensor, num_tokens: int, order: Tensor | None = None
+) -> Tensor:
+    """(B, N) -> (B, M), the origin of the heaviest token that goes into each output token, of equals the last by
+    `order` (B, N), which are different numbers below N. None: as they stand."""
+    count = target.shape[1]
+    order = _positions(target, count) if order is None else order
+    weight = order if size is None else size.round().long() * count + order
+    slot = torch.where(target < 0, num_tokens, target)
+    heaviest = weight.new_full((len(target), num_tokens + 1), -1).scatter_reduce(1, slot, weight, "amax")
+    chosen = torch.where(heaviest.gather(1, slot) == weight, slot, num_tokens)
+    return torch.zeros_like(heaviest).scatter(1, chosen, origin)[:, :-1]
+
+
+def remember_dropped(state: TokenState, patch_map: Tensor | None) -> Tensor | None:
+    """`last_states` once the state's patches have gone to where the new `patch_map` says."""
+    if state.last_states is None or state.patch_map is None or patch_map is None:
+        return state.last_states
+    dropped = (patch_map < 0) & (state.patch_map >= 0)
+    rows = _even_rows(state)[:, state.num_prefix_tokens :]
+    return torch.where(dropped[..., None], _rows_at(rows, state.patch_map), state.last_states)
+
+
+def on_grid(state: TokenState) -> Tensor:
+    """(B, P + N0, D): every patch gets the row of the token that holds it, so that whatever reads all patches reads
+    merged tokens as often as they stand for patches. A dropped patch gets its last state where those are kept, else
+    the mean of the others."""
+    untouched = state.size is None and state.mask is None and state.lengths is None
+    if untouched and state.hidden_states.shape[1] == state.num_prefix_tokens + state.num_patches:
+        return state.hidden_states  # a method that removes nothing moves nothing
+    hidden_states = _even_rows(state)
+    if state.patch_weights is not None:
+        patches = unmerge(hidden_states, state.patch_weights)
+    else:
+        assert state.patch_map is not None
+        held = torch.where(state.patch_map < 0, -1, state.patch_map + state.num_prefix_tokens)
+        patches = unmerge(hidden_states, held, "mean" if state.last_states is None else state.last_states)
+    return torch.cat([hidden_states[:, : state.num_prefix_tokens], patches], dim=1)
+
+
+def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean") -> Tensor:
+    """Put the tokens of a reduced model back on the grid of patches.
+
+    Args:
+        hidden_states (`Tensor` of shape `(batch, tokens, features)`): Rows of tokens, prefix tokens included.
+        patch_map (`Tensor`): `patch_map` of the model's output, of shape `(batch, patches)`: for each patch the row
+            that holds it, -1 if it was dropped. For SiT `patch_weights`, of shape `(batch, patch tokens, patches)`:
+            then each patch gets the mean of the tokens it is in, by its weight in each.
+        fill (`str` or `Tensor`): What a dropped patch gets: `"mean"`, the mean of the rows of all other patches of
+            its image; `"zero"`; or its row of a tensor of shape `(batch, patches, features)`.
+
+    Returns:
+        `Tensor` of shape `(batch, patches, features)`, without the prefix tokens.
+
+    Example:
+        >>> output = model(pixel_values, output_patch_map=True)
+        >>> features = unmerge(output.last_hidden_state, output.patch_map)
+    """
+    if isinstance(fill, str) and fill not in ("mean", "zero"):
+        raise ValueError(f'fill must be "mean", "zero" or a tensor of one row per patch, got {fill!r}.')
+    if patch_map.is_floating_point():
+        shares = patch_map / patch_map.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        patches = hidden_states[:, hidden_states.shape[1] - patch_map.shape[1] :]
+        return (shares.transpose(1, 2) @ patches.float()).to(hidden_states.dtype)
+    rows = _rows_at(hidden_states, patch_map)
+    dropped = (patch_map < 0)[..., None]
+    if isinstance(fill, Tensor):
+        return torch.where(dropped, fill, rows)
+    kept = torch.where(dropped, 0.0, rows)
+    if fill == "zero":
+        return kept
+    count = (~dropped).sum(dim=1, keepdim=True).clamp(min=1)
+    mean = kept.float().sum(dim=1, keepdim=True) / count
+    return torch.where(dropped, mean.to(rows.dtype), rows)
+
+
+def _even_rows(state: TokenState) -> Tensor:
+    return state.hidden_states if state.lengths is None else pad(state.hidden_states, state.lengths)
+
+
+def _rows_at(rows: Tensor, index: Tensor) -> Tensor:
+    """(B, N, D) at (B, M), where -1 reads any row: (B, M, D)"""
+    if rows.shape[1] == 0:
+        return rows.new_zeros(*index.shape, rows.shape[2])
+    flat = _even_starts(len(rows), rows.shape[1], rows.device) + index.clamp(min=0)
+    return rows.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape, -1)
 
 
 def mix(state: TokenState, weights: Tensor) -> TokenState:
     """Every output patch token is a mixture of all of its image: weights (B, N, M), even layout only."""
+    if state.size is not None or state.origin is not None:
+        raise ValueError(
+            "Tokens that stand for several patches, or that have a position, cannot be mixed: sizes and positions "
+            "would be wrong afterwards. Let SiT reduce a model whose tokens nothing has merged before."
+        )
     prefix = state.num_prefix_tokens
     patches = state.hidden_states[:, prefix:]
     mixtures = weights.transpose(1, 2).to(patches.dtype) @ patches
@@ -142,6 +280,8 @@ def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tup
     Rows are moved in one flat view over all images, because whole-row copies and sums are several times faster there
     than gather and scatter with an index expanded to every feature. Sums are formed in float32.
     """
+    if token_map.target is None:
+        return rows[:, : num_prefix_tokens + _widest(token_map.num_tokens)]
     target = _with_prefix(token_map.target, num_prefix_tokens)
     batch, length = target.shape
     flat = rows.flatten(0, 1)

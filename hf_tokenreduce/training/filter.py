@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.tokens import start
 from ..modes import evaluating
 from .labels import embed, read_image
@@ -84,7 +85,7 @@ def fit_filter(
             "make_labels again with another threshold or keep_share; it measures nothing again."
         )
 
-    reducer = model.base_model.layers[0].reducer
+    reducer = encoder_of(model).reducers[0]
     # A copy in float32 learns, whatever the model's type, and the model is as it was if anything goes wrong.
     student = copy.deepcopy(reducer).float().requires_grad_()
     generator = torch.Generator().manual_seed(seed)
@@ -116,8 +117,8 @@ def fit_filter(
                 parameter.copy_(value)
         # Not by set_reduction, which would make a new filter.
         model.config.reduction = dataclasses.replace(reduction, trained=True)
-        for layer in model.base_model.layers:
-            layer.reducer.built_for = model.config.reduction
+        for each in encoder_of(model).reducers:
+            each.built_for = model.config.reduction
 
         kept = torch.cat(
             [_decisions(model, patches_of(some.tolist())) for some in torch.tensor(held).split(batch_size)]
@@ -157,7 +158,7 @@ def _checked_labels(model: PreTrainedModel, labels: Any, dataset: Any) -> tuple[
             f"The labels were made of a data set with {found}, this one has {len(dataset)}. Pass the one they were "
             "made of."
         )
-    expected = model.base_model.embeddings.patch_embeddings.num_patches
+    expected = facts_of(model.config).num_patches
     if keep.shape[1] != expected:
         raise ValueError(
             f"The labels are of {keep.shape[1]} patches per image, the model has {expected}. Make labels by this "
@@ -182,8 +183,9 @@ def _patch_reader(
     model: PreTrainedModel, dataset: Any, rows: list[int], image_processor: Any, column: str, max_cache_bytes: int
 ) -> Callable[[list[int]], Tensor]:
     """A function from places in `rows` to the embedded patches (n, N0, D), which remembers them if they are few."""
-    num_patches = model.base_model.embeddings.patch_embeddings.num_patches
-    caches = len(rows) * num_patches * model.config.hidden_size * model.dtype.itemsize <= max_cache_bytes
+    facts = facts_of(model.config)
+    num_patches = facts.num_patches
+    caches = len(rows) * num_patches * facts.hidden_size * model.dtype.itemsize <= max_cache_bytes
     cache: dict[int, Tensor] = {}
 
     def patches_of(places: list[int]) -> Tensor:
@@ -203,4 +205,4 @@ def _patch_reader(
 def _decisions(model: PreTrainedModel, patches: Tensor) -> Tensor:
     """Embedded patches (B, N0, D) -> bool (B, N0), on the CPU: those that the model keeps."""
     state = start(patches, 0, track_patches=True)
-    return (model.base_model.layers[0].reducer.before_encoder(state).patch_map >= 0).cpu()
+    return (encoder_of(model).reducers[0].before_encoder(state).patch_map >= 0).cpu()

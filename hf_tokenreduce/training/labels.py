@@ -23,20 +23,17 @@ from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    PreTrainedModel,
-    ViTForImageClassification,
-)
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..convert import restore
-from ..modeling.multiply_adds import patch_grid
+from ..convert import reduce_tokens, stock_name
+from ..modeling.encoders import MODELS, encoder_of, facts_of
+from ..modeling.hooks import Reducer
+from ..modeling.tokens import TokenMap, TokenState, apply_map
 from ..modes import evaluating
 
 
-CLASSIFIERS = (ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
+CLASSIFIERS = tuple(name for name in MODELS if "ForImageClassification" in name)
 LABELLERS = ("exact", "groups", "gradient")
 MASKS = ("remove", "zero")
 
@@ -194,35 +191,34 @@ def read_image(dataset: Any, row: int, image_column_name: str) -> Image.Image:
 @torch.no_grad()
 def embed(model: PreTrainedModel, images: list[Image.Image], image_processor: Any) -> Tensor:
     """(B, T, D), the tokens that enter the first layer."""
-    embeddings = model.base_model.embeddings
-    weight = embeddings.patch_embeddings.projection.weight
     pixels = image_processor(images, return_tensors="pt")["pixel_values"]
-    return embeddings(pixels.to(device=weight.device, dtype=weight.dtype))
+    return encoder_of(model).embed(pixels.to(device=model.device, dtype=model.dtype))
 
 
 @torch.inference_mode()
 def masked_deltas(
     model: PreTrainedModel, tokens: Tensor, targets: Tensor, groups: Tensor, batch_size: int, mask: str = "remove"
 ) -> tuple[Tensor, Tensor]:
-    """Loss (B,) of a stock classifier on tokens (B, T, D), and delta (B, N0): what masking the group of each patch,
-    groups (N0,) from 0 to G - 1, adds to it."""
+    """Loss (B,) of a classifier that reduces nothing on tokens (B, T, D), and delta (B, N0): what masking the group of
+    each patch, groups (N0,) from 0 to G - 1, adds to it."""
+    model = model if hasattr(model.config, "reduction") else reduce_tokens(model, None)
     copies = int(groups.max()) + 2
     # In the last copy of an image nothing is masked.
     masked = groups == torch.arange(copies, device=groups.device).unsqueeze(1)  # (G + 1, N0)
-    masked = F.pad(masked, (tokens.shape[1] - len(groups), 0), value=False)  # (G + 1, T)
+    prefix = tokens.shape[1] - len(groups)
     loss = tokens.new_empty(len(tokens), copies, dtype=torch.float32)
     lengths = (~masked).sum(dim=1) if mask == "remove" else torch.zeros(copies, dtype=torch.long)
     for length in lengths.unique().tolist():  # copies of one length go through the model together
         numbers = (lengths == length).nonzero()[:, 0].to(tokens.device)
-        left = (~masked[numbers]).nonzero()[:, 1].view(len(numbers), -1) if mask == "remove" else None
         for which in torch.arange(len(tokens) * len(numbers), device=tokens.device).split(batch_size):
             image, number = which // len(numbers), which % len(numbers)
-            copy = tokens[image]
-            if left is None:
-                copy = copy.masked_fill(masked[numbers[number]].unsqueeze(-1), 0)
+            gone = masked[numbers[number]]
+            copy, keep = tokens[image], None
+            if mask == "remove":
+                keep = TokenMap(torch.where(gone, -1, (~gone).cumsum(dim=1) - 1), length)
             else:
-                copy = copy.gather(1, left[number].unsqueeze(-1).expand(-1, -1, copy.shape[-1]))
-            loss[image, numbers[number]] = _losses(model, copy, targets[image])
+                copy = copy.masked_fill(F.pad(gone, (prefix, 0), value=False).unsqueeze(-1), 0)
+            loss[image, numbers[number]] = _losses(model, copy, targets[image], keep)
     return loss[:, -1], (loss[:, :-1] - loss[:, -1:])[:, groups]
 
 
@@ -230,7 +226,7 @@ def gradient_deltas(model: PreTrainedModel, tokens: Tensor, targets: Tensor, bat
     """As `masked_deltas` by zeros, to the first order: a token that goes to zero changes the loss by
     -(gradient · token)."""
     losses, deltas = [], []
-    prefix = tokens.shape[1] - model.base_model.embeddings.patch_embeddings.num_patches
+    prefix = facts_of(model.config).num_prefix_tokens
     for some, target in zip(tokens.split(batch_size), targets.split(batch_size), strict=True):
         with torch.enable_grad():
             some = some.detach().requires_grad_()
@@ -241,20 +237,34 @@ def gradient_deltas(model: PreTrainedModel, tokens: Tensor, targets: Tensor, bat
     return torch.cat(losses), torch.cat(deltas)
 
 
-def _losses(model: PreTrainedModel, tokens: Tensor, targets: Tensor) -> Tensor:
-    for layer in model.base_model.layers:
-        tokens = layer(tokens)
-    hidden = model.base_model.layernorm(tokens)
-    if isinstance(model, DeiTForImageClassificationWithTeacher):
-        logits = (model.cls_classifier(hidden[:, 0]) + model.distillation_classifier(hidden[:, 1])) / 2
+class _KeepGiven(Reducer):
+    """Keeps, before the encoder, the patches of a given map, as DL-ViT's filter will."""
+
+    def __init__(self, keep: TokenMap):
+        torch.nn.Module.__init__(self)
+        self.keep = keep
+
+    def before_encoder(self, state: TokenState) -> TokenState:
+        return apply_map(state, self.keep)
+
+
+def _losses(model: PreTrainedModel, tokens: Tensor, targets: Tensor, keep: TokenMap | None = None) -> Tensor:
+    encoder = encoder_of(model)
+    if keep is None:
+        logits = encoder.run(tokens).logits
     else:
-        logits = model.classifier(hidden[:, 0])
+        first = encoder.layers[0]
+        reduces_nothing, first.reducer = first.reducer, _KeepGiven(keep)
+        try:
+            logits = encoder.run(tokens).logits
+        finally:
+            first.reducer = reduces_nothing
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def patch_groups(model: PreTrainedModel, labeller: str) -> Tensor:
     """(N0,) long, which patches are masked together."""
-    height, width = patch_grid(model.config)
+    height, width = facts_of(model.config).grid
     side = 2 if labeller == "groups" else 1
     across = -(-width // side)
     return (torch.arange(height)[:, None] // side * across + torch.arange(width) // side).flatten()
@@ -276,20 +286,18 @@ def _check_choices(threshold, keep_share, labeller, mask, batch_size, max_sample
 
 
 def _unreduced(model: PreTrainedModel) -> PreTrainedModel:
-    """The stock classifier around the weights of `model`."""
-    if type(model) in CLASSIFIERS:
-        return model
+    """A classifier with the weights of `model` that sees all patches."""
     reduction = getattr(model.config, "reduction", None)
     if reduction is not None and (reduction.method != "dlvit" or reduction.trained):
         raise ValueError(
             "Labels are made by a model that sees all patches, and this one drops some: it is reduced by "
             f"{reduction}. Pass hf_tokenreduce.restore(model), or the checkpoint it was made of."
         )
-    stock = restore(model) if hasattr(model.config, "reduction") else model
-    if type(stock) not in CLASSIFIERS:
-        names = ", ".join(kind.__name__ for kind in CLASSIFIERS)
-        raise ValueError(f"make_labels needs a classifier, one of {names}, got a {type(model).__name__}.")
-    return stock
+    if stock_name(model) not in CLASSIFIERS:
+        raise ValueError(
+            f"make_labels needs a classifier, one of {', '.join(CLASSIFIERS)}, got a {type(model).__name__}."
+        )
+    return reduce_tokens(model, None)
 
 
 def _checked_classes(model: PreTrainedModel, dataset: Dataset, image_column: str, label_column: str) -> list[int]:

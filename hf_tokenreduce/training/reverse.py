@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ..modeling.encoders import facts_of
+
 
 class ReverseSlimming(nn.Module):
     """K slim tokens -> N tokens to compare with a teacher's: (B, K, D) -> (B, N, D).
@@ -36,19 +38,18 @@ class ReverseSlimming(nn.Module):
 
 def reverse_modules(model: PreTrainedModel) -> nn.ModuleDict:
     """A `ReverseSlimming` for every layer of a SiT model from the first that slims on, by the layer's index."""
-    config = model.config
-    reduction = getattr(config, "reduction", None)
+    reduction = getattr(model.config, "reduction", None)
     if reduction is None or reduction.method != "sit":
         raise ValueError(
             f"This {type(model).__name__} slims nothing, so there is no way back to learn. Reduce it first: "
             "reduce_tokens(model, SiTConfig())."
         )
-    num_tokens = model.base_model.embeddings.patch_embeddings.num_patches
-    slim, modules = num_tokens, nn.ModuleDict()
-    for layer in range(config.num_hidden_layers):
-        slim = reduction.leaving(layer, slim, config)
-        if slim < num_tokens:
-            modules[str(layer)] = ReverseSlimming(slim, num_tokens, config.hidden_size)
+    facts = facts_of(model.config)
+    slim, modules = facts.num_patches, nn.ModuleDict()
+    for layer in range(facts.num_hidden_layers):
+        slim = reduction.leaving(layer, slim, facts)
+        if slim < facts.num_patches:
+            modules[str(layer)] = ReverseSlimming(slim, facts.num_patches, facts.hidden_size)
     return modules.to(model.device)
 
 
@@ -58,7 +59,7 @@ def restore_hidden_states(model: PreTrainedModel, reverse: nn.ModuleDict) -> Rem
     A hook, so that the way back is computed within the model's forward: what wraps the model for many processes
     watches the parameters that are used there.
     """
-    prefix = model.config.num_prefix_tokens
+    prefix = facts_of(model.config).num_prefix_tokens
 
     def full_length(model: nn.Module, args: Any, outputs: Any) -> None:
         if model.training and outputs.hidden_states is not None:

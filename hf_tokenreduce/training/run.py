@@ -24,6 +24,7 @@ from ..calibration import calibrate
 from ..convert import reduce_tokens, restore
 from ..loading import folder_split, method_setting, parse_settings, spread
 from ..modeling.configuration_base import REDUCTIONS
+from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.multiply_adds import multiply_adds
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
@@ -266,7 +267,7 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
 def with_lora(model: Any) -> Any:
     """Of the backbone; the head and the learned parts of the method are trained whole."""
     whole = ["classifier"]
-    if any(p.requires_grad for layer in model.base_model.layers for p in layer.reducer.parameters()):
+    if any(p.requires_grad for reducer in encoder_of(model).reducers for p in reducer.parameters()):
         whole.append("reducer")
     return get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"], modules_to_save=whole))
 
@@ -303,7 +304,7 @@ def describe(model: Any, pixels: torch.Tensor, repeats: int = 7, batch_size: int
     plain = restore(model).eval()
     counts = torch.cat([model(part).token_counts for part in pixels.split(batch_size)])
     batch = pixels[spread(len(pixels), batch_size)]
-    num_tokens = model.base_model.embeddings.patch_embeddings.num_patches + model.config.num_prefix_tokens
+    num_tokens = facts_of(model.config).num_tokens
     total = multiply_adds(model.config, torch.full((1, counts.shape[1]), num_tokens), num_tokens)
     cost = multiply_adds(model.config, counts, num_tokens, model.config.reduction).mean()
     seconds: dict[Any, list[float]] = {model: [], plain: []}

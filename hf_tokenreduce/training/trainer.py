@@ -20,7 +20,8 @@ from transformers.utils import logging
 from ..convert import restore
 from ..modeling.configuration_base import KeepRateConfig
 from ..modeling.configuration_methods import parse_reduction
-from ..modeling.multiply_adds import multiply_adds, num_prefix_tokens
+from ..modeling.encoders import encoder_config, encoder_of, facts_of
+from ..modeling.multiply_adds import multiply_adds
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
 from .losses import distillation_loss, token_loss
@@ -74,7 +75,7 @@ class TokenReduceTrainer(Trainer):
                 f"{type(reduction).__name__}. Set it to 0."
             )
         if args.freeze_backbone:
-            learned = [p for layer in reduced.base_model.layers for p in layer.reducer.parameters()]
+            learned = [p for reducer in encoder_of(reduced).reducers for p in reducer.parameters()]
             if not learned:
                 raise ValueError(f"freeze_backbone leaves {type(reduction).__name__} nothing to learn. Unset it.")
             model.requires_grad_(False)
@@ -197,8 +198,10 @@ class TokenReduceTrainer(Trainer):
             # The loss is not linear in what is kept, so it must know all ranks' images; the slope is each rank's own.
             kept = outputs.kept_shares
             everywhere = self.accelerator.reduce(kept.detach().clone(), "mean")
-            parts["auxiliary_loss"] = reduced.base_model.layers[0].reducer.auxiliary_loss(
-                kept + (everywhere - kept.detach()), self._num_tokens(reduced)
+            parts["auxiliary_loss"] = (
+                encoder_of(reduced)
+                .reducers[0]
+                .auxiliary_loss(kept + (everywhere - kept.detach()), self._num_tokens(reduced))
             )
         if self.teacher is None:
             return parts
@@ -208,7 +211,7 @@ class TokenReduceTrainer(Trainer):
             distance = distillation_loss(outputs.logits, theirs.logits, self.args.distillation_temperature)
             parts["distillation_loss"] = self.args.logits_weight * distance
         if self.args.token_weight:
-            prefix = reduced.config.num_prefix_tokens
+            prefix = facts_of(reduced.config).num_prefix_tokens
             ours, their_tokens = (
                 [hidden[:, prefix:] for hidden in one.hidden_states[1:]] for one in (outputs, theirs)
             )
@@ -237,7 +240,7 @@ class TokenReduceTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _num_tokens(self, reduced: PreTrainedModel) -> int:
-        return reduced.base_model.embeddings.patch_embeddings.num_patches + reduced.config.num_prefix_tokens
+        return facts_of(reduced.config).num_tokens
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         reverse = getattr(_reduced_model(self.model), REVERSE, None)
@@ -277,8 +280,8 @@ class ClampThresholds(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
-        for layer in self.model.base_model.layers:
-            for threshold in layer.reducer.parameters():
+        for reducer in encoder_of(self.model).reducers:
+            for threshold in reducer.parameters():
                 threshold.clamp_(0, 1)
 
 
@@ -347,9 +350,10 @@ def _teacher(
 
 def _what_is_taught(config: PreTrainedConfig, tokens: bool) -> dict[str, Any]:
     unnamed = PreTrainedConfig(num_labels=config.num_labels).label2id
-    facts = {name: getattr(config, name) for name in ("num_labels", "image_size")}
-    facts["classes"] = None if config.label2id == unnamed else config.label2id
+    encoder = encoder_config(config)
+    taught = {"num_labels": config.num_labels, "image_size": encoder.image_size}
+    taught["classes"] = None if config.label2id == unnamed else config.label2id
     if tokens:
-        facts |= {name: getattr(config, name) for name in ("patch_size", "hidden_size", "num_hidden_layers")}
-        facts["prefix tokens"] = num_prefix_tokens(config)
-    return facts
+        taught |= {name: getattr(encoder, name) for name in ("patch_size", "hidden_size", "num_hidden_layers")}
+        taught["prefix tokens"] = facts_of(config).num_prefix_tokens
+    return taught

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..modeling.encoders import encoder_of
 from ..pictures import read_picture
 from .drawing import draw_layer, resized_to_cells, seen_images
 from .maps import TokenMaps, checked_layers, token_maps
@@ -118,7 +119,7 @@ def pictures_of(
     """What the model saw, at the size that maps are drawn."""
     if size < 32:
         raise ValueError(f"size is that of one map in pixels, at least 32, got {size}.")
-    patch = tuple(model.base_model.embeddings.patch_embeddings.patch_size)
+    patch = encoder_of(model).patch_size
     return [resized_to_cells(image, maps.grid, size, patch) for image in seen_images(pixel_values, processor)]
 
 

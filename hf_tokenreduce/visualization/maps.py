@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.encoders import encoder_of
 from ..modeling.multiply_adds import multiply_adds
 from ..modes import evaluating
 
@@ -69,11 +70,11 @@ def token_maps(model: PreTrainedModel, pixel_values: Tensor, *, batch_size: int 
         raise ValueError(f"pixel_values must be (B, C, H, W) with B above 0, got {tuple(pixel_values.shape)}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    height, width = pixel_values.shape[-2:]
-    interpolate = (height, width) != tuple(model.base_model.embeddings.image_size)
-    patch_height, patch_width = model.base_model.embeddings.patch_embeddings.patch_size
+    encoder = encoder_of(model)
+    (height, width), (patch_height, patch_width) = pixel_values.shape[-2:], encoder.patch_size
     grid = height // patch_height, width // patch_width
-    num_tokens = grid[0] * grid[1] + model.config.num_prefix_tokens
+    num_tokens = grid[0] * grid[1] + encoder.facts.num_prefix_tokens
+    options = encoder.size_arguments(pixel_values)
 
     maps: list[list[Tensor | None]] = []
     weights: list[list[Tensor | None]] = []
@@ -81,7 +82,7 @@ def token_maps(model: PreTrainedModel, pixel_values: Tensor, *, batch_size: int 
     with evaluating(model), _states(model) as states:
         batches = pixel_values.split(batch_size)
         for batch in logging.tqdm(batches, desc="mapping tokens", leave=False, disable=len(batches) == 1 or None):
-            output = model(batch.to(model.device), interpolate_pos_encoding=interpolate, output_patch_map=True)
+            output = model(batch.to(model.device), output_patch_map=True, **options)
             maps.append([state.patch_map for state in states])
             weights.append([state.patch_weights for state in states])
             states.clear()
@@ -134,7 +135,7 @@ def _states(model: PreTrainedModel) -> Iterator[list[_Tracked]]:
     def keep(layer: Any, inputs: Any, state: Any) -> None:
         states.append(_Tracked(*(None if x is None else x.cpu() for x in (state.patch_map, state.patch_weights))))
 
-    handles = [layer.register_forward_hook(keep) for layer in model.base_model.layers]
+    handles = [layer.register_forward_hook(keep) for layer in encoder_of(model).layers]
     try:
         yield states
     finally:

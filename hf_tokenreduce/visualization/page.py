@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.encoders import encoder_of
 from .composing import Images, load_images, pictures_of
 from .drawing import draw_layer, draw_token_weights
 from .maps import TokenMaps, checked_layers, token_maps
@@ -117,7 +118,7 @@ def _settings(reduction: Any) -> dict[str, str]:
 
 def _thresholds(model: PreTrainedModel) -> dict[str, list[float]]:
     """LTMP's, of each layer."""
-    reducers = [dict(layer.reducer.named_parameters()) for layer in model.base_model.layers]
+    reducers = [dict(reducer.named_parameters()) for reducer in encoder_of(model).reducers]
     return {
         label: [reducer[name].item() for reducer in reducers]
         for name, label in (("merge_threshold", "merges above"), ("prune_threshold", "prunes up to"))
@@ -142,13 +143,12 @@ def _embedded(picture: Image.Image) -> Picture:
 
 @torch.no_grad()
 def _dense_logits(dense: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    height, width = pixel_values.shape[-2:]
-    interpolate = (height, width) != tuple(dense.base_model.embeddings.image_size)
+    options = encoder_of(dense).size_arguments(pixel_values)
     training = dense.training
     dense.eval()
     try:
         batches = [batch.to(dense.device) for batch in pixel_values.split(32)]
-        outputs = [dense(batch, interpolate_pos_encoding=interpolate) for batch in batches]
+        outputs = [dense(batch, **options) for batch in batches]
         return torch.cat([output.logits.float().cpu() for output in outputs])
     finally:
         dense.train(training)

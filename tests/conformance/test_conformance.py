@@ -43,7 +43,7 @@ from hf_tokenreduce import (
     TokenReduceViTModel,
     ToMeConfig,
 )
-from hf_tokenreduce.modeling.backbone import ReducedPreTrainedModel
+from hf_tokenreduce.modeling.modeling_tokenreduce import TokenReduceMixin
 
 
 # Tests with nothing to check on these models, nor on the stock ViT and DeiT: the name (a regular expression), and a
@@ -130,10 +130,11 @@ class ModelTester:
     def __init__(self, config_class, reduction):
         self.config_class = config_class
         self.reduction = reduction
-        self.num_tokens = self.mask_length + config_class.num_prefix_tokens
+        prefix = config_class().num_prefix_tokens
+        self.num_tokens = self.mask_length + prefix
         self.seq_length = self.num_tokens  # that enter the first layer
         if reduction.hook == "before_encoder":
-            self.seq_length = reduction.keeps(self.mask_length) + config_class.num_prefix_tokens
+            self.seq_length = reduction.keeps(self.mask_length) + prefix
 
     def get_config(self):
         sizes = ("hidden_size", "image_size", "num_attention_heads", "num_hidden_layers", "patch_size")
@@ -175,8 +176,8 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
 
     def test_reverse_loading_mapping(self):
         # Our default keeps today's names; asked for the original ones, the mapping is the stock models'.
-        original = {**ReducedPreTrainedModel.save_pretrained.__kwdefaults__, "save_original_format": True}
-        with patch.object(ReducedPreTrainedModel.save_pretrained, "__kwdefaults__", original):
+        original = {**TokenReduceMixin.save_pretrained.__kwdefaults__, "save_original_format": True}
+        with patch.object(TokenReduceMixin.save_pretrained, "__kwdefaults__", original):
             super().test_reverse_loading_mapping()
 
     def test_hidden_states_output(self):

@@ -1,0 +1,427 @@
+# Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
+"""Every encoder that can be reduced: how its layers look, where they are, what its readers want.
+
+A family is one entry of `TOWERS`. All other code asks `facts_of` for numbers and `encoder_of` for modules.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+
+PREFIX = "TokenReduce"  # of the names of reduced classes
+TYPE_PREFIX = "tokenreduce_"  # of their model types
+PAGE = "docs/encoders.md"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the layers of some families look: names of parts, and what a branch goes through before it is added.
+
+    after_attention, after_mlp: modules of the layer, or parameters that scale it, in their order
+    rotary: queries and keys of patches are rotated by their places
+    pair_bias: the layer's module that gives a bias for each pair of places, which may be None
+    """
+
+    attention: str = "attention"
+    norm_before: str = "layernorm_before"
+    norm_after: str = "layernorm_after"
+    o_proj: str = "o_proj"
+    scaling: str = "scaling"
+    attention_dropout: str = "attention_dropout"
+    after_attention: tuple[str, ...] = ("dropout",)
+    after_mlp: tuple[str, ...] = ("dropout",)
+    rotary: bool = False
+    pair_bias: str | None = None
+
+    @property
+    def has_places(self) -> bool:
+        """Whether layers ask where in the image a token is."""
+        return self.rotary or self.pair_bias is not None
+
+
+VIT = Layout()
+CLIP = Layout("self_attn", "layer_norm1", "layer_norm2", "out_proj", "scale", "dropout", (), ())
+DINOV2 = Layout("attention", "norm1", "norm2", after_attention=("layer_scale1", "drop_path"),
+                after_mlp=("layer_scale2", "drop_path"))  # fmt: skip
+DINOV3 = Layout("attention", "norm1", "norm2", attention_dropout="dropout", rotary=True,
+                after_attention=("layer_scale1", "drop_path"), after_mlp=("layer_scale2", "drop_path"))  # fmt: skip
+BEIT = Layout(after_attention=("dropout", "lambda_1", "drop_path"), after_mlp=("dropout", "lambda_2", "drop_path"),
+              pair_bias="relative_position_bias")  # fmt: skip
+
+
+def patch_grid(config: PreTrainedConfig) -> tuple[int, int]:
+    """Rows and columns of patches of an image of the model's own size."""
+    height, width = _both(config.image_size)
+    patch_height, patch_width = _both(config.patch_size)
+    return height // patch_height, width // patch_width
+
+
+def image_shape(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Of one input, without the batch: channels, height and width."""
+    return (config.num_channels, *_both(config.image_size))
+
+
+def two_products(config: PreTrainedConfig) -> int:
+    """Multiply-adds per token of an MLP of two linears."""
+    return 2 * config.hidden_size * config.intermediate_size
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Where a family's classes keep what is reduced.
+
+    model_type: of its configuration. classes: the stock classes that hold its layers
+    models: the stock classes that can be reduced, the one without a head first
+    layers: path from such a class to its list of layers
+    num_prefix_tokens: tokens before the patches; the first of them is the class token
+    wants_grid: whether what reads the last layer reads all patches, not only the prefix tokens
+    any_size: whether it takes images of any size as it is, else `interpolate_pos_encoding=True` says so
+    mlp_products: multiply-adds of the MLP for one token
+    patches: rows and columns of patches
+    inputs: shape of one input, without the batch
+    fixed: fields of the configuration that a reduced model sets
+    """
+
+    model_type: str
+    classes: tuple[str, ...]
+    models: tuple[str, ...]
+    layout: Layout
+    layers: str = "layers"
+    num_prefix_tokens: Callable[[Any], int] = lambda config: 1
+    wants_grid: bool = True
+    any_size: bool = False
+    mlp_products: Callable[[Any], int] = two_products
+    patches: Callable[[Any], tuple[int, int]] = patch_grid
+    inputs: Callable[[Any], tuple[int, ...]] = image_shape
+    fixed: Mapping[str, Any] | None = None
+
+
+def _with_registers(config: Any) -> int:
+    return 1 + config.num_register_tokens
+
+
+def _dinov2_products(config: Any) -> int:
+    inner = int(config.hidden_size * config.mlp_ratio)
+    if config.use_swiglu_ffn:
+        return 3 * config.hidden_size * ((int(inner * 2 / 3) + 7) // 8 * 8)
+    return 2 * config.hidden_size * inner
+
+
+def _dinov3_products(config: Any) -> int:
+    return (3 if config.use_gated_mlp else 2) * config.hidden_size * config.intermediate_size
+
+
+def _spectrogram_grid(config: Any) -> tuple[int, int]:
+    rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+    return rows, (config.max_length - config.patch_size) // config.time_stride + 1
+
+
+TOWERS = (
+    Tower("vit", ("ViTModel",), ("ViTModel", "ViTForImageClassification"), VIT, wants_grid=False),
+    Tower(
+        "deit",
+        ("DeiTModel",),
+        ("DeiTModel", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"),
+        VIT,
+        num_prefix_tokens=lambda config: 2,
+        wants_grid=False,
+    ),
+    Tower("vit_msn", ("ViTMSNModel",), ("ViTMSNModel", "ViTMSNForImageClassification"), VIT, wants_grid=False),
+    Tower(
+        "ijepa",
+        ("IJepaModel",),
+        ("IJepaModel", "IJepaForImageClassification"),
+        VIT,
+        num_prefix_tokens=lambda config: 0,
+    ),
+    # The encoder as its users want it: nothing masked, patches in their order.
+    Tower("vit_mae", ("ViTMAEModel",), ("ViTMAEModel",), VIT, fixed={"mask_ratio": 0.0}),
+    Tower(
+        "audio-spectrogram-transformer",
+        ("ASTModel",),
+        ("ASTModel", "ASTForAudioClassification"),
+        VIT,
+        num_prefix_tokens=lambda config: 2,
+        wants_grid=False,
+        patches=_spectrogram_grid,
+        inputs=lambda config: (config.max_length, config.num_mel_bins),
+    ),
+    Tower(
+        "clip_vision_model",
+        ("CLIPVisionModel",),
+        ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification", "CLIPModel"),
+        CLIP,
+        "encoder.layers",
+    ),
+    Tower(
+        "siglip_vision_model",
+        ("SiglipVisionModel",),
+        ("SiglipVisionModel", "SiglipForImageClassification", "SiglipModel"),
+        CLIP,
+        "encoder.layers",
+        num_prefix_tokens=lambda config: 0,
+    ),
+    Tower(
+        "dinov2",
+        ("Dinov2Model", "Dinov2Backbone"),
+        ("Dinov2Model", "Dinov2ForImageClassification", "Dinov2Backbone"),
+        DINOV2,
+        "encoder.layer",
+        any_size=True,
+        mlp_products=_dinov2_products,
+    ),
+    Tower(
+        "dinov2_with_registers",
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersBackbone"),
+        DINOV2,
+        "encoder.layer",
+        num_prefix_tokens=_with_registers,
+        any_size=True,
+        mlp_products=_dinov2_products,
+    ),
+    Tower(
+        "dinov3_vit",
+        ("DINOv3ViTModel", "DINOv3ViTBackbone"),
+        ("DINOv3ViTModel", "DINOv3ViTBackbone"),
+        DINOV3,
+        "model.layer",
+        num_prefix_tokens=_with_registers,
+        any_size=True,
+        mlp_products=_dinov3_products,
+    ),
+    Tower("beit", ("BeitModel",), ("BeitModel", "BeitForImageClassification"), BEIT, any_size=True),
+)
+
+# Models of several parts that have one of the towers inside.
+COMPOSITES = ("LlavaModel", "LlavaForConditionalGeneration", "DepthAnythingForDepthEstimation")
+
+# Their heads read every patch for itself, so a dropped patch keeps its last state.
+READ_EVERY_PATCH = (*COMPOSITES, "Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone")
+
+MODELS = (*dict.fromkeys(name for tower in TOWERS for name in tower.models), *COMPOSITES)
+
+_BY_TYPE = {tower.model_type: tower for tower in TOWERS}
+_BY_CLASS = {name: tower for tower in TOWERS for name in tower.classes}
+
+
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForImageClassification",
+    "AutoModelForZeroShotImageClassification",
+    "AutoModelForDepthEstimation",
+    "AutoModelForAudioClassification",
+    "AutoModelForImageTextToText",
+    "AutoBackbone",
+)
+
+
+def auto_classes_of(model: str) -> list[str]:
+    """The Auto classes through which transformers finds a stock class, by its name."""
+    found = []
+    for name in AUTO_CLASSES:
+        for known in getattr(modeling_auto, name)._model_mapping._model_mapping.values():
+            if model == known or (isinstance(known, (tuple, list)) and model in known):
+                found.append(name)
+                break
+    return found
+
+
+class EncoderFacts(NamedTuple):
+    """What methods and counts need to know of an encoder.
+
+    reduction: the method configuration that it carries, or None
+    grid: rows and columns of patches of an image of the model's own size
+    mlp_products: multiply-adds of the MLP for one token
+    has_places: whether layers ask where in the image a token is (rotation, a bias per pair)
+    """
+
+    reduction: Any
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_prefix_tokens: int
+    grid: tuple[int, int]
+    mlp_products: int
+    has_places: bool
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of an image of the model's own size, prefix tokens included."""
+        return self.num_prefix_tokens + self.num_patches
+
+
+def facts_of(config: PreTrainedConfig | EncoderFacts) -> EncoderFacts:
+    """The facts of the encoder that a configuration, stock or reduced, describes, alone or as a part."""
+    if isinstance(config, EncoderFacts):
+        return config
+    inner, tower = _tower_config(config)
+    return EncoderFacts(
+        reduction=getattr(config, "reduction", None),
+        hidden_size=inner.hidden_size,
+        num_hidden_layers=inner.num_hidden_layers,
+        num_attention_heads=inner.num_attention_heads,
+        num_prefix_tokens=tower.num_prefix_tokens(inner),
+        grid=tower.patches(inner),
+        mlp_products=tower.mlp_products(inner),
+        has_places=tower.layout.has_places,
+    )
+
+
+def stock_type(config: Any) -> str:
+    """The model type of the stock configuration that this one is, or extends."""
+    return type(config).model_type.removeprefix(TYPE_PREFIX)
+
+
+def base_model_of(config: Any) -> str | None:
+    """The stock class without a head, if the configuration is that of an encoder alone."""
+    tower = _BY_TYPE.get(stock_type(config))
+    return None if tower is None else tower.models[0]
+
+
+def fixed_fields(config: Any) -> Mapping[str, Any]:
+    """The fields of its configuration that a reduced model sets."""
+    tower = _BY_TYPE.get(stock_type(config))
+    return (None if tower is None else tower.fixed) or {}
+
+
+def encoder_config(config: Any) -> Any:
+    """The configuration of the encoder alone: the part of a larger one, or it itself."""
+    return _tower_config(config)[0]
+
+
+def _tower_config(config: Any) -> tuple[Any, Tower]:
+    tower = _BY_TYPE.get(stock_type(config))
+    if tower is not None:
+        return config, tower
+    for name in ("vision_config", "backbone_config"):
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig) and stock_type(inner) in _BY_TYPE:
+            return inner, _BY_TYPE[stock_type(inner)]
+    raise ValueError(f"A {type(config).__name__} describes no encoder that can be reduced. {what_can_be_reduced()}")
+
+
+def what_can_be_reduced() -> str:
+    return f"What can be reduced is: {', '.join(MODELS)}. {PAGE} says how to add a family."
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The encoder inside a model, stock or reduced.
+
+    module: the part that holds it, which may be the model itself
+    """
+
+    model: PreTrainedModel
+    module: Any
+    tower: Tower
+
+    @property
+    def config(self) -> Any:
+        return self.module.config
+
+    @property
+    def facts(self) -> EncoderFacts:
+        return facts_of(self.module.config)._replace(reduction=getattr(self.model.config, "reduction", None))
+
+    @property
+    def layers(self) -> Any:
+        """The list of its layers."""
+        return self.module.get_submodule(self.tower.layers)
+
+    @property
+    def reducers(self) -> list[Any]:
+        """Of a reduced model, one of each layer."""
+        return [layer.reducer for layer in self.layers]
+
+    def attention(self, layer: Any) -> Any:
+        return getattr(layer, self.tower.layout.attention)
+
+    @property
+    def patch_projection(self) -> nn.Conv2d:
+        return next(part for part in self.module.embeddings.modules() if isinstance(part, nn.Conv2d))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return _both(self.config.image_size)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return _both(self.config.patch_size)
+
+    def size_arguments(self, pixel_values: Tensor) -> dict[str, Any]:
+        """What a forward has to be told of images of this size."""
+        if self.tower.any_size or tuple(pixel_values.shape[-2:]) == self.image_size:
+            return {}
+        return {"interpolate_pos_encoding": True}
+
+    def embed(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """(B, P + N0, D), the tokens that enter the first layer: a forward that goes no further."""
+
+        def stop(hidden_states: Tensor) -> Tensor:
+            raise _Entered(hidden_states)
+
+        with self._entrance(stop):
+            try:
+                self.model(*inputs, **kwargs)
+            except _Entered as entered:
+                return entered.hidden_states
+        raise RuntimeError(f"{type(self.model).__name__} did not run its encoder. Give it images.")
+
+    def run(self, tokens: Tensor, **kwargs: Any) -> Any:
+        """The model's output if `tokens` (B, P + N0, D) enter its first layer."""
+        shape = self.tower.inputs(self.config)
+        inputs = tokens.new_zeros(1, *shape).expand(len(tokens), *shape)
+        embeddings = self.module.embeddings
+        embeddings.forward = lambda *args, **kwargs: tokens  # instead of embedding what is replaced anyway
+        try:
+            with self._entrance(lambda hidden_states: tokens):
+                return self.model(inputs, **kwargs)
+        finally:
+            del embeddings.forward
+
+    @contextmanager
+    def _entrance(self, see: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While it lasts, what enters the first layer goes through `see`."""
+        first = self.layers[0]
+        if hasattr(first, "reducer"):
+            first.entrance = see
+            try:
+                yield
+            finally:
+                del first.entrance
+            return
+        handle = first.register_forward_pre_hook(lambda layer, args: (see(args[0]), *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class _Entered(Exception):
+    def __init__(self, hidden_states: Tensor):
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
+def encoder_of(model: Any) -> Encoder:
+    """The encoder of a model that can be reduced or is; a ValueError of any other."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        tower = _BY_CLASS.get(type(module).__name__.removeprefix(PREFIX))
+        if tower is not None and isinstance(module, PreTrainedModel):
+            return Encoder(model, module, tower)
+    raise ValueError(f"A {type(model).__name__} has no encoder that can be reduced. {what_can_be_reduced()}")
+
+
+def _both(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,353 @@
+# Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
+"""Stock layers that hand on fewer tokens than they got.
+
+A stock encoder runs its layers in a loop, each on what the last one returned. Reduced layers return a `Passage`, and
+the last one what the encoder's readers want; so the loop, and all that is around it, stays the stock model's. Layers
+and their attention keep their parameters under their names; a method's own are `reducer.*` of each layer.
+"""
+
+import sys
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils.output_capturing import CompileableContextVar
+
+from .attention import AttentionView, PairBias, attend, attend_masked, attend_with_map, split_heads
+from .encoders import Encoder, EncoderFacts, Layout
+from .hooks import Reducer
+from .reducers import build_reducer
+from .tokens import TokenMap, TokenState, apply_map, move, on_grid, pad, representatives, start, unpad
+
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines of each token, (B, T, d) or packed
+
+
+class Encoded(NamedTuple):
+    """What one run of the layers tells besides its result.
+
+    counts: (B, L) long, the tokens that leave each layer, prefix tokens included
+    patch_map: (B, N0) long, for each patch the row of the token that holds it, prefix tokens counted, or None
+    kept_shares: (L,), the mean share of the tokens that each layer passes on, where tokens are masked
+    """
+
+    counts: Tensor
+    patch_map: Tensor | None
+    patch_weights: Tensor | None
+    last_states: Tensor | None
+    lengths: tuple[int, ...] | None
+    kept_shares: Tensor | None
+
+
+class Recorder:
+    """Collects the `Encoded` of the encoder runs of a forward."""
+
+    def __init__(self, track_patches: bool):
+        self.track_patches = track_patches
+        self.encoded: list[Encoded] = []
+
+
+RECORDER = CompileableContextVar("hf_tokenreduce_recorder")
+
+
+def current_recorder() -> Recorder | None:
+    """That of the forward which runs, if there is one. A compiler cannot look before something was set."""
+    if torch.compiler.is_compiling() and not RECORDER.compiling:
+        return None
+    return RECORDER.get()
+
+
+class Passage(NamedTuple):
+    """What a layer hands to the next one. shown: what it shows to those who capture hidden states."""
+
+    shown: Tensor
+    state: TokenState
+    counts: tuple[Tensor, ...] = ()
+    kept: tuple[Tensor, ...] = ()
+
+
+class LayerOutput(NamedTuple):
+    """`shown`, and the fields of a `TokenState`."""
+
+    shown: Tensor
+    hidden_states: Tensor
+    size: Tensor | None
+    patch_map: Tensor | None
+    num_prefix_tokens: int
+    num_patches: int
+    lengths: tuple[int, ...] | None
+    mask: Tensor | None
+    rank: Tensor | None
+    patch_weights: Tensor | None
+    origin: Tensor | None
+    last_states: Tensor | None
+
+
+class Role(NamedTuple):
+    """What a layer needs to know of its encoder."""
+
+    is_last: bool
+    num_prefix_tokens: int
+    wants_grid: bool
+    reads_every_patch: bool
+
+
+class ReducedAttention(nn.Module):
+    """The stock attention, except that a reducer may select the queries, that keys may carry a bias, and that tokens
+    bring their places with them."""
+
+    layout: ClassVar[Layout]
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    head_dim: int
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        state: TokenState,
+        reducer: Reducer,
+        rotary: Rotary | None = None,
+        pair_bias: PairBias | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None, AttentionView, TokenMap | None]:
+        content = split_heads(self.k_proj(hidden_states), self.head_dim)
+        value = split_heads(self.v_proj(hidden_states), self.head_dim)
+        key = content if rotary is None else rotate(content, rotary)
+        prefix, lengths = state.num_prefix_tokens, state.lengths
+        key_bias = None
+        if reducer.prop_attn and state.size is not None:
+            key_bias = F.pad(state.size.detach().log(), (prefix, 0))
+            if lengths is not None:
+                key_bias = unpad(key_bias, lengths)
+        view = AttentionView(
+            self, hidden_states, key, value, key_bias, prefix, lengths, content=content, pair_bias=pair_bias
+        )
+        selected = reducer.select_queries(view, state)
+        rows, query_lengths = hidden_states, lengths
+        if selected is not None:
+            rows, query_lengths = move(hidden_states, selected, prefix, lengths), selected.lengths(prefix)
+            if rotary is not None:
+                rotary = move(rotary[0], selected, prefix, lengths), move(rotary[1], selected, prefix, lengths)
+            if pair_bias is not None:
+                pair_bias = pair_bias._replace(queries=_selected_places(state, selected))
+        query = split_heads(self.q_proj(rows), self.head_dim)
+        if rotary is not None:
+            query = rotate(query, rotary)
+        if state.mask is not None:
+            mask = F.pad(state.mask, (prefix, 0), value=1.0)
+            output, weights, received = attend_masked(self, query, key, value, key_bias, mask, pair_bias)
+            view = view._replace(received=received)
+        elif reducer.needs_received:
+            output, weights, received = attend_with_map(self, query, key, value, key_bias, lengths, pair_bias)
+            view = view._replace(received=received)
+        else:
+            output, weights = attend(self, query, key, value, key_bias, query_lengths, lengths, pair_bias, **kwargs)
+        return self.o_proj(output.flatten(2)), weights, view, selected
+
+
+class ReducedLayer(nn.Module):
+    """The stock layer with its reducer's hooks. Called, it takes and returns a `Passage`, except that the first layer
+    of all takes embedded tokens, and the last returns what the encoder's readers want."""
+
+    layout: ClassVar[Layout]
+    role: Role
+    reducer: Reducer
+
+    def __call__(self, hidden_states: Any, attention_mask: Tensor | None = None, **kwargs) -> Any:
+        passage = hidden_states if isinstance(hidden_states, Passage) else self._enter(hidden_states)
+        output = super().__call__(passage.shown, *passage.state, attention_mask=attention_mask, **kwargs)
+        state = TokenState(*output[1:])
+        kept = passage.kept
+        if state.mask is not None:
+            kept = (*kept, F.pad(state.mask, (state.num_prefix_tokens, 0), value=1.0).mean())
+        passage = Passage(output[0], state, (*passage.counts, state.counts()), kept)
+        return self._leave(passage) if self.role.is_last else passage
+
+    def forward(
+        self, shown: Tensor, *state_fields: Any, attention_mask: Tensor | None = None, **kwargs
+    ) -> LayerOutput:
+        # A stock model makes an attention_mask that masks nothing where it is traced. One that masks is refused before.
+        state = self._attention_block(TokenState(*state_fields), attention_mask, **kwargs)
+        hidden_states = state.hidden_states
+        branch = self.mlp(getattr(self, self.layout.norm_after)(hidden_states))  # type: ignore[operator]
+        hidden_states = hidden_states + self._through(self.layout.after_mlp, branch, state.lengths)
+        state = self.reducer.after_layer(state._replace(hidden_states=hidden_states))
+        return LayerOutput(self._shown(state), *state)
+
+    def _attention_block(self, state: TokenState, attention_mask: Tensor | None, **kwargs) -> TokenState:
+        # A method of its own, so that keys and values are freed before the MLP needs its memory.
+        layout = self.layout
+        rotary = None
+        if layout.rotary:
+            rotary = _rotary_rows(kwargs.pop("position_embeddings"), state)
+        pair_bias = None
+        if layout.pair_bias is not None:
+            pair_bias = self._pair_bias(state, attention_mask, **kwargs)
+            kwargs = {name: kwargs[name] for name in kwargs if name not in ("resolution", "interpolate_pos_encoding")}
+        output, _, view, selected = getattr(self, layout.attention)(
+            getattr(self, layout.norm_before)(state.hidden_states), state, self.reducer, rotary, pair_bias, **kwargs
+        )
+        if selected is not None:
+            state = apply_map(state, selected)
+        branch = self._through(layout.after_attention, output, state.lengths)
+        state = state._replace(hidden_states=state.hidden_states + branch)
+        return self.reducer.after_attention(view, state)
+
+    def _through(self, names: tuple[str, ...], branch: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
+        for name in names:
+            part = getattr(self, name)
+            if not isinstance(part, nn.Module):
+                branch = part * branch
+            elif lengths is not None and self.training and hasattr(part, "drop_prob"):
+                # Drawn once for each image. Packed, there is one row of all images.
+                drawn = part(branch.new_ones(len(lengths), 1))
+                branch = branch * drawn.repeat_interleave(torch.tensor(lengths, device=branch.device), dim=0)[None]
+            else:
+                branch = part(branch)
+        return branch
+
+    def _pair_bias(
+        self,
+        state: TokenState,
+        shared: Tensor | None,
+        resolution: Any = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> PairBias | None:
+        """The layer's own bias and the one that all layers share, for the places of the tokens."""
+        if shared is not None:  # may hold, for tracing, a mask that masks nothing
+            shared = shared[:1] if shared.shape[1] > 1 else None
+        table, own = shared, getattr(self, str(self.layout.pair_bias))
+        if own is not None:
+            window = (resolution[0] // self.patch_size, resolution[1] // self.patch_size)
+            full = state.num_prefix_tokens + state.num_patches
+            bias = own(window, interpolate_pos_encoding, dim_size=full)
+            table = bias if shared is None else bias + shared
+        if table is None:
+            return None
+        places = _places(state)
+        return PairBias(table[0], places, places)
+
+    def _enter(self, hidden_states: Tensor) -> Passage:
+        hidden_states = self.entrance(hidden_states)
+        recorder, role = current_recorder(), self.role
+        tracks = role.wants_grid or role.reads_every_patch or (recorder is not None and recorder.track_patches)
+        state = start(hidden_states, role.num_prefix_tokens, tracks, self.layout.has_places, role.reads_every_patch)
+        state = self.reducer.before_encoder(state)
+        return Passage(self._shown(state), state)
+
+    def entrance(self, hidden_states: Tensor) -> Tensor:
+        """What enters the encoder goes through here, for `Encoder` to see and replace."""
+        return hidden_states
+
+    def _shown(self, state: TokenState) -> Tensor:
+        """What is captured as hidden states: a row per patch where readers want that, else tokens, padded with zeros.
+        Made only when somebody looks."""
+        return self._result(state) if self._forward_hooks else state.hidden_states
+
+    def _result(self, state: TokenState) -> Tensor:
+        if self.role.wants_grid or self.role.reads_every_patch:
+            return on_grid(state)
+        return state.hidden_states if state.lengths is None else pad(state.hidden_states, state.lengths)
+
+    def _leave(self, passage: Passage) -> Tensor:
+        recorder, state = current_recorder(), passage.state
+        if recorder is not None:
+            patch_map = None
+            if recorder.track_patches and state.patch_map is not None:
+                patch_map = torch.where(state.patch_map < 0, -1, state.patch_map + state.num_prefix_tokens)
+            encoded = Encoded(
+                torch.stack(passage.counts, dim=1),
+                patch_map,
+                state.patch_weights if recorder.track_patches else None,
+                state.last_states if recorder.track_patches else None,
+                state.lengths,
+                torch.stack(passage.kept) if passage.kept else None,
+            )
+            recorder.encoded.append(encoded)
+        return self._result(state)
+
+
+def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
+    """(B, H, T, d) turned by cosines and sines (B, T, d), whose halves go with the halves of a head."""
+    cosines, sines = (rows[:, None] for rows in rotary)
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cosines + torch.cat([-second, first], dim=-1) * sines
+
+
+def _rotary_rows(tables: Rotary, state: TokenState) -> Rotary:
+    """Of the places (N0, d) those of the tokens: (B, T, d) or packed. Prefix tokens are not turned."""
+    assert state.origin is not None
+    rows = []
+    for table, unturned in zip(tables, (1.0, 0.0), strict=True):
+        row = F.pad(table[state.origin], (0, 0, state.num_prefix_tokens, 0), value=unturned)
+        rows.append(row if state.lengths is None else unpad(row, state.lengths))
+    return rows[0], rows[1]
+
+
+def _places(state: TokenState) -> Tensor:
+    """(B, T) long, the place of each token among prefix tokens and patches."""
+    assert state.origin is not None
+    return _behind_prefix(state.origin, state.num_prefix_tokens)
+
+
+def _selected_places(state: TokenState, selected: TokenMap) -> Tensor:
+    """(B, Q) long, the places of the tokens that ask."""
+    assert state.origin is not None
+    count = max(selected.num_tokens) if isinstance(selected.num_tokens, tuple) else selected.num_tokens
+    origin = state.origin[:, :count]
+    if selected.target is not None:
+        origin = representatives(state.origin, state.size, selected.target, count)
+    return _behind_prefix(origin, state.num_prefix_tokens)
+
+
+def _behind_prefix(origin: Tensor, num_prefix_tokens: int) -> Tensor:
+    prefix = torch.arange(num_prefix_tokens, device=origin.device).expand(len(origin), -1)
+    return torch.cat([prefix, origin + num_prefix_tokens], dim=1)
+
+
+_classes: dict[Any, type[nn.Module]] = {}
+
+
+def _reduced_class(stock: type[nn.Module], layout: Layout, is_layer: bool) -> type[nn.Module]:
+    """A stock layer or attention with our forward, under its own name: that is what `_no_split_modules` and the
+    capture of hidden states and attentions look for."""
+    key = stock, layout, is_layer
+    if key not in _classes:
+        body: dict[str, Any] = {"layout": layout, "__module__": __name__}
+        body["__reduce_ex__"] = lambda self, protocol: (_rebuild, key, self.__dict__)
+        if not is_layer:
+            # Every family names these differently, and has an eager attention of its own.
+            for ours in ("o_proj", "scaling", "attention_dropout"):
+                theirs = getattr(layout, ours)
+                if theirs != ours:
+                    body[ours] = property(lambda self, theirs=theirs: getattr(self, theirs))
+            body["eager_attention_forward"] = staticmethod(sys.modules[stock.__module__].eager_attention_forward)
+        base = ReducedLayer if is_layer else ReducedAttention
+        _classes[key] = type(stock.__name__, (base, stock), body)
+    return _classes[key]
+
+
+def _rebuild(stock: type[nn.Module], layout: Layout, is_layer: bool) -> nn.Module:
+    """For pickle, which cannot find a class that was made on demand by its name."""
+    reduced = _reduced_class(stock, layout, is_layer)
+    return reduced.__new__(reduced)
+
+
+def inject(encoder: Encoder, facts: EncoderFacts, reads_every_patch: bool) -> None:
+    """Make the layers of an encoder reduced ones, in place. Their weights, and the names of these, stay."""
+    layout, layers = encoder.tower.layout, list(encoder.layers)
+    for index, layer in enumerate(layers):
+        attention = encoder.attention(layer)
+        attention.__class__ = _reduced_class(type(attention), layout, is_layer=False)
+        layer.__class__ = _reduced_class(type(layer), layout, is_layer=True)
+        layer.role = Role(
+            is_last=index == len(layers) - 1,
+            num_prefix_tokens=facts.num_prefix_tokens,
+            wants_grid=encoder.tower.wants_grid,
+            reads_every_patch=reads_every_patch,
+        )
+        layer.reducer = build_reducer(facts, index)

@@ -1,0 +1,276 @@
+# Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
+"""Stock models whose encoder reduces its tokens: `TokenReduce<Stock>`, made when asked for.
+
+`TokenReduceViTForImageClassification` is `ViTForImageClassification` with other layers, and so on for every class in
+`encoders.MODELS`. Parameter names stay those of the stock model; a method's own are `reducer.*` of each layer.
+"""
+
+import inspect
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, get_args
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .configuration_tokenreduce import EXTRA_OUTPUTS, reduced_config_class
+from .encoders import MODELS, PREFIX, READ_EVERY_PATCH, TYPE_PREFIX, auto_classes_of, encoder_of
+from .hooks import Reducer
+from .layers import RECORDER, Encoded, Recorder, current_recorder, inject
+from .reducers import build_reducer
+
+
+_StockModel: Any = nn.Module  # the mixin is only used in front of a stock model, whose methods it extends
+
+
+class TokenReduceMixin(_StockModel):
+    """What a reduced model adds to the stock one.
+
+    `forward` takes what the stock model's takes, and `output_patch_map`. Its output has besides what the stock one has:
+
+    token_counts: long (B, L), the tokens that leave each layer, prefix tokens included.
+    patch_map: long (B, N0), for each patch the row of the token that holds it, prefix tokens counted, -1 if it was
+        dropped. Only with `output_patch_map=True`. Where a model's readers want all patches, hidden states have a row
+        per patch already; else `unmerge(last_hidden_state, patch_map)` gives them one.
+    patch_weights: float32 (B, M, N0), instead of `patch_map` where tokens are mixtures of patches (SiT): what each
+        patch weighs in each of the last patch tokens.
+    last_states: (B, N0, D), where readers want every patch: the last state of each dropped one. Only with
+        `output_patch_map=True`.
+    auxiliary_loss: what a method adds to the task's loss in training, if it does. `loss` is then the sum of it and
+        `task_loss`. Whoever computes the task's loss outside, without `labels`, has to add it.
+    kept_shares: (L,) what it was computed from: the mean share of the tokens that each layer passes on.
+    """
+
+    def __init__(self, config, *inputs, **kwargs):
+        # By name: from a folder, configuration and model are classes of two modules.
+        if type(config).model_type != self.config_class.model_type:
+            raise ValueError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, got a {type(config).__name__}. Make one "
+                f"by {self.config_class.__name__}.from_pretrained(..., reduction=...), or reduce a loaded model by "
+                "hf_tokenreduce.reduce_tokens."
+            )
+        super().__init__(config, *inputs, **kwargs)
+        encoder = encoder_of(self)
+        if encoder.module is not self and encoder.config is config:  # a head on the model itself
+            encoder.module.__class__ = reduced_model_class(type(encoder.module))
+            _CAN_RECORD_REGISTRY[encoder.module] = encoder.module._can_record_outputs
+        if encoder.facts.num_hidden_layers < 1:
+            raise ValueError(f"A reduced model needs at least one layer, got {encoder.facts.num_hidden_layers}.")
+        inject(encoder, encoder.facts, type(self).__name__.removeprefix(PREFIX) in READ_EVERY_PATCH)
+        self._initialize_reducers()
+
+    def set_reduction(self, reduction) -> None:
+        """Change the method in place.
+
+        Weights stay as they are; the learned parts of the method that was there are dropped, those of the new one
+        start untrained.
+
+        Args:
+            reduction: A method configuration, its dictionary form, or None.
+        """
+        self.config.reduction = reduction
+        encoder = encoder_of(self)
+        for index, layer in enumerate(encoder.layers):
+            like = next(layer.mlp.parameters())
+            layer.reducer = build_reducer(encoder.facts, index).to(device=like.device, dtype=like.dtype)
+            self._initialize(layer.reducer.train(layer.training))
+
+    def initialize_weights(self):
+        # Parts of a model initialise themselves, by methods that know nothing of reducers.
+        super().initialize_weights()
+        self._initialize_reducers()
+
+    def _initialize_reducers(self) -> None:
+        for reducer in self.modules():
+            if isinstance(reducer, Reducer):
+                self._initialize(reducer)
+
+    def _initialize(self, reducer: Reducer) -> None:
+        for module in reducer.modules():
+            PreTrainedModel._init_weights(self, module)
+        reducer.init_weights()
+
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
+        """As the stock model's, but under the names the parameters have, not those of older versions: Trainer resumes
+        from a checkpoint without renaming."""
+        if any(reducer.built_for != self.config.reduction for reducer in encoder_of(self).reducers):
+            raise ValueError(
+                "config.reduction is not what this model runs: it was set without set_reduction, or by another model "
+                "that shares the configuration. Call model.set_reduction(...) with the setting you want, then save."
+            )
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    def _check_inputs(self, inputs: Any, attention_mask: Any, can_resize: bool, interpolates: bool) -> None:
+        if attention_mask is not None and len(self.input_modalities) == 1:
+            raise ValueError(
+                "attention_mask does not work with token reduction: it would name tokens that may be gone. Leave it "
+                "out, or use the stock model: hf_tokenreduce.restore(model)."
+            )
+        if not isinstance(inputs, Tensor):
+            if self.main_input_name in ("pixel_values", "input_values") and len(self.input_modalities) == 1:
+                raise ValueError(f"{self.main_input_name} is missing: pass a batch of them.")
+            return
+        if inputs.shape[0] == 0:
+            raise ValueError("The batch is empty: pass at least one image.")
+        encoder = encoder_of(self)
+        if encoder.tower.any_size or not can_resize or interpolates or inputs.ndim != 4:
+            return
+        (height, width), expected = inputs.shape[-2:], encoder.image_size
+        if (height, width) != expected:
+            raise ValueError(
+                f"The images are {height}x{width}, the model takes {expected[0]}x{expected[1]}. Resize them, or pass "
+                "interpolate_pos_encoding=True."
+            )
+
+    def _run_recorded(
+        self, stock_forward: Any, args: Any, kwargs: dict[str, Any], output_patch_map: bool
+    ) -> tuple[Any, list[Encoded]]:
+        outer = current_recorder()
+        if outer is not None:  # this is the model inside one with a head
+            return stock_forward(self, *args, return_dict=True, **kwargs), outer.encoded
+        recorder = Recorder(output_patch_map)
+        token = RECORDER.set(recorder)
+        try:
+            output = stock_forward(self, *args, return_dict=True, **kwargs)
+        finally:
+            RECORDER.reset(token)
+        return output, recorder.encoded
+
+    def _extended(self, output: Any, encoded: list[Encoded], num_items: Any) -> Any:
+        """The stock model's output with ours. The encoder ran once, or, without images, not at all."""
+        values = {name: value for name, value in output.items()}
+        if len(encoded) == 1:
+            one = encoded[0]
+            values |= {
+                "token_counts": one.counts,
+                "patch_map": one.patch_map,
+                "patch_weights": one.patch_weights,
+                "last_states": one.last_states,
+                "kept_shares": one.kept_shares,
+            }
+            if one.lengths is not None and values.get("last_hidden_state") is not None:
+                values["last_hidden_state"] = self._without_padding(values["last_hidden_state"], one.lengths)
+            if one.kept_shares is not None:
+                auxiliary_loss = self._auxiliary_loss(one.kept_shares)
+                if num_items is not None and getattr(self, "accepts_loss_kwargs", True):
+                    # Trainer divides nothing itself then: over accumulated batches and ranks, the parts must add up
+                    # to a mean.
+                    auxiliary_loss = auxiliary_loss * len(one.counts) / num_items
+                values["auxiliary_loss"] = auxiliary_loss
+                if values.get("loss") is not None:
+                    values["task_loss"] = values["loss"]
+                    values["loss"] = values["loss"] + auxiliary_loss
+        return reduced_output_class(type(output))(**values)
+
+    def _auxiliary_loss(self, kept_shares: Tensor) -> Tensor:
+        encoder = encoder_of(self)
+        return encoder.reducers[0].auxiliary_loss(kept_shares, encoder.facts.num_tokens)
+
+    def _without_padding(self, hidden: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """A norm has made something of the zeros behind shorter images; of a row per patch there is no padding."""
+        if encoder_of(self).tower.wants_grid:
+            return hidden
+        real = (
+            torch.arange(hidden.shape[1], device=hidden.device) < torch.tensor(lengths, device=hidden.device)[:, None]
+        )
+        return hidden.masked_fill(~real[..., None], 0.0)
+
+
+_output_classes: dict[type[ModelOutput], type[ModelOutput]] = {}
+
+
+def reduced_output_class(stock: type[ModelOutput]) -> type[ModelOutput]:
+    """`TokenReduce<Stock>Output`: the stock output with `EXTRA_OUTPUTS`."""
+    if stock not in _output_classes:
+        name = PREFIX + stock.__name__
+        body = {
+            "__module__": __name__,
+            "__doc__": f"A `{stock.__name__}` with what `TokenReduceMixin` says.",
+            "__annotations__": dict.fromkeys(EXTRA_OUTPUTS, Tensor | None),
+            **dict.fromkeys(EXTRA_OUTPUTS),
+        }
+        _output_classes[stock] = globals()[name] = dataclass(type(name, (stock,), body))
+    return _output_classes[stock]
+
+
+def _reduced_forward(stock: type[PreTrainedModel]) -> Any:
+    """A `forward` that runs the stock one and adds to its output."""
+    stock_forward: Any = stock.forward
+    signature = inspect.signature(stock_forward)
+    parameters = list(signature.parameters.values())
+    place = len(parameters) - (parameters[-1].kind == inspect.Parameter.VAR_KEYWORD)
+    flag = inspect.Parameter("output_patch_map", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    main = next(name for name in ("pixel_values", "input_values") if name in signature.parameters)
+    places = {name: place for place, name in enumerate(signature.parameters, start=-1)}
+    can_resize = "interpolate_pos_encoding" in signature.parameters
+    ordered = "noise" in signature.parameters  # patches are shuffled, unless they are told their order
+
+    @wraps(stock_forward)
+    def forward(self, *args, output_patch_map: bool = False, return_dict: bool | None = None, **kwargs):
+        def given(name: str) -> Any:
+            place = places.get(name, len(args))
+            return args[place] if place < len(args) else kwargs.get(name)
+
+        inputs = given(main)
+        self._check_inputs(inputs, given("attention_mask"), can_resize, bool(given("interpolate_pos_encoding")))
+        if self._is_for_inference and kwargs.get("labels") is not None:
+            raise ValueError(
+                f"{type(self).__name__} is for inference only and has no loss. To train, load the checkpoint as "
+                "TokenReduceDeiTForImageClassification."
+            )
+        if ordered and kwargs.get("noise") is None:
+            patch_height, patch_width = encoder_of(self).patch_size
+            count = (inputs.shape[-2] // patch_height) * (inputs.shape[-1] // patch_width)
+            kwargs["noise"] = torch.arange(count, device=inputs.device).expand(len(inputs), -1)
+        output, encoded = self._run_recorded(stock_forward, args, kwargs, output_patch_map)
+        output = self._extended(output, encoded, kwargs.get("num_items_in_batch"))
+        returns_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if returns_dict else output.to_tuple()
+
+    forward.__signature__ = signature.replace(parameters=[*parameters[:place], flag, *parameters[place:]])  # type: ignore[attr-defined]
+    return forward
+
+
+def reduced_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`TokenReduce<Stock>` for a stock class in `MODELS`."""
+    name = PREFIX + stock.__name__
+    if name in globals():
+        return globals()[name]
+    config_class = reduced_config_class(stock.config_class)
+    body = {
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` with token reduction. See `TokenReduceMixin` for what it adds.",
+        "__annotations__": {"config": config_class},
+        "config_class": config_class,
+        "forward": _reduced_forward(stock),
+        "_is_for_inference": "labels" not in inspect.signature(stock.forward).parameters and "Teacher" in name,
+    }
+    made: Any = type(name, (TokenReduceMixin, stock), body)
+    for output in get_args(inspect.unwrap(stock.forward).__annotations__.get("return")) or (
+        inspect.unwrap(stock.forward).__annotations__.get("return"),
+    ):
+        if isinstance(output, type) and issubclass(output, ModelOutput):
+            reduced_output_class(output)  # now, because a compiled forward cannot make a class
+    # Checkpoints on the Hub still carry the key names of older versions of transformers.
+    for theirs, ours in (
+        (stock.__name__, name),
+        (stock.config_class.model_type, TYPE_PREFIX + stock.config_class.model_type),
+    ):
+        conversions = get_checkpoint_conversion_mapping(theirs)
+        if conversions is not None:
+            register_checkpoint_conversion_mapping(ours, conversions, overwrite=True)
+    made.register_for_auto_class((auto_classes_of(stock.__name__) or ["AutoModel"])[0])
+    globals()[name] = made
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    stock = name.removeprefix(PREFIX)
+    if not name.startswith(PREFIX) or stock not in MODELS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return reduced_model_class(getattr(transformers, stock))
