@@ -57,17 +57,18 @@ def reduce(
     """Reduce a checkpoint and save it, weights and code: a folder that loads anywhere."""
     from .calibration import calibrate
     from .convert import reduce_tokens
-    from .loading import load_model, method_setting, parse_settings
+    from .loading import load_model, load_processor, method_setting, parse_settings
 
     if output_dir.is_file():
         raise ValueError(f"--output-dir {output_dir} is a file. Name a folder.")
-    dense, processor = load_model(model, revision, trust_remote_code)
+    dense, image_processor = load_model(model, revision, trust_remote_code, any_task=True)
+    processor = load_processor(model, revision, trust_remote_code)
     setting = method_setting(dense.config, reduction, share, parse_settings(reduction_args))
     reduced = reduce_tokens(dense, setting)
     if reduction in ("ltmp", "sit"):
         if images is None:
             raise ValueError(f"{reduction} starts from images, without labels: pass --images FOLDER, or train it.")
-        calibrate(reduced, images, getattr(setting, "target", None), image_processor=processor)
+        calibrate(reduced, images, getattr(setting, "target", None), image_processor=image_processor)
     elif images is not None:
         raise ValueError(f"--images is for ltmp and sit; {reduction} needs none. Leave it out.")
     reduced.save_pretrained(output_dir)
@@ -119,7 +120,7 @@ def inspect(model: Model, revision: Revision = None, trust_remote_code: Trust = 
     """Say what a folder or Hub id is: backbone, method, settings, tokens per layer, multiply-adds, size."""
     from .loading import load_model
 
-    _print(_described(load_model(model, revision, trust_remote_code)[0], model), as_json, model)
+    _print(_described(load_model(model, revision, trust_remote_code, any_task=True)[0], model), as_json, model)
 
 
 @app.command(epilog="tokenreduce evaluate vit-tome data/val --dense google/vit-base-patch16-224")
@@ -185,7 +186,10 @@ def benchmark(
         output.parent.mkdir(parents=True, exist_ok=True)
     last = [name.rstrip("/").split("/")[-1] for name in models]
     named = last if len(set(last)) == len(last) else models
-    loaded = {name: load_model(model, revision, trust_remote_code) for name, model in zip(named, models, strict=True)}
+    loaded = {
+        name: load_model(model, revision, trust_remote_code, any_task=True)
+        for name, model in zip(named, models, strict=True)
+    }
     processor = next(iter(loaded.values()))[1]
     pixels = processor(load_pictures([images], 2 * max(batch_size))[0], return_tensors="pt")["pixel_values"]
     report = measure(
@@ -269,7 +273,7 @@ def show(
     if output.suffix not in (".html", ".png"):
         raise ValueError(f"--output must end in .html or .png, got {output}.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    reduced, processor = load_model(model, revision, trust_remote_code)
+    reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
     if getattr(reduced.config, "reduction", None) is None:
         raise ValueError(f"{model} is not reduced, so there is nothing to show. Reduce it: tokenreduce reduce --help.")
     pictures, names = load_pictures(images, limit)
@@ -377,6 +381,7 @@ def _described(model: Any, name: str) -> dict[str, Any]:
     from .evaluation import dense_multiply_adds, total_multiply_adds
     from .modeling.encoders import encoder_of
     from .modeling.multiply_adds import even_counts, even_share
+    from .tasks import task_of_model
 
     encoder = encoder_of(model)
     facts = encoder.facts
@@ -388,7 +393,8 @@ def _described(model: Any, name: str) -> dict[str, Any]:
         "class": type(model).__name__,
         "backbone": f"{facts.num_hidden_layers} layers of width {facts.hidden_size}, {tokens} tokens",
         "image_size": getattr(encoder.config, "image_size", None),
-        "labels": model.config.num_labels,
+        "task": task_of_model(model).name,
+        "labels": model.config.num_labels if hasattr(model, "classifier") else None,
         "parameters": parameters,
         "megabytes": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6, 1),
         "method": None if reduction is None else reduction.method,

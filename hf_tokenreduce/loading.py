@@ -9,13 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    AutoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -23,24 +27,40 @@ from transformers.utils import logging
 
 from .convert import stock_name
 from .modeling.configuration_base import REDUCTIONS, ReductionConfig
-from .modeling.encoders import what_can_be_reduced
+from .modeling.encoders import MODELS, PREFIX, what_can_be_reduced
 from .pictures import IMAGE_SUFFIXES, read_picture
+from .tasks import task_of
 
 
 # What a folder of a split is called -> what we call it.
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
-def load_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
-    """A classifier in eval mode and its image processor, of a folder or a Hub id."""
+def load_model(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, *, any_task: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model in eval mode and what prepares its images, from a folder or a Hub id.
+
+    Args:
+        name (`str`): The folder or id.
+        revision (`str`, *optional*): Commit, tag or branch of a Hub id.
+        trust_remote_code (`bool`): Run the code that the model brings along.
+        any_task (`bool`): Take a model of any task that can be reduced, as its configuration says. By default it must
+            be an image classifier.
+
+    Returns:
+        The model, and its image processor (of audio models the feature extractor).
+    """
     # Without the flag our own classes load from their folders by what is installed: no code of the folder runs.
     where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code or None}
     with no_progress_bars():
         try:
-            model, found = AutoModelForImageClassification.from_pretrained(
-                name, use_safetensors=True, output_loading_info=True, **where
-            )
-            processor = AutoImageProcessor.from_pretrained(name, **where)
+            auto_class: Any = AutoModelForImageClassification
+            if any_task:
+                auto_class = _auto_class_of(name, where)
+            model, found = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **where)
+            takes_audio = model.main_input_name == "input_values"
+            processor = (AutoFeatureExtractor if takes_audio else AutoImageProcessor).from_pretrained(name, **where)
         except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -50,12 +70,30 @@ def load_model(name: str, revision: str | None = None, trust_remote_code: bool =
     if stock_name(model) is None:
         raise ValueError(f"{name!r} is a {type(model).__name__}. {what_can_be_reduced()}")
     if found["missing_keys"]:
+        what = "its classifier" if not any_task or "Classification" in type(model).__name__ else "a part of it"
         raise ValueError(
-            f"{name!r} has no trained {', '.join(sorted(found['missing_keys']))}: its classifier would be random. "
+            f"{name!r} has no trained {', '.join(sorted(found['missing_keys']))}: {what} would be random. "
             "Train it first: tokenreduce train."
         )
     model.to(PartialState().device)
     return model.eval(), processor
+
+
+def _auto_class_of(name: str, where: dict[str, Any]) -> Any:
+    """The Auto class, or class, that loads the model which a configuration names."""
+    config = AutoConfig.from_pretrained(name, **where)
+    architecture = (config.architectures or ["model that its config.json does not name"])[0].removeprefix(PREFIX)
+    if architecture not in MODELS:
+        raise ValueError(f"{name!r} is a {architecture}. {what_can_be_reduced()}")
+    task = task_of(architecture)
+    return getattr(transformers, task.auto_class)
+
+
+def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """All that prepares a model's inputs, images and texts, in one processor."""
+    return AutoProcessor.from_pretrained(
+        name, revision=revision or "main", trust_remote_code=trust_remote_code or None
+    )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedModel
 
 from ..modeling.encoders import encoder_of
+from ..tasks import image_side
 
 
 # The first of these that an operation lies in: a projection that a score needs is scoring, not linear.
@@ -36,12 +37,13 @@ def breakdown(model: PreTrainedModel, pixel_values: Tensor, repeats: int = 3) ->
     """
     cuda = pixel_values.is_cuda
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    run = image_side(model)
     with torch.inference_mode(), labelled(model):
-        model(pixel_values)
+        run(pixel_values)
         with profile(activities=activities) as profiler:
             for _ in range(repeats):
                 with record_function(PREFIX + "other"):
-                    model(pixel_values)
+                    run(pixel_values)
             if cuda:
                 torch.cuda.synchronize(pixel_values.device)
     seconds = dict.fromkeys((*PARTS, "other"), 0.0)
@@ -74,15 +76,11 @@ def labelled(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as stack:
         encoder = encoder_of(model)
         for layer in encoder.layers:
-            attention, output = encoder.attention(layer), encoder.tower.layout.o_proj
+            attention = encoder.attention(layer)
+            projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+            projections.append(getattr(attention, encoder.tower.layout.o_proj))
             stack.enter_context(_as_attribute(attention, "forward", _named("attention", attention.forward)))
-            for module in (
-                attention.q_proj,
-                attention.k_proj,
-                attention.v_proj,
-                getattr(attention, output),
-                layer.mlp,
-            ):
+            for module in (*projections, layer.mlp):
                 stack.enter_context(_as_attribute(module, "forward", _named("linear", module.forward)))
             for hook in HOOKS if hasattr(layer, "reducer") else ():
                 act = getattr(layer.reducer, hook)

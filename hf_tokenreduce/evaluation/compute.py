@@ -19,6 +19,7 @@ from ..modeling.configuration_methods import parse_reduction
 from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.multiply_adds import even_counts, multiply_adds
 from ..modes import evaluating
+from ..tasks import image_side
 
 
 # Children of larger models that do not read the encoder, or not once per image.
@@ -40,7 +41,7 @@ def measured_multiply_adds(model: PreTrainedModel, pixel_values: Tensor, *, prog
     with evaluating(model), plain_attention(model), torch.no_grad():
         for image in logging.tqdm(images, desc="counting multiply-adds", leave=False, disable=not progress):
             with FlopCounterMode(display=False) as counter:
-                model(image)
+                image_side(model)(image)
             counts.append(counter.get_total_flops() / 2)
     return torch.tensor(counts, dtype=torch.float64)
 
@@ -80,8 +81,8 @@ def dense_multiply_adds(model: PreTrainedModel, num_tokens: int | None = None) -
 
 
 def outside_multiply_adds(model: PreTrainedModel, patches: int) -> int:
-    """Of the patch embedding, and of what reads the encoder's output: pooler, attention pooling, heads. Other parts of a
-    larger model, such as one for text, are not counted."""
+    """Of the patch embedding, and of what reads the encoder's output: pooler, attention pooling, heads. Other parts
+    of a larger model, such as one for text, are not counted."""
     encoder = encoder_of(model)
     total = patches * encoder.patch_projection.weight.numel()
     for name, part in model.named_children():

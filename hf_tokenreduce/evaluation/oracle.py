@@ -10,7 +10,7 @@ from ..modeling.attention import AttentionView
 from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.hooks import Reducer
 from ..modeling.tokens import TokenMap, TokenState, apply_map
-from ..tasks import main_output
+from ..tasks import image_side, main_output
 
 
 class SliceOracle(nn.Module):
@@ -30,8 +30,7 @@ class SliceOracle(nn.Module):
             layer.reducer = _Cut(self, hook, index, prefix)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        output = self.model(*inputs, **kwargs)
-        return main_output(output)
+        return main_output(image_side(self.model)(*inputs, **kwargs))
 
 
 class _Cut(Reducer):

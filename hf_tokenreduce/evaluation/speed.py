@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..convert import restore, stock_name
 from ..modeling.encoders import encoder_of, facts_of, what_can_be_reduced
 from ..modes import evaluating
+from ..tasks import image_side
 from .breakdown import breakdown
 from .memory import peak_memory
 from .oracle import SliceOracle
@@ -109,7 +110,7 @@ def _time_batches(
     lengths: dict[str, list[list[int]]] = {}
 
     def add(name: str, model: nn.Module, compiled: bool) -> None:
-        runs[name] = torch.compile(model, dynamic=False) if compiled else model
+        runs[name] = torch.compile(image_side(model), dynamic=False) if compiled else image_side(model)
 
     for name, model in ready.items():
         compiled = compile and name not in adaptive
@@ -181,7 +182,7 @@ def _measure_more(
         if with_breakdown:
             row.breakdown = breakdown(model, images)
         if with_memory:
-            row.peak_memory_mib = peak_memory(model, images)
+            row.peak_memory_mib = peak_memory(image_side(model), images)
     dense = next(row.peak_memory_mib for row in rows if row.name == dense_name)
     for row in rows:
         if row.peak_memory_mib is not None and dense:
@@ -201,7 +202,7 @@ def _ratio(above: list[float], below: list[float]) -> tuple[float, tuple[float, 
 
 
 def _token_counts(model: PreTrainedModel, images: Tensor) -> Tensor:
-    output = model(images)
+    output = image_side(model)(images)
     if _method(model) is not None:
         return output.token_counts.cpu()
     encoder = encoder_of(model)

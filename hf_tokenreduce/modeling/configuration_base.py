@@ -24,8 +24,8 @@ class ReductionConfig:
     """Base of all method configurations. A subclass names its `method`, which also registers it, or None if it is a
     base itself.
 
-    `__post_init__` checks the values by themselves; `check_fit` checks them against the facts of an encoder. `hook` is where the
-    method acts: the method of `Reducer` it overrides.
+    `__post_init__` checks the values by themselves; `check_fit` checks them against the facts of an encoder. `hook`
+    is where the method acts: the method of `Reducer` it overrides.
     """
 
     method: ClassVar[str | None] = None

@@ -311,9 +311,9 @@ class SiTConfig(KeepRateConfig):
         super().check_fit(facts)
         if facts_of(facts).has_places and self.layers:
             raise ValueError(
-                "SiTConfig: SiT makes tokens that are mixtures of many patches and so have no place, but the attention "
-                "of this encoder (DINOv3, BEiT) asks for the place of every token. Use a method that keeps, merges or "
-                "samples tokens: ToMe, EViT, Top-K, BAT, ATS, LTMP or DL-ViT."
+                "SiTConfig: SiT makes tokens that are mixtures of many patches and so have no place, but the "
+                "attention of this encoder (DINOv3, BEiT) asks for the place of every token. Use a method that "
+                "keeps, merges or samples tokens: ToMe, EViT, Top-K, BAT, ATS, LTMP or DL-ViT."
             )
         if list(self.layers) != sorted(self.layers):
             raise ValueError(f"SiTConfig: layers must ascend: each slims what the last one left. Got {self.layers}.")

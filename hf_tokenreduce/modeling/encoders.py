@@ -373,7 +373,7 @@ class Encoder:
 
         with self._entrance(stop):
             try:
-                self.model(*inputs, **kwargs)
+                getattr(self.model, "get_image_features", self.model)(*inputs, **kwargs)
             except _Entered as entered:
                 return entered.hidden_states
         raise RuntimeError(f"{type(self.model).__name__} did not run its encoder. Give it images.")

@@ -16,9 +16,10 @@ class Reducer(nn.Module):
                   -> + residual -> after_layer
 
     Every layer owns one reducer, built with the facts of the encoder, its reduction among them, and its own 0-based
-    index; `before_encoder` is asked of the first layer's. A hook decides, with a pure function, on a `TokenMap`, and returns the state with the
-    map applied (`apply_map`). It must not change the state it is given, nor keep anything between calls: gradient
-    checkpointing runs layers twice. Learned parts are ordinary parameters and submodules of the reducer.
+    index; `before_encoder` is asked of the first layer's. A hook decides, with a pure function, on a `TokenMap`, and
+    returns the state with the map applied (`apply_map`). It must not change the state it is given, nor keep anything
+    between calls: gradient checkpointing runs layers twice. Learned parts are ordinary parameters and submodules of
+    the reducer.
     """
 
     prop_attn = False

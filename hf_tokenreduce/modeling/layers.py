@@ -169,7 +169,7 @@ class ReducedLayer(nn.Module):
     def forward(
         self, shown: Tensor, *state_fields: Any, attention_mask: Tensor | None = None, **kwargs
     ) -> LayerOutput:
-        # A stock model makes an attention_mask that masks nothing where it is traced. One that masks is refused before.
+        # Where a stock model is traced it makes an attention_mask that masks nothing. One that masks was refused.
         state = self._attention_block(TokenState(*state_fields), attention_mask, **kwargs)
         hidden_states = state.hidden_states
         branch = self.mlp(getattr(self, self.layout.norm_after)(hidden_states))  # type: ignore[operator]
@@ -318,7 +318,7 @@ def _reduced_class(stock: type[nn.Module], layout: Layout, is_layer: bool) -> ty
     key = stock, layout, is_layer
     if key not in _classes:
         body: dict[str, Any] = {"layout": layout, "__module__": __name__}
-        body["__reduce_ex__"] = lambda self, protocol: (_rebuild, key, self.__dict__)
+        body["__reduce_ex__"] = lambda self, protocol: (_rebuild, key, vars(self))
         if not is_layer:
             # Every family names these differently, and has an eager attention of its own.
             for ours in ("o_proj", "scaling", "attention_dropout"):
@@ -329,6 +329,13 @@ def _reduced_class(stock: type[nn.Module], layout: Layout, is_layer: bool) -> ty
         base = ReducedLayer if is_layer else ReducedAttention
         _classes[key] = type(stock.__name__, (base, stock), body)
     return _classes[key]
+
+
+def _reduce_to(key: tuple[type[nn.Module], Layout, bool]) -> Any:
+    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, key, self.__dict__
+
+    return reduce_ex
 
 
 def _rebuild(stock: type[nn.Module], layout: Layout, is_layer: bool) -> nn.Module:

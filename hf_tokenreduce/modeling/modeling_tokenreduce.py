@@ -31,7 +31,7 @@ _StockModel: Any = nn.Module  # the mixin is only used in front of a stock model
 class TokenReduceMixin(_StockModel):
     """What a reduced model adds to the stock one.
 
-    `forward` takes what the stock model's takes, and `output_patch_map`. Its output has besides what the stock one has:
+    `forward` takes what the stock model's takes, and `output_patch_map`. Its output has besides the stock model's:
 
     token_counts: long (B, L), the tokens that leave each layer, prefix tokens included.
     patch_map: long (B, N0), for each patch the row of the token that holds it, prefix tokens counted, -1 if it was
@@ -143,7 +143,7 @@ class TokenReduceMixin(_StockModel):
 
     def _extended(self, output: Any, encoded: list[Encoded], num_items: Any) -> Any:
         """The stock model's output with ours. The encoder ran once, or, without images, not at all."""
-        values = {name: value for name, value in output.items()}
+        values = dict(output.items())
         if len(encoded) == 1:
             one = encoded[0]
             values |= {
@@ -198,9 +198,8 @@ def reduced_output_class(stock: type[ModelOutput]) -> type[ModelOutput]:
     return _output_classes[stock]
 
 
-def _reduced_forward(stock: type[PreTrainedModel]) -> Any:
-    """A `forward` that runs the stock one and adds to its output."""
-    stock_forward: Any = stock.forward
+def _recorded(stock_forward: Any) -> Any:
+    """A `forward`, or `get_image_features`, that runs the stock one and adds to its output."""
     signature = inspect.signature(stock_forward)
     parameters = list(signature.parameters.values())
     place = len(parameters) - (parameters[-1].kind == inspect.Parameter.VAR_KEYWORD)
@@ -247,9 +246,11 @@ def reduced_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__doc__": f"`{stock.__name__}` with token reduction. See `TokenReduceMixin` for what it adds.",
         "__annotations__": {"config": config_class},
         "config_class": config_class,
-        "forward": _reduced_forward(stock),
+        "forward": _recorded(stock.forward),
         "_is_for_inference": "labels" not in inspect.signature(stock.forward).parameters and "Teacher" in name,
     }
+    if hasattr(stock, "get_image_features"):
+        body["get_image_features"] = _recorded(stock.get_image_features)
     made: Any = type(name, (TokenReduceMixin, stock), body)
     for output in get_args(inspect.unwrap(stock.forward).__annotations__.get("return")) or (
         inspect.unwrap(stock.forward).__annotations__.get("return"),

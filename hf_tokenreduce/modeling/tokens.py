@@ -128,9 +128,9 @@ def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
             "A map cannot move tokens that are mixtures of patches (SiT): what each patch weighs in them would be "
             "wrong afterwards. Let SiT reduce after all other methods."
         )
-    if token_map.target is None:
-        return _keep_first(state, token_map.num_tokens)
     target, num_tokens, weight = token_map
+    if target is None:
+        return _keep_first(state, num_tokens)
     size, patch_map, origin = state.size, state.patch_map, state.origin
     if origin is not None:
         origin = representatives(origin, size, target, _widest(num_tokens))
