@@ -318,7 +318,7 @@ def _reduced_class(stock: type[nn.Module], layout: Layout, is_layer: bool) -> ty
     key = stock, layout, is_layer
     if key not in _classes:
         body: dict[str, Any] = {"layout": layout, "__module__": __name__}
-        body["__reduce_ex__"] = lambda self, protocol: (_rebuild, key, vars(self))
+        body["__reduce_ex__"] = _reduce_to(key)
         if not is_layer:
             # Every family names these differently, and has an eager attention of its own.
             for ours in ("o_proj", "scaling", "attention_dropout"):
