@@ -324,11 +324,15 @@ def _reduced_class(stock: type[nn.Module], layout: Layout, is_layer: bool) -> ty
             for ours in ("o_proj", "scaling", "attention_dropout"):
                 theirs = getattr(layout, ours)
                 if theirs != ours:
-                    body[ours] = property(lambda self, theirs=theirs: getattr(self, theirs))
+                    body[ours] = _named(theirs)
             body["eager_attention_forward"] = staticmethod(sys.modules[stock.__module__].eager_attention_forward)
         base = ReducedLayer if is_layer else ReducedAttention
         _classes[key] = type(stock.__name__, (base, stock), body)
     return _classes[key]
+
+
+def _named(name: str) -> property:
+    return property(lambda self: getattr(self, name))
 
 
 def _reduce_to(key: tuple[type[nn.Module], Layout, bool]) -> Any:
