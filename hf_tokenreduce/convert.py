@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .modeling.configuration_base import ReductionConfig
 from .modeling.configuration_methods import parse_reduction
-from .modeling.encoders import MODELS, PREFIX, encoder_of, what_can_be_reduced
+from .modeling.encoders import MODELS, PREFIX, encoder_of, fixed_fields, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
 
 
@@ -118,6 +118,8 @@ def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedM
         shell = model_class(config, **options)
     encoder = encoder_of(model)
     containers = {id(part) for layer in encoder.layers for part in (layer, encoder.attention(layer))}
+    if fixed_fields(encoder.config):  # which the embeddings read in their configuration
+        containers.add(id(encoder.module.embeddings))
     _adopt(shell, model, containers)
     if hasattr(model, "generation_config"):
         shell.generation_config = copy.deepcopy(model.generation_config)

@@ -16,7 +16,17 @@ from hf_tokenreduce.modeling.reducers import REDUCERS
 
 MODELING = Path(hf_tokenreduce.__file__).parent / "modeling"
 FILES = sorted(MODELING.glob("*.py"))
-ALLOWED = {"collections", "contextlib", "dataclasses", "functools", "huggingface_hub", "inspect", "itertools", "math"}
+ALLOWED = {
+    "collections",
+    "contextlib",
+    "contextvars",
+    "dataclasses",
+    "functools",
+    "huggingface_hub",
+    "inspect",
+    "itertools",
+    "math",
+}
 ALLOWED |= {"numbers", "sys", "torch", "transformers", "typing"}
 
 

@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from ..convert import restore
+from ..convert import restore, stock_name
 from ..modeling.encoders import facts_of
 from ..modeling.multiply_adds import multiply_adds
 from ..modes import evaluating
-from .compute import summary, total_multiply_adds
+from ..tasks import task_of
+from .compute import summary, tokens_entering, total_multiply_adds
+from .reading import batches, check_data, sample_pixels
 from .resume import Progress, Records, digest_of_data, digest_of_model, launched_processes
+from .zero_shot import TASK as ZERO_SHOT
+from .zero_shot import ZeroShotClassifier, converted, inside
 
 
 NUM_RESAMPLES = 10_000
@@ -64,11 +66,11 @@ class AccuracyReport:
 
 
 def evaluate_model(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ZeroShotClassifier,
     dataset: Dataset,
     processor: Any,
     *,
-    dense: PreTrainedModel | AccuracyReport | None = None,
+    dense: PreTrainedModel | ZeroShotClassifier | AccuracyReport | None = None,
     batch_size: int = 32,
     output_dir: str | Path | None = None,
     num_workers: int = 0,
@@ -78,6 +80,7 @@ def evaluate_model(
 ) -> AccuracyReport:
     """Accuracy of a classifier, reduced or not.
 
+    model: an image classifier, or a model of images and texts with class names, from `zero_shot_classifier`.
     dataset: images with their classes, such as an image folder. A class is named by a label of the model, or begins
         with its index: `0001_n01443537`.
     dense: what to compare with: a model, which goes through the images beside this one, or the report that it got
@@ -90,7 +93,8 @@ def evaluate_model(
     Processes of `accelerate launch` or `torchrun` share the images; each brings the model on its own device, and each
     gets the report of all images. Their `output_dir` is on a file system they share.
     """
-    _check(dataset, batch_size, image_column, label_column)
+    check_data(dataset, batch_size, image_column=image_column, label_column=label_column)
+    _check_model(model)
     classes = class_indices(dataset, label_column, model.config.label2id)
     labels = [classes[label] if classes else label for label in dataset.with_format(None)[label_column]]
     highest = model.config.num_labels - 1
@@ -104,7 +108,7 @@ def evaluate_model(
         if dense.config.id2label != model.config.id2label:
             raise ValueError("The classes of dense are others than the model's, or in another order: compare its own.")
     elif getattr(model.config, "reduction", None) is not None:
-        beside = restore(model)
+        beside = converted(model, restore)
 
     processes = launched_processes(model.device)
     settings = {
@@ -116,21 +120,17 @@ def evaluate_model(
     records = Records(output_dir, settings, processes)
     missing = [row for row in range(len(dataset)) if row not in records.done]
     mine = missing[processes.rank :: processes.world]
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    reader = _Reader(dataset.with_format(None), batches, image_column, processor)
-    loader: Any = DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(batches)))
-    shown = progress and processes.rank == 0
+    parts = batches(
+        dataset, mine, processor, batch_size=batch_size, image_column=image_column, num_workers=num_workers,
+        title="evaluating", progress=progress and processes.rank == 0,
+    )  # fmt: skip
     models = [model] if beside is None else [model, beside]
-    with (
-        evaluating(*models),
-        torch.inference_mode(),
-        logging.tqdm(total=len(mine), desc="evaluating", leave=False, disable=not shown) as bar,
-    ):
-        for rows, pixel_values in loader:
+    with evaluating(*models), torch.inference_mode():
+        for rows, pixel_values in parts:
             records.add(_record(model, beside, rows, pixel_values))
-            bar.update(len(rows))
     found = records.gather()
-    report = _report(model, found, labels, given)
+    num_tokens = tokens_entering(model, sample_pixels(dataset, processor, image_column, 1))
+    report = _report(model, found, labels, given, num_tokens)
     records.finish(report.to_dict())
     return report
 
@@ -178,15 +178,14 @@ def paired_bootstrap(right: np.ndarray, was_right: np.ndarray, seed: int = 0) ->
     return float(low), float(high)
 
 
-def _record(model: PreTrainedModel, dense: PreTrainedModel | None, rows: list[int], pixel_values: Tensor) -> Progress:
+def _record(model: Any, dense: Any, rows: list[int], pixel_values: Tensor) -> Progress:
     pixel_values = pixel_values.to(model.device)
     output = model(pixel_values)
     ranked = output.logits.topk(min(5, output.logits.shape[-1]), dim=-1).indices
-    facts = facts_of(model.config)
-    if output.get("token_counts") is None:
-        counts = torch.full((len(rows), facts.num_hidden_layers), facts.num_tokens)
-    else:
-        counts = output.token_counts
+    counts = output.get("token_counts")
+    if counts is None:
+        layers = facts_of(model.config).num_hidden_layers
+        counts = torch.full((len(rows), layers), tokens_entering(model, pixel_values))
     record = {"rows": rows, "ranked": ranked.tolist(), "tokens": counts.tolist()}
     if dense is not None:
         logits = dense(pixel_values.to(dense.device)).logits
@@ -194,8 +193,30 @@ def _record(model: PreTrainedModel, dense: PreTrainedModel | None, rows: list[in
     return record
 
 
+def costs_of(
+    model: PreTrainedModel, counts: Tensor, num_tokens: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a report says of a model's method and of its costs, and of those what is known per image.
+
+    counts: long (n, L), the tokens that leave each layer; `num_tokens` enter the model.
+    """
+    reduction = getattr(model.config, "reduction", None)
+    multiplied = total_multiply_adds(model, counts, num_tokens=num_tokens)
+    encoder = multiply_adds(model.config, counts, num_tokens, reduction).mean()
+    dense = multiply_adds(model.config, torch.full_like(counts[:1], num_tokens), num_tokens)
+    costs = {
+        "method": None if reduction is None else reduction.method,
+        "settings": None if reduction is None else reduction.to_dict(),
+        "tokens": summary(counts[:, -1]),
+        "tokens_per_layer": counts.double().mean(dim=0).tolist(),
+        "multiply_adds": summary(multiplied),
+        "mult_adds_ratio": (encoder / dense).item(),
+    }
+    return costs, {"tokens": counts, "multiply_adds": multiplied}
+
+
 def _report(
-    model: PreTrainedModel, found: dict[int, dict[str, Any]], labels: list[int], given: Tensor | None
+    model: Any, found: dict[int, dict[str, Any]], labels: list[int], given: Tensor | None, num_tokens: int
 ) -> AccuracyReport:
     from .metrics.accuracy.accuracy import top_k_hits
     from .metrics.agreement.agreement import agreement, flips
@@ -203,32 +224,21 @@ def _report(
     rows = sorted(found)
     truth = np.array([labels[row] for row in rows])
     ranked = np.array([found[row]["ranked"] for row in rows])
-    counts = torch.tensor([found[row]["tokens"] for row in rows])
-    reduction = getattr(model.config, "reduction", None)
-    num_tokens = facts_of(model.config).num_tokens
-    cost = total_multiply_adds(model, counts, num_tokens=num_tokens)
-    all_tokens = torch.full_like(counts[:1], num_tokens)
-    encoder = multiply_adds(model.config, counts, num_tokens, reduction).mean()
+    costs, per_image = costs_of(inside(model), torch.tensor([found[row]["tokens"] for row in rows]), num_tokens)
     right = top_k_hits(ranked, truth)
     per_image = {
         "rows": torch.tensor(rows),
         "labels": torch.from_numpy(truth),
         "predictions": torch.from_numpy(ranked[:, 0]),
-        "tokens": counts,
-        "multiply_adds": cost,
+        **per_image,
     }
     report = AccuracyReport(
         images=len(rows),
-        method=None if reduction is None else reduction.method,
-        settings=None if reduction is None else reduction.to_dict(),
         top1=100 * float(right.mean()),
         top1_interval=wilson_interval(int(right.sum()), len(rows)),
         top5=100 * float(top_k_hits(ranked, truth, ranked.shape[1]).mean()),
-        tokens=summary(counts[:, -1]),
-        tokens_per_layer=counts.double().mean(dim=0).tolist(),
-        multiply_adds=summary(cost),
-        mult_adds_ratio=(encoder / multiply_adds(model.config, all_tokens, num_tokens)).item(),
         per_image=per_image,
+        **costs,
     )
     if given is None and "dense" in found[rows[0]]:
         given = torch.tensor([found[row]["dense"] for row in rows])
@@ -246,29 +256,6 @@ def _report(
     return report
 
 
-class _Reader(torch.utils.data.Dataset):
-    """Batches of rows as pixel values, for a `DataLoader`."""
-
-    def __init__(self, dataset: Dataset, batches: list[list[int]], image_column: str, processor: Any):
-        self.dataset, self.batches, self.image_column, self.processor = dataset, batches, image_column, processor
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> tuple[list[int], Tensor]:
-        rows = self.batches[number]
-        photos = []
-        for row in rows:
-            try:
-                photos.append(self.dataset[row][self.image_column].convert("RGB"))
-            except Exception as error:  # Pillow raises whatever its parsers trip over
-                raise ValueError(
-                    f"Row {row} of the data set holds no readable image in its column {self.image_column!r} "
-                    f"({error}). Repair it, or leave it out by dataset.select(...)."
-                ) from error
-        return rows, self.processor(photos, return_tensors="pt")["pixel_values"]
-
-
 def _given_predictions(report: AccuracyReport, num_rows: int) -> Tensor:
     if report.images != num_rows or "predictions" not in report.per_image:
         raise ValueError(
@@ -278,17 +265,16 @@ def _given_predictions(report: AccuracyReport, num_rows: int) -> Tensor:
     return report.per_image["predictions"]
 
 
-def _check(dataset: Any, batch_size: int, image_column: str, label_column: str) -> None:
-    if not isinstance(dataset, Dataset):
+def _check_model(model: Any) -> None:
+    name = stock_name(model)
+    task = None if name is None else task_of(name).name
+    if task == ZERO_SHOT:
         raise ValueError(
-            f"dataset must be one split of a data set, got a {type(dataset).__name__}. Load it by "
-            'load_dataset("imagefolder", data_dir=..., split="validation").'
+            f"A {type(model).__name__} has no classes of its own. Give it their names: "
+            "hf_tokenreduce.evaluation.zero_shot_classifier(model, processor, class_names)."
         )
-    missing = [name for name in (image_column, label_column) if name not in dataset.column_names]
-    if missing or len(dataset) == 0:
+    if task is not None and task != "image-classification":
         raise ValueError(
-            f"The data set has {len(dataset)} rows and the columns {dataset.column_names}; there must be rows, and "
-            f"columns of images and labels: image_column={image_column!r}, label_column={label_column!r}."
+            f"A {type(model).__name__} predicts no classes, so it has no accuracy. What a reduction costs its "
+            "features is measured by tokenreduce compare, or hf_tokenreduce.evaluation.compare."
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

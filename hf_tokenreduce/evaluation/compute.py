@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.configuration_methods import parse_reduction
-from ..modeling.encoders import encoder_of, facts_of
+from ..modeling.encoders import EncoderFacts, encoder_of, facts_of
 from ..modeling.multiply_adds import even_counts, multiply_adds
 from ..modes import evaluating
 from ..tasks import image_side
@@ -99,6 +99,18 @@ def _read_once(part: nn.Module, patches: int, skipped: set[int]) -> int:
     if isinstance(part, nn.Linear):
         return part.weight.numel()
     return sum(_read_once(child, patches, skipped) for child in part.children())
+
+
+def facts_on(model: nn.Module, pixel_values: Tensor) -> EncoderFacts:
+    """The facts of a model's encoder, with the grid of these images, which may be of another size than its own."""
+    encoder = encoder_of(model)
+    height, width = encoder.patch_size
+    return encoder.facts._replace(grid=(pixel_values.shape[-2] // height, pixel_values.shape[-1] // width))
+
+
+def tokens_entering(model: nn.Module, pixel_values: Tensor) -> int:
+    """The tokens of an image of this size that enter the first layer, prefix tokens included."""
+    return facts_on(model, pixel_values).num_tokens
 
 
 def describe_compute(model: PreTrainedModel, pixel_values: Tensor | None = None, *, progress: bool = False) -> dict:

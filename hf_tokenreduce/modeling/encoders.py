@@ -263,8 +263,8 @@ class EncoderFacts(NamedTuple):
 
 def facts_of(config: PreTrainedConfig | EncoderFacts) -> EncoderFacts:
     """The facts of the encoder that a configuration, stock or reduced, describes, alone or as a part."""
-    if isinstance(config, EncoderFacts):
-        return config
+    if not isinstance(config, PreTrainedConfig):
+        return config  # facts already, from a folder of another copy of this module
     inner, tower = _tower_config(config)
     return EncoderFacts(
         reduction=getattr(config, "reduction", None),

@@ -7,12 +7,12 @@ and their attention keep their parameters under their names; a method's own are 
 """
 
 import sys
+from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.utils.output_capturing import CompileableContextVar
 
 from .attention import AttentionView, PairBias, attend, attend_masked, attend_with_map, split_heads
 from .encoders import Encoder, EncoderFacts, Layout
@@ -48,14 +48,31 @@ class Recorder:
         self.encoded: list[Encoded] = []
 
 
-RECORDER = CompileableContextVar("hf_tokenreduce_recorder")
+class CurrentRecorder:
+    """The recorder of the forward that runs, if there is one. Each thread has its own, but for what is being compiled:
+    a compiler cannot look into a `ContextVar`."""
+
+    def __init__(self) -> None:
+        self._variable: ContextVar[Recorder | None] = ContextVar("hf_tokenreduce_recorder", default=None)
+        self._compiled: Recorder | None = None
+
+    def get(self) -> Recorder | None:
+        return self._compiled if torch.compiler.is_compiling() else self._variable.get()
+
+    def set(self, recorder: Recorder) -> Any:
+        if not torch.compiler.is_compiling():
+            return self._variable.set(recorder)
+        before, self._compiled = self._compiled, recorder
+        return before
+
+    def reset(self, token: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._compiled = token
+        else:
+            self._variable.reset(token)
 
 
-def current_recorder() -> Recorder | None:
-    """That of the forward which runs, if there is one. A compiler cannot look before something was set."""
-    if torch.compiler.is_compiling() and not RECORDER.compiling:
-        return None
-    return RECORDER.get()
+RECORDER = CurrentRecorder()
 
 
 class Passage(NamedTuple):
@@ -233,7 +250,7 @@ class ReducedLayer(nn.Module):
 
     def _enter(self, hidden_states: Tensor) -> Passage:
         hidden_states = self.entrance(hidden_states)
-        recorder, role = current_recorder(), self.role
+        recorder, role = RECORDER.get(), self.role
         tracks = role.wants_grid or role.reads_every_patch or (recorder is not None and recorder.track_patches)
         state = start(hidden_states, role.num_prefix_tokens, tracks, self.layout.has_places, role.reads_every_patch)
         state = self.reducer.before_encoder(state)
@@ -254,7 +271,7 @@ class ReducedLayer(nn.Module):
         return state.hidden_states if state.lengths is None else pad(state.hidden_states, state.lengths)
 
     def _leave(self, passage: Passage) -> Tensor:
-        recorder, state = current_recorder(), passage.state
+        recorder, state = RECORDER.get(), passage.state
         if recorder is not None:
             patch_map = None
             if recorder.track_patches and state.patch_map is not None:

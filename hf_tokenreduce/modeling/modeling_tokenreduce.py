@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from .configuration_tokenreduce import EXTRA_OUTPUTS, reduced_config_class
 from .encoders import MODELS, PREFIX, READ_EVERY_PATCH, TYPE_PREFIX, auto_classes_of, encoder_of
 from .hooks import Reducer
-from .layers import RECORDER, Encoded, Recorder, current_recorder, inject
+from .layers import RECORDER, Encoded, Recorder, inject
 from .reducers import build_reducer
 
 
@@ -62,7 +62,8 @@ class TokenReduceMixin(_StockModel):
         if encoder.facts.num_hidden_layers < 1:
             raise ValueError(f"A reduced model needs at least one layer, got {encoder.facts.num_hidden_layers}.")
         inject(encoder, encoder.facts, type(self).__name__.removeprefix(PREFIX) in READ_EVERY_PATCH)
-        self._initialize_reducers()
+        for reducer in encoder.reducers:
+            self._initialize(reducer)
 
     def set_reduction(self, reduction) -> None:
         """Change the method in place.
@@ -81,18 +82,17 @@ class TokenReduceMixin(_StockModel):
             self._initialize(layer.reducer.train(layer.training))
 
     def initialize_weights(self):
-        # Parts of a model initialise themselves, by methods that know nothing of reducers.
+        # Parts of a model initialise themselves, by methods that know linear layers and norms but no reducers.
         super().initialize_weights()
-        self._initialize_reducers()
-
-    def _initialize_reducers(self) -> None:
-        for reducer in self.modules():
+        for reducer in self.modules():  # none yet while the stock model is built
             if isinstance(reducer, Reducer):
-                self._initialize(reducer)
+                reducer.init_weights()
 
     def _initialize(self, reducer: Reducer) -> None:
+        if any(parameter.is_meta for parameter in reducer.parameters()):
+            return  # weights come later, and what misses some is initialised then
         for module in reducer.modules():
-            PreTrainedModel._init_weights(self, module)
+            self._initialize_weights(module)
         reducer.init_weights()
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
@@ -130,7 +130,7 @@ class TokenReduceMixin(_StockModel):
     def _run_recorded(
         self, stock_forward: Any, args: Any, kwargs: dict[str, Any], output_patch_map: bool
     ) -> tuple[Any, list[Encoded]]:
-        outer = current_recorder()
+        outer = RECORDER.get()
         if outer is not None:  # this is the model inside one with a head
             return stock_forward(self, *args, return_dict=True, **kwargs), outer.encoded
         recorder = Recorder(output_patch_map)
@@ -235,6 +235,16 @@ def _recorded(stock_forward: Any) -> Any:
     return forward
 
 
+def _constructor(stock: type[PreTrainedModel]) -> Any:
+    """An `__init__` with the arguments of the stock one, which transformers looks at."""
+
+    @wraps(stock.__init__)
+    def __init__(self, config, *inputs, **kwargs):
+        TokenReduceMixin.__init__(self, config, *inputs, **kwargs)
+
+    return __init__
+
+
 def reduced_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`TokenReduce<Stock>` for a stock class in `MODELS`."""
     name = PREFIX + stock.__name__
@@ -249,6 +259,7 @@ def reduced_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "forward": _recorded(stock.forward),
         "_is_for_inference": "labels" not in inspect.signature(stock.forward).parameters and "Teacher" in name,
     }
+    body["__init__"] = _constructor(stock)
     if hasattr(stock, "get_image_features"):
         body["get_image_features"] = _recorded(stock.get_image_features)
     made: Any = type(name, (TokenReduceMixin, stock), body)

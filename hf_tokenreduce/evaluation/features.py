@@ -1,0 +1,333 @@
+"""`evaluate_features`: what a reduction costs the features of an encoder without a classifier, image by image."""
+
+import base64
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..convert import reduce_tokens
+from ..modeling.encoders import encoder_of
+from ..modeling.tokens import unmerge
+from ..modes import evaluating
+from ..tasks import image_side, task_of_model
+from .accuracy import costs_of, paired_bootstrap, wilson_interval
+from .compute import tokens_entering
+from .reading import batches, check_data, sample_pixels
+from .resume import Processes, Progress, Records, digest_of_data, digest_of_model
+from .zero_shot import TASK as ZERO_SHOT
+
+
+TASKS = ("image-feature-extraction", ZERO_SHOT)
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+QUERIES_AT_ONCE = 1024
+
+
+@dataclass
+class FeatureReport:
+    """Accuracies and their differences are in percent, intervals are of 95 %.
+
+    pooled_cosine: the mean over images of the cosine between the pooled features and the dense model's
+    patch_cosine: the mean over patches and images, of the last hidden states put back on the grid
+    knn: accuracy of the class that the nearest neighbours vote for, if there are labels; `knn_interval` is Wilson's
+    neighbours, bank_images: how many vote, of how many
+    baseline_knn: of the model before reduction, whose bank are its own features; `drop` is that less `knn`, and
+        `drop_interval` a paired bootstrap's
+    agreement: percent of the images for which both vote for the same class
+    tokens: that leave the last layer, over images; `tokens_per_layer` are means
+    multiply_adds: of the whole model, over images; `mult_adds_ratio` is the share of its encoder's that is kept
+    per_image: pooled features, cosines, tokens and multiply-adds; with labels those, and what was voted for
+    """
+
+    images: int
+    method: str | None
+    settings: dict[str, Any] | None
+    tokens: dict[str, float]
+    tokens_per_layer: list[float]
+    multiply_adds: dict[str, float]
+    mult_adds_ratio: float
+    pooled_cosine: float | None = None
+    patch_cosine: float | None = None
+    knn: float | None = None
+    knn_interval: tuple[float, float] | None = None
+    neighbours: int | None = None
+    bank_images: int | None = None
+    baseline_knn: float | None = None
+    drop: float | None = None
+    drop_interval: tuple[float, float] | None = None
+    agreement: float | None = None
+    per_image: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but `per_image`."""
+        values = asdict(self)
+        del values["per_image"]
+        return values
+
+
+def evaluate_features(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    processor: Any,
+    *,
+    bank: Dataset | None = None,
+    baseline: FeatureReport | None = None,
+    batch_size: int = 32,
+    output_dir: str | Path | None = None,
+    num_workers: int = 0,
+    image_column: str = "image",
+    label_column: str = "label",
+    progress: bool = True,
+) -> FeatureReport:
+    """Compare the features of an encoder with those of the model before reduction, by cosines and by neighbours.
+
+    Args:
+        model (`PreTrainedModel`): An encoder without a classifier, such as a `Dinov2Model`, or a model of images and
+            texts such as a `CLIPModel`, of which the image side is looked at. Reduced or not.
+        dataset (`Dataset`): Images. Without a column of labels only cosines are measured.
+        processor: What prepares the images.
+        bank (`Dataset`, *optional*): Labelled images whose neighbours vote. By default those of `dataset`, each
+            without itself.
+        baseline (`FeatureReport`, *optional*): What the model before reduction got on the same images. By default it
+            is measured too.
+        output_dir: What was measured is kept there as it comes, and the report in `report.json` at the end. Called
+            again after a crash, only what is missing is computed.
+
+    Returns:
+        `FeatureReport`. Of a model that is not reduced it has no cosines.
+
+    Example:
+        >>> report = evaluate_features(reduce_tokens(model, ToMeConfig(r=8)), photos, processor)
+        >>> report.pooled_cosine, report.knn, report.drop
+    """
+    check_features_model(model)
+    labelled = label_column in getattr(dataset, "column_names", ())
+    columns = {"image_column": image_column, **({"label_column": label_column} if labelled else {})}
+    check_data(dataset, batch_size, **columns)
+    labels, bank_labels = _labels(dataset, bank, label_column) if labelled else (None, None)
+    if bank is not None:
+        if not labelled:
+            raise ValueError("bank is for neighbours' classes, but the data set has no labels. Leave it out.")
+        check_data(bank, batch_size, **columns)
+    folder = None if output_dir is None else Path(output_dir)
+    options: dict[str, Any] = {
+        "batch_size": batch_size, "num_workers": num_workers, "image_column": image_column, "progress": progress,
+    }  # fmt: skip
+    dense = reduce_tokens(model, None)
+    if getattr(model.config, "reduction", None) is None:
+        model, beside = dense, None
+    else:
+        beside = dense
+        if baseline is None:
+            baseline = evaluate_features(
+                dense, dataset, processor, bank=bank, label_column=label_column, **options,
+                output_dir=None if folder is None else folder / "dense",
+            )  # fmt: skip
+        if baseline.images != len(dataset) or (labelled and "predictions" not in baseline.per_image):
+            raise ValueError(
+                f"baseline is a report on {baseline.images} images, the data set has {len(dataset)}. Give the one "
+                "that evaluate_features returned for the same images, as it returned it, or leave it out."
+            )
+
+    found, done = _extract(model, beside, dataset, processor, labels or [], folder, **options)
+    voting = found["pooled"]
+    if labelled and bank is not None:
+        where = None if folder is None else folder / "bank"
+        voting = _extract(model, None, bank, processor, bank_labels or [], where, **options)[0]["pooled"]
+    num_tokens = tokens_entering(model, sample_pixels(dataset, processor, image_column, 1))
+    costs, per_image = costs_of(model, found.pop("tokens").long(), num_tokens)
+    report = FeatureReport(images=len(dataset), per_image={**found, **per_image}, **costs)
+    if beside is not None:
+        report.pooled_cosine = found["pooled_cosine"].mean().item()
+        report.patch_cosine = found["patch_cosine"].mean().item()
+    if labels is not None and bank_labels is not None:
+        votes = nearest_neighbour_classes(
+            found["pooled"], voting, torch.tensor(bank_labels), leave_one_out=bank is None
+        )
+        _count_votes(report, votes, torch.tensor(labels), baseline)
+        report.bank_images = len(voting) - (bank is None)
+        report.neighbours = min(NEIGHBOURS, report.bank_images)
+    done.finish(report.to_dict())
+    return report
+
+
+def pooled_features(model: PreTrainedModel, output: Any) -> Tensor:
+    """What stands for an image: what the model pools or projects; without that the class token, if that is what its
+    readers read, or else the mean of the patches.
+
+    Args:
+        model: A reduced model, which may have no reduction.
+        output: That of `image_side(model)`, with `output_patch_map=True`.
+
+    Returns:
+        `Tensor` of shape `(batch, features)`, float32.
+
+    Example:
+        >>> pooled = pooled_features(model, image_side(model)(pixel_values, output_patch_map=True))
+    """
+    for name in ("image_embeds", "pooler_output"):
+        if output.get(name) is not None:
+            return output[name].float()
+    if not encoder_of(model).tower.wants_grid:
+        return output.last_hidden_state[:, 0].float()
+    return patch_features(model, output).mean(dim=1)
+
+
+def patch_features(model: PreTrainedModel, output: Any) -> Tensor:
+    """The last hidden states on the grid of patches: merged tokens as often as they stand for patches, and where a
+    patch was dropped the mean of the others.
+
+    Args:
+        model: A reduced model, which may have no reduction.
+        output: That of `image_side(model)`, with `output_patch_map=True`.
+
+    Returns:
+        `Tensor` of shape `(batch, patches, features)`, float32.
+
+    Example:
+        >>> patches = patch_features(model, image_side(model)(pixel_values, output_patch_map=True))
+    """
+    encoder, hidden = encoder_of(model), output.last_hidden_state.float()
+    if encoder.tower.wants_grid:
+        return hidden[:, encoder.facts.num_prefix_tokens :]
+    return unmerge(hidden, output.patch_weights if output.patch_map is None else output.patch_map)
+
+
+def nearest_neighbour_classes(
+    queries: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    *,
+    k: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    leave_one_out: bool = False,
+) -> Tensor:
+    """The class that each query's nearest neighbours vote for, with weights `exp(cosine / temperature)`.
+
+    Args:
+        queries (`Tensor`): Features of shape `(n, features)`.
+        bank (`Tensor`): Features of shape `(m, features)`.
+        labels (`Tensor`): The class of each row of the bank, long.
+        k (`int`): How many neighbours vote, or all there are if they are fewer.
+        temperature (`float`): A lower one lets the nearest decide.
+        leave_one_out (`bool`): The bank is the queries; none votes for itself.
+
+    Returns:
+        `Tensor` of shape `(n,)`, long. Of classes with equal votes it is the first.
+
+    Example:
+        >>> classes = nearest_neighbour_classes(features, features, labels, leave_one_out=True)
+    """
+    k = min(k, len(bank) - leave_one_out)
+    if k < 1:
+        raise ValueError("There is no neighbour to vote: give at least one more labelled image.")
+    bank, found = F.normalize(bank.double(), dim=-1), []
+    for start, some in zip(range(0, len(queries), QUERIES_AT_ONCE), queries.split(QUERIES_AT_ONCE), strict=True):
+        cosines = F.normalize(some.double(), dim=-1) @ bank.T
+        if leave_one_out:
+            own = torch.arange(len(some))
+            cosines[own, start + own] = -torch.inf
+        nearest = cosines.topk(k, dim=1)
+        votes = torch.zeros(len(some), int(labels.max()) + 1, dtype=torch.float64)
+        votes.scatter_add_(1, labels[nearest.indices], (nearest.values / temperature).exp())
+        found.append(votes.argmax(dim=1))
+    return torch.cat(found)
+
+
+def check_features_model(model: PreTrainedModel) -> None:
+    task = task_of_model(model).name
+    if task not in TASKS:
+        raise ValueError(
+            f"A {type(model).__name__} is for {task}: its features cannot be compared here. Give an image classifier, "
+            "a model without a head such as AutoModel loads, a CLIPModel or a SiglipModel."
+        )
+
+
+def _extract(
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    dataset: Dataset,
+    processor: Any,
+    labels: list[int],
+    folder: Path | None,
+    *,
+    batch_size: int,
+    num_workers: int,
+    image_column: str,
+    progress: bool,
+) -> tuple[dict[str, Tensor], Records]:
+    """By row: pooled features, tokens of each layer, and beside a dense model cosines. What `folder` holds is read."""
+    settings = {
+        "model": digest_of_model(model),
+        "dense": None if dense is None else digest_of_model(dense),
+        "data": digest_of_data(dataset, image_column, labels),
+        "processor": processor.to_dict(),
+    }
+    records = Records(folder, settings, Processes())
+    parts = batches(
+        dataset, [row for row in range(len(dataset)) if row not in records.done], processor, batch_size=batch_size,
+        image_column=image_column, num_workers=num_workers, title="extracting features", progress=progress,
+    )  # fmt: skip
+    with evaluating(*[model] if dense is None else [model, dense]), torch.inference_mode():
+        for rows, pixel_values in parts:
+            records.add(_record(model, dense, rows, pixel_values.to(model.device)))
+    found = [records.done[row] for row in range(len(dataset))]
+    tensors = {name: torch.tensor([values[name] for values in found]) for name in found[0] if name != "pooled"}
+    tensors["pooled"] = torch.from_numpy(np.stack([_decoded(values["pooled"]) for values in found]))
+    return tensors, records
+
+
+def _record(model: PreTrainedModel, dense: PreTrainedModel | None, rows: list[int], pixel_values: Tensor) -> Progress:
+    output = image_side(model)(pixel_values, output_patch_map=True)
+    pooled = pooled_features(model, output)
+    record = {"rows": rows, "pooled": list(map(_encoded, pooled.cpu())), "tokens": output.token_counts.tolist()}
+    if dense is not None:
+        theirs = image_side(dense)(pixel_values, output_patch_map=True)
+        cosines = F.cosine_similarity(patch_features(model, output), patch_features(dense, theirs), dim=-1)
+        record["pooled_cosine"] = F.cosine_similarity(pooled, pooled_features(dense, theirs), dim=-1).tolist()
+        record["patch_cosine"] = cosines.mean(dim=1).tolist()
+    return record
+
+
+def _encoded(features: Tensor) -> str:
+    """All digits, in a fifth of the letters that numbers would take."""
+    return base64.b64encode(features.numpy().astype("<f4").tobytes()).decode()
+
+
+def _decoded(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)
+
+
+def _labels(dataset: Dataset, bank: Dataset | None, label_column: str) -> tuple[list[int], list[int]]:
+    """Of the images, and of those that vote."""
+    labels = list(dataset.with_format(None)[label_column])
+    voting = labels if bank is None else list(bank.with_format(None)[label_column])
+    if any(not isinstance(label, int) or label < 0 for label in (*labels, *voting)):
+        raise ValueError(f"The column {label_column!r} must hold a class, 0 or above, for each image. Leave out others.")
+    named = getattr(dataset.features[label_column], "names", None)
+    if bank is not None and getattr(bank.features[label_column], "names", None) != named:
+        raise ValueError("The classes of bank are others than the data set's, or in another order. Use one set of them.")
+    return labels, voting
+
+
+def _count_votes(report: FeatureReport, votes: Tensor, truth: Tensor, baseline: FeatureReport | None) -> None:
+    from .metrics.agreement.agreement import agreement
+
+    right = (votes == truth).numpy()
+    report.knn = 100 * float(right.mean())
+    report.knn_interval = wilson_interval(int(right.sum()), len(right))
+    report.per_image |= {"labels": truth, "predictions": votes}
+    if baseline is not None:
+        theirs = baseline.per_image["predictions"]
+        was_right = (theirs == truth).numpy()
+        report.baseline_knn = 100 * float(was_right.mean())
+        report.drop = report.baseline_knn - report.knn
+        report.drop_interval = paired_bootstrap(right, was_right)
+        report.agreement = 100 * agreement(votes.numpy(), theirs.numpy())

@@ -1,0 +1,80 @@
+"""Images of a data set as batches of pixel values, read anew only where they are needed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.utils import logging
+
+from ..loading import spread
+
+
+def batches(
+    dataset: Dataset,
+    rows: list[int],
+    processor: Any,
+    *,
+    batch_size: int,
+    image_column: str,
+    num_workers: int = 0,
+    title: str = "",
+    progress: bool = True,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """These rows of a data set, batch by batch, with their pixel values, under a progress bar."""
+    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    reader = _Reader(dataset.with_format(None), parts, image_column, processor)
+    loader: Any = DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(parts)))
+    with logging.tqdm(total=len(rows), desc=title, leave=False, disable=not progress) as bar:
+        for some, pixel_values in loader:
+            yield some, pixel_values
+            bar.update(len(some))
+
+
+def sample_pixels(dataset: Dataset, processor: Any, image_column: str, most: int) -> Tensor:
+    """Pixel values of at most so many images, evenly spread."""
+    rows = spread(len(dataset), most)
+    return _Reader(dataset.with_format(None), [rows], image_column, processor)[0][1]
+
+
+class _Reader(torch.utils.data.Dataset):
+    """Batches of rows as pixel values, for a `DataLoader`."""
+
+    def __init__(self, dataset: Dataset, batches: list[list[int]], image_column: str, processor: Any):
+        self.dataset, self.batches, self.image_column, self.processor = dataset, batches, image_column, processor
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[list[int], Tensor]:
+        rows = self.batches[number]
+        photos = []
+        for row in rows:
+            try:
+                photos.append(self.dataset[row][self.image_column].convert("RGB"))
+            except Exception as error:  # Pillow raises whatever its parsers trip over
+                raise ValueError(
+                    f"Row {row} of the data set holds no readable image in its column {self.image_column!r} "
+                    f"({error}). Repair it, or leave it out by dataset.select(...)."
+                ) from error
+        return rows, self.processor(photos, return_tensors="pt")["pixel_values"]
+
+
+def check_data(dataset: Any, batch_size: int, **columns: str) -> None:
+    """A `ValueError` unless it is one split, with rows and these columns, given as `image_column="image"`."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"dataset must be one split of a data set, got a {type(dataset).__name__}. Load it by "
+            'load_dataset("imagefolder", data_dir=..., split="validation").'
+        )
+    missing = [name for name in columns.values() if name not in dataset.column_names]
+    if missing or len(dataset) == 0:
+        wanted = ", ".join(f"{option}={name!r}" for option, name in columns.items())
+        raise ValueError(
+            f"The data set has {len(dataset)} rows and the columns {dataset.column_names}; there must be rows, and "
+            f"the columns {wanted}."
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

@@ -1,0 +1,212 @@
+"""Zero-shot classification: a model of images and texts, with texts for its classes, is called like a classifier."""
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import ModelOutput
+
+from ..modeling.encoders import stock_type
+from ..tasks import ImageSide, main_output, task_of_model
+
+
+PROMPT = "a photo of a {}"
+TASK = "zero-shot-image-classification"
+TEXTS_AT_ONCE = 256
+
+
+@dataclass
+class ZeroShotOutput(ModelOutput):
+    """logits: (B, classes). token_counts: of a reduced model, as its own output has them."""
+
+    logits: Tensor | None = None
+    token_counts: Tensor | None = None
+
+
+class ZeroShotClassifier(ImageSide):
+    """A model of images and texts whose classes are texts. Made by `zero_shot_classifier`.
+
+    text_embeddings: (classes, D), each of length 1
+    labels: what data may call each class, with its index
+    names: what each class is called
+    """
+
+    text_embeddings: Tensor
+
+    def __init__(self, model: PreTrainedModel, text_embeddings: Tensor, names: Sequence[str], labels: dict[str, int]):
+        super().__init__(model)
+        self.register_buffer("text_embeddings", text_embeddings)
+        self.names, self.labels = list(names), labels
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """That of the model, with these classes."""
+        config = copy.copy(self.model.config)
+        config.id2label, config.label2id = dict(enumerate(self.names)), self.labels
+        return config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def around(self, model: PreTrainedModel) -> "ZeroShotClassifier":
+        """The same classes of a model with the same text tower, such as a reduced one."""
+        return ZeroShotClassifier(model, self.text_embeddings, self.names, self.labels).train(self.training)
+
+    def forward(self, pixel_values: Tensor, **options: Any) -> ZeroShotOutput:
+        output = super().forward(pixel_values, **options)
+        model: Any = self.model
+        logits = F.normalize(main_output(output), dim=-1) @ self.text_embeddings.T * model.logit_scale.exp()
+        if hasattr(model, "logit_bias"):  # SigLIP
+            logits = logits + model.logit_bias
+        return ZeroShotOutput(logits=logits, token_counts=output.get("token_counts"))
+
+
+def zero_shot_classifier(
+    model: PreTrainedModel,
+    processor: Any,
+    class_names: Sequence[str] | Mapping[str, str],
+    prompts: Sequence[str] = (PROMPT,),
+) -> ZeroShotClassifier:
+    """Make a classifier of a model of images and texts. The texts go through its own text tower once.
+
+    Args:
+        model (`PreTrainedModel`): A `CLIPModel` or `SiglipModel`, reduced or not.
+        processor: Its processor (`AutoProcessor`), or its tokenizer.
+        class_names: The name of each class, which data may also write with underscores; or a mapping from what data
+            call each class to its name, such as `class_names_of(dataset)` gives.
+        prompts: Texts with `{}` where the name goes. Each class is the mean of its texts' embeddings.
+
+    Returns:
+        `ZeroShotClassifier`, which `evaluate_model` and `compare` take.
+
+    Example:
+        >>> classifier = zero_shot_classifier(model, processor, ["cat", "dog"])
+        >>> report = evaluate_model(classifier, photos, processor.image_processor)
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or task_of_model(model).name != TASK:
+        raise ValueError(f"A {name} has no text tower to compare images with. Give a CLIPModel or a SiglipModel.")
+    if not isinstance(processor, (ProcessorMixin, PreTrainedTokenizerBase)):
+        raise ValueError(
+            f"A {type(processor).__name__} cannot read texts. Give the model's processor, "
+            "AutoProcessor.from_pretrained(...), with its tokenizer."
+        )
+    if isinstance(class_names, str) or not class_names:
+        raise ValueError(f'class_names must be a list of names, such as ["cat", "dog"], got {class_names!r}.')
+    if isinstance(class_names, Mapping):
+        names = list(class_names.values())
+        labels = {label: index for index, label in enumerate(class_names)}
+    else:
+        names = list(class_names)
+        labels = {name: index for index, name in enumerate(names)}
+        labels |= {name.replace(" ", "_"): index for index, name in enumerate(names)}
+    _check_names(names)
+    _check_prompts(prompts)
+    embeddings = torch.stack([_embed(model, processor, [_fill(p, name) for name in names]) for p in prompts])
+    mean = F.normalize(embeddings.mean(dim=0), dim=-1)
+    return ZeroShotClassifier(model, mean, names, labels).train(model.training)
+
+
+def class_names_of(dataset: Dataset, label_column: str = "label") -> dict[str, str]:
+    """What a data set calls its classes, such as `0001_great_white_shark`, with their names: great white shark."""
+    feature = dataset.features.get(label_column)
+    if not isinstance(feature, ClassLabel):
+        raise ValueError(
+            f"The column {label_column!r} of the data set names no classes. Give their names, in the order of the "
+            "labels: class_names=[...], or --class-names a,b,c."
+        )
+    for label in feature.names:
+        if re.fullmatch(r"n\d{8}|\d{3,}", plain_name(label)):
+            raise ValueError(
+                f"The class {label!r} is a number, of which no text tower knows what it stands for. Give the names of "
+                "all classes, in their order: --class-names a,b,c, or a file with one name a line; in Python "
+                "class_names=[...]. A folder is found by its name, or by the index that it begins with."
+            )
+    return {label: plain_name(label) for label in feature.names}
+
+
+def plain_name(label: str) -> str:
+    """Without an index in front, and with spaces for underscores."""
+    return re.sub(r"^\d+_+(?=.)", "", label).replace("_", " ").strip()
+
+
+def typed_names(text: str) -> list[str]:
+    """Names as they are typed: with commas between them, or the name of a file with one a line."""
+    parts = Path(text).read_text().splitlines() if Path(text).is_file() else text.split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def as_classifier(
+    model: PreTrainedModel,
+    load_processor: Callable[[], Any],
+    dataset: Dataset,
+    class_names: str | None = None,
+    prompts: Sequence[str] = (),
+) -> PreTrainedModel | ZeroShotClassifier:
+    """A model as it is evaluated by a user who typed `class_names` and `prompts`, or neither.
+
+    load_processor: brings what reads texts, if it is needed.
+    """
+    if task_of_model(model).name != TASK:
+        if class_names is not None or prompts:
+            raise ValueError(
+                f"--class-names and --prompt are for models that compare images with texts, and a "
+                f"{type(model).__name__} reads no texts. Leave them out."
+            )
+        return model
+    named = class_names_of(dataset) if class_names is None else typed_names(class_names)
+    return zero_shot_classifier(model, load_processor(), named, prompts or (PROMPT,))
+
+
+def inside(model: Any) -> PreTrainedModel:
+    """The model of transformers, which may be inside a classifier."""
+    return model.model if isinstance(model, ZeroShotClassifier) else model
+
+
+def converted(model: Any, convert: Callable[[PreTrainedModel], PreTrainedModel]) -> Any:
+    """What `convert` makes of a model, as a classifier of the same classes if it was inside one."""
+    return model.around(convert(model.model)) if isinstance(model, ZeroShotClassifier) else convert(model)
+
+
+@torch.no_grad()
+def _embed(model: Any, processor: Any, texts: list[str]) -> Tensor:
+    """(texts, D), each of length 1."""
+    # SigLIP reads its last place, and was trained with every text filled up to the longest.
+    padding = "max_length" if stock_type(model.config) == "siglip" else True
+    longest = model.config.text_config.max_position_embeddings
+    options = {"padding": padding, "max_length": longest, "truncation": True, "return_tensors": "pt"}
+    found = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        tokens = processor(text=texts[start : start + TEXTS_AT_ONCE], **options)
+        found.append(main_output(model.get_text_features(**tokens.to(model.device))))
+    return F.normalize(torch.cat(found), dim=-1)
+
+
+def _fill(prompt: str, name: str) -> str:
+    return prompt.replace("{}", name)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Two classes are called {', '.join(map(repr, twice))}, so their texts would be the same. Tell them apart "
+            "by --class-names, or class_names=[...]."
+        )
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f'prompts must be a list of texts, such as ["{PROMPT}"], got {prompts!r}.')
+    for prompt in prompts:
+        if "{}" not in prompt:
+            raise ValueError(f'The prompt {prompt!r} has no {{}} where the name of a class goes. Write "{PROMPT}".')
