@@ -196,11 +196,11 @@ def on_grid(state: TokenState) -> Tensor:
         return state.hidden_states  # a method that removes nothing moves nothing
     hidden_states = _even_rows(state)
     if state.patch_weights is not None:
-        patches = unmerge(hidden_states, state.patch_weights)
+        patches = _unmerged(hidden_states, state.patch_weights, "mean")
     else:
         assert state.patch_map is not None
         held = torch.where(state.patch_map < 0, -1, state.patch_map + state.num_prefix_tokens)
-        patches = unmerge(hidden_states, held, "mean" if state.last_states is None else state.last_states)
+        patches = _unmerged(hidden_states, held, "mean" if state.last_states is None else state.last_states)
     return torch.cat([hidden_states[:, : state.num_prefix_tokens], patches], dim=1)
 
 
@@ -224,6 +224,18 @@ def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean
     """
     if isinstance(fill, str) and fill not in ("mean", "zero"):
         raise ValueError(f'fill must be "mean", "zero" or a tensor of one row per patch, got {fill!r}.')
+    spare = hidden_states.shape[1] - patch_map.shape[-1]
+    if spare >= 0 and not patch_map.is_floating_point() and not torch.compiler.is_compiling():
+        in_place = torch.arange(spare, hidden_states.shape[1], device=patch_map.device)
+        if not torch.equal(patch_map, in_place.expand_as(patch_map)):
+            raise ValueError(
+                "These hidden states have a row per patch already, as those of CLIP, SigLIP, DINO and others do: the "
+                f"patches are hidden_states[:, {spare}:]."
+            )
+    return _unmerged(hidden_states, patch_map, fill)
+
+
+def _unmerged(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor) -> Tensor:
     if patch_map.is_floating_point():
         shares = patch_map / patch_map.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         patches = hidden_states[:, hidden_states.shape[1] - patch_map.shape[1] :]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..modeling.encoders import facts_of
+from ..modeling.encoders import encoder_of, facts_of
 
 
 class ReverseSlimming(nn.Module):
@@ -53,21 +53,41 @@ def reverse_modules(model: PreTrainedModel) -> nn.ModuleDict:
     return modules.to(model.device)
 
 
-def restore_hidden_states(model: PreTrainedModel, reverse: nn.ModuleDict) -> RemovableHandle:
-    """Lets the model return, while it trains, hidden states of all tokens where it returned slim ones.
+def restore_hidden_states(model: PreTrainedModel, reverse: nn.ModuleDict) -> "Hooks":
+    """Let the model return, while it trains, hidden states of all tokens where its layers hand on slim ones.
 
-    A hook, so that the way back is computed within the model's forward: what wraps the model for many processes
+    Hooks, so that the way back is computed within the model's forward: what wraps the model for many processes
     watches the parameters that are used there.
     """
-    prefix = facts_of(model.config).num_prefix_tokens
+    encoder = encoder_of(model)
+    prefix = encoder.facts.num_prefix_tokens
+    slim: list[Tensor] = []
+
+    def begin(model: nn.Module, args: Any) -> None:
+        slim.clear()
+
+    def keep(layer: nn.Module, args: Any, output: Any) -> None:
+        slim.append(output.hidden_states)
 
     def full_length(model: nn.Module, args: Any, outputs: Any) -> None:
         if model.training and outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(
-                torch.cat([hidden[:, :prefix], reverse[str(layer)](hidden[:, prefix:])], dim=1)
-                if str(layer) in reverse
-                else hidden
-                for layer, hidden in enumerate(outputs.hidden_states, start=-1)  # the first enters layer 0
+            outputs.hidden_states = (
+                outputs.hidden_states[0],
+                *(
+                    torch.cat([hidden[:, :prefix], reverse[str(layer)](hidden[:, prefix:])], dim=1)
+                    if str(layer) in reverse
+                    else hidden
+                    for layer, hidden in enumerate(slim)
+                ),
             )
 
-    return model.register_forward_hook(full_length)
+    handles = [layer.register_forward_hook(keep) for layer in encoder.layers]
+    return Hooks([model.register_forward_pre_hook(begin), *handles, model.register_forward_hook(full_length)])
+
+
+class Hooks(list[RemovableHandle]):
+    """Hooks that go together."""
+
+    def remove(self) -> None:
+        for handle in self:
+            handle.remove()
