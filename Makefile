@@ -3,10 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRANSFORMERS_TESTS := .cache/transformers-source
+# The oldest transformers that pyproject.toml allows, and the newest that was tried.
+SUPPORTED := 5.19.0 5.24.0
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-conformance check format clean
+.PHONY: demo test test-slow test-conformance scan-families check format clean
 
 demo: $(INSTALLED)  ## draw images, train a small ViT, reduce it by every method; a report in demo/
 	$(BIN)/tokenreduce demo --output-dir demo
@@ -17,7 +19,15 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow
 
-test-conformance: $(INSTALLED)  ## transformers' own model tests, from its source distribution, on our classes
+scan-families: $(INSTALLED)  ## whether every family's entry fits its stock classes, in the oldest and the newest transformers
+	for version in $(SUPPORTED); do \
+		folder=.cache/transformers-$$version; \
+		test -f $$folder/.whole || { rm -rf $$folder; \
+			$(BIN)/python -m pip install --quiet --no-deps --target $$folder transformers==$$version && touch $$folder/.whole; } || exit 1; \
+		PYTHONPATH=$$folder $(BIN)/python tests/scan_families.py || exit 1; \
+	done
+
+test-conformance: $(INSTALLED) scan-families  ## transformers' own model tests, from its source distribution, on our classes
 	$(BIN)/python tests/conformance/fetch.py $(TRANSFORMERS_TESTS)
 	TRANSFORMERS_SOURCE=$(TRANSFORMERS_TESTS) $(BIN)/python -m pytest tests/conformance -n 2
 

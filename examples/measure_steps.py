@@ -14,6 +14,7 @@ import torch
 
 from hf_tokenreduce import ATSConfig, LTMPConfig, calibrate, reduce_tokens
 from hf_tokenreduce.loading import load_model, load_pictures
+from hf_tokenreduce.modeling.encoders import encoder_of
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,8 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
             calibrate(model, pixels, 0.65)
         if "frozen" in name:
             model.requires_grad_(False)
-            for layer in model.base_model.layers:
-                layer.reducer.requires_grad_(True)
+            for reducer in encoder_of(model).reducers:
+                reducer.requires_grad_(True)
         model.train()
 
     seconds: dict[str, list[float]] = {name: [] for name in models}

@@ -13,7 +13,7 @@ import torch
 from helpers import tiny_model
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification, ViTImageProcessor
 
 from hf_tokenreduce.training.run import DataArguments, name_of_validation
 from hf_tokenreduce.training.run import main as run_training
@@ -198,7 +198,23 @@ def test_training_with_lora_and_merging(tmp_path, class_folders, method):
 def test_two_processes_train_as_one(tmp_path, class_folders, method):
     model, data = class_folders
     train(model, data, tmp_path / "base", "--ignore_mismatched_sizes", "--num_train_epochs", 0)
-    model = tmp_path / "base"
+    trains_as_one(tmp_path / "base", data, tmp_path, method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tome", "ltmp"])
+def test_two_processes_train_another_family_as_one(tmp_path, class_folders, method):
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=48, num_hidden_layers=4, num_attention_heads=3, mlp_ratio=2, image_size=32, patch_size=4,
+        label2id={"cat": 0, "dog": 1}, id2label={0: "cat", 1: "dog"},
+    )  # fmt: skip
+    Dinov2ForImageClassification(config).save_pretrained(tmp_path / "base")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "base")
+    trains_as_one(tmp_path / "base", class_folders[1], tmp_path, method)
+
+
+def trains_as_one(model, data, tmp_path, method):
     arguments = ["--reduction", method, "--num_train_epochs", 2, "--augmentation", "none"]
     if method in ("bat", "sit", "ats"):
         arguments += ["--reduction_args", '{"layers": [1, 2]}']

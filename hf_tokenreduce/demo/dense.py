@@ -165,10 +165,11 @@ def _logits(model: ViTForImageClassification, pixels: Tensor, window: Tensor | N
     """Of the patches in `window` (B, k) alone, or of all: what the model computes."""
     if window is None:
         return model(pixels).logits
-    tokens = model.vit.embeddings(pixels)
+    encoder = encoder_of(model)
+    tokens = encoder.embed(pixels)
     index = F.pad(window + 1, (1, 0))  # and the class token
     tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-    return encoder_of(model).run(tokens).logits
+    return encoder.run(tokens).logits
 
 
 def _window(boxes: Tensor, grid: int, generator: torch.Generator) -> Tensor:
