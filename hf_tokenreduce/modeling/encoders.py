@@ -205,6 +205,9 @@ COMPOSITES = ("LlavaModel", "LlavaForConditionalGeneration", "DepthAnythingForDe
 # Their heads read every patch for itself, so a dropped patch keeps its last state.
 READ_EVERY_PATCH = (*COMPOSITES, "Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone")
 
+# Their stock forward takes the mean over the batch whatever Trainer says of how many items there are in all.
+TAKE_MEAN_LOSS = ("CLIPForImageClassification", "SiglipForImageClassification", "BeitForImageClassification")
+
 MODELS = (*dict.fromkeys(name for tower in TOWERS for name in tower.models), *COMPOSITES)
 
 _BY_TYPE = {tower.model_type: tower for tower in TOWERS}

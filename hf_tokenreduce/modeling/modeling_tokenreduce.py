@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_tokenreduce import EXTRA_OUTPUTS, reduced_config_class
-from .encoders import MODELS, PREFIX, READ_EVERY_PATCH, TYPE_PREFIX, auto_classes_of, encoder_of
+from .encoders import MODELS, PREFIX, READ_EVERY_PATCH, TAKE_MEAN_LOSS, TYPE_PREFIX, auto_classes_of, encoder_of
 from .hooks import Reducer
 from .layers import RECORDER, Encoded, Recorder, inject
 from .reducers import build_reducer
@@ -175,9 +175,8 @@ class TokenReduceMixin(_StockModel):
         """A norm has made something of the zeros behind shorter images; of a row per patch there is no padding."""
         if encoder_of(self).tower.wants_grid:
             return hidden
-        real = (
-            torch.arange(hidden.shape[1], device=hidden.device) < torch.tensor(lengths, device=hidden.device)[:, None]
-        )
+        ends = torch.tensor(lengths, device=hidden.device)[:, None]
+        real = torch.arange(hidden.shape[1], device=hidden.device) < ends
         return hidden.masked_fill(~real[..., None], 0.0)
 
 
@@ -260,19 +259,18 @@ def reduced_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "_is_for_inference": "labels" not in inspect.signature(stock.forward).parameters and "Teacher" in name,
     }
     body["__init__"] = _constructor(stock)
+    if stock.__name__ in TAKE_MEAN_LOSS:
+        body["accepts_loss_kwargs"] = False
     if hasattr(stock, "get_image_features"):
         body["get_image_features"] = _recorded(stock.get_image_features)
     made: Any = type(name, (TokenReduceMixin, stock), body)
-    for output in get_args(inspect.unwrap(stock.forward).__annotations__.get("return")) or (
-        inspect.unwrap(stock.forward).__annotations__.get("return"),
-    ):
+    returned = inspect.unwrap(stock.forward).__annotations__.get("return")
+    for output in (returned, *get_args(returned)):
         if isinstance(output, type) and issubclass(output, ModelOutput):
             reduced_output_class(output)  # now, because a compiled forward cannot make a class
     # Checkpoints on the Hub still carry the key names of older versions of transformers.
-    for theirs, ours in (
-        (stock.__name__, name),
-        (stock.config_class.model_type, TYPE_PREFIX + stock.config_class.model_type),
-    ):
+    model_type = stock.config_class.model_type
+    for theirs, ours in ((stock.__name__, name), (model_type, TYPE_PREFIX + model_type)):
         conversions = get_checkpoint_conversion_mapping(theirs)
         if conversions is not None:
             register_checkpoint_conversion_mapping(ours, conversions, overwrite=True)

@@ -38,6 +38,9 @@ from hf_tokenreduce import (
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,
     TokenReduceDeiTModel,
+    TokenReduceDinov2Config,
+    TokenReduceDinov2ForImageClassification,
+    TokenReduceDinov2Model,
     TokenReduceViTConfig,
     TokenReduceViTForImageClassification,
     TokenReduceViTModel,
@@ -107,7 +110,9 @@ LTMP = LTMPConfig(merge_threshold=0.5, prune_threshold=0.055)
 # Several tests pass over models whose names are not here.
 MODEL_MAPPING_NAMES["tokenreduce_vit"] = "TokenReduceViTModel"
 MODEL_MAPPING_NAMES["tokenreduce_deit"] = "TokenReduceDeiTModel"
+MODEL_MAPPING_NAMES["tokenreduce_dinov2"] = "TokenReduceDinov2Model"
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["tokenreduce_vit"] = "TokenReduceViTForImageClassification"
+MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["tokenreduce_dinov2"] = "TokenReduceDinov2ForImageClassification"
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["tokenreduce_deit"] = (
     "TokenReduceDeiTForImageClassification",
     "TokenReduceDeiTForImageClassificationWithTeacher",
@@ -127,9 +132,10 @@ class ModelTester:
     num_masks = 8
     patch_size = 8
 
-    def __init__(self, config_class, reduction):
+    def __init__(self, config_class, reduction, **fields):
         self.config_class = config_class
         self.reduction = reduction
+        self.fields = fields
         prefix = config_class().num_prefix_tokens
         self.num_tokens = self.mask_length + prefix
         self.seq_length = self.num_tokens  # that enter the first layer
@@ -140,7 +146,7 @@ class ModelTester:
         sizes = ("hidden_size", "image_size", "num_attention_heads", "num_hidden_layers", "patch_size")
         return self.config_class(
             **{name: getattr(self, name) for name in sizes},
-            intermediate_size=37,
+            **self.fields,
             hidden_dropout_prob=0.1,
             attention_probs_dropout_prob=0.1,
             attn_implementation="eager",
@@ -154,10 +160,12 @@ class ModelTester:
 
 class CommonTests(ModelTesterMixin, PipelineTesterMixin):
     test_resize_embeddings = False  # of a vocabulary
+    fields = {"intermediate_size": 37}
+    wants_grid = False
 
     def setUp(self):
         global_rng.seed(0)  # of `floats_tensor`
-        self.model_tester = ModelTester(self.config_class, self.reduction)
+        self.model_tester = ModelTester(self.config_class, self.reduction, **self.fields)
 
     def test_config(self):
         reduction = self.reduction.to_dict()
@@ -185,6 +193,8 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
         tester = self.model_tester
         for outputs, counts in self.outputs_of_all_classes(output_hidden_states=True):
             shapes = [tuple(states.shape) for states in outputs.hidden_states]
+            if self.wants_grid:
+                counts = [tester.num_tokens] * len(counts)
             self.assertEqual(shapes, [(tester.batch_size, count, tester.hidden_size) for count in counts])
 
     def test_attention_outputs(self):
@@ -306,6 +316,25 @@ class DeiTTests(CommonTests):
     def check_training_gradient_checkpointing(self, gradient_checkpointing_kwargs=None):
         self.all_model_classes = self.trainable_classes
         super().check_training_gradient_checkpointing(gradient_checkpointing_kwargs)
+
+
+class Dinov2Tests(CommonTests):
+    config_class = TokenReduceDinov2Config
+    fields = {"mlp_ratio": 2, "use_swiglu_ffn": True, "use_mask_token": False}
+    wants_grid = True
+    all_model_classes = (TokenReduceDinov2Model, TokenReduceDinov2ForImageClassification)
+    pipeline_model_mapping = {
+        "image-classification": (TokenReduceDinov2ForImageClassification,),
+        "image-feature-extraction": (TokenReduceDinov2Model,),
+    }
+
+
+class TestDinov2ToMe(Dinov2Tests, unittest.TestCase):
+    reduction = TOME
+
+
+class TestDinov2ATS(Dinov2Tests, unittest.TestCase):
+    reduction = ATS
 
 
 class TestViTToMe(ViTTests, unittest.TestCase):
