@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .modeling.encoders import encoder_of, facts_of
-from .modeling.merging import decide_by_thresholds
+from .modeling.ltmp import decide_by_thresholds
 from .modeling.multiply_adds import even_share, multiply_adds
-from .modeling.slimming import SiTReducer
+from .modeling.sit import SiTReducer
 from .modeling.tokens import TokenState
 from .modes import evaluating
 from .pictures import IMAGE_SUFFIXES, read_picture

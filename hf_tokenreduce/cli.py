@@ -227,14 +227,14 @@ def compare(
     from .evaluation import compare as measure
     from .evaluation import default_reductions
     from .loading import load_images, load_model, parse_settings
-    from .modeling.configuration_base import REDUCTIONS
+    from .modeling.methods import METHOD_CLASSES
 
     dense, processor = load_model(model, revision, trust_remote_code)
     usual = default_reductions(dense.config, share)
     settings: list[Any] = []
     for text in reduction:
         given = [one for one in usual if one.method == text]
-        if text in REDUCTIONS and not given:
+        if text in METHOD_CLASSES and not given:
             raise ValueError(f"{text} has no untrained setting for the shares {share}. Give one by JSON.")
         settings += given or [{"method": None, **parse_settings(text)}]
     if any(isinstance(one, dict) and one["method"] is None for one in settings):

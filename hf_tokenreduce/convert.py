@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .modeling.configuration_base import ReductionConfig
-from .modeling.configuration_methods import parse_reduction
 from .modeling.encoders import MODELS, PREFIX, encoder_of, fixed_fields, what_can_be_reduced
+from .modeling.methods import parse_reduction
 from .modeling.modeling_tokenreduce import reduced_model_class
 
 

@@ -26,8 +26,9 @@ from transformers import (
 from transformers.utils import logging
 
 from .convert import stock_name
-from .modeling.configuration_base import REDUCTIONS, ReductionConfig
+from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, PREFIX, what_can_be_reduced
+from .modeling.methods import METHOD_CLASSES
 from .pictures import IMAGE_SUFFIXES, read_picture
 from .tasks import task_of
 
@@ -190,9 +191,9 @@ def method_setting(
     config: PreTrainedConfig, name: str, share: float | None = None, settings: dict[str, Any] | None = None
 ) -> ReductionConfig:
     """A method's configuration by its name. settings: its fields; share: of the multiply-adds to keep."""
-    if name not in REDUCTIONS:
-        raise ValueError(f"There is no method {name!r}. The methods are: {', '.join(REDUCTIONS)}.")
-    method, settings = REDUCTIONS[name], dict(settings or {})
+    if name not in METHOD_CLASSES:
+        raise ValueError(f"There is no method {name!r}. The methods are: {', '.join(METHOD_CLASSES)}.")
+    method, settings = METHOD_CLASSES[name].config, dict(settings or {})
     unknown = sorted(set(settings) - set(method.__dataclass_fields__))
     if unknown:
         known = ", ".join(method.__dataclass_fields__)

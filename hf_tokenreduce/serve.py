@@ -21,10 +21,14 @@ from transformers.utils import logging
 
 from .convert import reduce_tokens, restore
 from .loading import load_model
+from .modeling.ats import ATSConfig
+from .modeling.bat import BATConfig
 from .modeling.configuration_base import KeepRateConfig, ReductionConfig
-from .modeling.configuration_methods import ATSConfig, BATConfig, EViTConfig, ToMeConfig, TopKConfig
 from .modeling.encoders import encoder_of, facts_of
+from .modeling.evit import EViTConfig
 from .modeling.multiply_adds import multiply_adds
+from .modeling.tome import ToMeConfig
+from .modeling.topk import TopKConfig
 from .visualization import seen_images, token_maps
 from .visualization.drawing import draw_layer, resized_to_cells
 

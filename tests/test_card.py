@@ -16,7 +16,7 @@ from hf_tokenreduce.hub import model_card, write_card, write_cards
 from hf_tokenreduce.hub.card_text import merge_metadata, sections
 from hf_tokenreduce.hub.methods import METHODS as DESCRIBED
 from hf_tokenreduce.hub.records import wilson
-from hf_tokenreduce.modeling.configuration_base import REDUCTIONS
+from hf_tokenreduce.modeling.methods import METHOD_CLASSES
 
 
 RECORD = {
@@ -60,7 +60,7 @@ def part(card, name):
 
 
 def test_every_method_is_described():
-    assert DESCRIBED.keys() - {None} == REDUCTIONS.keys()
+    assert DESCRIBED.keys() - {None} == METHOD_CLASSES.keys()
 
 
 def test_a_full_card(folder):

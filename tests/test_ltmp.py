@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments, ViTImageProcessor
 
 from hf_tokenreduce import LTMPConfig, ToMeConfig, calibrate, load_thresholds, reduce_tokens, save_thresholds
-from hf_tokenreduce.modeling.merging import budget_share
+from hf_tokenreduce.modeling.ltmp import budget_share
 from hf_tokenreduce.modeling.multiply_adds import multiply_adds
 
 

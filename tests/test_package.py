@@ -10,8 +10,8 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 import hf_tokenreduce
 from hf_tokenreduce import ToMeConfig, reduce_tokens
-from hf_tokenreduce.modeling.configuration_base import REDUCTIONS
-from hf_tokenreduce.modeling.reducers import REDUCERS
+from hf_tokenreduce.modeling.hooks import Reducer
+from hf_tokenreduce.modeling.methods import METHOD_CLASSES
 
 
 MODELING = Path(hf_tokenreduce.__file__).parent / "modeling"
@@ -58,8 +58,10 @@ def test_public_names():
 
 
 def test_every_method_has_a_configuration_and_a_module():
-    assert REDUCERS.keys() == REDUCTIONS.keys()
-    assert all(config.method == name for name, config in REDUCTIONS.items())
+    assert len(METHOD_CLASSES) == 8
+    assert all(
+        config.method == name and issubclass(reducer, Reducer) for name, (config, reducer) in METHOD_CLASSES.items()
+    )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

@@ -24,17 +24,15 @@ from ..evaluation import benchmark, evaluate_model, pareto_plot
 from ..evaluation.resume import write_whole
 from ..hub import write_card
 from ..loading import no_progress_bars, spread
+from ..modeling.ats import ATSConfig
+from ..modeling.bat import BATConfig
 from ..modeling.configuration_base import ReductionConfig
-from ..modeling.configuration_methods import (
-    ATSConfig,
-    BATConfig,
-    DLViTConfig,
-    EViTConfig,
-    LTMPConfig,
-    SiTConfig,
-    ToMeConfig,
-    TopKConfig,
-)
+from ..modeling.dlvit import DLViTConfig
+from ..modeling.evit import EViTConfig
+from ..modeling.ltmp import LTMPConfig
+from ..modeling.sit import SiTConfig
+from ..modeling.tome import ToMeConfig
+from ..modeling.topk import TopKConfig
 from ..training import (
     BatchTransform,
     Collator,

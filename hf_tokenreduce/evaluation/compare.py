@@ -18,18 +18,16 @@ from transformers.utils import logging
 from ..calibration import calibrate
 from ..convert import reduce_tokens
 from ..loading import spread
+from ..modeling.ats import ATSConfig
+from ..modeling.bat import BATConfig
 from ..modeling.configuration_base import ReductionConfig
-from ..modeling.configuration_methods import (
-    ATSConfig,
-    BATConfig,
-    EViTConfig,
-    LTMPConfig,
-    SiTConfig,
-    ToMeConfig,
-    TopKConfig,
-    parse_reduction,
-)
 from ..modeling.encoders import facts_of
+from ..modeling.evit import EViTConfig
+from ..modeling.ltmp import LTMPConfig
+from ..modeling.methods import parse_reduction
+from ..modeling.sit import SiTConfig
+from ..modeling.tome import ToMeConfig
+from ..modeling.topk import TopKConfig
 from .accuracy import AccuracyReport, evaluate_model
 from .pareto import NAMES, dense_rate, pareto_plot
 from .resume import (

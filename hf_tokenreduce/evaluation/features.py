@@ -310,10 +310,14 @@ def _labels(dataset: Dataset, bank: Dataset | None, label_column: str) -> tuple[
     labels = list(dataset.with_format(None)[label_column])
     voting = labels if bank is None else list(bank.with_format(None)[label_column])
     if any(not isinstance(label, int) or label < 0 for label in (*labels, *voting)):
-        raise ValueError(f"The column {label_column!r} must hold a class, 0 or above, for each image. Leave out others.")
+        raise ValueError(
+            f"The column {label_column!r} must hold a class, 0 or above, for each image. Leave out others."
+        )
     named = getattr(dataset.features[label_column], "names", None)
     if bank is not None and getattr(bank.features[label_column], "names", None) != named:
-        raise ValueError("The classes of bank are others than the data set's, or in another order. Use one set of them.")
+        raise ValueError(
+            "The classes of bank are others than the data set's, or in another order. Use one set of them."
+        )
     return labels, voting
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..modeling.configuration_methods import parse_reduction
+from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share
 from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, split
 from .contents import check_config, one_line

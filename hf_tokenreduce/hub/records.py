@@ -4,8 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..modeling.configuration_base import REDUCTIONS
-from ..modeling.configuration_methods import parse_reduction
+from ..modeling.methods import METHOD_CLASSES, parse_reduction
 from .contents import read_json, short
 
 
@@ -37,7 +36,7 @@ def read_record(record: Record | str | Path) -> Record:
     if not isinstance(record, dict):
         raise ValueError(f"{name} must be an object, got {short(record)}.")
     method = record.get("method")
-    if "method" not in record or not (method is None or (isinstance(method, str) and method in REDUCTIONS)):
+    if "method" not in record or not (method is None or (isinstance(method, str) and method in METHOD_CLASSES)):
         raise ValueError(f"{name} has method {short(method)}; it must be null for dense, or one of {_known()}.")
     settings = record.get("settings") or {}
     if not isinstance(settings, dict):
@@ -104,4 +103,4 @@ def duration(seconds: float | None) -> str | None:
 
 
 def _known() -> str:
-    return ", ".join(sorted(REDUCTIONS))
+    return ", ".join(sorted(METHOD_CLASSES))

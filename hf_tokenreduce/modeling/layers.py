@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .attention import AttentionView, PairBias, attend, attend_masked, attend_with_map, split_heads
 from .encoders import Encoder, EncoderFacts, Layout
 from .hooks import Reducer
-from .reducers import build_reducer
+from .methods import build_reducer
 from .tokens import TokenMap, TokenState, apply_map, move, on_grid, pad, representatives, start, unpad
 
 

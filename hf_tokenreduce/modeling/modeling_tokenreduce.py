@@ -22,7 +22,7 @@ from .configuration_tokenreduce import EXTRA_OUTPUTS, reduced_config_class
 from .encoders import MODELS, PREFIX, READ_EVERY_PATCH, TAKE_MEAN_LOSS, TYPE_PREFIX, auto_classes_of, encoder_of
 from .hooks import Reducer
 from .layers import RECORDER, Encoded, Recorder, inject
-from .reducers import build_reducer
+from .methods import build_reducer
 
 
 _StockModel: Any = nn.Module  # the mixin is only used in front of a stock model, whose methods it extends

@@ -23,8 +23,8 @@ from transformers.utils import logging
 from ..calibration import calibrate
 from ..convert import reduce_tokens, restore
 from ..loading import folder_split, method_setting, parse_settings, spread
-from ..modeling.configuration_base import REDUCTIONS
 from ..modeling.encoders import encoder_of, facts_of
+from ..modeling.methods import METHOD_CLASSES
 from ..modeling.multiply_adds import multiply_adds
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
@@ -41,7 +41,7 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "A commit of it."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model brings."})
     ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "A new head if the classes are others."})
-    reduction: str | None = field(default=None, metadata={"help": f"One of {', '.join(REDUCTIONS)}."})
+    reduction: str | None = field(default=None, metadata={"help": f"One of {', '.join(METHOD_CLASSES)}."})
     reduction_args: str = field(default="{}", metadata={"help": "Its settings, JSON."})
     share: float | None = field(default=None, metadata={"help": "Of the multiply-adds to keep."})
     recipe: str = field(default="quick", metadata={"help": "quick or paper."})

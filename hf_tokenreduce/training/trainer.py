@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from ..convert import restore
 from ..modeling.configuration_base import KeepRateConfig
-from ..modeling.configuration_methods import parse_reduction
 from ..modeling.encoders import encoder_config, encoder_of, facts_of
+from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import multiply_adds
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
