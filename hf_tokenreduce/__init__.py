@@ -6,6 +6,7 @@ import transformers
 
 from .calibration import calibrate
 from .convert import reduce_tokens, restore
+from .methods import Method, register_method
 from .modeling.ats import ATSConfig
 from .modeling.bat import BATConfig
 from .modeling.configuration_tokenreduce import TokenReduceDeiTConfig, TokenReduceViTConfig
@@ -36,6 +37,7 @@ __all__ = [
     "DLViTConfig",
     "EViTConfig",
     "LTMPConfig",
+    "Method",
     "SiTConfig",
     "ToMeConfig",
     "TokenReduceDeiTConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "calibrate",
     "load_thresholds",
     "reduce_tokens",
+    "register_method",
     "restore",
     "save_thresholds",
     "unmerge",

@@ -15,7 +15,15 @@ from .modeling.methods import parse_reduction
 from .modeling.modeling_tokenreduce import reduced_model_class
 
 
-def reduce_tokens(model: PreTrainedModel, reduction: ReductionConfig | dict[str, Any] | None) -> PreTrainedModel:
+def reduce_tokens(
+    model: PreTrainedModel,
+    reduction: ReductionConfig | dict[str, Any] | str | type[ReductionConfig] | None,
+    *,
+    share: float | None = None,
+    images: Any = None,
+    image_processor: Any = None,
+    **settings: Any,
+) -> PreTrainedModel:
     """Make a model that computes what `model` does on fewer tokens.
 
     The result shares the weights of `model`, which stays usable and as it was; dtype, device and train or eval mode
@@ -26,15 +34,27 @@ def reduce_tokens(model: PreTrainedModel, reduction: ReductionConfig | dict[str,
         model (`PreTrainedModel`): A model of transformers whose vision encoder can be reduced, such as a
             `ViTForImageClassification`, a `CLIPModel` or a `Dinov2Model`, or one that is reduced already: then the
             method is swapped.
-        reduction: A method configuration such as `ToMeConfig(r=13)`, its dictionary form, or None.
+        reduction: A method configuration such as `ToMeConfig(r=13)`, its dictionary form, or None. Or a method by its
+            name or configuration class, `"tome"` or `ToMeConfig`, with `share` and `settings`.
+        share (`float`, *optional*): The share of the encoder's multiply-adds to keep.
+        images (`Tensor`, `str` or `Path`, *optional*): Unlabelled images for methods that need them to be fitted to a
+            share: pixel values, or a folder.
+        image_processor: The model's, for a folder.
+        settings: Further fields of the method's configuration.
 
     Returns:
         `PreTrainedModel`, a `TokenReduce...` class of the same kind.
 
     Example:
         >>> model = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224")
-        >>> model = reduce_tokens(model, ToMeConfig(r=13))
+        >>> reduced = reduce_tokens(model, ToMeConfig(r=13))
+        >>> reduced = reduce_tokens(model, "bat", share=0.65)
+        >>> reduced = reduce_tokens(model, "ltmp", share=0.65, images="photos", image_processor=processor)
     """
+    if isinstance(reduction, (str, type)) or share is not None or settings or images is not None:
+        from .budget import reduce_to_share
+
+        return reduce_to_share(model, reduction, share, images, image_processor, settings)
     name = stock_name(model)
     if name is None:
         raise ValueError(

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from transformers import (
 from transformers.utils import logging
 
 from .convert import stock_name
+from .methods import METHODS
 from .modeling.configuration_base import ReductionConfig
-from .modeling.encoders import MODELS, PREFIX, what_can_be_reduced
-from .modeling.methods import METHOD_CLASSES
+from .modeling.encoders import MODELS, PREFIX, facts_of, what_can_be_reduced
 from .pictures import IMAGE_SUFFIXES, read_picture
 from .tasks import task_of
 
@@ -190,16 +191,34 @@ def parse_settings(text: str) -> dict[str, Any]:
 def method_setting(
     config: PreTrainedConfig, name: str, share: float | None = None, settings: dict[str, Any] | None = None
 ) -> ReductionConfig:
-    """A method's configuration by its name. settings: its fields; share: of the multiply-adds to keep."""
-    if name not in METHOD_CLASSES:
-        raise ValueError(f"There is no method {name!r}. The methods are: {', '.join(METHOD_CLASSES)}.")
-    method, settings = METHOD_CLASSES[name].config, dict(settings or {})
-    unknown = sorted(set(settings) - set(method.__dataclass_fields__))
+    """A method's configuration by its name.
+
+    Args:
+        config: Of the model that it is for.
+        name (`str`): The method's name.
+        share (`float`, *optional*): The share of the multiply-adds to keep.
+        settings (`dict`, *optional*): The configuration's fields.
+
+    Returns:
+        `ReductionConfig`.
+    """
+    if name not in METHODS:
+        raise ValueError(f"There is no method {name!r}. The methods are: {', '.join(METHODS)}.")
+    method, settings = METHODS[name], dict(settings or {})
+    known = [field.name for field in fields(method.config_class)]
+    unknown = sorted(set(settings) - set(known))
     if unknown:
-        known = ", ".join(method.__dataclass_fields__)
-        raise ValueError(f"{method.__name__} has no {', '.join(unknown)}. Its settings are: {known}.")
+        raise ValueError(
+            f"{method.config_class.__name__} has no {', '.join(unknown)}. Its settings are: {', '.join(known)}."
+        )
     if share is None:
-        return method(**settings)
-    if name == "ltmp":  # its budget is learned, or calibrated
-        return method(**{"target": share, **settings})
-    return method.for_budget(config, share, **settings)
+        return method.config_class(**settings)
+    both = sorted(set(settings) & set(method.key_settings))
+    if both:
+        raise ValueError(f"A share of {share} decides {', '.join(both)} of {method.title}. Give one of the two.")
+    if method.at_share is None:
+        raise ValueError(
+            f"{method.config_class.__name__} has no setting for a budget: what it keeps depends on the images. It is "
+            f'fitted to one on images: reduce_tokens(model, "{name}", share={share}, images=..., image_processor=...).'
+        )
+    return method.at_share(facts_of(config), share, **settings)

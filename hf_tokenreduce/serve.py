@@ -21,27 +21,17 @@ from transformers.utils import logging
 
 from .convert import reduce_tokens, restore
 from .loading import load_model
-from .modeling.ats import ATSConfig
-from .modeling.bat import BATConfig
-from .modeling.configuration_base import KeepRateConfig, ReductionConfig
+from .methods import METHODS
+from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import encoder_of, facts_of
-from .modeling.evit import EViTConfig
 from .modeling.multiply_adds import multiply_adds
-from .modeling.tome import ToMeConfig
-from .modeling.topk import TopKConfig
 from .visualization import seen_images, token_maps
 from .visualization.drawing import draw_layer, resized_to_cells
 
 
 PUBLISHED = "as published"
-# What runs on a checkpoint that was not trained for it.
-UNTRAINED: dict[str, type[ReductionConfig]] = {
-    "ToMe": ToMeConfig,
-    "BAT": BATConfig,
-    "EViT": EViTConfig,
-    "Top-K": TopKConfig,
-    "ATS": ATSConfig,
-}
+# What runs on a checkpoint as it is.
+UNTRAINED = {method.title: method for method in METHODS.values() if method.needs == "nothing"}
 MAX_PIXELS = 50_000_000
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 REPEATS = 5
@@ -97,20 +87,17 @@ class Comparison:
         return [PUBLISHED, *UNTRAINED] if self.published is not None else list(UNTRAINED)
 
     def has_budget(self, method: str) -> bool:
-        """Whether a budget can be set: not of ATS, whose tokens are as many as an image's scores are spread over."""
-        return method in UNTRAINED and method != "ATS"
+        """Whether a budget can be set without images to fit it on."""
+        return method in UNTRAINED and UNTRAINED[method].at_share is not None
 
     def setting(self, method: str, budget: float) -> ReductionConfig:
         """The mildest setting of a method that keeps at most `budget` of the multiply-adds."""
         if method not in UNTRAINED:
             raise ValueError(f"There is no method {method!r} for this checkpoint. Pick one of {self.methods()}.")
-        config_class, layers = UNTRAINED[method], facts_of(self.dense.config).num_hidden_layers
-        if config_class is ATSConfig:
-            return ATSConfig(layers=tuple(range(layers // 4, layers)))
-        if issubclass(config_class, KeepRateConfig):
-            quarters = sorted({layers // 4, layers // 2, 3 * layers // 4})
-            return config_class.for_budget(self.dense.config, budget, layers=quarters)
-        return config_class.for_budget(self.dense.config, budget)
+        facts, chosen = facts_of(self.dense.config), UNTRAINED[method]
+        if chosen.at_share is not None:
+            return chosen.at_share(facts, budget)
+        return next(iter(chosen.untrained(facts, [budget]))) if chosen.untrained else chosen.config_class()
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, method: str, budget: float = 0.65, *, size: int = 384) -> Answer:

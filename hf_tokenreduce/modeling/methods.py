@@ -1,8 +1,11 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
 """The table of methods, and how a configuration is found in it."""
 
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .ats import ATSConfig, ATSReducer
@@ -11,6 +14,7 @@ from .configuration_base import ReductionConfig
 from .dlvit import DLViTConfig, DLViTReducer
 from .encoders import EncoderFacts
 from .evit import EViTConfig, EViTReducer
+from .extra_methods import EXTRA_METHODS
 from .hooks import Reducer
 from .ltmp import LTMPConfig, LTMPReducer
 from .sit import SiTConfig, SiTReducer
@@ -37,8 +41,27 @@ METHOD_CLASSES: dict[str, MethodClasses] = {
         MethodClasses(LTMPConfig, LTMPReducer),
         MethodClasses(SiTConfig, SiTReducer),
         MethodClasses(DLViTConfig, DLViTReducer),
+        *(MethodClasses(*classes) for classes in EXTRA_METHODS),
     )
 }
+
+
+def write_extra_method(folder: str | Path, reduction: ReductionConfig | None) -> None:
+    """Put the file of a method of others into a saved folder, beside ours, so that it travels with the model."""
+    if reduction is None:
+        return
+    config, reducer = METHOD_CLASSES[str(reduction.method)]
+    module = sys.modules[config.__module__]
+    file = Path(str(module.__file__))
+    if file.parent == Path(__file__).parent:
+        return  # ours, or one that came with the folder this model was loaded from
+    code = re.sub(r"^from hf_tokenreduce\.modeling\.(\w+) import", r"from .\1 import", file.read_text(), flags=re.M)
+    (Path(folder) / file.name).write_text(code)
+    (Path(folder) / "extra_methods.py").write_text(
+        f'"""The method that this model runs, which is not of hf_tokenreduce."""\n\n'
+        f"from .{file.stem} import {config.__name__}, {reducer.__name__}\n\n\n"
+        f"EXTRA_METHODS = (({config.__name__}, {reducer.__name__}),)\n"
+    )
 
 
 def build_reducer(facts: EncoderFacts, layer: int) -> Reducer:

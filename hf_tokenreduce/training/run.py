@@ -23,8 +23,8 @@ from transformers.utils import logging
 from ..calibration import calibrate
 from ..convert import reduce_tokens, restore
 from ..loading import folder_split, method_setting, parse_settings, spread
+from ..methods import METHODS
 from ..modeling.encoders import encoder_of, facts_of
-from ..modeling.methods import METHOD_CLASSES
 from ..modeling.multiply_adds import multiply_adds
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
@@ -41,7 +41,7 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "A commit of it."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model brings."})
     ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "A new head if the classes are others."})
-    reduction: str | None = field(default=None, metadata={"help": f"One of {', '.join(METHOD_CLASSES)}."})
+    reduction: str | None = field(default=None, metadata={"help": f"One of {', '.join(METHODS)}."})
     reduction_args: str = field(default="{}", metadata={"help": "Its settings, JSON."})
     share: float | None = field(default=None, metadata={"help": "Of the multiply-adds to keep."})
     recipe: str = field(default="quick", metadata={"help": "quick or paper."})
@@ -249,15 +249,15 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
     if model_args.reduction is None:
         return dense if hasattr(dense.config, "reduction") else reduce_tokens(dense, None)
     settings = parse_settings(model_args.reduction_args)
-    share = 0.75 if model_args.reduction == "ltmp" and model_args.share is None else model_args.share
-    setting = method_setting(dense.config, model_args.reduction, share, settings)
-    if setting.method == "dlvit" and setting != getattr(dense.config, "reduction", None):
+    method = METHODS.get(model_args.reduction)
+    if method is not None and method.needs == "labels":
         raise ValueError(
-            "DL-ViT's filter has to be fitted first, or it keeps every token. Run examples/run_delta_loss.py with "
-            "these settings, then train the model it writes, without --reduction."
+            f"{method.title}'s filter has to be fitted first, or it keeps every token. Run examples/run_delta_loss.py "
+            "with these settings, then train the model it writes, without --reduction."
         )
+    setting = method_setting(dense.config, model_args.reduction, model_args.share, settings)
     model = reduce_tokens(dense, setting)
-    if model_args.reduction in ("ltmp", "sit"):
+    if method is not None and method.prepare is not None:
         photos = train.shuffle(seed=0).select(range(min(100, len(train))))[data_args.image_column_name]
         pixels = torch.stack([EvalTransform(processor)(photo) for photo in photos])
         calibrate(model, pixels, getattr(setting, "target", None))

@@ -18,14 +18,14 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 from transformers.utils import logging
 
 from ..convert import restore
-from ..modeling.configuration_base import KeepRateConfig
+from ..methods import METHODS
+from ..methods.token_decoder import restore_hidden_states
 from ..modeling.encoders import encoder_config, encoder_of, facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import multiply_adds
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
 from .losses import distillation_loss, token_loss
-from .reverse import restore_hidden_states, reverse_modules
 
 
 REVERSE_FILE = "reverse_slimming.safetensors"
@@ -67,11 +67,16 @@ class TokenReduceTrainer(Trainer):
             dataset = settings.get(name)
             if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
                 raise ValueError(f"{name} is empty. Check the folder or the split it was loaded from.")
-        if args.token_weight and (reduction is None or reduction.method != "sit"):
-            raise ValueError("token_weight is for SiT, whose tokens have a way back. Use logits_weight to distill.")
-        if args.keep_rate_warmup and not _can_warm_up(reduction):
+        method = None if reduction is None else METHODS[reduction.method]
+        if args.token_weight and (method is None or method.token_decoder is None):
+            able = ", ".join(known.title for known in METHODS.values() if known.token_decoder is not None)
             raise ValueError(
-                "keep_rate_warmup is for methods whose keep_rate can change while they train (Top-K, EViT, BAT), got "
+                f"token_weight is for {able}, whose tokens have a way back. Use logits_weight to distill."
+            )
+        if args.keep_rate_warmup and (method is None or not method.keep_rate_may_change):
+            raise ValueError(
+                "keep_rate_warmup is for methods whose keep_rate can change while they train ("
+                f"{', '.join(known.title for known in METHODS.values() if known.keep_rate_may_change)}), got "
                 f"{type(reduction).__name__}. Set it to 0."
             )
         if args.freeze_backbone:
@@ -89,8 +94,8 @@ class TokenReduceTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer divides them
         if self.teacher is not None:
             self.teacher.to(self.args.device)
-        if reduction is not None and reduction.method == "ltmp":
-            self.add_callback(ClampThresholds(reduced))
+        for callback in () if method is None else method.callbacks(reduced):
+            self.add_callback(callback)
         if args.keep_rate_warmup:
             self.add_callback(WarmUpKeepRate(reduced, args.keep_rate_warmup))
 
@@ -102,7 +107,7 @@ class TokenReduceTrainer(Trainer):
             finally:
                 if reduced.config.reduction != self._goal:  # it broke off while the keep rate warmed up
                     reduced.set_reduction(self._goal)
-        reverse = reverse_modules(reduced)
+        reverse = METHODS[reduced.config.reduction.method].token_decoder(reduced)
         setattr(reduced, REVERSE, reverse)
         hook = restore_hidden_states(reduced, reverse)
         try:
@@ -272,19 +277,6 @@ class TokenReduceTrainer(Trainer):
             getattr(reduced, REVERSE).load_state_dict(load_file(folder / REVERSE_FILE))
 
 
-class ClampThresholds(TrainerCallback):
-    """Keeps LTMP's thresholds between 0 and 1."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-
-    @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        for reducer in encoder_of(self.model).reducers:
-            for threshold in reducer.parameters():
-                threshold.clamp_(0, 1)
-
-
 class WarmUpKeepRate(TrainerCallback):
     """Lets the keep rate fall from 1 to its value over the first `share` of the steps, in steps of 0.01."""
 
@@ -315,10 +307,6 @@ def _reduced_model(model: Any) -> Any:
             "reduce_tokens(model, ...), with None for a dense baseline."
         )
     return inner
-
-
-def _can_warm_up(reduction: Any) -> bool:
-    return isinstance(reduction, KeepRateConfig) and reduction.method != "sit"
 
 
 def _teacher(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..methods import METHODS
 from ..modeling.encoders import encoder_of
 from .composing import Images, load_images, pictures_of
 from .drawing import draw_layer, draw_token_weights
@@ -112,18 +113,15 @@ def write_page(
 def _settings(reduction: Any) -> dict[str, str]:
     """What is set and decides: neither what only training looks at, nor thresholds that were learned since."""
     values = reduction.to_dict()
-    names = ("merge", "prune", "max_tokens") if reduction.method == "ltmp" else tuple(values)
+    shown = METHODS[reduction.method].shown_settings if reduction.method in METHODS else None
+    names = tuple(values) if shown is None else shown
     return {name: _setting(values[name]) for name in names if name != "method" and values[name] is not None}
 
 
 def _thresholds(model: PreTrainedModel) -> dict[str, list[float]]:
-    """LTMP's, of each layer."""
-    reducers = [dict(reducer.named_parameters()) for reducer in encoder_of(model).reducers]
-    return {
-        label: [reducer[name].item() for reducer in reducers]
-        for name, label in (("merge_threshold", "merges above"), ("prune_threshold", "prunes up to"))
-        if name in reducers[0]
-    }
+    """What the method has learned, of each layer."""
+    reduction = model.config.reduction
+    return METHODS[reduction.method].learned_numbers(model) if reduction is not None else {}
 
 
 def _setting(value: Any) -> str:
