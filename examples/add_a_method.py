@@ -1,4 +1,4 @@
-"""Add a method of your own: random pruning, as a baseline. Up to `register` this file travels with every model that runs it.
+"""Add a method of your own: random pruning, as a baseline. This file travels with every model that runs it.
 
 python examples/add_a_method.py facebook/deit-tiny-patch16-224 --output_dir random
 """

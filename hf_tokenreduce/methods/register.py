@@ -18,18 +18,19 @@ ALLOWED = {"torch", "transformers", "hf_tokenreduce"}
 
 
 def register_method(config_class: type[ReductionConfig], reducer_class: type[Reducer], method: Method) -> None:
-    """Add a method, which then works in `reduce_tokens`, `compare`, `show`, training and cards. A model that runs it is
-    saved with the method's file, and loads where neither this package nor the file is installed.
+    """Add a method, which then works in `reduce_tokens`, `compare`, `show`, training and cards.
+
+    A model that runs it is saved with the method's file, and loads where neither this package nor that file is.
 
     Args:
         config_class: A frozen dataclass, subclass of `ReductionConfig`, with a `method` name that is not taken.
-        reducer_class: A subclass of `Reducer`, in the same file. That file imports torch, transformers and the standard
-            library, and of this package only `from hf_tokenreduce.modeling.<file> import <name>`; anything else must
-            stand inside `try:`.
+        reducer_class: A subclass of `Reducer`, in the same file. That file imports torch, transformers and the
+            standard library, and of this package only `from hf_tokenreduce.modeling.<file> import <name>`; anything
+            else must stand inside `try:`.
         method (`Method`): What the rest of the package reads of it.
 
     Example:
-        >>> register_method(RandomConfig, RandomReducer, Method(RandomConfig, "Random", "pruning", "Drops any tokens."))
+        >>> register_method(RandomConfig, RandomReducer, Method(RandomConfig, "Random", "pruning", "Drops any."))
         >>> model = reduce_tokens(model, RandomConfig(keep_rate=0.7))
     """
     from . import METHODS
