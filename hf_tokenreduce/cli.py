@@ -435,7 +435,8 @@ def _print(answer: dict[str, Any], as_json: bool, title: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Errors that a user can mend are one line and exit code 2; `--debug` anywhere shows the whole of them."""
+    """Errors that a user can mend are one line and exit code 2; `--debug` anywhere shows the whole of them. Other
+    errors, such as a full memory or a fault of ours, keep their traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     if debug:
@@ -448,7 +449,7 @@ def main(arguments: list[str] | None = None) -> None:
         disable_progress_bars()
     try:
         app(args=arguments, prog_name="tokenreduce", obj=arguments)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
         print("tokenreduce: " + " ".join(str(error).split()), file=sys.stderr)

@@ -187,9 +187,18 @@ class LTMPReducer(Reducer):
         self.prop_attn = self.settings.merge
         self.needs_received = self.settings.prune or self.max_tokens is not None
         if self.settings.merge:
-            self.merge_threshold = nn.Parameter(torch.tensor([float(self.settings.merge_threshold)]))
+            self.merge_threshold = _threshold(self.settings.merge_threshold)
         if self.settings.prune:
-            self.prune_threshold = nn.Parameter(torch.tensor([float(self.settings.prune_threshold)]))
+            self.prune_threshold = _threshold(self.settings.prune_threshold)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Thresholds go to another device with the model, but stay float32: a half type would round them."""
+        exact = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters(recurse=False):
+            if parameter.dtype != torch.float32 and not exact[name].is_meta:
+                parameter.data = exact[name].to(device=parameter.device, dtype=torch.float32)
+        return self
 
     def init_weights(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):
@@ -289,6 +298,10 @@ class LTMPReducer(Reducer):
     def auxiliary_loss(self, kept: Tensor, num_tokens: int) -> Tensor:
         share = budget_share(kept, num_tokens, self.hidden_size)
         return self.settings.budget_weight * (share - self.settings.target) ** 2
+
+
+def _threshold(value: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor([float(value)], dtype=torch.float32))
 
 
 def _positions(like: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class TokenReduceMixin(_StockModel):
     kept_shares: (L,) what it was computed from: the mean share of the tokens that each layer passes on.
     """
 
+    _keep_in_fp32_modules_strict = ["merge_threshold", "prune_threshold"]
+
     def __init__(self, config, *inputs, **kwargs):
         # By name: from a folder, configuration and model are classes of two modules.
         if type(config).model_type != self.config_class.model_type:

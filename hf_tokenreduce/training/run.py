@@ -2,6 +2,7 @@
 `examples/run_image_classification.py` run."""
 
 import json
+import os
 import re
 import shlex
 import statistics
@@ -168,7 +169,12 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
         raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATION)}, got {known.augmentation!r}.")
     if known.on_error not in ("stop", "skip"):
         raise ValueError(f"on_error must be stop or skip, got {known.on_error!r}.")
-    parser.set_defaults(**recipe(known.reduction or "tome", known.recipe), remove_unused_columns=False)
+    defaults = recipe(known.reduction or next(iter(METHODS)), known.recipe)
+    if known.recipe == "paper":  # its batches are those of all devices together
+        devices = int(os.environ.get("WORLD_SIZE", 1))
+        defaults["per_device_train_batch_size"] = max(1, defaults["per_device_train_batch_size"] // devices)
+        parser.set_defaults(augmentation="strong")
+    parser.set_defaults(**defaults, remove_unused_columns=False)
     if known.lora:
         parser.set_defaults(freeze_backbone=False)
     model_args, data_args, args = parser.parse_args_into_dataclasses(arguments)

@@ -88,6 +88,7 @@ class TokenReduceTrainer(Trainer):
                 parameter.requires_grad_(True)
         self.teacher = _teacher(reduced, args, teacher_model)
         self._goal = reduction
+        self._kept_in_step: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
         super().__init__(model, args, *others, **settings)
@@ -178,9 +179,32 @@ class TokenReduceTrainer(Trainer):
         finally:
             self.data_collator = given
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """A loss that is not linear in what is kept must know what all batches of a step keep, before the first of
+        them is learned from. So where a step has several, they go through the model once more."""
+        found = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, kept = found[0], []
+        self._kept_in_step = None
+        if len(batches) > 1:
+            with torch.no_grad():
+                for batch in batches:
+                    inputs = {name: value for name, value in self._prepare_inputs(batch).items() if name != "labels"}
+                    shares = self.model.train()(**inputs).kept_shares
+                    if shares is None:
+                        return found
+                    kept.append((len(next(iter(inputs.values()))), shares))
+            images = sum(count for count, _ in kept)
+            self._kept_in_step = sum(count * shares for count, shares in kept) / images
+        return found
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "nn.DataParallel splits a batch behind the back of losses that look at all of it. Launch one process "
+                "per device instead: accelerate launch, or torchrun."
+            )
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         if labels is None:
@@ -202,7 +226,8 @@ class TokenReduceTrainer(Trainer):
         if outputs.kept_shares is not None:
             # The loss is not linear in what is kept, so it must know all ranks' images; the slope is each rank's own.
             kept = outputs.kept_shares
-            everywhere = self.accelerator.reduce(kept.detach().clone(), "mean")
+            in_step = kept.detach() if self._kept_in_step is None else self._kept_in_step
+            everywhere = self.accelerator.reduce(in_step.clone(), "mean")
             parts["auxiliary_loss"] = (
                 encoder_of(reduced)
                 .reducers[0]
