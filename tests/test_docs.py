@@ -13,6 +13,8 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 from hf_tokenreduce.cli import main
+from hf_tokenreduce.families import families_table
+from hf_tokenreduce.methods.table import methods_table
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,3 +75,8 @@ def run_line(words):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_tables_are_those_that_their_commands_print():
+    assert methods_table() in (ROOT / "README.md").read_text()
+    assert families_table() in (ROOT / "docs" / "encoders.md").read_text()

@@ -107,7 +107,8 @@ class DLViTConfig(ReductionConfig):
 
     @classmethod
     def for_budget(cls, config: PreTrainedConfig | EncoderFacts, share: float, **settings: Any) -> "DLViTConfig":
-        """A keep rate, in steps of 0.0001. It counts as trained."""
+        """A keep rate, in steps of 0.0001, that keeps the share once the filter is trained. Until then every patch
+        stays: `trained` is False unless it is among the settings."""
         facts = facts_of(config)
 
         def keeping(steps: int, **changes: Any) -> "DLViTConfig":
