@@ -8,13 +8,21 @@ import sys
 
 import pytest
 import torch
-from helpers import BACKBONES, METHODS, tiny_images, tiny_model
+from helpers import BACKBONES, METHODS, SIZES, tiny_images, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    Dinov2Backbone,
+    Dinov2Config,
+    ViTImageProcessor,
+)
 
 import hf_tokenreduce
 from hf_tokenreduce import EViTConfig, ToMeConfig, reduce_tokens, restore
 from hf_tokenreduce.hub import check_folder
+from hf_tokenreduce.loading import load_model
 
 
 FRESH = """
@@ -329,3 +337,24 @@ def test_folders_of_the_first_version_stay_valid(tmp_path, backbone, reduction, 
     report = check_folder(tmp_path / "again", load=False)
     assert report.ok, report.errors
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+
+
+def test_a_model_of_a_folders_own_code_is_reduced_again_and_saved(tmp_path, monkeypatch):
+    """Its configuration is then a class of another module than ours, with the same values."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, folder = saved(tmp_path)
+    theirs = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    again = reduce_tokens(theirs, theirs.config.reduction)
+    again.save_pretrained(tmp_path / "again")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "again").eval()
+    same(loaded(tiny_images()).logits, model(tiny_images()).logits)
+
+
+def test_a_backbone_is_loaded_from_a_folder(tmp_path):
+    sizes = {name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")}
+    stock = Dinov2Backbone(Dinov2Config(**sizes, patch_size=4, mlp_ratio=2, out_indices=[2, 4])).eval()
+    for name, model in (("stock", stock), ("reduced", reduce_tokens(stock, ToMeConfig(r=3)))):
+        model.save_pretrained(tmp_path / name)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / name)
+        loaded, _ = load_model(str(tmp_path / name), any_task=True)
+        same(loaded(tiny_images()).feature_maps[-1], model(tiny_images()).feature_maps[-1])
