@@ -63,7 +63,7 @@ def _register() -> None:
     found: dict[tuple[str, Any], list[Any]] = {}
     for name in MODELS:
         model_class = reduced_model_class(getattr(transformers, name))
-        for auto_class in auto_classes_of(name):
+        for auto_class in auto_classes_of(name) or ["AutoModel"]:
             found.setdefault((auto_class, model_class.config_class), []).append(model_class)
         transformers.AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
     for (auto_class, config_class), classes in found.items():

@@ -29,7 +29,8 @@ from transformers.utils import logging
 from .convert import stock_name
 from .methods import METHODS
 from .modeling.configuration_base import ReductionConfig
-from .modeling.encoders import MODELS, PREFIX, facts_of, what_can_be_reduced
+from .modeling.encoders import MODELS, PREFIX, TYPE_PREFIX, facts_of, what_can_be_reduced
+from .modeling.modeling_tokenreduce import reduced_model_class
 from .pictures import IMAGE_SUFFIXES, read_picture
 from .tasks import task_of
 
@@ -71,10 +72,14 @@ def load_model(
             ) from error
     if stock_name(model) is None:
         raise ValueError(f"{name!r} is a {type(model).__name__}. {what_can_be_reduced()}")
-    if found["missing_keys"]:
+    missing = set(found["missing_keys"])
+    if any_task and missing and all(name.startswith("pooler.") for name in missing):
+        # Many encoders were trained without one, such as DINO and MAE: better none than a random one.
+        model.pooler, missing = None, set()
+    if missing:
         what = "its classifier" if not any_task or "Classification" in type(model).__name__ else "a part of it"
         raise ValueError(
-            f"{name!r} has no trained {', '.join(sorted(found['missing_keys']))}: {what} would be random. "
+            f"{name!r} has no trained {', '.join(sorted(missing))}: {what} would be random. "
             "Train it first: tokenreduce train."
         )
     model.to(PartialState().device)
@@ -88,6 +93,10 @@ def _auto_class_of(name: str, where: dict[str, Any]) -> Any:
     if architecture not in MODELS:
         raise ValueError(f"{name!r} is a {architecture}. {what_can_be_reduced()}")
     task = task_of(architecture)
+    if task.auto_class == "AutoBackbone":  # it asks the Hub even for a folder
+        reduced = config.model_type.startswith(TYPE_PREFIX)
+        stock = getattr(transformers, architecture)
+        return reduced_model_class(stock) if reduced else stock
     return getattr(transformers, task.auto_class)
 
 
@@ -110,21 +119,35 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_images(name: str, split: str | None = None, limit: int | None = None) -> Dataset:
+def load_images(name: str, split: str | None = None, limit: int | None = None, *, labelled: bool = True) -> Dataset:
     """An image folder or a data set on the Hub, with columns image and label; of more than `limit` an even part.
 
     split: by default the one there is, or what is called validation, test, or train, in this order.
+    labelled: whether there must be labels.
     """
-    found = load_image_folder(name) if Path(name).is_dir() else load_dataset(name)
-    assert isinstance(found, DatasetDict)
+    found = _load_splits(name)
     if split is None:
         split = next((known for known in ("validation", "test", "train") if known in found), next(iter(found)))
     if split not in found:
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(found)}.")
     dataset = found[split]
-    if not isinstance(dataset.features.get("label"), ClassLabel):
+    if labelled and not isinstance(dataset.features.get("label"), ClassLabel):
         raise ValueError(f"{name} has no classes: make one folder per class, or name a data set with a label column.")
     return dataset if limit is None else dataset.select(spread(len(dataset), limit))
+
+
+def load_bank(name: str, images: Dataset, limit: int | None = None) -> Dataset | None:
+    """The images for training beside those of another split. None: there are none, or no labels."""
+    found = _load_splits(name)
+    if "label" not in images.column_names or "train" not in found or str(images.split) == "train":
+        return None
+    return load_images(name, "train", limit)
+
+
+def _load_splits(name: str) -> DatasetDict:
+    found = load_image_folder(name) if Path(name).is_dir() else load_dataset(name)
+    assert isinstance(found, DatasetDict)
+    return found
 
 
 def load_image_folder(name: str | Path) -> DatasetDict:

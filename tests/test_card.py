@@ -9,13 +9,14 @@ from helpers import METHODS, tiny_model
 from hub_server import card_errors
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from task_models import CASES, save_case
 from test_hub import saved
 
 from hf_tokenreduce import ATSConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.hub import model_card, write_card, write_cards
 from hf_tokenreduce.hub.card_text import merge_metadata, sections
-from hf_tokenreduce.hub.methods import METHODS as DESCRIBED
 from hf_tokenreduce.hub.records import wilson
+from hf_tokenreduce.methods import METHODS as DESCRIBED
 from hf_tokenreduce.modeling.methods import METHOD_CLASSES
 
 
@@ -395,3 +396,36 @@ def test_what_a_card_needs(tmp_path):
             model_card(**arguments)
     with pytest.raises(ValueError, match="There are no records"):
         write_cards(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "words"),
+    [
+        ("dinov2", "image-classification", ["AutoModelForImageClassification", 'classify("photo.jpg")', ">=5.19"]),
+        ("clip", "zero-shot-image-classification", ["candidate_labels=[", "model.get_image_features(pixels, "]),
+        ("dinov3", "image-feature-extraction", ["5 prefix tokens, then a row for", "4 registers included"]),
+        ("vit-features", "image-feature-extraction", ['"tokens.unmerge"', "unmerge(out.last_hidden_state"]),
+        ("backbone", "image-feature-extraction", ["AutoBackbone.from_pretrained("]),
+        ("depth", "depth-estimation", ['estimate("photo.jpg")', ">=5.19"]),
+        ("audio", "audio-classification", ['classify("sound.wav")', "An audio transformer", "Every sound keeps"]),
+        ("llava", "image-text-to-text", ["AutoModelForImageTextToText", "max_new_tokens"]),
+        ("siglip", "zero-shot-image-classification", ["Tokens that leave each layer:"]),
+    ],
+)  # fmt: skip
+def test_cards_of_every_task(tmp_path, name, tag, words):
+    save_case(name, tmp_path / "folder")
+    card = model_card(tmp_path / "folder", repo_id="someone/reduced")
+    assert card_errors(card) == []
+    data = metadata(card)
+    assert (data["pipeline_tag"], data["library_name"]) == (tag, "transformers")
+    assert ("vision-transformer" in data["tags"]) == (name != "audio")
+    assert all(word in card for word in words), card
+    assert 'someone/reduced"' in part(card, "usage") and "None" not in card
+
+
+def test_what_scores_tokens_is_called_by_its_name(tmp_path):
+    """Without a class token it is their mean."""
+    model = reduce_tokens(CASES["siglip-vision"].make(), METHODS["evit"][0])
+    model.save_pretrained(tmp_path)
+    method = part(model_card(tmp_path), "method")
+    assert "that the mean of all tokens attends to least" in method and "class token" not in method

@@ -8,12 +8,21 @@ import sys
 
 import pytest
 import torch
-from helpers import BACKBONES, METHODS, tiny_images, tiny_model
+from helpers import BACKBONES, METHODS, SIZES, tiny_images, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    Dinov2Backbone,
+    Dinov2Config,
+    ViTImageProcessor,
+)
 
 import hf_tokenreduce
 from hf_tokenreduce import EViTConfig, ToMeConfig, reduce_tokens, restore
+from hf_tokenreduce.hub import check_folder
+from hf_tokenreduce.loading import load_model
 
 
 FRESH = """
@@ -240,3 +249,120 @@ def test_what_is_saved_is_what_runs(tmp_path):
     model.save_pretrained(tmp_path / "right")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "right").eval()
     assert torch.equal(loaded(tiny_images()).logits, model(tiny_images()).logits)
+
+
+# As the first version wrote it, when each backbone had a file of its own.
+EARLIER = {
+    "vit": ("ViT", "ViTForImageClassification", "modeling_tokenreduce_vit"),
+    "deit": ("DeiT", "DeiTForImageClassification", "modeling_tokenreduce_deit"),
+    "deit-teacher": ("DeiT", "DeiTForImageClassificationWithTeacher", "modeling_tokenreduce_deit"),
+}
+
+
+def saved_earlier(folder, backbone, reduction, learned):
+    """config.json and weights by hand, and the code files that lay beside them."""
+    family, architecture, file = EARLIER[backbone]
+    config = {
+        "architectures": [f"TokenReduce{architecture}"],
+        "attention_probs_dropout_prob": 0.0,
+        "auto_map": {
+            "AutoConfig": f"configuration_tokenreduce.TokenReduce{family}Config",
+            "AutoModel": f"{file}.TokenReduce{family}Model",
+            "AutoModelForImageClassification": f"{file}.TokenReduce{architecture}",
+        },
+        "dtype": "float32",
+        "encoder_stride": 16,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": 48,
+        "id2label": {str(index): f"LABEL_{index}" for index in range(5)},
+        "image_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 96,
+        "label2id": {f"LABEL_{index}": index for index in range(5)},
+        "layer_norm_eps": 1e-12,
+        "model_type": f"tokenreduce_{family.lower()}",
+        "num_attention_heads": 3,
+        "num_channels": 3,
+        "num_hidden_layers": 4,
+        "patch_size": 4,
+        "pooler_act": "tanh",
+        "pooler_output_size": 48,
+        "qkv_bias": True,
+        "reduction": reduction,
+        "transformers_version": "5.23.0",
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    stock = tiny_model(backbone).state_dict()
+    assert f"{family.lower()}.layers.3.attention.q_proj.weight" in stock  # as it was then
+    save_file({**stock, **learned}, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in (file, "backbone", "configuration_tokenreduce"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('the code of the folder ran')\n")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+THRESHOLDS = {
+    f"vit.layers.{layer}.reducer.{kind}_threshold": torch.tensor([value + 0.01 * layer])
+    for layer in range(4)
+    for kind, value in (("merge", 0.5), ("prune", 0.007))
+}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "reduction", "learned"),
+    [
+        ("vit", {"method": "tome", "r": 7, "prop_attn": True, "inflect": 0.0}, {}),
+        ("deit", {"method": "topk", "keep_rate": 0.5, "layers": [1, 3]}, {}),
+        ("deit-teacher", {"method": "evit", "keep_rate": 0.6, "layers": [0, 2], "fuse": True}, {}),
+        ("vit", {**METHODS["ltmp"][0].to_dict()}, THRESHOLDS),
+    ],
+    ids=["tome", "topk", "teacher", "ltmp"],
+)
+def test_folders_of_the_first_version_stay_valid(tmp_path, backbone, reduction, learned):
+    """They load by what is installed, compute what they did, and are whole when they are saved again."""
+    folder = tmp_path / "earlier"
+    saved_earlier(folder, backbone, reduction, learned)
+    expected = reduce_tokens(tiny_model(backbone), reduction)
+    with torch.no_grad():
+        for name, value in learned.items():
+            expected.get_parameter(name).copy_(value)
+    loaded, found = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(found.values()), found
+    assert type(loaded) is type(expected)
+    output = loaded.eval()(tiny_images())
+    same(output.logits, expected(tiny_images()).logits)
+    assert torch.equal(output.token_counts, expected(tiny_images()).token_counts)
+    assert not check_folder(folder, load=False).ok
+
+    loaded.save_pretrained(tmp_path / "again")
+    shutil.copy(folder / "preprocessor_config.json", tmp_path / "again")
+    files = {file.name for file in (tmp_path / "again").glob("*.py")}
+    assert {"modeling_tokenreduce.py", "encoders.py", "layers.py"} < files
+    assert not files & {"backbone.py", "modeling_tokenreduce_vit.py", "modeling_tokenreduce_deit.py"}
+    auto_map = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
+    assert {f"{reference.split('.')[0]}.py" for reference in auto_map.values()} <= files
+    report = check_folder(tmp_path / "again", load=False)
+    assert report.ok, report.errors
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+
+
+def test_a_model_of_a_folders_own_code_is_reduced_again_and_saved(tmp_path, monkeypatch):
+    """Its configuration is then a class of another module than ours, with the same values."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, folder = saved(tmp_path)
+    theirs = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    again = reduce_tokens(theirs, theirs.config.reduction)
+    again.save_pretrained(tmp_path / "again")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "again").eval()
+    same(loaded(tiny_images()).logits, model(tiny_images()).logits)
+
+
+def test_a_backbone_is_loaded_from_a_folder(tmp_path):
+    sizes = {name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")}
+    stock = Dinov2Backbone(Dinov2Config(**sizes, patch_size=4, mlp_ratio=2, out_indices=[2, 4])).eval()
+    for name, model in (("stock", stock), ("reduced", reduce_tokens(stock, ToMeConfig(r=3)))):
+        model.save_pretrained(tmp_path / name)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / name)
+        loaded, _ = load_model(str(tmp_path / name), any_task=True)
+        same(loaded(tiny_images()).feature_maps[-1], model(tiny_images()).feature_maps[-1])

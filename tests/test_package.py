@@ -27,7 +27,7 @@ ALLOWED = {
     "itertools",
     "math",
 }
-ALLOWED |= {"numbers", "sys", "torch", "transformers", "typing"}
+ALLOWED |= {"numbers", "pathlib", "re", "sys", "torch", "transformers", "typing"}
 
 
 def test_public_names():
@@ -37,6 +37,7 @@ def test_public_names():
         "DLViTConfig",
         "EViTConfig",
         "LTMPConfig",
+        "Method",
         "SiTConfig",
         "ToMeConfig",
         "TokenReduceDeiTConfig",
@@ -50,6 +51,7 @@ def test_public_names():
         "calibrate",
         "load_thresholds",
         "reduce_tokens",
+        "register_method",
         "restore",
         "save_thresholds",
         "unmerge",

@@ -12,8 +12,9 @@ import torch
 from hub_server import LFS_SUFFIXES, OWNER, STRANGER, HubServer
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from task_models import save_case
 from test_hub import saved
-from transformers import ViTImageProcessor
+from transformers import ViTImageProcessor, pipeline
 
 from hf_tokenreduce.hub import PublishError, publish, write_card
 
@@ -23,7 +24,7 @@ UP = """
 import json, shutil, sys
 from safetensors.torch import load_file, save_file
 from hf_tokenreduce.hub import PublishError, publish
-folder, owner, stranger, nowhere = sys.argv[1:5]
+folder, owner, stranger, nowhere, texts, backbone = sys.argv[1:7]
 results, errors = {}, {}
 
 def attempt(name, *arguments, **options):
@@ -65,6 +66,8 @@ with open(folder + "-late/README.md", "w") as file:
     file.write(card)
 attempt("broken upload", folder + "-late", "someone/late", token=owner)
 attempt("again", folder + "-late", "someone/late", token=owner)
+attempt("texts", texts, "someone/clip")
+attempt("backbone", backbone, "someone/backbone")
 print(json.dumps({"results": results, "errors": errors}))
 """
 
@@ -75,18 +78,23 @@ import torch
 from PIL import Image
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoBackbone, AutoModelForImageClassification, pipeline
 repo_id, revision, work, token = sys.argv[1:5]
 where = {"revision": revision, "trust_remote_code": True, "token": token}
 inputs = load_file(work + "/inputs.safetensors")
 model = AutoModelForImageClassification.from_pretrained(repo_id, **where).eval()
 assert type(model).__module__.startswith("transformers_modules.someone"), type(model)
 with torch.no_grad():
-    save_file({"logits": model(inputs["pixels"]).logits}, work + "/outputs.safetensors")
-answers = pipeline("image-classification", model=repo_id, **where)(Image.fromarray(inputs["photo"].numpy()), top_k=5)
+    backbone = AutoBackbone.from_pretrained("someone/backbone", trust_remote_code=True).eval()
+    outputs = {"logits": model(inputs["pixels"]).logits, "features": backbone(inputs["pixels"]).feature_maps[-1]}
+    save_file(outputs, work + "/outputs.safetensors")
+photo = Image.fromarray(inputs["photo"].numpy())
+compare = pipeline("zero-shot-image-classification", model="someone/clip", trust_remote_code=True)
+answers = pipeline("image-classification", model=repo_id, **where)(photo, top_k=5)
 api = HfApi(token=token)
 found = {
     "answers": answers,
+    "compared": compare(photo, candidate_labels=["cat", "dog"]),
     "files": sorted(api.list_repo_files(repo_id, revision=revision)),
     "private": api.model_info(repo_id).private,
     "head": api.model_info(repo_id).sha,
@@ -137,14 +145,16 @@ def journey(tmp_path_factory):
     (folder / "__pycache__" / "left.pyc").write_bytes(b"not for others")
     photo = torch.randint(0, 256, (40, 30, 3), dtype=torch.uint8)
     save_file({"pixels": torch.randn(2, 3, 32, 32), "photo": photo}, work / "inputs.safetensors")
+    others = [save_case(name, work / name) for name in ("clip", "backbone")]
+    arguments = [folder, OWNER, STRANGER, "http://127.0.0.1:9", work / "clip", work / "backbone"]
     with HubServer() as hub:
         hub.breaks_at = 4  # the weights of another model, after three large files of this one
-        up = with_network(UP, folder, OWNER, STRANGER, "http://127.0.0.1:9", home=work / "up", endpoint=hub.endpoint)
+        up = with_network(UP, *arguments, home=work / "up", endpoint=hub.endpoint)
         sent = len(hub.requests)
         revision = up["results"]["first"]["revision"]
         down = with_network(DOWN, "someone/reduced", revision, work, OWNER, home=work / "down", endpoint=hub.endpoint)
         yield SimpleNamespace(
-            model=model, work=work, given=given, hub=hub, down=down, revision=revision, **up,
+            model=model, others=others, work=work, given=given, hub=hub, down=down, revision=revision, **up,
             requests=(hub.requests[:sent], hub.requests[sent:]),
         )  # fmt: skip
 
@@ -177,6 +187,25 @@ def test_what_comes_down_computes_the_same(journey):
     for answer in journey.down["answers"]:
         label = journey.model.config.label2id[answer["label"]]
         assert answer["score"] == pytest.approx(scores[label].item(), abs=1e-5)
+
+
+def test_other_tasks_go_the_same_way(journey):
+    clip, backbone = journey.others
+    for name, auto_class in (("texts", "AutoModelForZeroShotImageClassification"), ("backbone", "AutoBackbone")):
+        assert journey.results[name]["snippet"].startswith(f"from transformers import {auto_class}\n")
+        assert f"{auto_class}.from_pretrained(" in journey.results[name]["snippet"]
+    assert {"tokenizer.json", "tokenizer_config.json", "processor_config.json"} < journey.results["texts"][
+        "files"
+    ].keys()
+    inputs = load_file(journey.work / "inputs.safetensors")
+    features = load_file(journey.work / "outputs.safetensors")["features"]
+    torch.testing.assert_close(features, backbone(inputs["pixels"]).feature_maps[-1], rtol=0, atol=1e-5)
+    pipe = pipeline("zero-shot-image-classification", model=str(journey.work / "clip"))
+    assert type(pipe.model) is type(clip)
+    expected = pipe(Image.fromarray(inputs["photo"].numpy()), candidate_labels=["cat", "dog"])
+    assert [one["label"] for one in journey.down["compared"]] == [one["label"] for one in expected]
+    for one, other in zip(journey.down["compared"], expected, strict=True):
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
 
 
 def test_weights_go_and_come_as_large_files_and_tokens_stay_with_the_hub(journey):

@@ -151,6 +151,13 @@ def test_links_out_of_the_folder(folder, tmp_path, name):
     assert name not in refused(folder, f"{name} is a link out of the folder").files
 
 
+@pytest.mark.parametrize("target", ["/dev/zero", "elsewhere.json"])
+def test_a_configuration_that_is_elsewhere(folder, tmp_path, target):
+    (folder / "config.json").rename(tmp_path / "elsewhere.json")
+    (folder / "config.json").symlink_to(tmp_path / target)
+    assert "config.json" not in refused(folder, "config.json is a link out of the folder").files
+
+
 def test_links_within_the_folder_and_to_nothing(folder):
     (folder / "LICENSE").symlink_to(folder / "README.md")
     refused(folder, "LICENSE is no readable file")
@@ -311,6 +318,21 @@ def test_a_processor_of_huge_images(folder):
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"height": 15000, "width": 15000}}))
     refused(folder, "size must have sides from 1 to 4,096 pixels")
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_answers_that_are_not_finite(folder):
+    """On either side: the largest of 0 and NaN is 0 in Python, so nothing would differ."""
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_factor": 1e308}))
+    assert "What pipeline answers is not finite here" in check_folder(folder).errors[0]
+
+
+def test_outputs_that_are_not_finite_in_a_fresh_process(folder):
+    file = folder / "layers.py"
+    file.write_text(file.read_text().replace("return self.o_proj(", "return float('nan') * self.o_proj("))
+    report = check_folder(folder, trust_remote_code=True)
+    assert "The output of this model is not finite in a fresh process" in report.errors[0]
 
 
 def test_broken_weights(folder):

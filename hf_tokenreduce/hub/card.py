@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..methods import DENSE, METHODS, Method
+from ..modeling.encoders import facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share
 from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, split
-from .contents import check_config, one_line
-from .methods import METHODS, Method
+from .configuration import check_config, main_input_of, tower_of
+from .contents import one_line
 from .records import Record, accuracy, drop, duration, number, read_record
+from .usage import needs, pipeline_tag, run, stock_of, usage
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -63,7 +67,11 @@ def model_card(
     if machine is not None:
         known.setdefault("machine", machine)
     reduction = _reduction(config, known)
-    method = METHODS[None if reduction is None else reduction.method]
+    method = DENSE if reduction is None else METHODS[reduction.method]
+    if config is not None and facts_of(config).num_prefix_tokens == 0:
+        method = replace(
+            method, summary=method.summary.replace("the class token attends", "the mean of all tokens attends")
+        )
     title = repo_id.split("/")[-1] if repo_id else (folder.resolve().name if folder else _stem(record))
     if previous is None:
         previous = "" if folder is None else _read(folder / "README.md")
@@ -74,7 +82,8 @@ def model_card(
     explicit = {name for name, value in given.items() if value}
     # What the card says already holds until something else is given.
     base_model, base_license = (given[name] or _one(theirs.get(name)) for name in ("base_model", "license"))
-    data = _metadata(known, method, title, base_model, base_license, dataset or _one(theirs.get("datasets")))
+    task = "image-classification" if config is None else pipeline_tag(config)
+    data = _metadata(known, method, title, base_model, base_license, dataset or _one(theirs.get("datasets")), task)
     block = merge_metadata(block, _changes(theirs, data, explicit))
     body = _body(folder, config, known, reduction, method, title, base_model, base_license, repo_id)
     text = f"---\n{block}---\n{merge_body(old_body, body)}"
@@ -120,10 +129,9 @@ def _reduction(config: Any, record: Record) -> Any:
     if recorded is not None and recorded.to_dict() != config.reduction.to_dict():
         raise ValueError(f"The record is of another model: {recorded} there, {config.reduction} in config.json.")
     tokens = record.get("tokens_per_layer")
-    if tokens is not None and len(tokens) != config.num_hidden_layers:
-        raise ValueError(
-            f"The record is of another model: it has {len(tokens)} layers, config.json {config.num_hidden_layers}."
-        )
+    layers = facts_of(config).num_hidden_layers
+    if tokens is not None and len(tokens) != layers:
+        raise ValueError(f"The record is of another model: it has {len(tokens)} layers, config.json {layers}.")
     return config.reduction
 
 
@@ -143,9 +151,11 @@ def _body(
     base = plain(record.get("base_model") or "")
     if base_model:
         base = f"[{base_model}](https://huggingface.co/{base_model})"
-    what = f"{base or 'A vision transformer'} with token reduction by {method.name}" if reduction else base
+    audio = config is not None and main_input_of(stock_of(config)) == "input_values"
+    kind = "An audio transformer" if audio else "A vision transformer"
+    what = f"{base or kind} with token reduction by {method.title}" if reduction else base
     ratio, tokens = record.get("mult_adds_ratio"), record.get("tokens_per_layer")
-    adaptive = method.adaptive and getattr(reduction, "keep_rate", None) is None
+    adaptive = reduction is not None and method.is_adaptive(reduction)
     if config is not None and reduction is not None and not adaptive:
         # By arithmetic, where no run says it: these methods keep the same of every image.
         ratio = even_share(reduction, config) if ratio is None else ratio
@@ -160,7 +170,7 @@ def _body(
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=plain(title),
-        intro=f"{what or 'A vision transformer, not reduced'}, made with hf_tokenreduce.",
+        intro=f"{what or f'{kind}, not reduced'}, made with hf_tokenreduce.",
         method=method,
         picture=next((name for name in PICTURES if folder is not None and (folder / name).is_file()), None),
         settings=[] if reduction is None else _settings(reduction),
@@ -168,17 +178,29 @@ def _body(
         has_baseline=reduction is not None,
         conditions=_conditions(record, speedup if reduction else None),
         tokens=None if tokens is None else _bars(tokens),
-        distilled=config is not None and config.num_prefix_tokens == 2,
+        prefix=_prefix(config),
         training=_training(record),
         commands=code("\n".join([*(record.get("earlier_commands") or []), record["command"]]))
         if record.get("command")
         else None,
-        loads=folder is not None,
-        repo_id=repo_id or "<this repository>",
+        usage=None if config is None else usage(config, repo_id or "<this repository>"),
+        needs=None if config is None else needs(config),
+        run=None if config is None else run(config),
         adaptive=adaptive,
-        limits=_limits(folder, record, reduction, adaptive, base_license),
+        limits=_limits(config, record, reduction, adaptive, base_license, "sound" if audio else "image"),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _prefix(config: Any) -> str:
+    """Which tokens are counted besides patches, in words."""
+    count = 1 if config is None else facts_of(config).num_prefix_tokens
+    if count == 0:
+        return ""
+    if count == 1:
+        return ", the class token included"
+    more = "the distillation token" if count == 2 else f"{count - 1} registers"
+    return f", the class token and {more} included"
 
 
 def _settings(reduction: Any) -> list[tuple[str, str]]:
@@ -220,19 +242,24 @@ def _training(record: Record) -> str | None:
     return f"{text[0].upper()}{text[1:]}." if text else None
 
 
-def _limits(folder: Any, record: Record, reduction: Any, adaptive: bool, base_license: str | None) -> list[str]:
+def _limits(
+    config: Any, record: Record, reduction: Any, adaptive: bool, base_license: str | None, thing: str
+) -> list[str]:
     limits = []
     if record.get("top1") is not None:
         limits.append("The accuracy is that of the images named above; measure it on your own before you rely on it.")
     if record.get("speedup") is not None and reduction is not None:
         limits.append("The speed-up is that of one machine and batch size; small batches and small models gain less.")
     if adaptive:
-        limits.append("How many tokens are kept depends on the image, and so does the time it takes.")
+        limits.append(f"How many tokens are kept depends on the {thing}, and so does the time it takes.")
     elif reduction is not None:
-        limits.append("Every image keeps the same number of tokens, however much it shows.")
-    if reduction is not None:
-        limits.append("`last_hidden_state` has fewer tokens than the image has patches.")
-    if folder is not None:
+        shows = "is heard" if thing == "sound" else "it shows"
+        limits.append(f"Every {thing} keeps the same number of tokens, however much {shows}.")
+    if reduction is not None and (config is None or not tower_of(config).wants_grid):
+        limits.append(f"`last_hidden_state` has fewer tokens than the {thing} has patches.")
+    elif reduction is not None:
+        limits.append("Patches that share a token have equal features.")
+    if config is not None:
         limits.append("Loading it runs the code of this repository: read it, and pin `revision`.")
     license_text = f"That licence is {plain(base_license)}." if base_license else ""
     limits.append(f"The licence of the base model's weights holds for these too. {license_text}".strip())
@@ -246,18 +273,24 @@ def _bars(tokens: list[float]) -> str:
 
 
 def _metadata(
-    record: Record, method: Method, title: str, base_model: str | None, base_license: str | None, dataset: str | None
+    record: Record,
+    method: Method,
+    title: str,
+    base_model: str | None,
+    base_license: str | None,
+    dataset: str | None,
+    task: str,
 ) -> dict[str, Any]:
-    tags = ["token-reduction", "vision-transformer", "hf_tokenreduce"]
-    tags += [method.name.lower()] if method is not METHODS[None] else []
+    tags = ["token-reduction", *([] if task.startswith("audio") else ["vision-transformer"]), "hf_tokenreduce"]
+    tags += [method.title.lower()] if method is not DENSE else []
     tags += [f"arxiv:{method.arxiv}"] if method.arxiv else []
     results = None
     name = dataset or _measured_on(record)
     if record.get("top1") is not None and name:
         results = [
             EvalResult(
-                task_type="image-classification",
-                task_name="Image Classification",
+                task_type=task,
+                task_name=task.replace("-", " ").title(),
                 dataset_type=dataset or "imagefolder",
                 dataset_name=name,
                 metric_type="accuracy",
@@ -270,7 +303,7 @@ def _metadata(
         license=base_license,
         datasets=[dataset] if dataset else None,
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=task,
         tags=tags,
         metrics=["accuracy"] if results else None,
         model_name=title if results else None,
@@ -312,7 +345,7 @@ def _index(records: dict[str, Record]) -> str:
     for stem, record in sorted(records.items(), key=order):
         dense = record["method"] is None
         cells = [
-            f"[{METHODS[record['method']].name}](<{stem}.md>)",
+            f"[{(METHODS[record['method']] if record['method'] else DENSE).title}](<{stem}.md>)",
             plain(record.get("base_model") or ""),
             plain(_measured_on(record) or ""),
             number(record, "mult_adds_ratio", 2),

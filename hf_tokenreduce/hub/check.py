@@ -11,54 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoProcessor, AutoTokenizer
 
-from .contents import (
+from ..modeling.encoders import PREFIX, encoder_config
+from ..tasks import MAIN_OUTPUTS, Task
+from . import fresh
+from .configuration import (
     check_config,
-    check_processor,
-    check_weights,
-    differing_code,
-    list_files,
+    main_input_of,
     model_class_of,
-    one_line,
+    pipeline_of,
+    stock_class,
+    takes_texts,
+    task_of_config,
+    tower_of,
 )
+from .contents import differing_code, list_files, one_line, read_json
+from .processing import check_processor
+from .weights import check_weights
 
 
 TOLERANCE = 1e-5
 MOST_REPORTED = 10
+SAMPLES = 16_000  # of sound
 
 # Of this process's environment; credentials may stand under any other name.
 PASSED_ON = {"PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT"}
-
-# What a stranger does with the folder.
-FRESH = """
-import json, sys
-sys.modules["hf_tokenreduce"] = None  # importing it fails
-import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, pipeline
-folder, work, threads = sys.argv[1:4]
-torch.set_num_threads(int(threads))
-inputs = load_file(work + "/inputs.safetensors")
-model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, use_safetensors=True).eval()
-assert type(model).__module__.startswith("transformers_modules."), "the code in the folder was not used"
-with torch.no_grad():
-    logits = model(inputs["pixels"].to(model.dtype)).logits
-save_file({"logits": logits.float().contiguous()}, work + "/outputs.safetensors")
-classify = pipeline("image-classification", model=folder, trust_remote_code=True, device="cpu")
-answers = classify(Image.fromarray(inputs["photo"].numpy()), top_k=5)
-with open(work + "/answers.json", "w") as file:
-    json.dump(answers, file)
-"""
 
 
 @dataclass(frozen=True)
 class CheckReport:
     """files: what would be published, with sizes in bytes. errors: why it should not be, empty if it can be.
-    max_difference: of logits computed in a fresh process and in this one; None if it did not come to that.
+    max_difference: of outputs computed in a fresh process and in this one; None if it did not come to that.
+    task: what the model is for; None if its configuration does not say.
     """
 
     folder: Path
@@ -66,6 +53,7 @@ class CheckReport:
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     max_difference: float | None = None
+    task: Task | None = None
 
     @property
     def ok(self) -> bool:
@@ -85,13 +73,15 @@ def check_folder(
     trust_remote_code: bool = False,
     timeout: float = 600,
 ) -> CheckReport:
-    """Whether a folder of `save_pretrained`, with its image processor, can be published.
+    """Whether a folder of `save_pretrained`, with its image processor, feature extractor or processor of images and
+    texts, can be published.
 
     Names, sizes, configuration and the headers of the weights come first; only if they are in order is the folder
     loaded, from a copy of just the files that belong, in a fresh process that cannot import this package: by the Auto
-    class and by `pipeline`. Its logits have to be those of this process.
+    class and the `pipeline` of its task. What it computes has to be what this process computes.
 
-    images: pixel values (n, C, H, W) to compare on. None: two of noise, always the same.
+    images: pixel values (n, C, H, W), or spectrograms (n, frames, bins), to compare on. None: two of noise, always the
+        same.
     load: False looks at the files only.
     skip_others: files that do not belong are left out instead of being an error.
     trust_remote_code: also take, and run, code that is not this version's. You should have read it.
@@ -99,9 +89,12 @@ def check_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder. Save a model there first: model.save_pretrained(folder).")
-    if images is not None and (images.ndim != 4 or len(images) == 0):
-        raise ValueError(f"images must be pixel values (n, C, H, W) with n above 0, got {tuple(images.shape)}.")
-    files, errors, others = list_files(folder)
+    stock = _named_class(folder)
+    of_audio = stock is not None and main_input_of(stock) == "input_values"
+    if images is not None and (images.ndim != (3 if of_audio else 4) or len(images) == 0):
+        what = "spectrograms (n, frames, bins)" if of_audio else "pixel values (n, C, H, W)"
+        raise ValueError(f"images must be {what} with n above 0, got {tuple(images.shape)}.")
+    files, errors, others = list_files(folder, None if stock is None else takes_texts(stock))
     warnings: list[str] = []
     if skip_others:
         warnings += [f"Left out: {other}" for other in others]
@@ -111,7 +104,7 @@ def check_folder(
     if not errors:
         try:
             config = check_config(folder)
-            check_processor(folder)
+            check_processor(folder, files, of_audio)
             check_weights(folder, files, config)
         except ValueError as error:
             errors.append(str(error))
@@ -129,7 +122,8 @@ def check_folder(
             difference = _compare(folder, files, config, images, timeout)
         except ValueError as error:
             errors.append(str(error))
-    return CheckReport(folder, files, _first(errors), _first(warnings), difference)
+    task = None if config is None else task_of_config(config)
+    return CheckReport(folder, files, _first(errors), _first(warnings), difference, task)
 
 
 def copy_files(folder: Path, files: dict[str, int], target: Path, link: bool = False) -> None:
@@ -145,49 +139,91 @@ def copy_files(folder: Path, files: dict[str, int], target: Path, link: bool = F
         shutil.copyfile(folder / name, target / name)
 
 
+def _named_class(folder: Path) -> str | None:
+    """The stock class of the model, if config.json names one."""
+    path = folder / "config.json"
+    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        return None
+    try:
+        return stock_class(read_json(path))
+    except ValueError:
+        return None
+
+
 def _compare(folder: Path, files: dict[str, int], config: Any, images: Tensor | None, timeout: float) -> float:
     """The largest difference between what a fresh process and this one compute. Raises a ValueError if it does not
     load, or if that is too large."""
-    if images is None:
-        height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-        images = torch.randn(2, config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
-    photo = torch.randint(0, 256, (96, 128, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    stock = model_class_of(config).__name__.removeprefix(PREFIX)
+    plan: dict[str, Any] = {
+        "auto_class": task_of_config(config).auto_class,
+        "pipeline": pipeline_of(stock),
+        "outputs": list(MAIN_OUTPUTS),
+    }
     with tempfile.TemporaryDirectory(prefix="tokenreduce-check-") as work:
         copy = Path(work, "published")
         copy_files(folder, files, copy, link=True)
         try:
-            ours, scores = _compute(copy, config, images, photo)
+            inputs = _inputs(copy, config, images, takes_texts(stock))
+            ours, text = fresh.observe(str(copy), inputs, **plan, trust=False)
         except Exception as error:
-            raise ValueError(f"The model or its image processor does not run: {one_line(error)}") from error
-        if not ours.isfinite().all():
-            raise ValueError("The logits of this model are not finite: its weights are broken.")
-        save_file({"pixels": images.float().contiguous(), "photo": photo}, Path(work, "inputs.safetensors"))
-        _run_fresh(copy, work, timeout)
-        theirs = load_file(Path(work, "outputs.safetensors"))["logits"]
-        answers = json.loads(Path(work, "answers.json").read_text())
-    difference = (ours - theirs).abs().max().item()
-    of_pipeline = max(abs(score - answer["score"]) for score, answer in zip(scores, answers, strict=True))
-    if not max(difference, of_pipeline) <= TOLERANCE:
+            raise ValueError(f"The model or what prepares its inputs does not run: {one_line(error)}") from error
+        _check_finite(ours, "here")
+        save_file({name: value.contiguous() for name, value in inputs.items()}, Path(work, "inputs.safetensors"))
+        _run_fresh(copy, work, {**plan, "threads": torch.get_num_threads()}, timeout)
+        theirs = load_file(Path(work, "outputs.safetensors"))
+        their_text = json.loads(Path(work, "generated.json").read_text())
+    _check_finite(theirs, "in a fresh process")
+    differences = {name: _difference(ours[name], theirs[name]) for name in ours}
+    allowed = {name: TOLERANCE * max(1.0, value.abs().max().item()) for name, value in ours.items()}
+    if text != their_text or any(differences[name] > allowed[name] for name in ours):
+        found = f"the output differs by {differences['output']:.1e}"
+        if "answer" in differences:
+            found += f", the answer of pipeline by {differences['answer']:.1e}"
+        if text != their_text:
+            found += f", which is {one_line(repr(their_text), 60)} instead of {one_line(repr(text), 60)}"
         raise ValueError(
-            f"In a fresh process the model computes something else: logits differ by {difference:.1e}, the scores of "
-            f"pipeline by {of_pipeline:.1e}. Save it again with this version: model.save_pretrained(folder)."
+            f"In a fresh process the model computes something else: {found}. Save it again with this version: "
+            "model.save_pretrained(folder)."
         )
-    return difference
+    return differences["output"]
 
 
-@torch.no_grad()
-def _compute(copy: Path, config: Any, images: Tensor, photo: Tensor) -> tuple[Tensor, list[float]]:
-    """What this process computes, by this package's code: logits of images, and the scores of a photo by pipeline."""
-    from transformers import AutoImageProcessor, pipeline
+def _inputs(copy: Path, config: Any, images: Tensor | None, texts: bool) -> dict[str, Tensor]:
+    """Of the model's forward, and a photo and a sound, which are always the same."""
+    photo = torch.randint(0, 256, (96, 128, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    sound = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(2))
+    if images is None:
+        shape = tower_of(config).inputs(encoder_config(config))
+        images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    main_input = main_input_of(model_class_of(config).__name__.removeprefix(PREFIX))
+    inputs = {main_input: images.float(), "photo": photo, "sound": sound}
+    if texts and task_of_config(config).name == "zero-shot-image-classification":
+        tokenizer = AutoTokenizer.from_pretrained(copy, local_files_only=True)
+        inputs |= tokenizer(["a photo of a cat", "a dog"], padding=True, return_tensors="pt")
+    elif texts:
+        processor = AutoProcessor.from_pretrained(copy, local_files_only=True)
+        prompt = f"{processor.image_token} What is this?"
+        one = processor(images=photo.numpy(), text=prompt, return_tensors="pt")
+        inputs["input_ids"] = one["input_ids"].expand(len(images), -1)
+    return inputs
 
-    model = model_class_of(config).from_pretrained(copy, use_safetensors=True, local_files_only=True).eval()
-    processor = AutoImageProcessor.from_pretrained(copy, local_files_only=True)
-    logits = model(images.to(model.dtype)).logits.float()
-    classify = pipeline("image-classification", model=model, image_processor=processor, device="cpu")
-    return logits, [answer["score"] for answer in classify(Image.fromarray(photo.numpy()), top_k=5)]
+
+def _check_finite(found: dict[str, Tensor], where: str) -> None:
+    if not found["output"].isfinite().all():
+        raise ValueError(f"The output of this model is not finite {where}: its weights are broken.")
+    if not found.get("answer", found["output"]).isfinite().all():
+        raise ValueError(
+            f"What pipeline answers is not finite {where}, though the model is in order: look at the settings of what "
+            "prepares its inputs."
+        )
 
 
-def _run_fresh(copy: Path, work: str, timeout: float) -> None:
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, of finite numbers."""
+    return (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
+
+
+def _run_fresh(copy: Path, work: str, plan: dict[str, Any], timeout: float) -> None:
     environment = {name: value for name, value in os.environ.items() if name in PASSED_ON or name[:4] == "OMP_"}
     environment |= {
         "HOME": work,
@@ -197,11 +233,13 @@ def _run_fresh(copy: Path, work: str, timeout: float) -> None:
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, "-c", FRESH, str(copy), work, str(torch.get_num_threads())]
+    code = Path(fresh.__file__).read_text(encoding="utf-8")
+    command = [sys.executable, "-c", code, str(copy), work, json.dumps(plan)]
     try:
         done = subprocess.run(
-            command, env=environment, cwd=work, capture_output=True, text=True, timeout=timeout, errors="replace"
-        )
+            command, env=environment, cwd=work, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=timeout, errors="replace",
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ValueError(f"Loading the model in a fresh process took more than {timeout:.0f} s.") from None
     if done.returncode:

@@ -11,10 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .check import CheckReport, check_folder, copy_files
 from .contents import one_line
-
-
-LOADING = """from transformers import AutoModelForImageClassification
-model = AutoModelForImageClassification.from_pretrained("{repo_id}", revision="{revision}", trust_remote_code=True)"""
+from .usage import loading
 
 
 class PublishError(RuntimeError):
@@ -37,7 +34,8 @@ class PublishResult:
     @property
     def snippet(self) -> str:
         """Two lines that load exactly what was published."""
-        return LOADING.format(repo_id=self.repo_id, revision=self.revision or "<commit>")
+        task = self.report.task
+        return loading("AutoModel" if task is None else task.auto_class, self.repo_id, self.revision)
 
 
 def publish(

@@ -5,7 +5,7 @@ from .method import Method
 
 
 HEADER = (
-    "| method | what it does with tokens | tokens per image | to keep a share it needs | what in it is our own decision |",
+    "| method | what it does with tokens | tokens per image | to keep a share it needs | our own decisions |",
     "|---|---|---|---|---|",
 )
 NEEDS = {"nothing": "nothing", "images": "unlabelled images, or training", "labels": "labels, a filter, fine-tuning"}

@@ -85,9 +85,12 @@ def restore_hidden_states(model: PreTrainedModel, reverse: nn.ModuleDict) -> "Ho
     return Hooks([model.register_forward_pre_hook(begin), *handles, model.register_forward_hook(full_length)])
 
 
-class Hooks(list[RemovableHandle]):
+class Hooks:
     """Hooks that go together."""
 
+    def __init__(self, handles: list[RemovableHandle]):
+        self.handles = handles
+
     def remove(self) -> None:
-        for handle in self:
+        for handle in self.handles:
             handle.remove()

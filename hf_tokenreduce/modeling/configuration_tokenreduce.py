@@ -76,9 +76,8 @@ class TokenReduceConfigMixin(_StockConfig):
         architecture = (self.architectures or [""])[0].removeprefix(PREFIX)
         base = base_model_of(self)
         models = {"AutoModel": base} if base is not None else {}
-        models |= dict.fromkeys(auto_classes_of(architecture), architecture)
-        if architecture and not models:
-            models = {"AutoModel": architecture}
+        if architecture:  # one that no Auto class knows is what AutoModel finds here
+            models |= dict.fromkeys(auto_classes_of(architecture) or ["AutoModel"], architecture)
         return found | {auto: f"modeling_tokenreduce.{PREFIX}{name}" for auto, name in models.items()}
 
     @classmethod

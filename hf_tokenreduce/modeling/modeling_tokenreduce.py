@@ -100,7 +100,7 @@ class TokenReduceMixin(_StockModel):
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As the stock model's, but under the names the parameters have, not those of older versions: Trainer resumes
         from a checkpoint without renaming."""
-        if any(reducer.built_for != self.config.reduction for reducer in encoder_of(self).reducers):
+        if any(_values(reducer.built_for) != _values(self.config.reduction) for reducer in encoder_of(self).reducers):
             raise ValueError(
                 "config.reduction is not what this model runs: it was set without set_reduction, or by another model "
                 "that shares the configuration. Call model.set_reduction(...) with the setting you want, then save."
@@ -181,6 +181,11 @@ class TokenReduceMixin(_StockModel):
         ends = torch.tensor(lengths, device=hidden.device)[:, None]
         real = torch.arange(hidden.shape[1], device=hidden.device) < ends
         return hidden.masked_fill(~real[..., None], 0.0)
+
+
+def _values(reduction: Any) -> Any:
+    """A setting's values: from a folder, its class is of another module than that of the same setting made here."""
+    return None if reduction is None else reduction.to_dict()
 
 
 _output_classes: dict[type[ModelOutput], type[ModelOutput]] = {}
