@@ -19,6 +19,7 @@ from .modeling.slimming import SiTReducer
 from .modeling.tokens import TokenState
 from .modes import evaluating
 from .pictures import IMAGE_SUFFIXES, read_picture
+from .tasks import image_side
 
 
 logger = logging.get_logger(__name__)
@@ -101,7 +102,10 @@ def _fit_thresholds(
         raise ValueError(f"merge_share must lie between 0 and 1, got {merge_share!r}.")
     settings = model.config.reduction
     encoder = encoder_of(model)
-    reducers, num_tokens = encoder.reducers, encoder.facts.num_tokens
+    reducers, (height, width) = encoder.reducers, encoder.patch_size
+    # Of these images, which may be of another size than the model's own.
+    patches = (pixels.shape[-2] // height) * (pixels.shape[-1] // width)
+    num_tokens = encoder.facts.num_prefix_tokens + patches
     given = [(threshold, threshold.clone()) for reducer in reducers for threshold in reducer.parameters()]
     merge_share = merge_share if settings.merge and settings.prune else float(settings.merge)
     total = multiply_adds(model.config, torch.full((1, len(reducers)), num_tokens), num_tokens)
@@ -111,7 +115,7 @@ def _fit_thresholds(
             _set_thresholds(reducer, view, state, tokens, merge_share)
 
         with _before_acting(reducers, "after_attention", fit):
-            counts = model(pixels).token_counts.cpu()
+            counts = image_side(model)(pixels).token_counts.cpu()
         return (multiply_adds(model.config, counts, num_tokens, settings).mean() / total).item()
 
     try:
@@ -206,7 +210,7 @@ def _fit_slimming(model: PreTrainedModel, pixels: Tensor, steps: int) -> float:
             _teach_pools(reducer, state, order, steps, progress)
 
         with torch.no_grad(), _before_acting(slimming, "after_layer", teach):
-            model(pixels)
+            image_side(model)(pixels)
     return even_share(model.config.reduction, model.config)
 
 

@@ -193,9 +193,7 @@ def _record(model: Any, dense: Any, rows: list[int], pixel_values: Tensor) -> Pr
     return record
 
 
-def costs_of(
-    model: PreTrainedModel, counts: Tensor, num_tokens: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def costs_of(model: PreTrainedModel, counts: Tensor, num_tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a report says of a model's method and of its costs, and of those what is known per image.
 
     counts: long (n, L), the tokens that leave each layer; `num_tokens` enter the model.
