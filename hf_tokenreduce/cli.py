@@ -128,6 +128,8 @@ def evaluate(
     model: Model,
     data: Data,
     dense: Annotated[str | None, typer.Option(help="To compare with. Default: the model without reduction.")] = None,
+    class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
+    prompt: Annotated[list[str], typer.Option(help="Zero-shot: 'a photo of a {}'; again.")] = [],  # noqa: B006
     split: Split = None,
     limit: Limit = None,
     batch_size: Batch = 32,
@@ -138,20 +140,28 @@ def evaluate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Accuracy on labelled images beside the dense model's, with intervals; what flipped; multiply-adds."""
-    from .convert import restore
-    from .evaluation import evaluate_model
-    from .loading import load_images, load_model
+    """Accuracy on labelled images beside the dense model's, with intervals; what flipped; multiply-adds.
 
-    reduced, processor = load_model(model, revision, trust_remote_code)
+    Models that compare images with texts (CLIP, SigLIP) classify by the names of the classes."""
+    from .evaluation import evaluate_model
+    from .evaluation.zero_shot import as_classifier
+    from .loading import load_images, load_model, load_processor
+
+    reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    images = load_images(data, split, limit)
+
+    def classifier(loaded: Any, name: str, revision: str | None) -> Any:
+        return as_classifier(
+            loaded, lambda: load_processor(name, revision, trust_remote_code), images, class_names, prompt
+        )
+
     other = None
     if dense is not None:
-        other, others = load_model(dense, trust_remote_code=trust_remote_code)
+        other, others = load_model(dense, trust_remote_code=trust_remote_code, any_task=True)
         if others.to_dict() != processor.to_dict():
             raise ValueError(f"{dense} takes images that are prepared otherwise than those of {model}.")
-    elif getattr(reduced.config, "reduction", None) is not None:
-        other = restore(reduced).eval()
-    images = load_images(data, split, limit)
+        other = classifier(other, dense, None)
+    reduced = classifier(reduced, model, revision)
     report = evaluate_model(reduced, images, processor, dense=other, batch_size=batch_size, output_dir=output_dir)
     if PartialState().is_main_process:
         _print(report.to_dict(), as_json, f"{model} on {data}")
@@ -210,11 +220,13 @@ def benchmark(
 @app.command(epilog="tokenreduce compare facebook/deit-tiny-patch16-224 data/val --share 0.65 -o comparison")
 def compare(
     model: Model,
-    data: Data,
+    data: Annotated[str, typer.Argument(help="Class folders, a Hub data set, or any images.", metavar="DATA")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Table, picture; resumes there.")],
-    share: Annotated[list[float], typer.Option(help="Of multiply-adds; may be given again.")] = [0.8, 0.65, 0.5],  # noqa: B006
-    reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this: a name, or JSON; again.")] = [],  # noqa: B006
-    calibration_images: Annotated[int, typer.Option(min=1, help="For LTMP and SiT, without labels.")] = 100,
+    share: Annotated[list[float], typer.Option(help="Multiply-adds to keep; again.")] = [0.8, 0.65, 0.5],  # noqa: B006
+    reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this name or JSON; again.")] = [],  # noqa: B006
+    class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
+    prompt: Annotated[list[str], typer.Option(help="Zero-shot: 'photo of a {}'; again.")] = [],  # noqa: B006
+    calibration_images: Annotated[int, typer.Option(min=1, help="LTMP and SiT start from them.")] = 100,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
     split: Split = None,
     limit: Limit = None,
@@ -223,28 +235,43 @@ def compare(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Try every method that runs untrained at some budgets: a table, and a picture of accuracy against cost."""
-    from .evaluation import compare as measure
-    from .evaluation import default_reductions
-    from .loading import load_images, load_model, parse_settings
-    from .modeling.methods import METHOD_CLASSES
+    """Try every untrained method at some budgets: a table, and a picture of quality against cost.
 
-    dense, processor = load_model(model, revision, trust_remote_code)
-    usual = default_reductions(dense.config, share)
+    Quality is accuracy; without a classifier, cosines to the dense model's features and the accuracy of nearest
+    neighbours. CLIP and SigLIP classify if --prompt or --class-names is given."""
+    from .evaluation import compare as measure
+    from .evaluation import default_reductions, facts_for
+    from .evaluation.features import TASKS as FEATURE_TASKS
+    from .evaluation.zero_shot import as_classifier, check_typed
+    from .loading import load_bank, load_images, load_model, load_processor, parse_settings
+    from .methods import METHODS
+    from .tasks import task_of_model
+
+    dense, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    check_typed(dense, class_names, prompt)
+    of_features = task_of_model(dense).name in FEATURE_TASKS and class_names is None and not prompt
+    images = load_images(data, split, limit, labelled=not of_features)
+    bank = load_bank(data, images, limit) if of_features else None
+    if not of_features:
+        dense = as_classifier(
+            dense, lambda: load_processor(model, revision, trust_remote_code), images, class_names, prompt
+        )
+    usual = default_reductions(facts_for(dense, images, processor), share)
     settings: list[Any] = []
     for text in reduction:
         given = [one for one in usual if one.method == text]
-        if text in METHOD_CLASSES and not given:
+        if text in METHODS and not given:
             raise ValueError(f"{text} has no untrained setting for the shares {share}. Give one by JSON.")
         settings += given or [{"method": None, **parse_settings(text)}]
     if any(isinstance(one, dict) and one["method"] is None for one in settings):
         raise ValueError('--reduction is a method\'s name, or JSON with it: \'{"method": "tome", "r": 8}\'.')
     found = measure(
         dense,
-        load_images(data, split, limit),
+        images,
         processor,
         settings or usual,
         output_dir=output_dir,
+        bank=bank,
         batch_size=batch_size,
         calibration_images=calibration_images,
         speed=speed,

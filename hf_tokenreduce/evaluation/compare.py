@@ -2,8 +2,7 @@
 
 import csv
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,16 @@ from transformers.utils import logging
 
 from ..calibration import calibrate
 from ..convert import reduce_tokens
-from ..loading import spread
-from ..modeling.ats import ATSConfig
-from ..modeling.bat import BATConfig
+from ..methods import DENSE, METHODS, Method
 from ..modeling.configuration_base import ReductionConfig
-from ..modeling.encoders import facts_of
-from ..modeling.evit import EViTConfig
-from ..modeling.ltmp import LTMPConfig
+from ..modeling.encoders import EncoderFacts, facts_of
 from ..modeling.methods import parse_reduction
-from ..modeling.sit import SiTConfig
-from ..modeling.tome import ToMeConfig
-from ..modeling.topk import TopKConfig
-from .accuracy import AccuracyReport, evaluate_model
-from .pareto import NAMES, dense_rate, pareto_plot
+from ..tasks import task_of_model
+from .accuracy import evaluate_model
+from .compute import facts_on
+from .features import check_features_model, evaluate_features
+from .pareto import dense_rate, pareto_plot
+from .reading import check_data, sample_pixels
 from .resume import (
     append_line,
     digest,
@@ -41,23 +37,12 @@ from .resume import (
 )
 from .speed import benchmark, device_name
 from .speed_report import conditions_line
+from .zero_shot import ZeroShotClassifier, converted, inside
 
 
 logger = logging.get_logger(__name__)
 
-CALIBRATED = ("ltmp", "sit")
-
-COLUMNS = (
-    "name",
-    "method",
-    "top1",
-    "top1_low",
-    "top1_high",
-    "top5",
-    "drop",
-    "drop_low",
-    "drop_high",
-    "agreement",
+COSTS = (
     "mult_adds_ratio",
     "multiply_adds",
     "multiply_adds_p95",
@@ -69,6 +54,11 @@ COLUMNS = (
     "skipped",
     "settings",
 )
+DROP = ("drop", "drop_low", "drop_high", "agreement")
+COLUMNS = ("name", "method", "top1", "top1_low", "top1_high", "top5", *DROP, *COSTS)
+FEATURE_COLUMNS = (
+    "name", "method", "knn", "knn_low", "knn_high", *DROP, "pooled_cosine", "patch_cosine", *COSTS,
+)  # fmt: skip
 
 
 @dataclass
@@ -79,30 +69,23 @@ class Comparison:
     rows: list[dict[str, Any]]
     folder: Path
 
+    @property
+    def of_features(self) -> bool:
+        """Whether features were compared, instead of a classifier's accuracy."""
+        return any("pooled_cosine" in row for row in self.rows)
+
     def to_markdown(self) -> str:
         """Images/s are the speed-up, measured beside the dense model each time, times its median rate."""
         rate = dense_rate(self.rows)
-        lines = [
-            "| setting | top-1 % | drop | same as dense % | top-5 % | multiply-adds kept | G, p95 | tokens | images/s "
-            "| speed-up |",
-            "|---" * 10 + "|",
-        ]
+        columns = _columns(self.rows, rate)
+        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for row in self.rows:
-            if row.get("skipped"):
-                continue
-            cells = [
-                row["name"],
-                _with_interval(row["top1"], row["top1_interval"], 1),
-                _with_interval(row["drop"], row["drop_interval"], 1),
-                "" if row["agreement"] is None else f"{row['agreement']:.1f}",
-                f"{row['top5']:.1f}",
-                f"{row['mult_adds_ratio']:.3f}",
-                f"{row['multiply_adds']['mean'] / 1e9:.2f}, {row['multiply_adds']['p95'] / 1e9:.2f}",
-                f"{row['tokens']['mean']:.0f}",
-                "" if rate is None else f"{rate * row['speedup']:.1f}",
-                _with_interval(row["speedup"], row["speedup_interval"], 2),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
+            if not row.get("skipped"):
+                lines.append("| " + " | ".join(cell(row) for cell in columns.values()) + " |")
+        voted = next((row for row in self.rows if row.get("knn") is not None), None)
+        if voted is not None:
+            alone = f"; {voted['alone']} of the images find none of their class there" if voted["alone"] else ""
+            lines += ["", f"kNN: the {voted['neighbours']} nearest of {voted['bank_images']} images vote{alone}"]
         if rate is not None:
             how = next(row["speed_settings"] for row in self.rows if row.get("speed_settings"))
             batch = next(row["speed_batch_size"] for row in self.rows if row.get("speed_batch_size"))
@@ -111,13 +94,40 @@ class Comparison:
         return "\n".join([*lines, *(["", "Left out:", "", *skipped] if skipped else [])])
 
 
+def _columns(rows: list[dict[str, Any]], rate: float | None) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """Head and cells of each column of the table."""
+
+    def number(name: str, digits: int) -> Callable[[dict[str, Any]], str]:
+        return lambda row: "" if row[name] is None else f"{row[name]:.{digits}f}"
+
+    def known(name: str, digits: int) -> Callable[[dict[str, Any]], str]:
+        return lambda row: _with_interval(row[name], row[f"{name}_interval"], digits)
+
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {"setting": lambda row: row["name"]}
+    differing = {"drop": known("drop", 1), "same as dense %": number("agreement", 1)}
+    if any(row.get("top1") is not None for row in rows):
+        columns |= {"top-1 %": known("top1", 1), **differing, "top-5 %": number("top5", 1)}
+    elif any(row.get("knn") is not None for row in rows):
+        columns |= {"kNN %": known("knn", 1), **differing}
+    if any("pooled_cosine" in row for row in rows):
+        columns |= {"cosine, pooled": number("pooled_cosine", 4), "cosine, patches": number("patch_cosine", 4)}
+    return columns | {
+        "multiply-adds kept": number("mult_adds_ratio", 3),
+        "G, p95": lambda row: f"{row['multiply_adds']['mean'] / 1e9:.2f}, {row['multiply_adds']['p95'] / 1e9:.2f}",
+        "tokens": lambda row: f"{row['tokens']['mean']:.0f}",
+        "images/s": lambda row: "" if rate is None else f"{rate * row['speedup']:.1f}",
+        "speed-up": known("speedup", 2),
+    }
+
+
 def compare(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ZeroShotClassifier,
     dataset: Dataset,
     processor: Any,
     reductions: Sequence[ReductionConfig | dict[str, Any] | None] | None = None,
     *,
     output_dir: str | Path,
+    bank: Dataset | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
     image_column: str = "image",
@@ -132,19 +142,28 @@ def compare(
     """Measure the dense model and each reduction of it; write table.md, results.csv, results.json, pareto.png and
     pareto.svg into `output_dir`.
 
-    model: a classifier, stock or reduced. A reduction that it has already is measured with what it has learned.
-    reductions: None: `default_reductions`. Those that need it, LTMP and SiT, are calibrated without labels on
+    model: a classifier, stock or reduced, for accuracy; so is a `zero_shot_classifier`. Of an encoder without a
+        classifier, or a model of images and texts as it is, features are compared: `evaluate_features`. A reduction
+        that it has already is measured with what it has learned.
+    dataset: with labels; features are compared without them too.
+    reductions: None: `default_reductions`. Those that learn from images, LTMP and SiT, are calibrated without labels on
         `calibration_images` images, evenly spread over `calibration_dataset` or else over `dataset`; LTMP to its
-        `target`. DL-ViT without a trained filter is left out, and says so.
+        `target`. What cannot run yet, such as DL-ViT without a trained filter, is left out, and says why.
+    bank: where features are compared, labelled images whose neighbours vote, such as those for training. None: those
+        of `dataset`, each without itself.
     speed: also time each setting in turn with the dense model, on images of the data set, `speed_batch_size` (None:
         `batch_size`) at once, `repeats` times.
 
     Every result is kept as it comes, in results.jsonl and, image by image, in `settings/`. Called again, also with
     more reductions, only what is missing is measured. It runs in one process; `evaluate_model` in any number.
     """
+    of_features = _is_of_features(model, bank)
+    columns = {"image_column": image_column, **({} if of_features else {"label_column": label_column})}
+    check_data(dataset, batch_size, **columns)
     config = model.config
-    dense = reduce_tokens(model, None).eval()
-    reductions = default_reductions(config) if reductions is None else reductions
+    dense = _reduced(model, None)
+    facts = facts_for(model, dataset, processor, image_column)
+    reductions = default_reductions(facts) if reductions is None else reductions
     wanted: list[ReductionConfig | None] = [None]
     for reduction in map(parse_reduction, reductions):
         if reduction is not None:
@@ -152,16 +171,20 @@ def compare(
         if reduction not in wanted:
             wanted.append(reduction)
     speed_batch_size = batch_size if speed_batch_size is None else speed_batch_size
-    data: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    options: dict[str, Any] = {
+        "image_column": image_column, "label_column": label_column, "batch_size": batch_size,
+        "num_workers": num_workers, "progress": progress,
+    }  # fmt: skip
     folder = Path(output_dir)
     (folder / "settings").mkdir(parents=True, exist_ok=True)
     source = dataset if calibration_dataset is None else calibration_dataset
     settings = {
         "model": digest_of_model(dense),
-        "data": digest_of_data(dataset, image_column, list(dataset.with_format(None)[label_column])),
+        "data": _digest(dataset, image_column, label_column),
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
         "calibration": [calibration_images, calibration_dataset and digest_of_data(source, image_column, [])],
-        "speed": _conditions(dense, speed_batch_size, repeats) if speed else None,
+        "speed": _conditions(inside(dense), speed_batch_size, repeats) if speed else None,
+        **({} if bank is None else {"bank": _digest(bank, image_column, label_column)}),
     }
     if not (folder / "settings.json").is_file():
         write_whole(folder / "settings.json", json.dumps(settings, indent=1))
@@ -169,22 +192,29 @@ def compare(
 
     images = None
     if speed:
-        images = _pixels(dataset, processor, image_column, 2 * speed_batch_size).to(model.device)
+        images = sample_pixels(dataset, processor, image_column, 2 * speed_batch_size).to(model.device)
+
+    def measured(one: Any, key: str, beside: Any) -> Any:
+        where = folder / "settings" / key
+        if of_features:
+            return evaluate_features(one, dataset, processor, bank=bank, baseline=beside, output_dir=where, **options)
+        return evaluate_model(one, dataset, processor, dense=beside, output_dir=where, **options)
+
     done = {row["key"]: row for row in read_lines(folder / "results.jsonl")}
-    dense_report: AccuracyReport | None = None
+    dense_report: Any = None
     rows = []
     bar = logging.tqdm(wanted, desc="settings", disable=not progress)
     for reduction in bar:
         same = reduction is not None and reduction == parse_reduction(getattr(config, "reduction", None))
-        reduced = reduce_tokens(model, reduction).eval()
+        reduced = _reduced(model, reduction)
         key = _key(reduction, digest_of_model(reduced) if same else "")
         name = describe(reduction)
         if key not in done:
             bar.set_postfix_str(name)
-            reason = _why_not(reduced)
-            if reason is None and reduction is not None and reduction.method in CALIBRATED and not same:
+            reason = _why_not(reduced, facts)
+            if reason is None and not same and _method(reduction).prepare is not None:
                 reason = _calibrate_once(
-                    reduced, folder / "settings" / f"{key}.safetensors", source, processor, image_column,
+                    inside(reduced), folder / "settings" / f"{key}.safetensors", source, processor, image_column,
                     calibration_images,
                 )  # fmt: skip
             row: dict[str, Any] = {"key": key, "name": name, "method": reduction and reduction.method}
@@ -192,88 +222,142 @@ def compare(
                 row |= {"skipped": reason, "settings": reduction and reduction.to_dict(), "top1": None}
                 logger.warning(f"{name} is left out: {reason}")
             else:
-                options = {**data, "batch_size": batch_size, "num_workers": num_workers, "progress": progress}
                 if dense_report is None:  # read, not computed, if it is there already
-                    where = folder / "settings" / _key(None, "")
-                    dense_report = evaluate_model(dense, dataset, processor, output_dir=where, **options)
-                report = dense_report
-                if reduction is not None:
-                    report = evaluate_model(
-                        reduced,
-                        dataset,
-                        processor,
-                        dense=dense_report,
-                        output_dir=folder / "settings" / key,
-                        **options,
-                    )
+                    dense_report = measured(dense, _key(None, ""), None)
+                report = dense_report if reduction is None else measured(reduced, key, dense_report)
                 row |= report.to_dict()
-                if reduction is None:
+                if reduction is None and of_features:
+                    row |= {"baseline_knn": row["knn"], "pooled_cosine": 1.0, "patch_cosine": 1.0}
+                elif reduction is None:
                     row |= {"baseline_top1": row["top1"], "drop": None}
-                row |= _timed(reduced, dense, images, speed_batch_size, repeats)
+                row |= _timed(inside(reduced), inside(dense), images, speed_batch_size, repeats)
             append_line(folder / "results.jsonl", row)
             done[key] = json.loads(json.dumps(row))
         rows.append(done[key])
     comparison = Comparison(rows, folder)
-    _write(comparison, f"{Path(config.name_or_path or type(model).__name__).name}, {len(dataset)} images")
+    _write(comparison, f"{Path(config.name_or_path or type(inside(model)).__name__).name}, {len(dataset)} images")
     return comparison
 
 
-def default_reductions(config: PreTrainedConfig, shares: Sequence[float] = (0.8, 0.65, 0.5)) -> list[ReductionConfig]:
-    """Settings of every method that runs untrained which keep these shares of the multiply-adds of a backbone; those
-    that cannot keep so little are left out. ATS, which has no setting for a share, samples from all tokens, from half
-    and from a quarter of them. Layers are those the methods have on 12 layers, moved in proportion."""
+def facts_for(
+    model: PreTrainedModel | ZeroShotClassifier, dataset: Dataset, processor: Any, image_column: str = "image"
+) -> EncoderFacts:
+    """The facts of a model's encoder on images as they are prepared, which may be of another size than its own.
+
+    Args:
+        model: Stock or reduced.
+        dataset (`Dataset`): The images, of which one is looked at.
+        processor: What prepares them.
+        image_column: Where they are.
+
+    Returns:
+        `EncoderFacts`, which `default_reductions` takes.
+
+    Example:
+        >>> settings = default_reductions(facts_for(model, photos, processor), [0.6])
+    """
+    return facts_on(inside(model), sample_pixels(dataset, processor, image_column, 1))
+
+
+def default_reductions(
+    config: PreTrainedConfig | EncoderFacts, shares: Sequence[float] = (0.8, 0.65, 0.5)
+) -> list[ReductionConfig]:
+    """Settings of every method that runs untrained, to be tried on a checkpoint.
+
+    Args:
+        config: Of the model, or the facts of its encoder.
+        shares: The shares of the multiply-adds that settings are to keep. Methods whose cost depends on the images
+            have settings of their own instead: ATS samples from all tokens, from half and from a quarter of them.
+
+    Returns:
+        `list`: The settings. Those that cannot keep so little, or cannot run in this encoder, are left out, and the
+            log says why. Layers are those the methods have on 12 layers, moved in proportion.
+
+    Example:
+        >>> settings = default_reductions(model.config, [0.8, 0.5])
+    """
     facts = facts_of(config)
-    depth = facts.num_hidden_layers
-
-    def moved(*layers: int) -> tuple[int, ...]:
-        return tuple(sorted({layer * depth // 12 for layer in layers}))
-
-    thirds, late = moved(3, 6, 9), moved(5, 8, 9)
-    placed: list[tuple[type[ReductionConfig], dict[str, Any]]] = [
-        (ToMeConfig, {}),
-        (TopKConfig, {"layers": thirds}),
-        (EViTConfig, {"layers": thirds}),
-        (BATConfig, {"layers": thirds}),
-        (SiTConfig, {"layers": late}),
-    ]
     found: list[ReductionConfig] = []
-    for method, options in placed:
-        for share in shares:
+    for method in METHODS.values():
+        if method.untrained is not None:
+            found += [setting for setting in method.untrained(facts, shares) if _fits(setting, facts)]
+            continue
+        for share in shares if method.at_share is not None else ():
             try:
-                found.append(method.for_budget(config, share, **options))
+                setting = method.at_share(facts, share)
             except ValueError as error:
-                if "cannot be reached" not in str(error):
-                    raise
-                logger.warning(f"{method.__name__} at {share} is left out: {error}")
-    half = math.ceil(facts.num_patches / 2)
-    points = [None, half, half // 2]
-    found += [ATSConfig(layers=tuple(range(depth // 4, depth)), num_tokens=count) for count in points]
-    return [*found, *(LTMPConfig(target=share) for share in shares)]
+                logger.warning(f"{method.title} at {share} is left out: {error}")
+            else:
+                found += [setting] if _fits(setting, facts) else []
+    return found
+
+
+def _fits(setting: ReductionConfig, facts: EncoderFacts) -> bool:
+    try:
+        setting.check_fit(facts)
+    except ValueError as error:
+        logger.warning(f"{describe(setting)} is left out: {error}")
+        return False
+    return True
+
+
+def _method(reduction: ReductionConfig | None) -> Method:
+    return DENSE if reduction is None or reduction.method is None else METHODS[reduction.method]
 
 
 def describe(reduction: ReductionConfig | None) -> str:
-    """A short name of a setting: what differs from the method's defaults."""
-    if reduction is None or reduction.method is None:
-        return "dense"
+    """Name a setting shortly, by what differs from the method's defaults.
+
+    Args:
+        reduction: The setting. None: nothing is reduced.
+
+    Returns:
+        `str`: The method's title and its settings.
+
+    Example:
+        >>> describe(ToMeConfig(r=13))
+        'ToMe r=13'
+    """
+    method = _method(reduction)
+    if reduction is None or method is DENSE:
+        return method.title
     values, usual = reduction.to_dict(), type(reduction)().to_dict()
-    shown = {"tome": ("r",), "ltmp": ("target",)}.get(reduction.method, ("keep_rate",))
     parts = []
     for name, value in values.items():
-        if name == "method" or value is None or (name not in shown and value == usual[name]):
+        if name == "method" or value is None or (name not in method.key_settings and value == usual[name]):
             continue
         if isinstance(value, list) and len(set(value)) > 1 and name == "r":
             value = f"{min(value)} to {max(value)}"
         elif isinstance(value, float):
             value = f"{value:.4g}"
         parts.append(f"{name}={value}".replace("[", "(").replace("]", ")"))
-    return " ".join([NAMES.get(reduction.method, reduction.method), ", ".join(parts)]).strip()
+    return " ".join([method.title, ", ".join(parts)]).strip()
 
 
-def _why_not(model: PreTrainedModel) -> str | None:
+def _is_of_features(model: Any, bank: Dataset | None) -> bool:
+    if not isinstance(model, ZeroShotClassifier) and task_of_model(model).name != "image-classification":
+        check_features_model(model)
+        return True
+    if bank is not None:
+        raise ValueError("bank is for comparing features, and this model predicts classes itself. Leave it out.")
+    return False
+
+
+def _reduced(model: Any, reduction: ReductionConfig | None) -> Any:
+    return converted(model, lambda one: reduce_tokens(one, reduction).eval())
+
+
+def _digest(dataset: Dataset, image_column: str, label_column: str) -> str:
+    labelled = label_column in dataset.column_names
+    return digest_of_data(dataset, image_column, list(dataset.with_format(None)[label_column]) if labelled else [])
+
+
+def _why_not(model: Any, facts: EncoderFacts) -> str | None:
     reduction = model.config.reduction
-    if reduction is not None and reduction.method == "dlvit" and not model.config.reduction.trained:
-        return "its filter is not trained, so it would keep every token; fit it by hf_tokenreduce.training.fit_filter"
-    return None
+    method = _method(reduction)
+    if not method.any_image_size and facts.grid != facts_of(model.config).grid:
+        return "its networks are made for images of the model's own size, and these are of another"
+    return method.why_not(reduction)
 
 
 def _calibrate_once(
@@ -287,22 +371,15 @@ def _calibrate_once(
             for name, parameter in parameters.items():
                 parameter.copy_(known[name])
         return None
-    pixels = _pixels(source, processor, image_column, most)
-    target = model.config.reduction.target if model.config.reduction.method == "ltmp" else None
+    pixels = sample_pixels(source, processor, image_column, most)
     try:
-        calibrate(model, pixels, target, max_images=most)
+        calibrate(model, pixels, getattr(model.config.reduction, "target", None), max_images=most)
     except ValueError as error:
         return str(error)
     part = file.with_suffix(".part")
     save_file({name: p.detach().contiguous() for name, p in parameters.items()}, part)
     part.replace(file)
     return None
-
-
-def _pixels(dataset: Dataset, processor: Any, image_column: str, most: int) -> Tensor:
-    """Of at most so many images, evenly spread."""
-    photos = dataset.with_format(None).select(spread(len(dataset), most))[image_column]
-    return torch.cat([processor(photo.convert("RGB"), return_tensors="pt")["pixel_values"] for photo in photos])
 
 
 def _conditions(model: PreTrainedModel, batch_size: int, repeats: int) -> dict[str, Any]:
@@ -343,18 +420,19 @@ def _write(comparison: Comparison, title: str) -> None:
     write_whole(folder / "results.json", json.dumps(rows, indent=1))
     write_whole(folder / "table.md", f"# {title}\n\n{comparison.to_markdown()}\n")
     with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        columns = FEATURE_COLUMNS if comparison.of_features else COLUMNS
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(_flat(row) for row in rows)
-    if any(row["method"] is not None and row["top1"] is not None for row in rows):
+        writer.writerows(_flat(row, columns) for row in rows)
+    if any(row["method"] is not None and not row.get("skipped") for row in rows):
         pareto_plot(rows, [folder / "pareto.png", folder / "pareto.svg"], title)
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    flat = {name: row.get(name) for name in COLUMNS}
-    for name in ("top1", "drop", "speedup"):
-        low, high = row.get(f"{name}_interval") or (None, None)
-        flat |= {f"{name}_low": low, f"{name}_high": high}
+def _flat(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    flat = {name: row.get(name) for name in columns}
+    for name in ("top1", "knn", "drop", "speedup"):
+        if f"{name}_low" in columns:
+            flat[f"{name}_low"], flat[f"{name}_high"] = row.get(f"{name}_interval") or (None, None)
     for name in ("multiply_adds", "tokens"):
         flat[name] = row[name]["mean"] if row.get(name) else None
     flat["multiply_adds_p95"] = row["multiply_adds"]["p95"] if row.get("multiply_adds") else None

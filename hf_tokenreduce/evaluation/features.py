@@ -1,6 +1,7 @@
 """`evaluate_features`: what a reduction costs the features of an encoder without a classifier, image by image."""
 
 import base64
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class FeatureReport:
     pooled_cosine: the mean over images of the cosine between the pooled features and the dense model's
     patch_cosine: the mean over patches and images, of the last hidden states put back on the grid
     knn: accuracy of the class that the nearest neighbours vote for, if there are labels; `knn_interval` is Wilson's
-    neighbours, bank_images: how many vote, of how many
+    neighbours, bank_images: how many vote, of how many; `alone` images find none of their class among them
     baseline_knn: of the model before reduction, whose bank are its own features; `drop` is that less `knn`, and
         `drop_interval` a paired bootstrap's
     agreement: percent of the images for which both vote for the same class
@@ -59,6 +60,7 @@ class FeatureReport:
     knn_interval: tuple[float, float] | None = None
     neighbours: int | None = None
     bank_images: int | None = None
+    alone: int | None = None
     baseline_knn: float | None = None
     drop: float | None = None
     drop_interval: tuple[float, float] | None = None
@@ -111,11 +113,11 @@ def evaluate_features(
     labelled = label_column in getattr(dataset, "column_names", ())
     columns = {"image_column": image_column, **({"label_column": label_column} if labelled else {})}
     check_data(dataset, batch_size, **columns)
-    labels, bank_labels = _labels(dataset, bank, label_column) if labelled else (None, None)
     if bank is not None:
         if not labelled:
             raise ValueError("bank is for neighbours' classes, but the data set has no labels. Leave it out.")
         check_data(bank, batch_size, **columns)
+    labels, bank_labels = _labels(dataset, bank, label_column) if labelled else (None, None)
     folder = None if output_dir is None else Path(output_dir)
     options: dict[str, Any] = {
         "batch_size": batch_size, "num_workers": num_workers, "image_column": image_column, "progress": progress,
@@ -154,6 +156,8 @@ def evaluate_features(
         _count_votes(report, votes, torch.tensor(labels), baseline)
         report.bank_images = len(voting) - (bank is None)
         report.neighbours = min(NEIGHBOURS, report.bank_images)
+        of_class = Counter(bank_labels)
+        report.alone = sum(of_class[label] <= (bank is None) for label in labels)
     done.finish(report.to_dict())
     return report
 
@@ -297,7 +301,7 @@ def _record(model: PreTrainedModel, dense: PreTrainedModel | None, rows: list[in
 
 
 def _encoded(features: Tensor) -> str:
-    """All digits, in a fifth of the letters that numbers would take."""
+    """Every bit of them, in a quarter of the letters that digits would take."""
     return base64.b64encode(features.numpy().astype("<f4").tobytes()).decode()
 
 
@@ -311,13 +315,12 @@ def _labels(dataset: Dataset, bank: Dataset | None, label_column: str) -> tuple[
     voting = labels if bank is None else list(bank.with_format(None)[label_column])
     if any(not isinstance(label, int) or label < 0 for label in (*labels, *voting)):
         raise ValueError(
-            f"The column {label_column!r} must hold a class, 0 or above, for each image. Leave out others."
+            f"The column {label_column!r} must hold a class, from 0, of each image. Leave out images without one, or "
+            "the column: dataset.remove_columns(...)."
         )
     named = getattr(dataset.features[label_column], "names", None)
     if bank is not None and getattr(bank.features[label_column], "names", None) != named:
-        raise ValueError(
-            "The classes of bank are others than the data set's, or in another order. Use one set of them."
-        )
+        raise ValueError("The classes of bank are others than the data set's, or in another order: use the same.")
     return labels, voting
 
 

@@ -6,35 +6,33 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..methods import METHODS
 
-NAMES = {
-    "tome": "ToMe",
-    "evit": "EViT",
-    "topk": "Top-K",
-    "bat": "BAT",
-    "sit": "SiT",
-    "dlvit": "DL-ViT",
-    "ats": "ATS",
-    "ltmp": "LTMP",
-}
 
-# Told apart by shape, filling, dash and the label at their end; the greys alone would do, colour is a help.
-STYLES = {
-    "tome": ("o", True, "-", "#1b4f9c"),
-    "evit": ("s", True, "--", "#b8541a"),
-    "topk": ("s", False, ":", "#8a6d1f"),
-    "bat": ("D", True, "-.", "#2d7a3a"),
-    "sit": ("^", True, "--", "#7a3b9c"),
-    "dlvit": ("v", False, ":", "#555555"),
-    "ats": ("P", True, "-", "#a3243b"),
-    "ltmp": ("X", True, "-", "#111111"),
-}
-OTHERS = [
+# Told apart by shape, filling, dash and the label at their end; the greys alone would do, colour is a help. They are
+# given in the order in which the methods are listed.
+STYLES = [
+    ("o", True, "-", "#1b4f9c"),
+    ("s", True, "--", "#b8541a"),
+    ("s", False, ":", "#8a6d1f"),
+    ("D", True, "-.", "#2d7a3a"),
+    ("^", True, "--", "#7a3b9c"),
+    ("v", False, ":", "#555555"),
+    ("P", True, "-", "#a3243b"),
+    ("X", True, "-", "#111111"),
     ("<", True, "-", "#336666"),
     (">", False, "--", "#664433"),
     ("p", True, "-.", "#445588"),
     ("h", False, ":", "#555555"),
 ]
+
+
+# What stands for quality, in the order in which records are asked for it, with the name of its axis.
+QUALITIES = {
+    "top1": "top-1 accuracy, %",
+    "knn": "accuracy of nearest neighbours, %",
+    "pooled_cosine": "cosine to the dense model's features",
+}
 
 
 class Point(NamedTuple):
@@ -53,10 +51,12 @@ def pareto_plot(
     Of a record the keys are `method` (None for the dense model), `top1`, and `mult_adds_ratio` and `speedup`, of
     which one may be missing in all records. There may be `label` (a name for the line, instead of the method's),
     `top1_interval`, `speedup_interval`, `dense_images_per_second` (then speed is also given in images/s) and
-    `baseline_top1`, which stands for the dense model where no record does.
+    `baseline_top1`, which stands for the dense model where no record does. Where features were compared, `knn`
+    stands for `top1` in all of these, or `pooled_cosine` if there is no `knn` either.
     """
     given: Any = json.loads(Path(rows).read_text()) if isinstance(rows, (str, Path)) else rows
-    records: list[Any] = [row for row in given if row.get("top1") is not None]
+    quality = next((name for name in QUALITIES if any(row.get(name) is not None for row in given)), "top1")
+    records: list[Any] = [row for row in given if row.get(quality) is not None]
     reduced = [row for row in records if row.get("method") is not None]
     if not reduced:
         raise ValueError("There is nothing to draw: no record has a method and its top1.")
@@ -73,22 +73,24 @@ def pareto_plot(
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, name in zip(axes, panels, strict=True):
-            _draw_panel(axis, name, records, reduced)
-        axes[0].set_ylabel("top-1 accuracy, %")
+            _draw_panel(axis, name, quality, records, reduced)
+        axes[0].set_ylabel(QUALITIES[quality])
         if title:
             figure.suptitle(title)
         for file in [path] if isinstance(path, (str, Path)) else path:
             figure.savefig(file, dpi=160, metadata={"Date": None} if str(file).endswith(".svg") else None)
 
 
-def _draw_panel(axis: Any, name: str, rows: Sequence[Mapping[str, Any]], reduced: list[Mapping[str, Any]]) -> None:
+def _draw_panel(
+    axis: Any, name: str, quality: str, rows: Sequence[Mapping[str, Any]], reduced: list[Mapping[str, Any]]
+) -> None:
     speed = name == "speedup"
     styles = _styles(reduced)
     lines: dict[str, list[Point]] = {}
     for row in reduced:
         if row.get(name) is not None:
-            lines.setdefault(_label(row), []).append(_point(row, name))
-    dense = _dense_point(rows, name)
+            lines.setdefault(_label(row), []).append(_point(row, name, quality))
+    dense = _dense_point(rows, quality)
     if dense is not None:
         axis.axhline(dense.y, color="0.75", linewidth=0.8, zorder=0)
         axis.plot(dense.x, dense.y, marker="*", markersize=13, color="black", linestyle="none", zorder=4)
@@ -201,32 +203,35 @@ def _highest(group: list[float], distance: float) -> float:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return row.get("label") or NAMES.get(row["method"], row["method"])
+    method = METHODS.get(row["method"])
+    return row.get("label") or (row["method"] if method is None else method.title)
 
 
 def _styles(reduced: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Of each line. A second line of a method, and a method unknown here, take what is left over."""
     left, found, taken = list(OTHERS), {}, set()
+    usual = dict(zip(METHODS, STYLES, strict=False))
     for row in reduced:
         label, method = _label(row), row["method"]
         if label in found:
             continue
-        if method in STYLES and method not in taken:
+        if method in usual and method not in taken:
             taken.add(method)
-            found[label] = STYLES[method]
+            found[label] = usual[method]
         else:
             found[label] = left[0]
             left.append(left.pop(0))
     return found
 
 
-def _point(row: Mapping[str, Any], name: str) -> Point:
-    return Point(row[name], row["top1"], row.get(f"{name}_interval"), row.get("top1_interval"))
+def _point(row: Mapping[str, Any], name: str, quality: str) -> Point:
+    return Point(row[name], row[quality], row.get(f"{name}_interval"), row.get(f"{quality}_interval"))
 
 
-def _dense_point(rows: Sequence[Mapping[str, Any]], name: str) -> Point | None:
+def _dense_point(rows: Sequence[Mapping[str, Any]], quality: str) -> Point | None:
     for row in rows:
         if row.get("method") is None:
-            return Point(1.0, row["top1"], None, row.get("top1_interval"))
-    known = {row["baseline_top1"] for row in rows if row.get("baseline_top1") is not None}
+            return Point(1.0, row[quality], None, row.get(f"{quality}_interval"))
+    baseline = f"baseline_{quality}"
+    known = {row[baseline] for row in rows if row.get(baseline) is not None}
     return Point(1.0, known.pop(), None, None) if len(known) == 1 else None

@@ -45,6 +45,7 @@ class ZeroShotClassifier(ImageSide):
         super().__init__(model)
         self.register_buffer("text_embeddings", text_embeddings)
         self.names, self.labels = list(names), labels
+        self.training = model.training
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -59,7 +60,7 @@ class ZeroShotClassifier(ImageSide):
 
     def around(self, model: PreTrainedModel) -> "ZeroShotClassifier":
         """The same classes of a model with the same text tower, such as a reduced one."""
-        return ZeroShotClassifier(model, self.text_embeddings, self.names, self.labels).train(self.training)
+        return ZeroShotClassifier(model, self.text_embeddings, self.names, self.labels)
 
     def forward(self, pixel_values: Tensor, **options: Any) -> ZeroShotOutput:
         output = super().forward(pixel_values, **options)
@@ -113,7 +114,7 @@ def zero_shot_classifier(
     _check_prompts(prompts)
     embeddings = torch.stack([_embed(model, processor, [_fill(p, name) for name in names]) for p in prompts])
     mean = F.normalize(embeddings.mean(dim=0), dim=-1)
-    return ZeroShotClassifier(model, mean, names, labels).train(model.training)
+    return ZeroShotClassifier(model, mean, names, labels)
 
 
 def class_names_of(dataset: Dataset, label_column: str = "label") -> dict[str, str]:
@@ -156,15 +157,20 @@ def as_classifier(
 
     load_processor: brings what reads texts, if it is needed.
     """
+    check_typed(model, class_names, prompts)
     if task_of_model(model).name != TASK:
-        if class_names is not None or prompts:
-            raise ValueError(
-                f"--class-names and --prompt are for models that compare images with texts, and a "
-                f"{type(model).__name__} reads no texts. Leave them out."
-            )
         return model
     named = class_names_of(dataset) if class_names is None else typed_names(class_names)
     return zero_shot_classifier(model, load_processor(), named, prompts or (PROMPT,))
+
+
+def check_typed(model: PreTrainedModel, class_names: str | None, prompts: Sequence[str]) -> None:
+    """A `ValueError` if a user typed names or prompts for a model that reads no texts."""
+    if (class_names is not None or prompts) and task_of_model(model).name != TASK:
+        raise ValueError(
+            "--class-names and --prompt are for models that compare images with texts, such as CLIP and SigLIP. A "
+            f"{type(model).__name__} reads no texts: leave them out."
+        )
 
 
 def inside(model: Any) -> PreTrainedModel:

@@ -63,6 +63,7 @@ class Method:
         token_decoder: Modules that bring its tokens back to all patches, to be compared with a teacher's; given the
             model.
         keep_rate_may_change: Whether its `keep_rate` can change while it trains.
+        any_image_size: Whether it runs on images of another size than the model's own.
         key_settings: The settings that a share decides, and that name a setting in tables.
         shown_settings: The settings that a page shows. None: all.
         learned_numbers: Numbers that it has learned, one per layer, by what they are called; given the model.
@@ -88,6 +89,7 @@ class Method:
     callbacks: Callable[[PreTrainedModel], list[TrainerCallback]] = lambda model: []
     token_decoder: Callable[[PreTrainedModel], nn.ModuleDict] | None = None
     keep_rate_may_change: bool = False
+    any_image_size: bool = True
     key_settings: tuple[str, ...] = ("keep_rate",)
     shown_settings: tuple[str, ...] | None = None
     learned_numbers: Callable[[PreTrainedModel], dict[str, list[float]]] = lambda model: {}

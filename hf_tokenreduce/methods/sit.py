@@ -124,4 +124,5 @@ SIT = Method(
         "demo": {**DISTILLED, "num_train_epochs": 2, "learning_rate": 5e-4},
     },
     token_decoder=reverse_modules,
+    any_image_size=False,
 )

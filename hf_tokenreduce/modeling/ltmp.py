@@ -147,6 +147,9 @@ def decide_by_thresholds(
 
     importance = importance.masked_fill(~valid, -torch.inf)
     importance = torch.full_like(importance, -torch.inf).scatter_reduce(1, receiver, importance, "amax")
+    if num_prefix_tokens == 0:  # an image without any token could not go on: its most important one stays
+        first = importance.masked_fill(receiver != natural, -torch.inf).argmax(dim=1, keepdim=True)
+        importance = importance.scatter(1, first, torch.inf)
     stays = valid & (receiver == natural) & (importance > prune_threshold)
     if max_kept is not None:
         stays &= ranks(importance.masked_fill(~stays, -torch.inf)) < max_kept
