@@ -235,8 +235,9 @@ class ReducedLayer(nn.Module):
         **kwargs,
     ) -> PairBias | None:
         """The layer's own bias and the one that all layers share, for the places of the tokens."""
-        if shared is not None:  # may hold, for tracing, a mask that masks nothing
-            shared = shared[:1] if shared.shape[1] > 1 else None
+        heads = getattr(self, self.layout.attention).num_attention_heads
+        if shared is not None:  # may be, for tracing, a mask that masks nothing
+            shared = shared[:1] if shared.shape[1] == heads and shared.is_floating_point() else None
         table, own = shared, getattr(self, str(self.layout.pair_bias))
         if own is not None:
             window = (resolution[0] // self.patch_size, resolution[1] // self.patch_size)
