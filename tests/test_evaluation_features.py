@@ -221,6 +221,18 @@ def test_what_reduces_nothing_changes_nothing(photos, processor):
         evaluate_features(reduce_tokens(stock, ToMeConfig(r=5)), photos, processor, baseline=fewer, **QUICK)
 
 
+def test_what_was_measured_can_be_trained(photos, processor):
+    """BEiT keeps an index of pairs for all its models: made in inference mode, no model could learn with it."""
+    stock = tiny_encoder("beit")
+    bias = next(part for name, part in stock.named_modules() if name.endswith("relative_position_bias"))
+    for cell in bias.generate_relative_position_index.__closure__:
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+    evaluate_features(reduce_tokens(stock, ToMeConfig(r=5)), photos, processor, **QUICK)
+    stock(torch.randn(1, 3, 32, 32)).last_hidden_state.sum().backward()
+    assert bias.relative_position_bias_table.grad.abs().sum() > 0
+
+
 def test_a_bank_of_other_images_votes(tmp_path, photos, processor):
     other = image_files(tmp_path / "bank", count=25, seed=1)
     bank = load_dataset("imagefolder", data_dir=str(other), split="train")

@@ -279,7 +279,7 @@ def _extract(
         dataset, [row for row in range(len(dataset)) if row not in records.done], processor, batch_size=batch_size,
         image_column=image_column, num_workers=num_workers, title="extracting features", progress=progress,
     )  # fmt: skip
-    with evaluating(*[model] if dense is None else [model, dense]), torch.inference_mode():
+    with evaluating(*[model] if dense is None else [model, dense]), torch.no_grad():
         for rows, pixel_values in parts:
             records.add(_record(model, dense, rows, pixel_values.to(model.device)))
     found = [records.done[row] for row in range(len(dataset))]
