@@ -59,9 +59,11 @@ class NaiveRun:
             patches.append(found.get(patch, other))
         return torch.stack([*rows[: self.prefix], *patches])
 
-    def weighed(self) -> tuple[Tensor, Tensor]:
-        """The last patch tokens and how often each is read. Dropped patches are read as the mean of the others."""
+    def weighed(self, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """The last patch tokens, as the norm makes them, and how often each is read. Dropped patches are read as the
+        mean of the others."""
         rows = self.rows[-1][self.prefix :]
+        rows = rows if norm is None else norm(rows)
         weights = torch.tensor([float(len(group)) for group in self.groups[-1]])
         num_dropped = self.num_patches - int(weights.sum())
         if num_dropped == 0:
@@ -274,26 +276,25 @@ def weighted_mean(rows: Tensor, weights: Tensor) -> Tensor:
 
 def naive_answer(model: nn.Module, run: NaiveRun) -> Tensor:
     """The main output of a stock model for the image of a run, read off its last tokens by their weights."""
-    rows, weights = run.weighed()
     name = type(model).__name__
     if name == "CLIPVisionModel":
         return model.post_layernorm(run.rows[-1][0])
     if name == "CLIPForImageClassification":
-        return model.classifier(weighted_mean(rows, weights))
+        return model.classifier(weighted_mean(*run.weighed()))
     if name == "SiglipVisionModel":
-        return pooled_by_attention(model.head, model.post_layernorm(rows), weights)
+        return pooled_by_attention(model.head, *run.weighed(model.post_layernorm))
     if name == "SiglipForImageClassification":
-        return model.classifier(weighted_mean(model.vision_model.post_layernorm(rows), weights))
+        return model.classifier(weighted_mean(*run.weighed(model.vision_model.post_layernorm)))
     if name == "IJepaForImageClassification":
-        return model.classifier(weighted_mean(model.ijepa.layernorm(rows), weights))
+        return model.classifier(weighted_mean(*run.weighed(model.ijepa.layernorm)))
     if name in ("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification"):
         norm = model.base_model.layernorm
-        return model.classifier(torch.cat([norm(run.rows[-1][0]), weighted_mean(norm(rows), weights)]))
+        return model.classifier(torch.cat([norm(run.rows[-1][0]), weighted_mean(*run.weighed(norm))]))
     if name == "DINOv3ViTModel":
         return model.norm(run.rows[-1][0])
     if name == "BeitForImageClassification":
         if model.config.use_mean_pooling:
-            return model.classifier(model.beit.pooler.layernorm(weighted_mean(rows, weights)))
+            return model.classifier(model.beit.pooler.layernorm(weighted_mean(*run.weighed())))
         return model.classifier(model.beit.layernorm(run.rows[-1][0]))
     raise ValueError(f"how a {name} reads tokens is not written here")
 
