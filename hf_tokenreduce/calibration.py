@@ -67,6 +67,8 @@ def calibrate(
             if method == "sit"
             else "target is missing: the share of the multiply-adds to keep, such as 0.65."
         )
+    if isinstance(images, Tensor):
+        check_inputs(model, images)
     pixels = load_images(images, image_processor, max_images).to(model.device)
     with evaluating(model):
         if method == "sit":
@@ -74,13 +76,20 @@ def calibrate(
         return _fit_thresholds(model, pixels, target, merge_share, tolerance)
 
 
+def check_inputs(model: PreTrainedModel, inputs: Tensor) -> None:
+    """Raise a ValueError unless these are a batch of what the model takes: pixel values, or spectrograms."""
+    encoder = encoder_of(model)
+    shape = encoder.tower.inputs(encoder.config)
+    if inputs.ndim != 1 + len(shape) or len(inputs) == 0:
+        names = "spectrograms (n, frames, mel bins)" if len(shape) == 2 else "pixel values (n, C, H, W)"
+        raise ValueError(f"images must be {names} with n above 0, got {tuple(inputs.shape)}.")
+
+
 def load_images(images: Tensor | str | Path, image_processor: Any, max_images: int) -> Tensor:
     """Pixel values (n, C, H, W) as they are, or of the images in a folder; at most `max_images`, evenly spread."""
     if max_images < 1:
         raise ValueError(f"max_images must be at least 1, got {max_images}.")
     if isinstance(images, Tensor):
-        if images.ndim != 4 or len(images) == 0:
-            raise ValueError(f"images must be pixel values (n, C, H, W) with n above 0, got {tuple(images.shape)}.")
         return images[:: -(-len(images) // max_images)]
     folder = Path(images)
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
@@ -102,10 +111,8 @@ def _fit_thresholds(
         raise ValueError(f"merge_share must lie between 0 and 1, got {merge_share!r}.")
     settings = model.config.reduction
     encoder = encoder_of(model)
-    reducers, (height, width) = encoder.reducers, encoder.patch_size
-    # Of these images, which may be of another size than the model's own.
-    patches = (pixels.shape[-2] // height) * (pixels.shape[-1] // width)
-    num_tokens = encoder.facts.num_prefix_tokens + patches
+    reducers = encoder.reducers
+    num_tokens = encoder.embed(pixels).shape[1]  # these images may be of another size than the model's own
     given = [(threshold, threshold.clone()) for reducer in reducers for threshold in reducer.parameters()]
     merge_share = merge_share if settings.merge and settings.prune else float(settings.merge)
     total = multiply_adds(model.config, torch.full((1, len(reducers)), num_tokens), num_tokens)

@@ -103,7 +103,7 @@ def _convert_config(config: PreTrainedConfig, config_class: type[PreTrainedConfi
 
 
 def _attention_kernels(config: PreTrainedConfig) -> Any:
-    """Of the model and of its parts, which may differ."""
+    """Return the attention kernels of the model and of its parts, which may differ."""
     kernels = {part: getattr(config, part)._attn_implementation for part in config.sub_configs}
     return {"": config._attn_implementation, **kernels} if kernels else config._attn_implementation
 

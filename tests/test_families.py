@@ -18,7 +18,7 @@ from families import (
 )
 from helpers import EVEN, METHODS, NUM_PATCHES, reduce_tiny
 
-from hf_tokenreduce import DLViTConfig, LTMPConfig, reduce_tokens, restore
+from hf_tokenreduce import DLViTConfig, LTMPConfig, calibrate, reduce_tokens, restore
 from hf_tokenreduce.modeling.encoders import encoder_of
 from hf_tokenreduce.modeling.multiply_adds import even_counts
 
@@ -397,3 +397,21 @@ def test_an_output_is_a_tuple_if_asked(family):
     values = model(**inputs, return_dict=False)
     assert isinstance(values, tuple) and len(values) == len(output.to_tuple())
     assert torch.equal(values[-1], output.token_counts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_thresholds_are_found_on_the_inputs_of_every_family(family):
+    model = reduce_tokens(family_model(family), LTMPConfig())
+    inputs = family_inputs(family, 8)
+    images = inputs["input_values"] if "input_values" in inputs else inputs["pixel_values"]
+    assert abs(calibrate(model, images, 0.8, tolerance=0.03) - 0.8) <= 0.03
+    with pytest.raises(ValueError, match=r"images must be (pixel values|spectrograms) .* got \(8,\)"):
+        calibrate(model, torch.ones(8), 0.8)
+
+
+def test_slimming_starts_from_spectrograms():
+    model = reduce_tiny(family_model("ast"), METHODS["sit"][0])
+    before = [reducer.fc2.weight.clone() for reducer in encoder_of(model).reducers if reducer.num_slim is not None]
+    calibrate(model, family_inputs("ast", 8)["input_values"], steps=5)
+    after = [reducer.fc2.weight for reducer in encoder_of(model).reducers if reducer.num_slim is not None]
+    assert before and not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))

@@ -63,7 +63,7 @@ def patch_grid(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def image_shape(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Of one input, without the batch: channels, height and width."""
+    """Return the shape of one image, without the batch: channels, height and width."""
     return (config.num_channels, *_both(config.image_size))
 
 
@@ -267,7 +267,7 @@ class EncoderFacts(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Of an image of the model's own size, prefix tokens included."""
+        """The number of tokens of an image of the model's own size, prefix tokens included."""
         return self.num_prefix_tokens + self.num_patches
 
 
@@ -351,7 +351,7 @@ class Encoder:
 
     @property
     def reducers(self) -> list[Any]:
-        """Of a reduced model, one of each layer."""
+        """The reducers of a reduced model, one for each layer."""
         return [layer.reducer for layer in self.layers]
 
     def attention(self, layer: Any) -> Any:

@@ -18,7 +18,19 @@ from .attention import AttentionView, PairBias, attend, attend_masked, attend_wi
 from .encoders import Encoder, EncoderFacts, Layout
 from .hooks import Reducer
 from .reducers import build_reducer
-from .tokens import TokenMap, TokenState, apply_map, dropped_patches, fill_by_mean, move, on_grid, pad, representatives, start, unpad
+from .tokens import (
+    TokenMap,
+    TokenState,
+    apply_map,
+    dropped_patches,
+    fill_by_mean,
+    move,
+    on_grid,
+    pad,
+    representatives,
+    start,
+    unpad,
+)
 
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines of each token, (B, T, d) or packed
@@ -313,7 +325,7 @@ def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _rotary_rows(tables: Rotary, state: TokenState) -> Rotary:
-    """Of the places (N0, d) those of the tokens: (B, T, d) or packed. Prefix tokens are not turned."""
+    """Pick the tokens' rows, (B, T, d) or packed, from those of all places (N0, d). Prefix tokens are not turned."""
     assert state.origin is not None
     rows = []
     for table, unturned in zip(tables, (1.0, 0.0), strict=True):
