@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     targets = torch.tensor([class_index(names[label], model.config.label2id) for label in images["label"]])
     tokens = embed(model, [image.convert("RGB") for image in images["image"]], processor)
 
-    with torch.inference_mode():
+    with torch.no_grad():
         begin = time.perf_counter()
         model(processor([image.convert("RGB") for image in images["image"]], return_tensors="pt")["pixel_values"])
         plain = len(tokens) / (time.perf_counter() - begin)

@@ -69,7 +69,7 @@ def pixels(processor, photos) -> torch.Tensor:
     return processor([photo.convert("RGB") for photo in photos], return_tensors="pt").pixel_values
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def top1(model, processor, images) -> float:
     correct = 0
     for first in range(0, len(images), 50):

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .methods import METHODS
+from .modeling.encoders import encoder_of
 from .modes import evaluating
 from .pictures import IMAGE_SUFFIXES, read_picture
 
@@ -53,9 +54,20 @@ def calibrate(
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"{method.title} takes no {', '.join(unknown)} for calibration, only {', '.join(known)}.")
+    if isinstance(images, Tensor):
+        check_inputs(model, images)
     pixels = load_images(images, image_processor, max_images).to(model.device)
     with evaluating(model):
         return method.prepare(model, pixels, target, **options)
+
+
+def check_inputs(model: PreTrainedModel, inputs: Tensor) -> None:
+    """Raise a ValueError unless these are a batch of what the model takes: pixel values, or spectrograms."""
+    encoder = encoder_of(model)
+    shape = encoder.tower.inputs(encoder.config)
+    if inputs.ndim != 1 + len(shape) or len(inputs) == 0:
+        names = "spectrograms (n, frames, mel bins)" if len(shape) == 2 else "pixel values (n, C, H, W)"
+        raise ValueError(f"images must be {names} with n above 0, got {tuple(inputs.shape)}.")
 
 
 def load_images(images: Tensor | str | Path, image_processor: Any, max_images: int) -> Tensor:
@@ -63,8 +75,6 @@ def load_images(images: Tensor | str | Path, image_processor: Any, max_images: i
     if max_images < 1:
         raise ValueError(f"max_images must be at least 1, got {max_images}.")
     if isinstance(images, Tensor):
-        if images.ndim != 4 or len(images) == 0:
-            raise ValueError(f"images must be pixel values (n, C, H, W) with n above 0, got {tuple(images.shape)}.")
         return images[:: -(-len(images) // max_images)]
     folder = Path(images)
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())

@@ -57,6 +57,7 @@ def reduce(
     """Reduce a checkpoint and save it, weights and code: a folder that loads anywhere."""
     from .calibration import calibrate
     from .convert import reduce_tokens
+    from .evaluation.compute import describe_model
     from .loading import load_model, load_processor, method_setting, parse_settings
 
     if output_dir.is_file():
@@ -73,7 +74,7 @@ def reduce(
         raise ValueError(f"--images is for ltmp and sit; {reduction} needs none. Leave it out.")
     reduced.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
-    _print(_described(reduced, str(output_dir)), as_json, f"Saved to {output_dir}")
+    _print(describe_model(reduced, str(output_dir)), as_json, f"Saved to {output_dir}")
 
 
 @app.command(
@@ -118,9 +119,10 @@ def train(
 @app.command(epilog="tokenreduce inspect vit-tome")
 def inspect(model: Model, revision: Revision = None, trust_remote_code: Trust = False, as_json: Json = False) -> None:
     """Say what a folder or Hub id is: backbone, method, settings, tokens per layer, multiply-adds, size."""
+    from .evaluation.compute import describe_model
     from .loading import load_model
 
-    _print(_described(load_model(model, revision, trust_remote_code, any_task=True)[0], model), as_json, model)
+    _print(describe_model(load_model(model, revision, trust_remote_code, any_task=True)[0], model), as_json, model)
 
 
 @app.command(epilog="tokenreduce evaluate vit-tome data/val --dense google/vit-base-patch16-224")
@@ -402,44 +404,6 @@ def demo(
     from .demo.run import run_demo
 
     run_demo(output_dir, seed=seed)
-
-
-def _described(model: Any, name: str) -> dict[str, Any]:
-    from .evaluation import dense_multiply_adds, total_multiply_adds
-    from .modeling.encoders import encoder_of
-    from .modeling.multiply_adds import even_counts, even_share
-    from .tasks import task_of_model
-
-    encoder = encoder_of(model)
-    facts = encoder.facts
-    reduction = facts.reduction
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens = facts.num_tokens
-    described: dict[str, Any] = {
-        "name": name,
-        "class": type(model).__name__,
-        "backbone": f"{facts.num_hidden_layers} layers of width {facts.hidden_size}, {tokens} tokens",
-        "image_size": getattr(encoder.config, "image_size", None),
-        "task": task_of_model(model).name,
-        "labels": model.config.num_labels if hasattr(model, "classifier") else None,
-        "parameters": parameters,
-        "megabytes": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6, 1),
-        "method": None if reduction is None else reduction.method,
-        "settings": None if reduction is None else reduction.to_dict(),
-        "dense_multiply_adds": round(dense_multiply_adds(model)),
-        "multiply_adds": None,
-        "tokens_per_layer": None,
-    }
-    try:
-        described["tokens_per_layer"] = (
-            [tokens] * facts.num_hidden_layers if reduction is None else even_counts(reduction, facts)
-        )
-    except ValueError:  # adaptive: both depend on the image
-        return described
-    described["multiply_adds"] = round(total_multiply_adds(model).item())
-    # Of the encoder, as everywhere; patch embedding and head are in the numbers above.
-    described["share"] = 1.0 if reduction is None else round(even_share(reduction, facts), 4)
-    return described
 
 
 def _print(answer: dict[str, Any], as_json: bool, title: str) -> None:

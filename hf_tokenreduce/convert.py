@@ -123,7 +123,7 @@ def _convert_config(config: PreTrainedConfig, config_class: type[PreTrainedConfi
 
 
 def _attention_kernels(config: PreTrainedConfig) -> Any:
-    """Of the model and of its parts, which may differ."""
+    """Return the attention kernels of the model and of its parts, which may differ."""
     kernels = {part: getattr(config, part)._attn_implementation for part in config.sub_configs}
     return {"": config._attn_implementation, **kernels} if kernels else config._attn_implementation
 
@@ -138,6 +138,8 @@ def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedM
         shell = model_class(config, **options)
     encoder = encoder_of(model)
     containers = {id(part) for layer in encoder.layers for part in (layer, encoder.attention(layer))}
+    if encoder.tower.norm is not None:
+        containers.add(id(encoder.module.get_submodule(encoder.tower.norm)))
     if fixed_fields(encoder.config):  # which the embeddings read in their configuration
         containers.add(id(encoder.module.embeddings))
     _adopt(shell, model, containers)
@@ -147,7 +149,7 @@ def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedM
 
 
 def _adopt(shell: nn.Module, model: nn.Module, containers: set[int]) -> None:
-    """Give `shell` the parameters and submodules of `model`, down to the layers, of which both have their own."""
+    """Give `shell` the parameters and submodules of `model`, down to the containers, of which both have their own."""
     shell.training = model.training
     shell._parameters.update(model._parameters)
     shell._buffers.update(model._buffers)

@@ -99,7 +99,7 @@ class Comparison:
             return chosen.at_share(facts, budget)
         return next(iter(chosen.untrained(facts, [budget]))) if chosen.untrained else chosen.config_class()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, image: Image.Image, method: str, budget: float = 0.65, *, size: int = 384) -> Answer:
         """budget: the share of the multiply-adds to keep, of methods that have one. size: of the pictures, about."""
         if method == PUBLISHED and self.published is not None:

@@ -55,7 +55,7 @@ def task_of_model(model: PreTrainedModel) -> Task:
 
 
 def main_output(output: Any) -> Tensor:
-    """Of a model's output the tensor that its users read: logits, depths, pooled or plain features."""
+    """Pick from a model's output the tensor that its users read: logits, depths, pooled or plain features."""
     for name in MAIN_OUTPUTS:
         value = output.get(name)
         if isinstance(value, (tuple, list)):

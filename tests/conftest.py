@@ -12,6 +12,8 @@ import torch
 from helpers import SHARED
 from transformers.utils import logging
 
+from hf_tokenreduce.cli import main
+
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
@@ -28,3 +30,17 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"no real weights and photographs: {SHARED} is not there (set TOKENREDUCE_SHARED to point to it)")
     return SHARED
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a command; returns exit code, output, errors."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return stopped.value.code, printed.out, printed.err
+
+    return call

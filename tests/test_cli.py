@@ -34,20 +34,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def call(capsys):
-    """Runs a command; returns exit code, output, errors."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return stopped.value.code, printed.out, printed.err
-
-    return call
-
-
 def answer(call, *arguments):
     code, printed, errors = call(*arguments)
     assert code == 0, errors

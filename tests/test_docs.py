@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import tiny_model
 from PIL import Image
+from task_models import CASES
 from transformers import ViTImageProcessor
 
 from hf_tokenreduce.cli import main
@@ -31,6 +32,9 @@ def place(tmp_path_factory):
     for name in ("facebook/deit-small-patch16-224", "google/vit-base-patch16-224"):
         model.save_pretrained(folder / name)
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / name)
+    for name, case in (("openai/clip-vit-base-patch16", "clip"), ("facebook/dinov2-base", "dinov2-features")):
+        CASES[case].make().save_pretrained(folder / name)
+        CASES[case].processor().save_pretrained(folder / name)
     generator = np.random.default_rng(0)
     classes = [("photos", name) for name in "01234"]
     classes += [(f"data/{split}", name) for split in ("train", "val") for name in ("glass", "paper")]

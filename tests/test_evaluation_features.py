@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -14,19 +13,17 @@ import transformers
 from datasets import load_dataset
 from helpers import METHODS, SIZES, reduce_tiny, tiny_model
 from PIL import Image
+from test_evaluation_neighbours import naive_votes
 from torch.nn import functional as F
 from transformers import ViTImageProcessor
 
 from hf_tokenreduce import DLViTConfig, EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
-from hf_tokenreduce.cli import main
 from hf_tokenreduce.evaluation import (
     compare,
     default_reductions,
     evaluate_features,
     evaluate_model,
     facts_for,
-    features,
-    nearest_neighbour_classes,
     pareto_plot,
 )
 from hf_tokenreduce.evaluation.compute import measured_multiply_adds
@@ -101,42 +98,6 @@ def image_files(folder, classes=("cat", "dog", "owl"), count=11, seed=0):
 @pytest.fixture
 def photos(tmp_path):
     return load_dataset("imagefolder", data_dir=str(image_files(tmp_path / "photos")), split="train")
-
-
-def naive_votes(queries, bank, labels, k, leave_one_out):
-    """Image by image, neighbour by neighbour."""
-    voted = []
-    for row, query in enumerate(queries):
-        near = []
-        for other, feature in enumerate(bank):
-            if not (leave_one_out and other == row):
-                near.append((float(query @ feature / (query.norm() * feature.norm())), int(labels[other])))
-        votes = {}
-        for cosine, label in sorted(near, reverse=True)[:k]:
-            votes[label] = votes.get(label, 0.0) + math.exp(cosine / 0.07)
-        voted.append(max(sorted(votes), key=votes.get))
-    return voted
-
-
-@pytest.mark.parametrize("leave_one_out", [True, False])
-@pytest.mark.parametrize("k", [1, 3, 20, 500])
-def test_votes_are_those_of_a_plain_loop(monkeypatch, k, leave_one_out):
-    monkeypatch.setattr(features, "QUERIES_AT_ONCE", 7)  # so that there are several parts
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(30) % 4
-    bank = torch.randn(30, 6, generator=generator) + 2 * F.one_hot(labels, 6)
-    queries = bank if leave_one_out else torch.randn(17, 6, generator=generator) * torch.arange(1, 18)[:, None]
-    found = nearest_neighbour_classes(queries, bank, labels, k=k, leave_one_out=leave_one_out)
-    assert found.tolist() == naive_votes(queries.double(), bank.double(), labels, k, leave_one_out)
-    if leave_one_out:
-        assert (found == labels).double().mean() > 0.5
-
-
-def test_votes_need_a_neighbour():
-    one = torch.ones(1, 3)
-    assert nearest_neighbour_classes(one, one, torch.tensor([2])).tolist() == [2]
-    with pytest.raises(ValueError, match="no neighbour to vote"):
-        nearest_neighbour_classes(one, one, torch.tensor([2]), leave_one_out=True)
 
 
 def naive_features(name, model, image):
@@ -219,6 +180,18 @@ def test_what_reduces_nothing_changes_nothing(photos, processor):
     fewer = evaluate_features(stock, photos.select(range(4)), processor, **QUICK)
     with pytest.raises(ValueError, match="baseline is a report on 4 images, the data set has 11"):
         evaluate_features(reduce_tokens(stock, ToMeConfig(r=5)), photos, processor, baseline=fewer, **QUICK)
+
+
+def test_what_was_measured_can_be_trained(photos, processor):
+    """BEiT keeps an index of pairs for all its models: made in inference mode, no model could learn with it."""
+    stock = tiny_encoder("beit")
+    bias = next(part for name, part in stock.named_modules() if name.endswith("relative_position_bias"))
+    for cell in bias.generate_relative_position_index.__closure__:
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+    evaluate_features(reduce_tokens(stock, ToMeConfig(r=5)), photos, processor, **QUICK)
+    stock(torch.randn(1, 3, 32, 32)).last_hidden_state.sum().backward()
+    assert bias.relative_position_bias_table.grad.abs().sum() > 0
 
 
 def test_a_bank_of_other_images_votes(tmp_path, photos, processor):
@@ -400,18 +373,6 @@ def test_images_of_another_size_than_the_models_own(tmp_path, photos, processor)
     assert report.multiply_adds["mean"] == pytest.approx(measured_multiply_adds(classifier, pixels[:1]).item())
 
 
-@pytest.fixture
-def call(capsys):
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return stopped.value.code, printed.out, printed.err
-
-    return call
-
-
 def test_the_command(call, tmp_path, processor):
     model = tiny_encoder("dinov2")
     model.save_pretrained(tmp_path / "model")
@@ -446,14 +407,3 @@ def test_an_encoder_trained_without_a_pooler_has_none(tmp_path, processor):
     assert load_model(str(tmp_path), any_task=True)[0].pooler is None
     with pytest.raises(ValueError, match="its classifier would be random"):
         load_model(str(tmp_path))
-
-
-@pytest.mark.slow
-def test_neighbours_on_photographs(shared, tmp_path):
-    """TrashNet's classes by the class token of a ViT-Tiny that was trained for ImageNet's."""
-    where = shared / "models" / "vit-tiny-patch16-224"
-    model = transformers.AutoModel.from_pretrained(where, add_pooling_layer=False)
-    images = load_images(str(shared / "data" / "trashnet224"))
-    processor = ViTImageProcessor.from_pretrained(where)
-    report = evaluate_features(reduce_tokens(model, ToMeConfig(r=8)), images, processor, progress=False)
-    assert report.baseline_knn == pytest.approx(85.6, abs=0.5) and report.knn == pytest.approx(83.8, abs=0.5)

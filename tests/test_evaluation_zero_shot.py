@@ -27,7 +27,6 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_tokenreduce import EViTConfig, ToMeConfig, reduce_tokens
-from hf_tokenreduce.cli import main
 from hf_tokenreduce.evaluation import class_names_of, compare, evaluate_model, zero_shot_classifier
 from hf_tokenreduce.evaluation.compute import measured_multiply_adds
 from hf_tokenreduce.evaluation.zero_shot import plain_name, typed_names
@@ -273,18 +272,6 @@ def test_compared_like_any_classifier(tmp_path, pair, photos):
     other = zero_shot_classifier(model, processor, names, ["{}"])
     with pytest.raises(ValueError, match="of another model"):
         compare(other, photos, processor.image_processor, settings, **options)
-
-
-@pytest.fixture
-def call(capsys):
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return stopped.value.code, printed.out, printed.err
-
-    return call
 
 
 def test_the_commands(call, tmp_path, pair, photos):

@@ -208,7 +208,7 @@ def _padded(pixels: Tensor, border: int) -> Tensor:
     return torch.from_numpy(np.pad(pixels.numpy(), ((0, 0), (0, 0), (border, border), (border, border)), "reflect"))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _top1(model: ViTForImageClassification, images: Images) -> float:
     batches = zip(images.pixels.split(50), images.labels.split(50), strict=True)
     correct = sum((model(_pixel_values(x)).logits.argmax(dim=-1) == y).sum().item() for x, y in batches)

@@ -1,7 +1,8 @@
 """Evaluation: what a reduction costs in accuracy and what it saves, by arithmetic and by the clock."""
 
 from .accuracy import AccuracyReport, evaluate_model
-from .compare import Comparison, compare, default_reductions, facts_for
+from .compare import compare, default_reductions, facts_for
+from .comparison import Comparison
 from .compute import dense_multiply_adds, describe_compute, measured_multiply_adds, total_multiply_adds
 from .features import FeatureReport, evaluate_features, nearest_neighbour_classes, patch_features, pooled_features
 from .metrics import metric_path

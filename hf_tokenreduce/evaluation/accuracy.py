@@ -125,7 +125,7 @@ def evaluate_model(
         title="evaluating", progress=progress and processes.rank == 0,
     )  # fmt: skip
     models = [model] if beside is None else [model, beside]
-    with evaluating(*models), torch.inference_mode():
+    with evaluating(*models), torch.no_grad():
         for rows, pixel_values in parts:
             records.add(_record(model, beside, rows, pixel_values))
     found = records.gather()

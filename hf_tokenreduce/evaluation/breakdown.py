@@ -38,7 +38,7 @@ def breakdown(model: PreTrainedModel, pixel_values: Tensor, repeats: int = 3) ->
     cuda = pixel_values.is_cuda
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     run = image_side(model)
-    with torch.inference_mode(), labelled(model):
+    with torch.no_grad(), labelled(model):
         run(pixel_values)
         with profile(activities=activities) as profiler:
             for _ in range(repeats):

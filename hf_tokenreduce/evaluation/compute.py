@@ -17,9 +17,9 @@ from transformers.utils import logging
 
 from ..modeling.encoders import EncoderFacts, encoder_of, facts_of
 from ..modeling.methods import parse_reduction
-from ..modeling.multiply_adds import even_counts, multiply_adds
+from ..modeling.multiply_adds import even_counts, even_share, multiply_adds
 from ..modes import evaluating
-from ..tasks import image_side
+from ..tasks import image_side, task_of_model
 
 
 # Children of larger models that do not read the encoder, or not once per image.
@@ -72,7 +72,7 @@ def total_multiply_adds(
 
 
 def dense_multiply_adds(model: PreTrainedModel, num_tokens: int | None = None) -> float:
-    """Of the model without its reduction, whole."""
+    """Count the multiply-adds of the whole model without its reduction."""
     facts = facts_of(model.config)
     if num_tokens is None:
         num_tokens = facts.num_tokens
@@ -81,8 +81,8 @@ def dense_multiply_adds(model: PreTrainedModel, num_tokens: int | None = None) -
 
 
 def outside_multiply_adds(model: PreTrainedModel, patches: int) -> int:
-    """Of the patch embedding, and of what reads the encoder's output: pooler, attention pooling, heads. Other parts
-    of a larger model, such as one for text, are not counted."""
+    """Count the patch embedding and what reads the encoder's output: pooler, attention pooling, heads. Other parts of
+    a larger model, such as one for text, are not counted."""
     encoder = encoder_of(model)
     total = patches * encoder.patch_projection.weight.numel()
     for name, part in model.named_children():
@@ -134,7 +134,7 @@ def describe_compute(model: PreTrainedModel, pixel_values: Tensor | None = None,
 
 
 def summary(values: Tensor) -> dict[str, float]:
-    """Of one number per image: what it is on average, and for the images that take the least and the most."""
+    """Summarise one number per image: its mean, and what the images have that take the least and the most."""
     values = values.double()
     return {
         "mean": values.mean().item(),
@@ -153,3 +153,48 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = implementation
+
+
+def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """Say what a model is: backbone, task, method, settings, tokens per layer, multiply-adds, size.
+
+    Args:
+        model: Stock or reduced.
+        name: What to call it.
+
+    Returns:
+        `dict`: The entries. `multiply_adds` and `tokens_per_layer` are None where they depend on the image.
+
+    Example:
+        >>> describe_model(model, "vit-tome")["share"]
+    """
+    encoder = encoder_of(model)
+    facts = encoder.facts
+    reduction = facts.reduction
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokens = facts.num_tokens
+    described: dict[str, Any] = {
+        "name": name,
+        "class": type(model).__name__,
+        "backbone": f"{facts.num_hidden_layers} layers of width {facts.hidden_size}, {tokens} tokens",
+        "image_size": getattr(encoder.config, "image_size", None),
+        "task": task_of_model(model).name,
+        "labels": model.config.num_labels if hasattr(model, "classifier") else None,
+        "parameters": parameters,
+        "megabytes": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6, 1),
+        "method": None if reduction is None else reduction.method,
+        "settings": None if reduction is None else reduction.to_dict(),
+        "dense_multiply_adds": round(dense_multiply_adds(model)),
+        "multiply_adds": None,
+        "tokens_per_layer": None,
+    }
+    try:
+        described["tokens_per_layer"] = (
+            [tokens] * facts.num_hidden_layers if reduction is None else even_counts(reduction, facts)
+        )
+    except ValueError:  # adaptive: both depend on the image
+        return described
+    described["multiply_adds"] = round(total_multiply_adds(model).item())
+    # Of the encoder, as everywhere; patch embedding and head are in the numbers above.
+    described["share"] = 1.0 if reduction is None else round(even_share(reduction, facts), 4)
+    return described

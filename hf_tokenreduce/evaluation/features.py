@@ -267,7 +267,7 @@ def _extract(
     image_column: str,
     progress: bool,
 ) -> tuple[dict[str, Tensor], Records]:
-    """By row: pooled features, tokens of each layer, and beside a dense model cosines. What `folder` holds is read."""
+    """Measure each row that `folder` lacks: pooled features, tokens of each layer, cosines to a dense model."""
     settings = {
         "model": digest_of_model(model),
         "dense": None if dense is None else digest_of_model(dense),
@@ -279,7 +279,7 @@ def _extract(
         dataset, [row for row in range(len(dataset)) if row not in records.done], processor, batch_size=batch_size,
         image_column=image_column, num_workers=num_workers, title="extracting features", progress=progress,
     )  # fmt: skip
-    with evaluating(*[model] if dense is None else [model, dense]), torch.inference_mode():
+    with evaluating(*[model] if dense is None else [model, dense]), torch.no_grad():
         for rows, pixel_values in parts:
             records.add(_record(model, dense, rows, pixel_values.to(model.device)))
     found = [records.done[row] for row in range(len(dataset))]
@@ -310,7 +310,7 @@ def _decoded(text: str) -> np.ndarray:
 
 
 def _labels(dataset: Dataset, bank: Dataset | None, label_column: str) -> tuple[list[int], list[int]]:
-    """Of the images, and of those that vote."""
+    """Return the labels of the images, and the labels of those that vote."""
     labels = list(dataset.with_format(None)[label_column])
     voting = labels if bank is None else list(bank.with_format(None)[label_column])
     if any(not isinstance(label, int) or label < 0 for label in (*labels, *voting)):

@@ -47,7 +47,7 @@ def peak_memory(model: nn.Module, pixel_values: Tensor) -> float | None:
 
 def _on_cuda(model: nn.Module, pixel_values: Tensor) -> float:
     device = pixel_values.device
-    with torch.inference_mode():
+    with torch.no_grad():
         model(pixel_values)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -69,7 +69,7 @@ def main() -> None:
     # Both files were written by the process that started this one.
     model = torch.load(model_file, weights_only=False).eval()
     pixel_values = torch.load(images_file)
-    with torch.inference_mode():
+    with torch.no_grad():
         model(pixel_values[:1])
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = _resident("VmRSS")

@@ -78,7 +78,7 @@ def benchmark(
         for dtype_name, dtype in types.items():
             ready = {name: _placed(model, device, dtype) for name, model in named.items()}
             images = pixel_values.to(device, dtype)
-            with evaluating(*ready.values()), torch.inference_mode():
+            with evaluating(*ready.values()), torch.no_grad():
                 for batch_size in batch_sizes:
                     rows = _time_batches(
                         ready, dense_name, _batches(images, batch_size, repeats), repeats, warmup, compile, oracle,

@@ -189,7 +189,7 @@ def _compare(folder: Path, files: dict[str, int], config: Any, images: Tensor | 
 
 
 def _inputs(copy: Path, config: Any, images: Tensor | None, texts: bool) -> dict[str, Tensor]:
-    """Of the model's forward, and a photo and a sound, which are always the same."""
+    """Make inputs for the model's forward, and a photo and a sound. They are always the same."""
     photo = torch.randint(0, 256, (96, 128, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     sound = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(2))
     if images is None:

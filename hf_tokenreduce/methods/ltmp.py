@@ -41,10 +41,8 @@ def fit_thresholds(
         raise ValueError(f"merge_share must lie between 0 and 1, got {merge_share!r}.")
     settings = model.config.reduction
     encoder = encoder_of(model)
-    reducers, (height, width) = encoder.reducers, encoder.patch_size
-    # Of these images, which may be of another size than the model's own.
-    patches = (pixels.shape[-2] // height) * (pixels.shape[-1] // width)
-    num_tokens = encoder.facts.num_prefix_tokens + patches
+    reducers = encoder.reducers
+    num_tokens = encoder.embed(pixels).shape[1]  # these images may be of another size than the model's own
     given = [(threshold, threshold.clone()) for reducer in reducers for threshold in reducer.parameters()]
     merge_share = merge_share if settings.merge and settings.prune else float(settings.merge)
     total = multiply_adds(model.config, torch.full((1, len(reducers)), num_tokens), num_tokens)

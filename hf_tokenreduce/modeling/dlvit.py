@@ -118,10 +118,12 @@ class DLViTConfig(ReductionConfig):
 
 
 @torch.no_grad()
-def keep_above(scores: Tensor, threshold: float, max_kept: int | None = None) -> TokenMap:
-    """Keep the tokens whose score (B, N) is above the threshold, at most `max_kept`, the highest first. They stay in
-    the order they have; images differ in their number."""
+def keep_above(scores: Tensor, threshold: float, max_kept: int | None = None, min_kept: int = 0) -> TokenMap:
+    """Keep the tokens whose score (B, N) is above the threshold, at most `max_kept` and at least `min_kept`, the
+    highest first. They stay in the order they have; images differ in their number."""
     kept = ~(scores <= threshold)  # NaN stays: a broken image shall give a broken answer
+    if min_kept > 0:
+        kept |= ranks(scores) < min_kept
     if max_kept is not None:
         kept &= ranks(scores) < max_kept
     return TokenMap(_places(kept), tuple(kept.sum(dim=1).tolist()))
@@ -171,7 +173,9 @@ class DLViTReducer(Reducer):
         logits = self.logits(state.hidden_states[:, state.num_prefix_tokens :].detach())
         if setting.keep_rate is not None:
             return apply_map(state, keep_highest(logits, setting.keeps(count)))
-        return apply_map(state, keep_above(logits, _logit(setting.threshold), self.max_kept))
+        # Without a prefix token, an image without any patch could not go on.
+        min_kept = 0 if state.num_prefix_tokens > 0 else 1
+        return apply_map(state, keep_above(logits, _logit(setting.threshold), self.max_kept, min_kept))
 
 
 def _logit(probability: float) -> float:

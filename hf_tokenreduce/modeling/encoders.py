@@ -63,7 +63,7 @@ def patch_grid(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def image_shape(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Of one input, without the batch: channels, height and width."""
+    """Return the shape of one image, without the batch: channels, height and width."""
     return (config.num_channels, *_both(config.image_size))
 
 
@@ -81,6 +81,7 @@ class Tower:
     layers: path from such a class to its list of layers
     num_prefix_tokens: tokens before the patches; the first of them is the class token
     wants_grid: whether what reads the last layer reads all patches, not only the prefix tokens
+    norm: path from such a class to the norm that all rows go through before they are read, if there is one
     any_size: whether it takes images of any size as it is, else `interpolate_pos_encoding=True` says so
     mlp_products: multiply-adds of the MLP for one token
     patches: rows and columns of patches
@@ -95,6 +96,7 @@ class Tower:
     layers: str = "layers"
     num_prefix_tokens: Callable[[Any], int] = lambda config: 1
     wants_grid: bool = True
+    norm: str | None = None
     any_size: bool = False
     mlp_products: Callable[[Any], int] = two_products
     patches: Callable[[Any], tuple[int, int]] = patch_grid
@@ -139,9 +141,10 @@ TOWERS = (
         ("IJepaModel", "IJepaForImageClassification"),
         VIT,
         num_prefix_tokens=lambda config: 0,
+        norm="layernorm",
     ),
     # The encoder as its users want it: nothing masked, patches in their order.
-    Tower("vit_mae", ("ViTMAEModel",), ("ViTMAEModel",), VIT, fixed={"mask_ratio": 0.0}),
+    Tower("vit_mae", ("ViTMAEModel",), ("ViTMAEModel",), VIT, norm="layernorm", fixed={"mask_ratio": 0.0}),
     Tower(
         "audio-spectrogram-transformer",
         ("ASTModel",),
@@ -166,6 +169,7 @@ TOWERS = (
         CLIP,
         "encoder.layers",
         num_prefix_tokens=lambda config: 0,
+        norm="post_layernorm",
     ),
     Tower(
         "dinov2",
@@ -173,6 +177,7 @@ TOWERS = (
         ("Dinov2Model", "Dinov2ForImageClassification", "Dinov2Backbone"),
         DINOV2,
         "encoder.layer",
+        norm="layernorm",
         any_size=True,
         mlp_products=_dinov2_products,
     ),
@@ -183,6 +188,7 @@ TOWERS = (
         DINOV2,
         "encoder.layer",
         num_prefix_tokens=_with_registers,
+        norm="layernorm",
         any_size=True,
         mlp_products=_dinov2_products,
     ),
@@ -193,10 +199,11 @@ TOWERS = (
         DINOV3,
         "model.layer",
         num_prefix_tokens=_with_registers,
+        norm="norm",
         any_size=True,
         mlp_products=_dinov3_products,
     ),
-    Tower("beit", ("BeitModel",), ("BeitModel", "BeitForImageClassification"), BEIT, any_size=True),
+    Tower("beit", ("BeitModel",), ("BeitModel", "BeitForImageClassification"), BEIT, norm="layernorm", any_size=True),
 )
 
 # Models of several parts that have one of the towers inside.
@@ -260,7 +267,7 @@ class EncoderFacts(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Of an image of the model's own size, prefix tokens included."""
+        """The number of tokens of an image of the model's own size, prefix tokens included."""
         return self.num_prefix_tokens + self.num_patches
 
 
@@ -344,7 +351,7 @@ class Encoder:
 
     @property
     def reducers(self) -> list[Any]:
-        """Of a reduced model, one of each layer."""
+        """The reducers of a reduced model, one for each layer."""
         return [layer.reducer for layer in self.layers]
 
     def attention(self, layer: Any) -> Any:

@@ -18,7 +18,19 @@ from .attention import AttentionView, PairBias, attend, attend_masked, attend_wi
 from .encoders import Encoder, EncoderFacts, Layout
 from .hooks import Reducer
 from .methods import build_reducer
-from .tokens import TokenMap, TokenState, apply_map, move, on_grid, pad, representatives, start, unpad
+from .tokens import (
+    TokenMap,
+    TokenState,
+    apply_map,
+    dropped_patches,
+    fill_by_mean,
+    move,
+    on_grid,
+    pad,
+    representatives,
+    start,
+    unpad,
+)
 
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines of each token, (B, T, d) or packed
@@ -30,6 +42,7 @@ class Encoded(NamedTuple):
     counts: (B, L) long, the tokens that leave each layer, prefix tokens included
     patch_map: (B, N0) long, for each patch the row of the token that holds it, prefix tokens counted, or None
     kept_shares: (L,), the mean share of the tokens that each layer passes on, where tokens are masked
+    dropped: (B, N0) bool, the patches that no token holds, where readers get a row per patch; None if none can be
     """
 
     counts: Tensor
@@ -38,6 +51,7 @@ class Encoded(NamedTuple):
     last_states: Tensor | None
     lengths: tuple[int, ...] | None
     kept_shares: Tensor | None
+    dropped: Tensor | None
 
 
 class Recorder:
@@ -235,8 +249,9 @@ class ReducedLayer(nn.Module):
         **kwargs,
     ) -> PairBias | None:
         """The layer's own bias and the one that all layers share, for the places of the tokens."""
-        if shared is not None:  # may hold, for tracing, a mask that masks nothing
-            shared = shared[:1] if shared.shape[1] > 1 else None
+        heads = getattr(self, self.layout.attention).num_attention_heads
+        if shared is not None:  # may be, for tracing, a mask that masks nothing
+            shared = shared[:1] if shared.shape[1] == heads and shared.is_floating_point() else None
         table, own = shared, getattr(self, str(self.layout.pair_bias))
         if own is not None:
             window = (resolution[0] // self.patch_size, resolution[1] // self.patch_size)
@@ -283,9 +298,23 @@ class ReducedLayer(nn.Module):
                 state.last_states if recorder.track_patches else None,
                 state.lengths,
                 torch.stack(passage.kept) if passage.kept else None,
+                dropped_patches(state) if self.role.wants_grid else None,
             )
             recorder.encoded.append(encoded)
         return self._result(state)
+
+
+class FilledNorm(nn.Module):
+    """The stock norm behind the last layer, where a row per patch is read through it. A dropped patch gets the mean of
+    what the norm makes of the others: the norm of their mean is another, and a mean over patches would see it."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        rows, recorder = super().forward(hidden_states), RECORDER.get()
+        if recorder is None or not recorder.encoded or recorder.encoded[-1].dropped is None:
+            return rows
+        dropped = recorder.encoded[-1].dropped
+        prefix = rows.shape[1] - dropped.shape[1]
+        return torch.cat([rows[:, :prefix], fill_by_mean(rows[:, prefix:], dropped)], dim=1)
 
 
 def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
@@ -296,7 +325,7 @@ def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _rotary_rows(tables: Rotary, state: TokenState) -> Rotary:
-    """Of the places (N0, d) those of the tokens: (B, T, d) or packed. Prefix tokens are not turned."""
+    """Pick the tokens' rows, (B, T, d) or packed, from those of all places (N0, d). Prefix tokens are not turned."""
     assert state.origin is not None
     rows = []
     for table, unturned in zip(tables, (1.0, 0.0), strict=True):
@@ -329,21 +358,23 @@ def _behind_prefix(origin: Tensor, num_prefix_tokens: int) -> Tensor:
 _classes: dict[Any, type[nn.Module]] = {}
 
 
-def _reduced_class(stock: type[nn.Module], layout: Layout, is_layer: bool) -> type[nn.Module]:
-    """A stock layer or attention with our forward, under its own name: that is what `_no_split_modules` and the
-    capture of hidden states and attentions look for."""
-    key = stock, layout, is_layer
+def _reduced_class(stock: type[nn.Module], base: type[nn.Module], layout: Layout) -> type[nn.Module]:
+    """A stock part with our forward, under its own name: that is what `_no_split_modules` and the capture of hidden
+    states and attentions look for.
+
+    base: `ReducedLayer`, `ReducedAttention` or `FilledNorm`
+    """
+    key = stock, base, layout
     if key not in _classes:
         body: dict[str, Any] = {"layout": layout, "__module__": __name__}
         body["__reduce_ex__"] = _reduce_to(key)
-        if not is_layer:
+        if base is ReducedAttention:
             # Every family names these differently, and has an eager attention of its own.
             for ours in ("o_proj", "scaling", "attention_dropout"):
                 theirs = getattr(layout, ours)
                 if theirs != ours:
                     body[ours] = _named(theirs)
             body["eager_attention_forward"] = staticmethod(sys.modules[stock.__module__].eager_attention_forward)
-        base = ReducedLayer if is_layer else ReducedAttention
         _classes[key] = type(stock.__name__, (base, stock), body)
     return _classes[key]
 
@@ -352,16 +383,16 @@ def _named(name: str) -> property:
     return property(lambda self: getattr(self, name))
 
 
-def _reduce_to(key: tuple[type[nn.Module], Layout, bool]) -> Any:
+def _reduce_to(key: tuple[type[nn.Module], type[nn.Module], Layout]) -> Any:
     def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, key, self.__dict__
 
     return reduce_ex
 
 
-def _rebuild(stock: type[nn.Module], layout: Layout, is_layer: bool) -> nn.Module:
-    """For pickle, which cannot find a class that was made on demand by its name."""
-    reduced = _reduced_class(stock, layout, is_layer)
+def _rebuild(stock: type[nn.Module], base: type[nn.Module], layout: Layout) -> nn.Module:
+    """Make the class of a pickled part again, which pickle cannot find by its name."""
+    reduced = _reduced_class(stock, base, layout)
     return reduced.__new__(reduced)
 
 
@@ -370,8 +401,8 @@ def inject(encoder: Encoder, facts: EncoderFacts, reads_every_patch: bool) -> No
     layout, layers = encoder.tower.layout, list(encoder.layers)
     for index, layer in enumerate(layers):
         attention = encoder.attention(layer)
-        attention.__class__ = _reduced_class(type(attention), layout, is_layer=False)
-        layer.__class__ = _reduced_class(type(layer), layout, is_layer=True)
+        attention.__class__ = _reduced_class(type(attention), ReducedAttention, layout)
+        layer.__class__ = _reduced_class(type(layer), ReducedLayer, layout)
         layer.role = Role(
             is_last=index == len(layers) - 1,
             num_prefix_tokens=facts.num_prefix_tokens,
@@ -379,3 +410,6 @@ def inject(encoder: Encoder, facts: EncoderFacts, reads_every_patch: bool) -> No
             reads_every_patch=reads_every_patch,
         )
         layer.reducer = build_reducer(facts, index)
+    if encoder.tower.norm is not None and not reads_every_patch:
+        norm = encoder.module.get_submodule(encoder.tower.norm)
+        norm.__class__ = _reduced_class(type(norm), FilledNorm, layout)

@@ -60,7 +60,9 @@ class TokenReduceMixin(_StockModel):
         encoder = encoder_of(self)
         if encoder.module is not self and encoder.config is config:  # a head on the model itself
             encoder.module.__class__ = reduced_model_class(type(encoder.module))
-            _CAN_RECORD_REGISTRY[encoder.module] = encoder.module._can_record_outputs
+            # The key is the class's name in every version; from 5.23 on, the dictionary would make it of the model.
+            recorded = encoder.module._can_record_outputs
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(encoder.module)), recorded)
         if encoder.facts.num_hidden_layers < 1:
             raise ValueError(f"A reduced model needs at least one layer, got {encoder.facts.num_hidden_layers}.")
         inject(encoder, encoder.facts, type(self).__name__.removeprefix(PREFIX) in READ_EVERY_PATCH)
@@ -82,6 +84,11 @@ class TokenReduceMixin(_StockModel):
             like = next(layer.mlp.parameters())
             layer.reducer = build_reducer(encoder.facts, index).to(device=like.device, dtype=like.dtype)
             self._initialize(layer.reducer.train(layer.training))
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """New weights start as in the stock model, whose own rule they follow: custom code would skip some modules."""
+        return False
 
     def initialize_weights(self):
         # Parts of a model initialise themselves, by methods that know linear layers and norms but no reducers.

@@ -191,8 +191,7 @@ def on_grid(state: TokenState) -> Tensor:
     """(B, P + N0, D): every patch gets the row of the token that holds it, so that whatever reads all patches reads
     merged tokens as often as they stand for patches. A dropped patch gets its last state where those are kept, else
     the mean of the others."""
-    untouched = state.size is None and state.mask is None and state.lengths is None
-    if untouched and state.hidden_states.shape[1] == state.num_prefix_tokens + state.num_patches:
+    if _is_untouched(state):
         return state.hidden_states  # a method that removes nothing moves nothing
     hidden_states = _even_rows(state)
     if state.patch_weights is not None:
@@ -202,6 +201,16 @@ def on_grid(state: TokenState) -> Tensor:
         held = torch.where(state.patch_map < 0, -1, state.patch_map + state.num_prefix_tokens)
         patches = _unmerged(hidden_states, held, "mean" if state.last_states is None else state.last_states)
     return torch.cat([hidden_states[:, : state.num_prefix_tokens], patches], dim=1)
+
+
+def dropped_patches(state: TokenState) -> Tensor | None:
+    """(B, N0) bool, the patches that no token holds; None where all are known to be held."""
+    return None if _is_untouched(state) or state.patch_map is None else state.patch_map < 0
+
+
+def _is_untouched(state: TokenState) -> bool:
+    reduced = state.size is not None or state.mask is not None or state.lengths is not None
+    return not reduced and state.hidden_states.shape[1] == state.num_prefix_tokens + state.num_patches
 
 
 def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean") -> Tensor:
@@ -244,11 +253,14 @@ def _unmerged(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor) -> T
     dropped = (patch_map < 0)[..., None]
     if isinstance(fill, Tensor):
         return torch.where(dropped, fill, rows)
-    kept = torch.where(dropped, 0.0, rows)
-    if fill == "zero":
-        return kept
+    return torch.where(dropped, 0.0, rows) if fill == "zero" else fill_by_mean(rows, dropped[..., 0])
+
+
+def fill_by_mean(rows: Tensor, dropped: Tensor) -> Tensor:
+    """Give the dropped ones (B, N) of the rows (B, N, D) the mean of the others of their image."""
+    dropped = dropped[..., None]
     count = (~dropped).sum(dim=1, keepdim=True).clamp(min=1)
-    mean = kept.float().sum(dim=1, keepdim=True) / count
+    mean = torch.where(dropped, 0.0, rows).float().sum(dim=1, keepdim=True) / count
     return torch.where(dropped, mean.to(rows.dtype), rows)
 
 

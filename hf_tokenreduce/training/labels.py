@@ -195,7 +195,7 @@ def embed(model: PreTrainedModel, images: list[Image.Image], image_processor: An
     return encoder_of(model).embed(pixels.to(device=model.device, dtype=model.dtype))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def masked_deltas(
     model: PreTrainedModel, tokens: Tensor, targets: Tensor, groups: Tensor, batch_size: int, mask: str = "remove"
 ) -> tuple[Tensor, Tensor]:

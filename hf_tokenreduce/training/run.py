@@ -290,7 +290,7 @@ class Relabelled:
         return {**batch, "labels": [self.order[label] for label in batch["labels"]]}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate_dense(dense: Any, trainer: TokenReduceTrainer) -> float:
     """Top-1 of the model as it came, before any reduction."""
     plain = (restore(dense) if hasattr(dense.config, "reduction") else dense).to(trainer.args.device).eval()
@@ -303,7 +303,7 @@ def evaluate_dense(dense: Any, trainer: TokenReduceTrainer) -> float:
     return 100 * correct / len(trainer.eval_dataset)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def describe(model: Any, pixels: torch.Tensor, repeats: int = 7, batch_size: int = 32) -> dict[str, Any]:
     """What the model saves: by arithmetic on all images, and by the clock on some, in turns with the dense one."""
     model = model.cpu().eval()

@@ -102,13 +102,14 @@ class TokenReduceTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         reduced = _reduced_model(self.model)
-        if not self.args.token_weight:
+        token_decoder = METHODS[reduced.config.reduction.method].token_decoder if self.args.token_weight else None
+        if token_decoder is None:
             try:
                 return super().train(*args, **kwargs)
             finally:
                 if reduced.config.reduction != self._goal:  # it broke off while the keep rate warmed up
                     reduced.set_reduction(self._goal)
-        reverse = METHODS[reduced.config.reduction.method].token_decoder(reduced)
+        reverse = token_decoder(reduced)
         setattr(reduced, REVERSE, reverse)
         hook = restore_hidden_states(reduced, reverse)
         try:
