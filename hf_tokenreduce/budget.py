@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from .calibration import calibrate, load_images
 from .convert import reduce_tokens
 from .loading import method_setting
-from .methods import METHODS, Method
+from .methods import find_method
 
 
 MOST_IMAGES = 128
@@ -34,7 +34,7 @@ def reduce_to_share(
     elif images is None and (found.prepare is not None or found.at_share is None):
         raise ValueError(
             f"{found.title} is fitted to a share of {share} on images, without labels: pass images=, a folder or "
-            "pixel values, and for a folder image_processor=."
+            "pixel values, and for a folder image_processor= (on the command line --images FOLDER)."
         )
     if share is not None and found.at_share is None:
         pixels = load_images(images, image_processor, MOST_IMAGES).to(model.device)
@@ -47,14 +47,3 @@ def reduce_to_share(
     elif images is not None:
         raise ValueError(f"{found.title} needs no images to keep a share of {share}. Leave images out.")
     return reduced
-
-
-def find_method(method: Any) -> Method:
-    """A method by its name or its configuration class."""
-    name = method if isinstance(method, str) else getattr(method, "method", None)
-    if not isinstance(method, (str, type)) or name not in METHODS:
-        raise ValueError(
-            f"With share= or settings the method is named: one of {', '.join(METHODS)}, or its configuration class. "
-            f"Got {method!r}."
-        )
-    return METHODS[name]

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .convert import stock_name
-from .methods import METHODS
+from .methods import find_method
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, PREFIX, TYPE_PREFIX, facts_of, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
@@ -225,9 +225,7 @@ def method_setting(
     Returns:
         `ReductionConfig`.
     """
-    if name not in METHODS:
-        raise ValueError(f"There is no method {name!r}. The methods are: {', '.join(METHODS)}.")
-    method, settings = METHODS[name], dict(settings or {})
+    method, settings = find_method(name), dict(settings or {})
     known = [field.name for field in fields(method.config_class)]
     unknown = sorted(set(settings) - set(known))
     if unknown:

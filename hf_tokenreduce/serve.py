@@ -3,6 +3,7 @@
 `serve("folder")` opens it on this computer alone. What the page shows is computed by `Comparison`, without a page.
 """
 
+import json
 import os
 import statistics
 import time
@@ -30,8 +31,6 @@ from .visualization.drawing import draw_layer, resized_to_cells
 
 
 PUBLISHED = "as published"
-# What runs on a checkpoint as it is.
-UNTRAINED = {method.title: method for method in METHODS.values() if method.needs == "nothing"}
 MAX_PIXELS = 50_000_000
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 REPEATS = 5
@@ -73,40 +72,40 @@ class Comparison:
     """A checkpoint beside its dense self, by the setting it was published with or by one that needs no training.
 
     model: a ViT or DeiT classifier of transformers, or a reduced one. All models share its weights.
+    untrained: the methods that run on it as it is, by their titles.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, *, repeats: int = REPEATS, keep: int = 8):
         self.processor, self.repeats = processor, repeats
-        unreduced = reduce_tokens(model, None).eval()
-        self.dense = restore(unreduced)
+        self.untrained = {method.title: method for method in METHODS.values() if method.needs == "nothing"}
+        self.unreduced = reduce_tokens(model, None).eval()
+        self.dense = restore(self.unreduced)
         self.published = model.eval() if getattr(model.config, "reduction", None) is not None else None
         # A reduced model is a few Python objects around the same weights: some are kept, the oldest goes.
         self._reduced = lru_cache(maxsize=keep)(self._reduce)
 
     def methods(self) -> list[str]:
-        return [PUBLISHED, *UNTRAINED] if self.published is not None else list(UNTRAINED)
+        return [PUBLISHED, *self.untrained] if self.published is not None else list(self.untrained)
 
-    def has_budget(self, method: str) -> bool:
-        """Whether a budget can be set without images to fit it on."""
-        return method in UNTRAINED and UNTRAINED[method].at_share is not None
-
-    def setting(self, method: str, budget: float) -> ReductionConfig:
-        """The mildest setting of a method that keeps at most `budget` of the multiply-adds."""
-        if method not in UNTRAINED:
+    def setting(self, method: str, budget: float, pixels: Tensor) -> ReductionConfig:
+        """The mildest setting of a method that keeps at most `budget` of the multiply-adds of an image."""
+        if method not in self.untrained:
             raise ValueError(f"There is no method {method!r} for this checkpoint. Pick one of {self.methods()}.")
-        facts, chosen = facts_of(self.dense.config), UNTRAINED[method]
+        chosen = self.untrained[method]
         if chosen.at_share is not None:
-            return chosen.at_share(facts, budget)
-        return next(iter(chosen.untrained(facts, [budget]))) if chosen.untrained else chosen.config_class()
+            return chosen.at_share(facts_of(self.dense.config), budget)
+        if chosen.fit_share is not None:
+            return chosen.fit_share(self.unreduced, pixels, budget)
+        return chosen.config_class()
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, method: str, budget: float = 0.65, *, size: int = 384) -> Answer:
-        """budget: the share of the multiply-adds to keep, of methods that have one. size: of the pictures, about."""
+        """budget: the share of the multiply-adds to keep. size: of the pictures, about."""
+        pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"].to(self.dense.device)
         if method == PUBLISHED and self.published is not None:
             reduced = self.published
         else:
-            reduced = self._reduced(method, round(budget, 3) if self.has_budget(method) else 1.0)
-        pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"].to(self.dense.device)
+            reduced = self._reduced(json.dumps(self.setting(method, round(budget, 3), pixels).to_dict()))
         maps = token_maps(reduced, pixels)
         times = self._milliseconds([self.dense, reduced], pixels)
         counts = torch.full_like(maps.counts, maps.num_tokens)
@@ -125,8 +124,8 @@ class Comparison:
             token_map=draw_layer(seen, maps, 0, maps.counts.shape[1] - 1),
         )
 
-    def _reduce(self, method: str, budget: float) -> PreTrainedModel:
-        return reduce_tokens(self.dense, self.setting(method, budget))
+    def _reduce(self, setting: str) -> PreTrainedModel:
+        return reduce_tokens(self.dense, json.loads(setting))
 
     def _side(
         self, logits: Any, counts: Tensor, num_tokens: int, reduction: ReductionConfig | None, milliseconds: float
@@ -242,7 +241,7 @@ def build_app(
                     value=0.65,
                     step=0.05,
                     label="Share of the multiply-adds to keep",
-                    interactive=comparison.has_budget(methods[0]),
+                    interactive=methods[0] != PUBLISHED,
                 )
             with gr.Column(scale=5, min_width=320):
                 with gr.Row():
@@ -257,7 +256,7 @@ def build_app(
                     reduced = gr.Label(label="Reduced", num_top_classes=TOP)
                 costs = gr.HTML()
         method.change(
-            lambda chosen: gr.update(interactive=comparison.has_budget(chosen)),
+            lambda chosen: gr.update(interactive=chosen != PUBLISHED),
             method,
             budget,
             queue=False,

@@ -106,7 +106,7 @@ def test_compare(call, place):
     named = answer(call, *arguments, "-r", "tome", "--share", 0.7, "--json")
     assert [row["method"] for row in named] == [None, "tome"] and 0.6 < named[1]["mult_adds_ratio"] <= 0.7
     code, _, errors = call(*arguments, "-r", '{"r": 4}')
-    assert code == 2 and "JSON with it" in errors
+    assert code == 2 and "Unknown reduction method None. The methods are: " in errors
     code, _, errors = call(*arguments, "-r", "dlvit")
     assert code == 2 and "dlvit has no untrained setting" in errors
     code, printed, _ = call(*arguments, "--share", 0.6, "--limit", 12)

@@ -82,9 +82,7 @@ UNFIT = [
     ({"r": 8}, "None.*ats, bat, dlvit, evit, ltmp, sit, tome, topk"),
     ({"method": "tome", "rr": 8}, "'rr'.*r, prop_attn"),
     ({"method": "evit", "keep_rate": 2}, "2"),
-    ("tome", "'tome'"),
     (8, "8"),
-    (ToMeConfig, "ToMeConfig"),
 ]
 
 
@@ -109,6 +107,19 @@ def test_what_does_not_fit_is_refused_wherever_it_is_given(reduction, message):
         with pytest.raises(ValueError, match=message):
             attempt()
     assert torch.equal(reduced(tiny_images()).logits, expected)
+
+
+@pytest.mark.parametrize("reduction", ["tome", ToMeConfig])
+def test_a_configuration_holds_a_setting_not_a_methods_name(reduction):
+    reduced = reduce_tokens(tiny_model(), ToMeConfig(r=2))
+    for attempt in (
+        lambda: TokenReduceViTConfig(**SIZES, reduction=reduction),
+        lambda: setattr(reduced.config, "reduction", reduction),
+        lambda: reduced.set_reduction(reduction),
+    ):
+        with pytest.raises(ValueError, match=r"'tome'|ToMeConfig"):
+            attempt()
+    assert reduced.config.reduction == ToMeConfig(r=2)
 
 
 def test_depth_changed_after_the_reduction_was_set():

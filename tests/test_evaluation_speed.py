@@ -14,7 +14,7 @@ from hf_tokenreduce.evaluation.breakdown import PARTS, breakdown
 from hf_tokenreduce.evaluation.memory import peak_memory
 from hf_tokenreduce.evaluation.oracle import SliceOracle
 from hf_tokenreduce.evaluation.speed import _ratio
-from hf_tokenreduce.modeling import merging, tokens
+from hf_tokenreduce.modeling import tokens, tome
 
 
 QUICK = {"breakdown": False, "memory": False, "progress": False, "warmup": 1}
@@ -140,7 +140,7 @@ def test_time_planted_in_a_part_shows_there(monkeypatch, planted):
     model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
     layer = model.base_model.layers[0]
     spots = {
-        "scoring": (merging, "match_most_similar"),
+        "scoring": (tome, "match_most_similar"),
         "moving": (tokens, "move"),  # which apply_map calls
         "linear": (layer.attention.k_proj, "forward"),
         "attention": (nn.functional, "scaled_dot_product_attention"),
@@ -166,13 +166,13 @@ def test_time_planted_in_a_part_shows_there(monkeypatch, planted):
 def test_a_breakdown_leaves_no_trace(method):
     model = reduce_tiny(tiny_model(), METHODS[method][0])
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    functions = {name: getattr(merging, name) for name in ("apply_map", "move")}
+    functions = {name: getattr(tokens, name) for name in ("apply_map", "move")}
     with torch.no_grad():
         expected = model(tiny_images(2)).logits
         shares = breakdown(model, tiny_images(2), repeats=1)
         assert torch.equal(model(tiny_images(2)).logits, expected)
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
-    assert functions == {name: getattr(merging, name) for name in functions}
+    assert functions == {name: getattr(tokens, name) for name in functions}
     assert shares["moving"] > 0 and shares["scoring"] > 0
     dense = breakdown(restore(model), tiny_images(2), repeats=1)
     assert dense["moving"] == dense["scoring"] == 0

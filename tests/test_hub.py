@@ -177,7 +177,7 @@ def test_the_folder_holds_what_it_needs_and_nothing_else(tmp_path):
         "hooks",
         "layers",
     }
-    modeling |= {"modeling_tokenreduce", "multiply_adds", "tokens", "methods"}
+    modeling |= {"modeling_tokenreduce", "multiply_adds", "tokens", "methods", "extra_methods"}
     modeling |= {"ats", "bat", "dlvit", "evit", "ltmp", "sit", "tome", "topk"}
     assert {f.name for f in folder.iterdir()} == {f"{name}.py" for name in modeling} | {
         "config.json",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from transformers.utils import logging
 
 from ..calibration import calibrate
 from ..convert import reduce_tokens
-from ..methods import DENSE, METHODS, Method
+from ..methods import DENSE, METHODS, Method, find_method
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, facts_of
 from ..modeling.methods import parse_reduction
+from ..modeling.multiply_adds import check_share
 from ..tasks import task_of_model
 from .accuracy import evaluate_model
 from .comparison import Comparison, write_comparison
@@ -44,8 +46,9 @@ def compare(
     model: PreTrainedModel | ZeroShotClassifier,
     dataset: Dataset,
     processor: Any,
-    reductions: Sequence[ReductionConfig | dict[str, Any] | None] | None = None,
+    reductions: Sequence[ReductionConfig | dict[str, Any] | str | None] | None = None,
     *,
+    shares: Sequence[float] = (0.8, 0.65, 0.5),
     output_dir: str | Path,
     bank: Dataset | None = None,
     batch_size: int = 32,
@@ -66,9 +69,10 @@ def compare(
         classifier, or a model of images and texts as it is, features are compared: `evaluate_features`. A reduction
         that it has already is measured with what it has learned.
     dataset: with labels; features are compared without them too.
-    reductions: None: `default_reductions`. Those that learn from images are calibrated without labels on
-        `calibration_images` images, evenly spread over `calibration_dataset` or else over `dataset`; LTMP to its
-        `target`. What cannot run yet, such as DL-ViT without a trained filter, is left out, and says why.
+    reductions: settings, and names of methods, which run at each of the `shares` of the multiply-adds. None: every
+        method that runs untrained, as by `default_reductions`. Those that learn from images are calibrated without
+        labels on `calibration_images` images, evenly spread over `calibration_dataset` or else over `dataset`; LTMP to
+        its `target`. What cannot run yet, such as DL-ViT without a trained filter, is left out, and says why.
     bank: where features are compared, labelled images whose neighbours vote, such as those for training. None: those
         of `dataset`, each without itself.
     speed: also time each setting in turn with the dense model, on images of the data set, `speed_batch_size` (None:
@@ -83,7 +87,11 @@ def compare(
     config = model.config
     dense = _reduced(model, None)
     facts = facts_for(model, dataset, processor, image_column)
-    reductions = default_reductions(facts) if reductions is None else reductions
+    source = dataset if calibration_dataset is None else calibration_dataset
+    if reductions is None or any(isinstance(reduction, str) for reduction in reductions):
+        pixels = sample_pixels(source, processor, image_column, calibration_images)
+        usual = default_reductions(facts, shares, model=inside(dense), pixel_values=pixels, names=reductions)
+        reductions = usual if reductions is None else _with_usual(reductions, usual, shares)
     wanted: list[ReductionConfig | None] = [None]
     for reduction in map(parse_reduction, reductions):
         if reduction is not None:
@@ -97,7 +105,6 @@ def compare(
     }  # fmt: skip
     folder = Path(output_dir)
     (folder / "settings").mkdir(parents=True, exist_ok=True)
-    source = dataset if calibration_dataset is None else calibration_dataset
     settings = {
         "model": digest_of_model(dense),
         "data": _digest(dataset, image_column, label_column),
@@ -182,14 +189,22 @@ def facts_for(
 
 
 def default_reductions(
-    config: PreTrainedConfig | EncoderFacts, shares: Sequence[float] = (0.8, 0.65, 0.5)
+    config: PreTrainedConfig | EncoderFacts,
+    shares: Sequence[float] = (0.8, 0.65, 0.5),
+    *,
+    model: PreTrainedModel | None = None,
+    pixel_values: Tensor | None = None,
+    names: Sequence[Any] | None = None,
 ) -> list[ReductionConfig]:
     """Settings of every method that runs untrained, to be tried on a checkpoint.
 
     Args:
         config: Of the model, or the facts of its encoder.
-        shares: The shares of the multiply-adds that settings are to keep. Methods whose cost depends on the images
-            have settings of their own instead: ATS samples from all tokens, from half and from a quarter of them.
+        shares: The shares of the multiply-adds that settings are to keep.
+        model, pixel_values: The model and images, on which methods are fitted to the shares whose cost depends on the
+            images. Without them such methods have settings of their own: ATS samples from all tokens, from half and
+            from a quarter of them.
+        names: The methods to take. None: all.
 
     Returns:
         `list`: The settings. Those that cannot keep so little, or cannot run in this encoder, are left out, and the
@@ -199,20 +214,45 @@ def default_reductions(
         >>> settings = default_reductions(model.config, [0.8, 0.5])
     """
     facts = facts_of(config)
+    for share in shares:
+        check_share(share)
     found: list[ReductionConfig] = []
-    for method in METHODS.values():
-        if method.untrained is not None:
+    for name, method in METHODS.items():
+        if names is not None and name not in names:
+            continue
+        at_share: Any = method.at_share and partial(method.at_share, facts)
+        if method.fit_share is not None and model is not None:
+            at_share = partial(method.fit_share, reduce_tokens(model, None), pixel_values)
+        elif method.untrained is not None:
             found += [setting for setting in method.untrained(facts, shares) if _fits(setting, facts)]
             continue
-        if method.at_share is None:
-            continue
-        for share in shares:
+        for share in shares if at_share is not None else ():
             try:
-                setting = method.at_share(facts, share)
+                setting = at_share(share)
             except ValueError as error:
                 logger.warning(f"{method.title} at {share} is left out: {error}")
             else:
-                found += [setting] if _fits(setting, facts) else []
+                found += [setting] if setting not in found and _fits(setting, facts) else []
+    return found
+
+
+def _with_usual(
+    reductions: Sequence[Any], usual: list[ReductionConfig], shares: Sequence[float]
+) -> list[ReductionConfig | dict[str, Any] | None]:
+    """The settings with those of a method in the place of its name."""
+    found: list[Any] = []
+    for reduction in reductions:
+        if not isinstance(reduction, str):
+            found.append(reduction)
+            continue
+        method = find_method(reduction)
+        named = [setting for setting in usual if setting.method == reduction]
+        if not named:
+            raise ValueError(
+                f"{reduction} has no untrained setting for the shares {list(shares)}. Give a setting instead, such as "
+                f"{method.config_class.__name__}(...)."
+            )
+        found += named
     return found
 
 

@@ -1,6 +1,8 @@
 """The methods, described: what every room of this package reads. A method that is not listed here is added by
 `register_method`."""
 
+from typing import Any
+
 from ..modeling.configuration_base import ReductionConfig
 from .ats import ATS
 from .bat import BAT
@@ -20,4 +22,16 @@ METHODS: dict[str, Method] = {method.name: method for method in (TOME, EVIT, TOP
 # What a model does that reduces nothing.
 DENSE = Method(ReductionConfig, "dense", "none", "Nothing is reduced: every token goes through every layer.")
 
-__all__ = ["DENSE", "METHODS", "Method", "register_method", "spread_layers"]
+
+def find_method(name: Any) -> Method:
+    """Find a method by its name or its configuration class; what is neither raises a ValueError that lists them."""
+    found = name if isinstance(name, str) else getattr(name, "method", None)
+    if not isinstance(name, (str, type)) or found not in METHODS:
+        raise ValueError(
+            f"There is no method {name!r}. The methods are: {', '.join(METHODS)}. A configuration class, such as "
+            "ToMeConfig, names one too."
+        )
+    return METHODS[found]
+
+
+__all__ = ["DENSE", "METHODS", "Method", "find_method", "register_method", "spread_layers"]

@@ -12,6 +12,7 @@ from ..convert import reduce_tokens
 from ..modeling.ats import ATSConfig
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, facts_of
+from ..modeling.multiply_adds import check_share
 from .fitting import share_on
 from .method import Method
 
@@ -33,8 +34,7 @@ def fit_share(model: PreTrainedModel, pixels: Tensor, share: float, **settings: 
     """The largest `num_tokens` with which the images keep at most `share` of the multiply-adds."""
     facts = facts_of(model.config)
     settings = {"layers": usual_layers(facts), **settings}
-    if not 0 < share <= 1:
-        raise ValueError(f"share is that of the multiply-adds to keep, above 0 and at most 1, got {share!r}.")
+    check_share(share)
 
     def kept(count: int) -> float:
         return share_on(reduce_tokens(model, ATSConfig(num_tokens=count, **settings)), pixels)

@@ -23,12 +23,38 @@ def methods_table() -> str:
     return "\n".join([*HEADER, *map(_row, METHODS.values())])
 
 
+def methods_rows() -> list[dict[str, str]]:
+    """Say shortly of every method what a user chooses by.
+
+    Returns:
+        `list` of `dict`: Name, title, what it does, whether images keep different numbers of tokens, what it needs.
+
+    Example:
+        >>> [row["name"] for row in methods_rows()]
+    """
+    return [
+        {
+            "name": method.name,
+            "method": method.title,
+            "what it does with tokens": method.family,
+            "tokens per image": _tokens(method),
+            "to keep a share it needs": _needs(method),
+        }
+        for method in METHODS.values()
+    ]
+
+
+def _tokens(method: Method) -> str:
+    return "as many as it needs" if method.is_adaptive(method.config_class()) else "the same for all"
+
+
+def _needs(method: Method) -> str:
+    return "unlabelled images" if method.at_share is None else NEEDS[method.needs]
+
+
 def _row(method: Method) -> str:
     paper = "" if method.arxiv is None else f", after [{method.arxiv}](https://arxiv.org/abs/{method.arxiv})"
-    adaptive = method.is_adaptive(method.config_class())
-    images = "as many as it needs" if adaptive else "the same for all"
-    needs = "unlabelled images" if method.at_share is None else NEEDS[method.needs]
     return (
-        f"| {method.title}: `{method.config_class.__name__}` | {method.family}{paper} | {images} | {needs} | "
-        f"{method.ours} |"
+        f"| {method.title}: `{method.config_class.__name__}` | {method.family}{paper} | {_tokens(method)} | "
+        f"{_needs(method)} | {method.ours} |"
     )

@@ -63,10 +63,15 @@ def even_share(reduction: Any, config: PreTrainedConfig | EncoderFacts) -> float
     return (reduced / multiply_adds(facts, counts[1:], facts.num_tokens)).item()
 
 
-def largest_within(share: float, most: int, share_at: Callable[[int], float]) -> int:
-    """The largest of 0, ..., most whose share, which grows with it, is at most `share`."""
+def check_share(share: float) -> None:
+    """Raise a ValueError unless it is a share of multiply-adds that can be kept."""
     if not 0 < share <= 1:
         raise ValueError(f"share is that of the multiply-adds to keep, above 0 and at most 1, got {share!r}.")
+
+
+def largest_within(share: float, most: int, share_at: Callable[[int], float]) -> int:
+    """The largest of 0, ..., most whose share, which grows with it, is at most `share`."""
+    check_share(share)
     if share_at(most) <= share:
         return most
     least = share_at(0)

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..convert import reduce_tokens, stock_name
+from ..methods import METHODS
 from ..modeling.encoders import MODELS, encoder_of, facts_of
 from ..modeling.hooks import Reducer
 from ..modeling.tokens import TokenMap, TokenState, apply_map
@@ -288,7 +289,7 @@ def _check_choices(threshold, keep_share, labeller, mask, batch_size, max_sample
 def _unreduced(model: PreTrainedModel) -> PreTrainedModel:
     """A classifier with the weights of `model` that sees all patches."""
     reduction = getattr(model.config, "reduction", None)
-    if reduction is not None and (reduction.method != "dlvit" or reduction.trained):
+    if reduction is not None and METHODS[reduction.method].why_not(reduction) is None:
         raise ValueError(
             "Labels are made by a model that sees all patches, and this one drops some: it is reduced by "
             f"{reduction}. Pass hf_tokenreduce.restore(model), or the checkpoint it was made of."
