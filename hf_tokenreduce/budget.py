@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .calibration import calibrate, load_images
+from .calibration import calibrate, load_pixel_values
 from .convert import reduce_tokens
 from .loading import method_setting
 from .methods import find_method
@@ -37,7 +37,7 @@ def reduce_to_share(
             "pixel values, and for a folder image_processor= (on the command line --images FOLDER)."
         )
     if share is not None and found.at_share is None:
-        pixels = load_images(images, image_processor, MOST_IMAGES).to(model.device)
+        pixels = load_pixel_values(images, image_processor, MOST_IMAGES).to(model.device)
         setting = found.fit_share(reduce_tokens(model, None), pixels, share, **settings)  # type: ignore[misc]
         return reduce_tokens(model, setting)
     setting = method_setting(model.config, found.name, share, settings)

@@ -56,7 +56,7 @@ def calibrate(
         raise ValueError(f"{method.title} takes no {', '.join(unknown)} for calibration, only {', '.join(known)}.")
     if isinstance(images, Tensor):
         check_inputs(model, images)
-    pixels = load_images(images, image_processor, max_images).to(model.device)
+    pixels = load_pixel_values(images, image_processor, max_images).to(model.device)
     with evaluating(model):
         return method.prepare(model, pixels, target, **options)
 
@@ -70,7 +70,7 @@ def check_inputs(model: PreTrainedModel, inputs: Tensor) -> None:
         raise ValueError(f"images must be {names} with n above 0, got {tuple(inputs.shape)}.")
 
 
-def load_images(images: Tensor | str | Path, image_processor: Any, max_images: int) -> Tensor:
+def load_pixel_values(images: Tensor | str | Path, image_processor: Any, max_images: int) -> Tensor:
     """Pixel values (n, C, H, W) as they are, or of the images in a folder; at most `max_images`, evenly spread."""
     if max_images < 1:
         raise ValueError(f"max_images must be at least 1, got {max_images}.")

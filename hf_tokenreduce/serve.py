@@ -1,15 +1,14 @@
 """A page to try a checkpoint on: drop an image, pick a method and a budget, and see it beside the dense model.
 
-`serve("folder")` opens it on this computer alone. What the page shows is computed by `Comparison`, without a page.
+`serve("folder")` opens it on this computer alone. What the page shows is computed by `SideBySide`, without a page.
 """
 
 import json
 import os
 import statistics
-import time
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from .methods import METHODS
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import encoder_of, facts_of
 from .modeling.multiply_adds import multiply_adds
+from .timing import in_turns
 from .visualization import seen_images, token_maps
 from .visualization.drawing import draw_layer, resized_to_cells
 
@@ -68,7 +68,7 @@ class Answer(NamedTuple):
     token_map: Image.Image
 
 
-class Comparison:
+class SideBySide:
     """A checkpoint beside its dense self, by the setting it was published with or by one that needs no training.
 
     model: a ViT or DeiT classifier of transformers, or a reduced one. All models share its weights.
@@ -134,17 +134,9 @@ class Comparison:
         return Side(self._predictions(logits[0]), counts[0].tolist(), cost, milliseconds)
 
     def _milliseconds(self, models: Sequence[PreTrainedModel], pixels: Tensor) -> list[float]:
-        """Each model's median; they take turns, so that what slows the machine for a while slows all of them."""
-        seconds: list[list[float]] = [[] for _ in models]
-        for repeat in range(self.repeats + 1):
-            for taken, model in zip(seconds, models, strict=True):
-                start = time.perf_counter()
-                model(pixels)
-                if pixels.is_cuda:
-                    torch.cuda.synchronize(pixels.device)
-                if repeat:  # the first is a warm-up
-                    taken.append(time.perf_counter() - start)
-        return [1000 * statistics.median(taken) for taken in seconds]
+        """Return each model's median."""
+        calls = [partial(model, pixels) for model in models]
+        return [1000 * statistics.median(taken) for taken in in_turns(calls, self.repeats, pixels.device)]
 
     def _predictions(self, logits: Tensor) -> list[tuple[str, float]]:
         labels = self.dense.config.id2label
@@ -158,12 +150,12 @@ class Comparison:
         return list(zip(unique, best.values.tolist(), strict=True))
 
 
-def load_comparison(
+def load_side_by_side(
     folder_or_id: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Comparison:
+) -> SideBySide:
     """Of a folder or a Hub id. What this package saved loads without `trust_remote_code`: its classes are here."""
     model, processor = load_model(str(folder_or_id), revision, trust_remote_code)
-    return Comparison(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
+    return SideBySide(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
 
 
 def read_image(file: str | Path, *, max_upload_mb: float = 10) -> Image.Image:
@@ -195,7 +187,7 @@ def build_app(
 ) -> Any:
     """The page as a `gradio.Blocks`, not yet launched."""
     gr = _gradio()
-    comparison = load_comparison(folder_or_id, revision=revision, trust_remote_code=trust_remote_code)
+    comparison = load_side_by_side(folder_or_id, revision=revision, trust_remote_code=trust_remote_code)
     methods = comparison.methods()
     name = Path(folder_or_id).name if Path(folder_or_id).is_dir() else str(folder_or_id)
 

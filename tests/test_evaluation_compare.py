@@ -127,9 +127,9 @@ def test_a_killed_comparison_goes_on(monkeypatch, tmp_path, photos, processor):
     evaluated.clear()
     again = compare(model, photos, processor, [*settings, ToMeConfig(r=6)], **options)
     assert evaluated == [None, "tome"] and again.rows[:-1] == found.rows
-    with pytest.raises(ValueError, match="holds results of something else: of another data"):
+    with pytest.raises(ValueError, match="made with other settings: data was"):
         compare(model, photos.select(range(9)), processor, settings, **options)
-    with pytest.raises(ValueError, match="holds results of something else: of another speed"):
+    with pytest.raises(ValueError, match="made with other settings: speed was"):
         compare(model, photos, processor, settings, **{**options, "speed": True})
 
 

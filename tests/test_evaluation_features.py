@@ -265,7 +265,7 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(tmp_path, photos, processor
         assert torch.equal(report.per_image["pooled"], whole.per_image["pooled"])
         assert report.pooled_cosine == whole.pooled_cosine and report.knn == whole.knn
     assert json.loads((tmp_path / "out" / "report.json").read_text())["pooled_cosine"] == whole.pooled_cosine
-    with pytest.raises(ValueError, match="holds results of something else: of another data"):
+    with pytest.raises(ValueError, match="made with other settings: data was"):
         evaluate_features(model, photos.select(range(9)), processor, output_dir=tmp_path / "out", **QUICK)
 
 
@@ -319,9 +319,9 @@ def test_a_killed_comparison_goes_on(monkeypatch, tmp_path, photos, processor):
     measured.clear()
     found = compare(model, photos, processor, settings, **options)
     assert measured == [None, "evit"] and [row["method"] for row in found.rows] == [None, "tome", "evit"]
-    with pytest.raises(ValueError, match="holds results of something else: of another bank"):
+    with pytest.raises(ValueError, match="made with other settings: bank was"):
         compare(model, photos, processor, settings, **{**options, "bank": photos.select(range(9))})
-    with pytest.raises(ValueError, match="holds results of something else: of another bank"):
+    with pytest.raises(ValueError, match="made with other settings: bank was"):
         compare(model, photos, processor, settings, **{**options, "bank": None})
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, ViTIm
 from ..calibration import calibrate
 from ..convert import reduce_tokens
 from ..evaluation import benchmark, evaluate_model, pareto_plot
-from ..evaluation.resume import write_whole
+from ..files import write_whole
 from ..hub import write_card
 from ..loading import no_progress_bars, spread
 from ..methods import METHODS, Method

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..calibration import calibrate
 from ..convert import reduce_tokens
+from ..files import refuse_other_settings, whole, write_whole
 from ..methods import DENSE, METHODS, Method, find_method
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, facts_of
@@ -32,8 +33,6 @@ from .resume import (
     digest_of_data,
     digest_of_model,
     read_lines,
-    refuse_other_settings,
-    write_whole,
 )
 from .speed import benchmark, device_name
 from .zero_shot import ZeroShotClassifier, converted, inside
@@ -111,11 +110,11 @@ def compare(
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
         "calibration": [calibration_images, calibration_dataset and digest_of_data(source, image_column, [])],
         "speed": _conditions(inside(dense), speed_batch_size, repeats) if speed else None,
-        **({} if bank is None else {"bank": _digest(bank, image_column, label_column)}),
+        "bank": bank and _digest(bank, image_column, label_column),
     }
     if not (folder / "settings.json").is_file():
         write_whole(folder / "settings.json", json.dumps(settings, indent=1))
-    refuse_other_settings(folder / "settings.json", settings)
+    refuse_other_settings(folder, json.loads((folder / "settings.json").read_text()), settings)
 
     images = None
     if speed:
@@ -340,9 +339,8 @@ def _calibrate_once(
         calibrate(model, pixels, getattr(model.config.reduction, "target", None), max_images=most)
     except ValueError as error:
         return str(error)
-    part = file.with_suffix(".part")
-    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, part)
-    part.replace(file)
+    with whole(file) as unfinished:
+        save_file({name: p.detach().contiguous() for name, p in parameters.items()}, unfinished)
     return None
 
 

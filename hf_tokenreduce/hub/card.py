@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..files import write_whole
 from ..methods import DENSE, METHODS, Method
 from ..modeling.encoders import facts_of
 from ..modeling.methods import parse_reduction
@@ -93,7 +94,7 @@ def model_card(
 def write_card(folder: str | Path, **options: Any) -> Path:
     """Write `model_card(folder, ...)` to README.md of the folder."""
     path = Path(folder) / "README.md"
-    _write(path, model_card(folder, **options))
+    write_whole(path, model_card(folder, **options))
     return path
 
 
@@ -111,9 +112,9 @@ def write_cards(records_dir: str | Path, output_dir: str | Path, **options: Any)
     written = []
     for file in files:
         written.append(output_dir / f"{file.stem}.md")
-        _write(written[-1], model_card(None, record=file, previous=_read(written[-1]), **options))
+        write_whole(written[-1], model_card(None, record=file, previous=_read(written[-1]), **options))
     index = output_dir / "README.md"
-    _write(index, merge_body(_read(index), _index(records)))
+    write_whole(index, merge_body(_read(index), _index(records)))
     return [*written, index]
 
 
@@ -390,11 +391,3 @@ def _read(path: Path) -> str:
         return ""
     with path.open(encoding="utf-8-sig", newline="") as file:
         return file.read()
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a card is never left half written."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    part.replace(path)

@@ -1,9 +1,9 @@
 """The record of a run, as the training script writes it: checked, and put into words and numbers for a card."""
 
-import math
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.accuracy import wilson_interval
 from ..modeling.methods import METHOD_CLASSES, parse_reduction
 from .contents import read_json, short
 
@@ -64,13 +64,6 @@ def read_record(record: Record | str | Path) -> Record:
     return record
 
 
-def wilson(share: float, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval, by Wilson, of a share that was found in `total` independent trials."""
-    center = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, center - half), min(1.0, center + half)
-
-
 def accuracy(record: Record, key: str = "top1") -> str | None:
     """In per cent, with its interval if the number of images is known."""
     value, total = record.get(key), record.get("eval_images")
@@ -78,8 +71,8 @@ def accuracy(record: Record, key: str = "top1") -> str | None:
         return None
     if total is None:
         return f"{value:.1f} %"
-    low, high = wilson(value / 100, total)
-    return f"{value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    low, high = wilson_interval(value / 100 * total, total)
+    return f"{value:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def drop(record: Record) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..modeling.encoders import encoder_of
-from ..modeling.multiply_adds import multiply_adds
+from ..modeling.multiply_adds import shares_kept
 from ..modes import evaluating
 from ..tasks import image_side
 
@@ -18,13 +18,10 @@ from ..tasks import image_side
 def share_on(model: PreTrainedModel, pixels: Tensor, batch_size: int = 64) -> float:
     """The share of its encoder's multiply-adds that a reduced model keeps on images, on average."""
     encoder = encoder_of(model)
-    facts = encoder.facts
     with evaluating(model):
         num_tokens = encoder.embed(pixels[:1]).shape[1]  # images may be of another size than the model's own
         counts = torch.cat([image_side(model)(part).token_counts.cpu() for part in pixels.split(batch_size)])
-    dense = torch.full((1, facts.num_hidden_layers), num_tokens)
-    kept = multiply_adds(facts, counts, num_tokens, facts.reduction).mean()
-    return (kept / multiply_adds(facts, dense, num_tokens)).item()
+    return shares_kept(encoder.facts, counts, num_tokens, encoder.facts.reduction).mean().item()
 
 
 @contextmanager

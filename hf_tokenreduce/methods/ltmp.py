@@ -10,7 +10,7 @@ from transformers.utils import logging
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, encoder_of
 from ..modeling.ltmp import LTMPConfig, decide_by_thresholds
-from ..modeling.multiply_adds import multiply_adds
+from ..modeling.multiply_adds import shares_kept
 from ..modeling.tokens import TokenState
 from ..tasks import image_side
 from .fitting import before_acting
@@ -45,7 +45,6 @@ def fit_thresholds(
     num_tokens = encoder.embed(pixels).shape[1]  # these images may be of another size than the model's own
     given = [(threshold, threshold.clone()) for reducer in reducers for threshold in reducer.parameters()]
     merge_share = merge_share if settings.merge and settings.prune else float(settings.merge)
-    total = multiply_adds(model.config, torch.full((1, len(reducers)), num_tokens), num_tokens)
 
     def share_when_removing(tokens: float) -> float:
         def fit(reducer: Any, view: Any, state: TokenState) -> None:
@@ -53,7 +52,7 @@ def fit_thresholds(
 
         with before_acting(reducers, "after_attention", fit):
             counts = image_side(model)(pixels).token_counts.cpu()
-        return (multiply_adds(model.config, counts, num_tokens, settings).mean() / total).item()
+        return shares_kept(model.config, counts, num_tokens, settings).mean().item()
 
     try:
         least = share_when_removing(num_tokens)

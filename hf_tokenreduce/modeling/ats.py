@@ -93,7 +93,7 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
     scores = scores.nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max / 1e6)
     order = scores.masked_fill(~valid, torch.inf).argsort(dim=1, stable=True)  # padding last
     counts = valid.sum(dim=1, keepdim=True)
-    real = _places(scores) < counts
+    real = _all_places(scores) < counts
     tiny = torch.finfo(torch.float32).tiny
     scores = scores / scores.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True).clamp(min=tiny)
     sums = scores.gather(1, order).masked_fill(~real, 0.0).cumsum(dim=1)
@@ -139,5 +139,5 @@ class ATSReducer(Reducer):
         return sample_inverse(scores, state.valid(), budget, max_kept)
 
 
-def _places(like: Tensor) -> Tensor:
+def _all_places(like: Tensor) -> Tensor:
     return torch.arange(like.shape[1], device=like.device).expand_as(like)

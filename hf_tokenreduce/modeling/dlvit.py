@@ -126,13 +126,13 @@ def keep_above(scores: Tensor, threshold: float, max_kept: int | None = None, mi
         kept |= ranks(scores) < min_kept
     if max_kept is not None:
         kept &= ranks(scores) < max_kept
-    return TokenMap(_places(kept), tuple(kept.sum(dim=1).tolist()))
+    return TokenMap(_new_places(kept), tuple(kept.sum(dim=1).tolist()))
 
 
 @torch.no_grad()
 def keep_highest(scores: Tensor, count: int) -> TokenMap:
     """Keep the `count` tokens of highest score (B, N), the earlier of equals, in the order they have."""
-    return TokenMap(_places(ranks(scores) < count), count)
+    return TokenMap(_new_places(ranks(scores) < count), count)
 
 
 class DLViTReducer(Reducer):
@@ -185,5 +185,5 @@ def _logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def _places(kept: Tensor) -> Tensor:
+def _new_places(kept: Tensor) -> Tensor:
     return torch.where(kept, kept.cumsum(dim=1) - 1, -1)

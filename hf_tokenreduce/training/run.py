@@ -26,7 +26,8 @@ from ..convert import reduce_tokens, restore
 from ..loading import folder_split, method_setting, parse_settings, spread
 from ..methods import METHODS
 from ..modeling.encoders import encoder_of, facts_of
-from ..modeling.multiply_adds import multiply_adds
+from ..modeling.multiply_adds import shares_kept
+from ..timing import in_turns
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
 from .recipes import AUGMENTATION, recipe
@@ -310,22 +311,14 @@ def describe(model: Any, pixels: torch.Tensor, repeats: int = 7, batch_size: int
     plain = restore(model).eval()
     counts = torch.cat([model(part).token_counts for part in pixels.split(batch_size)])
     batch = pixels[spread(len(pixels), batch_size)]
-    num_tokens = facts_of(model.config).num_tokens
-    total = multiply_adds(model.config, torch.full((1, counts.shape[1]), num_tokens), num_tokens)
-    cost = multiply_adds(model.config, counts, num_tokens, model.config.reduction).mean()
-    seconds: dict[Any, list[float]] = {model: [], plain: []}
-    for repeat in range(repeats + 1):
-        for one, times in seconds.items():
-            begin = time.perf_counter()
-            one(batch)
-            if repeat:  # the first is a warm-up
-                times.append(time.perf_counter() - begin)
     reduction = model.config.reduction
+    share = shares_kept(model.config, counts, facts_of(model.config).num_tokens, reduction).mean().item()
+    seconds, dense_seconds = in_turns([lambda: model(batch), lambda: plain(batch)], repeats, model.device)
     return {
         "method": None if reduction is None else reduction.method,
         "settings": None if reduction is None else reduction.to_dict(),
-        "mult_adds_ratio": round((cost / total).item(), 4),
-        "speedup": round(statistics.median(seconds[plain]) / statistics.median(seconds[model]), 3),
+        "mult_adds_ratio": round(share, 4),
+        "speedup": round(statistics.median(dense_seconds) / statistics.median(seconds), 3),
         "speed_batch_size": len(batch),
         "machine": f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "tokens_per_layer": np.round(counts.double().mean(dim=0).numpy(), 1).tolist(),

@@ -22,7 +22,7 @@ from ..methods import METHODS
 from ..methods.token_decoder import restore_hidden_states
 from ..modeling.encoders import encoder_config, encoder_of, facts_of
 from ..modeling.methods import parse_reduction
-from ..modeling.multiply_adds import multiply_adds
+from ..modeling.multiply_adds import shares_kept
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
 from .losses import distillation_loss, token_loss
@@ -252,10 +252,9 @@ class TokenReduceTrainer(Trainer):
     def _record(self, parts: dict[str, Tensor], token_counts: Tensor) -> None:
         reduced = _reduced_model(self.model)
         num_tokens = self._num_tokens(reduced)
-        dense = torch.full((1, token_counts.shape[1]), num_tokens)
-        share = multiply_adds(reduced.config, token_counts.cpu(), num_tokens, reduced.config.reduction)
         seen = {name: part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
-        seen["multiply_adds_share"] = (share / multiply_adds(reduced.config, dense, num_tokens)).mean()
+        shares = shares_kept(reduced.config, token_counts.cpu(), num_tokens, reduced.config.reduction)
+        seen["multiply_adds_share"] = shares.mean()
         for layer, count in enumerate(token_counts.float().mean(dim=0)):
             seen[f"tokens/layer_{layer}"] = count
         for name, value in seen.items():

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..methods import METHODS
 from ..modeling.encoders import encoder_of
-from ..modeling.multiply_adds import multiply_adds
+from ..modeling.multiply_adds import shares_kept
 from ..modes import evaluating
 from ..tasks import image_side
 
@@ -92,14 +92,13 @@ def token_maps(model: PreTrainedModel, pixel_values: Tensor, *, batch_size: int 
             if output.get("logits") is not None:
                 logits.append(output.logits.float().cpu())
     all_counts = torch.cat(counts)
-    dense = multiply_adds(model.config, torch.full_like(all_counts[:1], num_tokens), num_tokens)
     return TokenMaps(
         patch_maps=_per_layer(maps),
         patch_weights=_per_layer(weights),
         counts=all_counts,
         num_tokens=num_tokens,
         grid=grid,
-        shares=multiply_adds(model.config, all_counts, num_tokens, model.config.reduction) / dense,
+        shares=shares_kept(model.config, all_counts, num_tokens, model.config.reduction),
         logits=torch.cat(logits) if logits else None,
         reduction=model.config.reduction,
     )

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..methods import METHODS
 from ..modeling.encoders import encoder_of
-from .composing import Images, load_images, pictures_of
+from .composing import Images, pictures_of, prepare_images
 from .drawing import draw_layer, draw_token_weights
 from .maps import TokenMaps, checked_layers, token_maps
 from .template import PAGE
@@ -59,7 +59,7 @@ def write_page(
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Give the name of a file in it, such as {path / 'tokens.html'}.")
-    pixel_values, names = load_images(images, processor, names)
+    pixel_values, names = prepare_images(images, processor, names)
     maps = token_maps(model, pixel_values)
     shown = checked_layers(layers, maps, most=5)
     pictures = pictures_of(pixel_values, processor, maps, model, MAP_SIZE)
