@@ -1,6 +1,11 @@
-"""The table of methods, as the documentation shows it: `python -m hf_tokenreduce.methods`."""
+"""Print the table of methods: `python -m hf_tokenreduce.methods`. With a folder of documentation, such as `docs`, also
+write the pages there."""
 
-from .table import methods_table
+import sys
+
+from .table import methods_table, write_pages
 
 
 print(methods_table())
+for folder in sys.argv[1:]:
+    write_pages(folder)

@@ -61,6 +61,14 @@ ATS = Method(
     ),
     paper="Adaptive Token Sampling for Efficient Vision Transformers",
     arxiv="2111.15667",
+    details=(
+        "In each of `layers`, the attention of the class token times the length of the values scores the patch "
+        "tokens. The cumulated scores are sampled at an even grid of points, `num_tokens` less the prefix tokens. "
+        'So a few high scores take few tokens, and flat scores take many. `score="joint"` is what the code of its '
+        'authors computes, `"per_head"` is the formula of the paper. Sampling happens before attention: only rows '
+        "that stay are computed."
+    ),
+    limits="What it costs depends on the image. A layer that samples always drops its token of the lowest score.",
     ours="the grid counts patch tokens only; a budget other than all; caps",
     is_adaptive=lambda config: True,
     fit_share=fit_share,

@@ -14,6 +14,13 @@ BAT = Method(
     ),
     paper="Beyond Attentive Tokens: Incorporating Token Importance and Diversity for Efficient Vision Transformers",
     arxiv="2211.11315",
+    details=(
+        "Tokens that the class token attends to little are clustered by density peaks. Tokens that it attends to "
+        "much are kept, except that the most alike among them are fused. `cluster_share` and `fuse_share` say how "
+        "the kept share is split; they were chosen on photographs, and the table is in "
+        "[model_cards/sweeps](../../model_cards/sweeps)."
+    ),
+    limits="It computes distances between all tokens of a layer, which costs more time than its multiply-adds show.",
     ours=(
         "no code was published: how what is kept is split (chosen on photographs), how merged tokens are weighted, "
         "their size in attention, distances in the density"

@@ -38,6 +38,14 @@ DLVIT = Method(
     ),
     paper="Predicting Token Impact Towards Efficient Vision Transformer",
     arxiv="2305.14840",
+    details=(
+        "For every patch of some training images one measures how much the loss rises without it. A small network "
+        "learns to tell such patches from their embeddings. When the model runs, it drops the others before the "
+        "first layer, by a share (`keep_rate`) or by a `threshold`."
+    ),
+    limits=(
+        "Its labels need a trained classifier and labelled images. An untrained filter keeps every patch and says so."
+    ),
     ours="no code was published: the filter's shape, the labels' mask and threshold, the schedule of the fine-tuning",
     needs="labels",
     is_adaptive=lambda config: config.keep_rate is None,

@@ -166,6 +166,16 @@ LTMP = Method(
     ),
     paper="Learned Thresholds Token Merging and Pruning for Vision Transformers",
     arxiv="2307.10780",
+    details=(
+        "In every layer tokens merge whose similarity is above one threshold. Those are pruned whose importance, "
+        "the attention they receive, is not above another threshold. Training masks tokens instead of removing "
+        "them. It learns two numbers per layer, pulled towards `target` by a loss on the multiply-adds kept. "
+        "`calibrate` finds thresholds without training."
+    ),
+    limits=(
+        "What it costs depends on the image. It needs the attention map of every layer, so its attention is slower "
+        "than that of the other methods."
+    ),
     ours=(
         "the even/odd split and the importance look at live tokens only, so that what is trained is what runs; an "
         "image in which nothing merges keeps its order; caps; calibration"

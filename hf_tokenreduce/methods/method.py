@@ -43,6 +43,8 @@ class Method:
         family: What it does with tokens, in a word or two.
         summary: What it does, in a few sentences, for model cards and pages.
         paper, arxiv: Where it comes from, or None.
+        details: How it works, for its page in the documentation.
+        limits: What it cannot do, for that page.
         ours: What in it is a decision of this library.
         needs: What it must have before it reduces as it is set: "nothing", unlabelled "images" or "labels".
         is_adaptive: Whether a setting lets images keep different numbers of tokens.
@@ -76,6 +78,8 @@ class Method:
     summary: str
     paper: str | None = None
     arxiv: str | None = None
+    details: str = ""
+    limits: str = ""
     ours: str = ""
     needs: str = "nothing"
     is_adaptive: Callable[[Any], bool] = lambda config: False

@@ -102,6 +102,13 @@ SIT = Method(
     ),
     paper="Self-slimmed Vision Transformer",
     arxiv="2111.12624",
+    details=(
+        "After each of `layers` a small network weighs the patch tokens into fewer ones, softly. It is learned "
+        "with the dense model as teacher of its logits, and of its tokens through a token decoder that exists only "
+        "while training. `calibrate` teaches the networks to pool neighbours first, because the initialisation of "
+        "the authors makes every slim token nearly the mean of all."
+    ),
+    limits="Without training it loses much accuracy; calibration is only a start.",
     ours="the layers on 12-layer models; the calibrated start",
     needs="images",
     at_share=at_share,
