@@ -49,7 +49,7 @@ def reduce_tokens(
         >>> model = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224")
         >>> reduced = reduce_tokens(model, ToMeConfig(r=13))
         >>> reduced = reduce_tokens(model, "bat", share=0.65)
-        >>> reduced = reduce_tokens(model, "ltmp", share=0.65, images="photos", image_processor=processor)
+        >>> reduced = reduce_tokens(model, LTMPConfig, share=0.65, images="photos", image_processor=processor)
     """
     if isinstance(reduction, (str, type)) or share is not None or settings or images is not None:
         from .budget import reduce_to_share

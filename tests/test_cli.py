@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,11 @@ from helpers import tiny_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
+from hf_tokenreduce import ATSConfig, reduce_tokens
 from hf_tokenreduce.cli import app, main
+from hf_tokenreduce.loading import load_model, load_pictures
+from hf_tokenreduce.methods import METHODS
+from hf_tokenreduce.methods.fitting import share_on
 
 
 COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)
@@ -75,6 +80,34 @@ def test_reduce_calibrates_on_images(call, place):
     assert found["settings"]["target"] == 0.7 and found["tokens_per_layer"] is None
     model = AutoModelForImageClassification.from_pretrained(output)
     assert len({layer.reducer.merge_threshold.item() for layer in model.vit.layers}) > 1
+
+
+def test_reduce_fits_a_sampler_to_a_share_of_images(call, place):
+    arguments = ["reduce", place / "model", "-r", "ats", "--share", 0.5, "-o", place / "ats"]
+    code, _, errors = call(*arguments)
+    assert code == 2 and "--images FOLDER" in errors and not (place / "ats").exists()
+    found = answer(call, *arguments, "--images", place / "photos", "--json")
+    model, processor = load_model(str(place / "ats"))
+    pixels = processor(load_pictures([str(place / "photos")], 100)[0], return_tensors="pt")["pixel_values"]
+    setting = ATSConfig(**{name: value for name, value in found["settings"].items() if name != "method"})
+    few, more = (
+        reduce_tokens(model, replace(setting, num_tokens=count))
+        for count in (setting.num_tokens, setting.num_tokens + 1)
+    )
+    assert share_on(few, pixels) <= 0.7 < share_on(more, pixels)
+
+
+def test_reduce_saves_nothing_that_reduces_nothing(call, place):
+    for share in ([], ["--share", 0.65]):
+        code, _, errors = call("reduce", place / "model", "-r", "dlvit", *share, "-o", place / "dlvit")
+        assert code == 2 and "filter is not trained" in errors and "run_delta_loss.py" in errors
+    assert not (place / "dlvit").exists()
+
+
+def test_methods_are_listed(call):
+    assert [row["name"] for row in answer(call, "methods", "--json")] == list(METHODS)
+    code, printed, _ = call("methods")
+    assert code == 0 and all(method.title in printed for method in METHODS.values())
 
 
 def test_evaluate(call, place, reduced):

@@ -170,6 +170,20 @@ def test_settings_at_given_shares(depth):
         default_reductions(config, [1.5])
 
 
+def test_methods_are_compared_by_name_at_shares(tmp_path, photos, processor):
+    """Also one whose cost depends on the images: it is fitted to the share on them."""
+    found = compare(
+        tiny_model(), photos, processor, ["ats", ToMeConfig(r=4), "bat"], shares=[0.7], output_dir=tmp_path / "out",
+        calibration_images=len(photos), **QUICK,
+    )  # fmt: skip
+    assert [row["method"] for row in found.rows] == [None, "ats", "tome", "bat"]
+    for row in found.rows[1::2]:
+        assert 0.6 < row["mult_adds_ratio"] <= 0.7
+    for names, message in ((["dlvit"], "no untrained setting for the shares"), (["tomme"], "no method 'tomme'")):
+        with pytest.raises(ValueError, match=message):
+            compare(tiny_model(), photos, processor, names, output_dir=tmp_path / "out", **QUICK)
+
+
 def test_names_of_settings():
     assert describe(None) == "dense"
     assert describe(ToMeConfig(r=8)) == "ToMe r=8"

@@ -31,7 +31,7 @@ def untrained(facts: EncoderFacts, shares: Sequence[float]) -> list[ReductionCon
 
 @torch.no_grad()
 def fit_share(model: PreTrainedModel, pixels: Tensor, share: float, **settings: Any) -> ReductionConfig:
-    """The largest `num_tokens` with which the images keep at most `share` of the multiply-adds."""
+    """Find the largest `num_tokens` with which the images keep at most `share` of the multiply-adds."""
     facts = facts_of(model.config)
     settings = {"layers": usual_layers(facts), **settings}
     check_share(share)
@@ -45,6 +45,8 @@ def fit_share(model: PreTrainedModel, pixels: Tensor, share: float, **settings: 
             f"share={share} cannot be reached: with the smallest num_tokens={low} these images keep {kept(low):.3f} "
             "of the multiply-adds. Give a higher share, or let earlier layers sample."
         )
+    if kept(high) <= share:
+        return ATSConfig(num_tokens=None, **settings)  # the scores alone keep less
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if kept(middle) <= share else (low, middle)
