@@ -1,7 +1,9 @@
 """Files that are written whole or not at all, and folders that know the settings they were made with."""
 
+import glob
 import os
 import reprlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,3 +43,77 @@ def refuse_other_settings(folder: Path, found: dict[str, Any], wanted: dict[str,
             f"{folder} was made with other settings: {told}. Give the settings of then, give another folder, or "
             "delete this one to start anew."
         )
+
+
+CONFIG = "config.json"
+# Files of a saved model: of an earlier one in the same folder none may stay beside the new one's.
+OF_A_MODEL = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py", "*_config.json", "README.md",
+    "record.json", "token_map.png", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json",
+)  # fmt: skip
+
+
+def check_new_folder(folder: str | Path, overwrite: bool = False, option: str = "--output-dir") -> Path:
+    """Raise a ValueError unless a model can be written there. Call it before long work, so that none is in vain."""
+    if not str(folder).strip():
+        raise ValueError(f"{option} is empty. Name a folder.")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{option} {folder} is a file. Name a folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise ValueError(
+                f"{option} {folder} is not empty. Name another folder, or pass --overwrite to replace the model there."
+            )
+        if not (folder / CONFIG).is_file():
+            raise ValueError(
+                f"{option} {folder} holds no model (no {CONFIG}) but other files, which --overwrite does not delete. "
+                "Name another folder."
+            )
+    return folder
+
+
+@contextmanager
+def model_folder(folder: str | Path) -> Iterator[Path]:
+    """Give an empty folder to save a model in. At the end what is in it takes the place of the model in `folder`.
+
+    `folder` never holds a mixture that loads: until the new model is whole the old one stays as it is; then its
+    config.json goes first, and the new one comes last. If the work fails or is killed before, nothing has changed.
+    Files that are not a model's, such as checkpoints, stay.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        if not _is_alive(left.name.split(".")[-2]):  # a process that was killed left it
+            shutil.rmtree(left, ignore_errors=True)
+    unfinished = folder.parent / f".{folder.name}.{os.getpid()}.part"
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        _replace_model(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _replace_model(new: Path, folder: Path) -> None:
+    names = sorted(os.listdir(new), key=lambda name: name == CONFIG)
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    for pattern in OF_A_MODEL:
+        for old in folder.glob(pattern):
+            if old.is_file():
+                old.unlink()
+    for name in names:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        os.replace(new / name, folder / name)
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -14,7 +14,6 @@ import transformers
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -26,10 +25,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .blame import architecture_of, blaming
 from .convert import stock_name
 from .methods import find_method
 from .modeling.configuration_base import ReductionConfig
-from .modeling.encoders import MODELS, PREFIX, TYPE_PREFIX, facts_of, what_can_be_reduced
+from .modeling.encoders import MODELS, TYPE_PREFIX, facts_of, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
 from .pictures import IMAGE_SUFFIXES, read_picture
 from .tasks import task_of
@@ -57,19 +57,15 @@ def load_model(
     # Without the flag our own classes load from their folders by what is installed: no code of the folder runs.
     where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code or None}
     with no_progress_bars():
-        try:
-            auto_class: Any = AutoModelForImageClassification
-            if any_task:
-                auto_class = _auto_class_of(name, where)
+        with blaming(name, "config.json"):
+            config = AutoConfig.from_pretrained(name, **where)
+            architecture = architecture_of(config) or "model that its config.json does not name"
+        auto_class = _auto_class_of(name, config, architecture) if any_task else AutoModelForImageClassification
+        with blaming(name, "config.json", config):
             model, found = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **where)
-            takes_audio = model.main_input_name == "input_values"
+        takes_audio = model.main_input_name == "input_values"
+        with blaming(name, "preprocessor_config.json"):
             processor = (AutoFeatureExtractor if takes_audio else AutoImageProcessor).from_pretrained(name, **where)
-        except (OSError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{name!r} could not be loaded: {reason} It must be a folder with config.json, model.safetensors and "
-                "preprocessor_config.json, or the id of such a repository on the Hub."
-            ) from error
     if stock_name(model) is None:
         raise ValueError(f"{name!r} is a {type(model).__name__}. {what_can_be_reduced()}")
     missing = set(found["missing_keys"])
@@ -86,10 +82,8 @@ def load_model(
     return model.eval(), processor
 
 
-def _auto_class_of(name: str, where: dict[str, Any]) -> Any:
-    """The Auto class, or class, that loads the model which a configuration names."""
-    config = AutoConfig.from_pretrained(name, **where)
-    architecture = (config.architectures or ["model that its config.json does not name"])[0].removeprefix(PREFIX)
+def _auto_class_of(name: str, config: PreTrainedConfig, architecture: str) -> Any:
+    """Return the Auto class, or class, that loads the model which a configuration names."""
     if architecture not in MODELS:
         raise ValueError(f"{name!r} is a {architecture}. {what_can_be_reduced()}")
     task = task_of(architecture)
@@ -102,9 +96,10 @@ def _auto_class_of(name: str, where: dict[str, Any]) -> Any:
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """All that prepares a model's inputs, images and texts, in one processor."""
-    return AutoProcessor.from_pretrained(
-        name, revision=revision or "main", trust_remote_code=trust_remote_code or None
-    )
+    with blaming(name, "the processor's files"):
+        return AutoProcessor.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=trust_remote_code or None
+        )
 
 
 @contextmanager

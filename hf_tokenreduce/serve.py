@@ -25,6 +25,7 @@ from .methods import METHODS
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import encoder_of, facts_of
 from .modeling.multiply_adds import multiply_adds
+from .pictures import as_rgb
 from .timing import in_turns
 from .visualization import seen_images, token_maps
 from .visualization.drawing import draw_layer, resized_to_cells
@@ -101,7 +102,7 @@ class SideBySide:
     @torch.no_grad()
     def __call__(self, image: Image.Image, method: str, budget: float = 0.65, *, size: int = 384) -> Answer:
         """budget: the share of the multiply-adds to keep. size: of the pictures, about."""
-        pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"].to(self.dense.device)
+        pixels = self.processor(as_rgb(image), return_tensors="pt")["pixel_values"].to(self.dense.device)
         if method == PUBLISHED and self.published is not None:
             reduced = self.published
         else:
@@ -171,7 +172,7 @@ def read_image(file: str | Path, *, max_upload_mb: float = 10) -> Image.Image:
                         f"The image has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 10**6} "
                         "megapixels. Give a smaller one."
                     )
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return as_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise ValueError(f"The image has more than {MAX_PIXELS // 10**6} megapixels. Give a smaller one.") from error
     except (OSError, SyntaxError) as error:  # Pillow's parsers raise either on a broken file

@@ -4,6 +4,7 @@
 A family is one entry of `TOWERS`. All other code asks `facts_of` for numbers and `encoder_of` for modules.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -276,6 +277,11 @@ def facts_of(config: PreTrainedConfig | EncoderFacts) -> EncoderFacts:
     if not isinstance(config, PreTrainedConfig):
         return config  # facts already, from a folder of another copy of this module
     inner, tower = _tower_config(config)
+    if min(tower.patches(inner)) < 1:
+        raise ValueError(
+            f"image_size={inner.image_size} has no whole patch of patch_size={inner.patch_size}: there is "
+            "nothing to see. Look at config.json."
+        )
     return EncoderFacts(
         reduction=getattr(config, "reduction", None),
         hidden_size=inner.hidden_size,
@@ -322,7 +328,8 @@ def _tower_config(config: Any) -> tuple[Any, Tower]:
 
 
 def what_can_be_reduced() -> str:
-    return f"What can be reduced is: {', '.join(MODELS)}. {PAGE} says how to add a family."
+    families = dict.fromkeys(re.sub(r"(Vision)?(Model|For|Backbone)\w*$", "", name) for name in MODELS)
+    return f"What can be reduced is: {', '.join(families)}. {PAGE} lists the classes, and says how to add a family."
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
+from ..pictures import as_rgb
+
 
 logger = logging.get_logger(__name__)
 
@@ -230,13 +232,12 @@ class Collator:
 def _rgb(image: Image.Image, image_processor: BaseImageProcessor) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith(("I", "F")):  # Pillow would clip at 255: a 16-bit photograph turns white
-        raise ValueError(f"An image of mode {image.mode!r} has more than 8 bits a pixel: scale it to 8 bits before.")
+    if image.mode.startswith("I") or image.mode == "F":
+        return as_rgb(image)
     if image_processor.do_convert_rgb:  # in its own way: some put what is transparent on white
         as_it_is = image_processor(image, **POINTWISE, do_rescale=False, do_normalize=False).pixel_values[0]
         return Image.fromarray(np.ascontiguousarray(np.asarray(as_it_is).transpose(1, 2, 0)))
-    # By way of RGBA, which spares Pillow's warning about transparent palettes.
-    return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+    return as_rgb(image)
 
 
 def _output_size(image_processor: BaseImageProcessor) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from ..modeling.encoders import MODELS, encoder_of, facts_of
 from ..modeling.hooks import Reducer
 from ..modeling.tokens import TokenMap, TokenState, apply_map
 from ..modes import evaluating
+from ..pictures import as_rgb
 
 
 CLASSIFIERS = tuple(name for name in MODELS if "ForImageClassification" in name)
@@ -182,7 +183,7 @@ def make_labels(
 def read_image(dataset: Any, row: int, image_column_name: str) -> Image.Image:
     """RGB. A `ValueError` names the row that cannot be read."""
     try:
-        return dataset[row][image_column_name].convert("RGB")
+        return as_rgb(dataset[row][image_column_name])
     except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"Row {row} of the data set holds no readable image in its column {image_column_name!r} ({error}). "
