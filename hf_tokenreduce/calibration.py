@@ -54,9 +54,7 @@ def calibrate(
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"{method.title} takes no {', '.join(unknown)} for calibration, only {', '.join(known)}.")
-    if isinstance(images, Tensor):
-        check_inputs(model, images)
-    pixels = load_pixel_values(images, image_processor, max_images).to(model.device)
+    pixels = load_pixel_values(model, images, image_processor, max_images)
     with evaluating(model):
         return method.prepare(model, pixels, target, **options)
 
@@ -70,12 +68,21 @@ def check_inputs(model: PreTrainedModel, inputs: Tensor) -> None:
         raise ValueError(f"images must be {names} with n above 0, got {tuple(inputs.shape)}.")
 
 
-def load_pixel_values(images: Tensor | str | Path, image_processor: Any, max_images: int) -> Tensor:
-    """Pixel values (n, C, H, W) as they are, or of the images in a folder; at most `max_images`, evenly spread."""
+def load_pixel_values(
+    model: PreTrainedModel, images: Tensor | str | Path, image_processor: Any, max_images: int
+) -> Tensor:
+    """Pixel values (n, C, H, W) as they are, or of the images in a folder, on the model's device; at most
+    `max_images`, evenly spread."""
     if max_images < 1:
         raise ValueError(f"max_images must be at least 1, got {max_images}.")
     if isinstance(images, Tensor):
-        return images[:: -(-len(images) // max_images)]
+        check_inputs(model, images)
+        return images[:: -(-len(images) // max_images)].to(model.device)
+    if not isinstance(images, (str, Path)):
+        raise ValueError(
+            f"images must be a folder or pixel values, got a {type(images).__name__}. Pictures become pixel values by "
+            'image_processor(pictures, return_tensors="pt")["pixel_values"].'
+        )
     folder = Path(images)
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if not files:
@@ -83,4 +90,5 @@ def load_pixel_values(images: Tensor | str | Path, image_processor: Any, max_ima
     if image_processor is None:
         raise ValueError("A folder of images needs image_processor=, such as AutoImageProcessor.from_pretrained(...).")
     chosen = files[:: -(-len(files) // max_images)]
-    return torch.cat([image_processor(read_picture(file), return_tensors="pt")["pixel_values"] for file in chosen])
+    found = [image_processor(read_picture(file), return_tensors="pt")["pixel_values"] for file in chosen]
+    return torch.cat(found).to(model.device)

@@ -444,8 +444,16 @@ def main(arguments: list[str] | None = None) -> None:
         disable_progress_bars()
     try:
         app(args=arguments, prog_name="tokenreduce", obj=arguments)
-    except (ValueError, OSError, ImportError) as error:
-        if debug:
+    except Exception as error:
+        if debug or not _is_for_the_user(error):
             raise
         print("tokenreduce: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    if isinstance(error, RuntimeError):
+        from .hub.publish import PublishError
+
+        return isinstance(error, PublishError)
+    return isinstance(error, (ValueError, OSError, ImportError))

@@ -11,7 +11,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, PREFIX, encoder_of, fixed_fields, what_can_be_reduced
-from .modeling.methods import parse_reduction
 from .modeling.modeling_tokenreduce import reduced_model_class
 
 
@@ -51,7 +50,14 @@ def reduce_tokens(
         >>> reduced = reduce_tokens(model, "bat", share=0.65)
         >>> reduced = reduce_tokens(model, LTMPConfig, share=0.65, images="photos", image_processor=processor)
     """
-    if isinstance(reduction, (str, type)) or share is not None or settings or images is not None:
+    by_name = isinstance(reduction, (str, type))
+    if not by_name and (share is not None or settings or images is not None or image_processor is not None):
+        given = [*(["share"] if share is not None else []), *settings, *(["images"] if images is not None else [])]
+        raise ValueError(
+            f"{', '.join(given) or 'image_processor'} goes with a method's name or configuration class, such as "
+            f'reduce_tokens(model, "tome", share=0.65), not with {reduction!r}, which is set already.'
+        )
+    if by_name:
         from .budget import reduce_to_share
 
         return reduce_to_share(model, reduction, share, images, image_processor, settings)
@@ -71,10 +77,15 @@ def reduce_tokens(
     is_reduced = type(model).__name__ != name
     reduced = _around_the_weights_of(model, reduced_model_class(getattr(transformers, name)))
     reduced.set_reduction(reduction)
-    if is_reduced and reduced.config.reduction == parse_reduction(model.config.reduction):
+    if is_reduced and _values(reduced.config.reduction) == _values(model.config.reduction):
         for ours, theirs in zip(encoder_of(reduced).layers, encoder_of(model).layers, strict=True):
             ours.reducer = theirs.reducer
     return reduced
+
+
+def _values(reduction: Any) -> dict[str, Any] | None:
+    """What a setting says, whatever copy of its class it is of."""
+    return None if reduction is None else reduction.to_dict()
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:

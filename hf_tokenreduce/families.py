@@ -35,7 +35,7 @@ def _row(tower: Tower) -> str:
             config_class().check_fit(facts)
         except ValueError as error:
             refused[name] = str(error).split(". ")[0]
-    methods = f"all {len(METHOD_CLASSES)}"
+    methods = "all"
     if refused:
         methods = f"all but `{'`, `'.join(refused)}` ({'; '.join(refused.values())})"
     rows = _rows(tower.wants_grid, False)

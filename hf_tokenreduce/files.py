@@ -4,6 +4,7 @@ import glob
 import os
 import reprlib
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any
 def whole(file: Path) -> Iterator[Path]:
     """Give a path to write to, which takes the place of `file` at the end: a reader finds the old file or the new one.
 
-    The path has the number of the process in its name, so two processes do not write into one.
+    Its name has the numbers of process and thread, so two of them do not write into one path.
     """
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield unfinished
         with unfinished.open("rb") as written:

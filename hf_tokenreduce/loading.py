@@ -27,7 +27,8 @@ from transformers.utils import logging
 
 from .blame import architecture_of, blaming
 from .convert import stock_name
-from .methods import find_method
+from .methods import Method, find_method
+from .methods.register import register_from_folder
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, TYPE_PREFIX, facts_of, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
@@ -56,6 +57,8 @@ def load_model(
     """
     # Without the flag our own classes load from their folders by what is installed: no code of the folder runs.
     where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code or None}
+    if trust_remote_code:
+        register_from_folder(name, revision)
     with no_progress_bars():
         with blaming(name, "config.json"):
             config = AutoConfig.from_pretrained(name, **where)
@@ -229,12 +232,19 @@ def method_setting(
         )
     if share is None:
         return method.config_class(**settings)
-    both = sorted(set(settings) & set(method.key_settings))
-    if both:
-        raise ValueError(f"A share of {share} decides {', '.join(both)} of {method.title}. Give one of the two.")
+    check_decided(method, share, settings)
+    if method.at_share is None and method.fit_share is None:
+        raise ValueError(f"{method.title} has no setting for a share of the multiply-adds. Give its own settings.")
     if method.at_share is None:
         raise ValueError(
             f"{method.config_class.__name__} has no setting for a budget: what it keeps depends on the images. It is "
             f'fitted to one on images: reduce_tokens(model, "{name}", share={share}, images=..., image_processor=...).'
         )
     return method.at_share(facts_of(config), share, **settings)
+
+
+def check_decided(method: Method, share: float | None, settings: dict[str, Any]) -> None:
+    """Raise a ValueError if settings are given that a share decides."""
+    both = sorted(set(settings) & set(method.key_settings))
+    if both:
+        raise ValueError(f"A share of {share} decides {', '.join(both)} of {method.title}. Give one of the two.")

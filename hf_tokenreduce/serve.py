@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .convert import reduce_tokens, restore
 from .loading import load_model
-from .methods import METHODS
+from .methods import METHODS, Method
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import encoder_of, facts_of
 from .modeling.multiply_adds import multiply_adds
@@ -39,6 +39,11 @@ TOP = 5
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 logger = logging.get_logger(__name__)
+
+
+def runs_untrained(method: Method) -> bool:
+    """Whether it keeps a share of the multiply-adds of a checkpoint as it is."""
+    return method.needs == "nothing" and (method.at_share is not None or method.fit_share is not None)
 
 
 class Side(NamedTuple):
@@ -78,7 +83,7 @@ class SideBySide:
 
     def __init__(self, model: PreTrainedModel, processor: Any, *, repeats: int = REPEATS, keep: int = 8):
         self.processor, self.repeats = processor, repeats
-        self.untrained = {method.title: method for method in METHODS.values() if method.needs == "nothing"}
+        self.untrained = {method.title: method for method in METHODS.values() if runs_untrained(method)}
         self.unreduced = reduce_tokens(model, None).eval()
         self.dense = restore(self.unreduced)
         self.published = model.eval() if getattr(model.config, "reduction", None) is not None else None
@@ -97,7 +102,7 @@ class SideBySide:
             return chosen.at_share(facts_of(self.dense.config), budget)
         if chosen.fit_share is not None:
             return chosen.fit_share(self.unreduced, pixels, budget)
-        return chosen.config_class()
+        raise ValueError(f"{method} has no setting for a share of the multiply-adds.")
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, method: str, budget: float = 0.65, *, size: int = 384) -> Answer:

@@ -167,6 +167,8 @@ def test_card_and_publish(call, place, reduced):
     }
     code, _, errors = call("publish", reduced, "no/such/name", "--dry-run", place / "upload2")
     assert code == 2 and errors.count("\n") == 1 and "namespace/name" in errors
+    code, _, errors = call("publish", reduced, "someone/tome")
+    assert code == 2 and errors.strip().splitlines()[-1].startswith("tokenreduce: Nothing was sent: HF_HUB_OFFLINE")
 
 
 def test_train(call, place):

@@ -1,11 +1,13 @@
 """Methods of others: they work in every room, and their file travels with the model."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -13,11 +15,12 @@ import pytest
 import torch
 from helpers import tiny_images, tiny_model
 from PIL import Image
-from transformers import ViTImageProcessor
+from transformers import PreTrainedModel, ViTImageProcessor
 
 from hf_tokenreduce import Method, ToMeConfig, calibrate, reduce_tokens, register_method
 from hf_tokenreduce.cli import main
 from hf_tokenreduce.hub import check_folder, write_card
+from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.methods import METHODS
 from hf_tokenreduce.modeling.configuration_base import ReductionConfig
 from hf_tokenreduce.modeling.hooks import Reducer
@@ -155,3 +158,111 @@ def test_what_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         register_method(*arguments)
     assert before == METHODS
+
+
+METHOD_FILE = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hf_tokenreduce.modeling.configuration_base import ReductionConfig
+from hf_tokenreduce.modeling.hooks import Reducer
+{imports}
+
+@dataclass(frozen=True)
+class PlainConfig(ReductionConfig):
+    method: ClassVar[str | None] = "plain"
+    {fields}
+
+
+class PlainReducer(Reducer):
+    def after_attention(self, view, state):
+        {inside}
+        return state
+"""
+
+
+def written(tmp_path, monkeypatch, name="a_plain_method", imports="", fields="seed: int = 0", inside="pass"):
+    """A module with a method, and a description of it."""
+    (tmp_path / f"{name}.py").write_text(METHOD_FILE.format(imports=imports, fields=fields, inside=inside))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop(name, None)
+    module = importlib.import_module(name)
+    return module.PlainConfig, module.PlainReducer, Method(module.PlainConfig, "Plain", "none", "Nothing.")
+
+
+@pytest.fixture
+def tables():
+    before = dict(METHODS), dict(METHOD_CLASSES)
+    yield
+    for table, entries in zip((METHODS, METHOD_CLASSES), before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inside": "from .helper import f"}, r"from \.helper import"),
+        ({"imports": "import os, hf_tokenreduce"}, "import hf_tokenreduce"),
+        ({"imports": "import hf_tokenreduce.modeling.tokens"}, "import hf_tokenreduce.modeling.tokens"),
+        ({"name": "a-plain-method"}, "Name it like a variable"),
+        ({"fields": "seed: int"}, "no default for seed"),
+    ],
+)
+def test_a_file_that_cannot_travel_is_refused(tables, tmp_path, monkeypatch, options, message):
+    with pytest.raises(ValueError, match=message):
+        register_method(*written(tmp_path, monkeypatch, **options))
+
+
+def test_imports_anywhere_in_the_file_travel(tables, tmp_path, monkeypatch):
+    text = '"""Written by from hf_tokenreduce import reduce_tokens."""'
+    inside = "from hf_tokenreduce.modeling.tokens import apply_map; assert apply_map"
+    register_method(*written(tmp_path, monkeypatch, imports=text, inside=inside))
+    save(reduce_tokens(tiny_model(), "plain", seed=3), tmp_path / "saved")
+    torch.save(tiny_images(), tmp_path / "inputs")
+    arguments = [tmp_path / "saved", tmp_path / "inputs", tmp_path / "outputs"]
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH, *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_folder_brings_its_method_along_where_it_is_not_registered(tables, tmp_path, monkeypatch, capsys):
+    """Only with trust, for it is code."""
+    register_method(*written(tmp_path, monkeypatch))
+    model = reduce_tokens(tiny_model(), "plain", seed=3)
+    save(model, tmp_path / "saved")
+    METHODS.pop("plain"), METHOD_CLASSES.pop("plain")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "saved")])
+    assert "Unknown reduction method 'plain'" in capsys.readouterr().err
+    assert "plain" not in METHODS
+    loaded, _ = load_model(str(tmp_path / "saved"), trust_remote_code=True)
+    assert torch.equal(loaded(tiny_images()).logits, model(tiny_images()).logits)
+    assert loaded.config.reduction.to_dict() == {"method": "plain", "seed": 3}
+    assert reduce_tokens(loaded, ToMeConfig(r=3)).config.reduction == ToMeConfig(r=3)
+    save(loaded, tmp_path / "again")
+    code = (tmp_path / "again" / "a_plain_method.py").read_text()
+    assert code == (tmp_path / "saved" / "a_plain_method.py").read_text() and "from .hooks import Reducer" in code
+    assert check_folder(tmp_path / "again", trust_remote_code=True).ok
+
+
+def test_a_method_that_is_not_described_here_still_shows(tables, tmp_path, monkeypatch):
+    register_method(*written(tmp_path, monkeypatch))
+    model = reduce_tokens(tiny_model(), "plain")
+    METHODS.pop("plain")
+    assert not token_maps(model, tiny_images()).gathers_the_rest()
+    assert reduce_tokens(model, ToMeConfig(r=3)).config.reduction == ToMeConfig(r=3)
+
+
+def test_an_upload_has_the_file(tables, tmp_path, monkeypatch):
+    register_method(*written(tmp_path, monkeypatch))
+    model, seen = reduce_tokens(tiny_model(), "plain"), []
+    monkeypatch.setattr(
+        PreTrainedModel, "_upload_modified_files", lambda self, folder, *args, **kw: seen.extend(os.listdir(folder))
+    )
+    hub = SimpleNamespace(create_repo=lambda *args, **kw: SimpleNamespace(repo_id="a/b"))
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda *args: hub)
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True)
+    assert "a_plain_method.py" in seen

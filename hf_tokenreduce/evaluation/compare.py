@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..calibration import calibrate
 from ..convert import reduce_tokens
 from ..files import refuse_other_settings, whole, write_whole
-from ..methods import DENSE, METHODS, Method, find_method
+from ..methods import DENSE, METHODS, find_method, method_of
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, facts_of
 from ..modeling.methods import parse_reduction
@@ -138,7 +138,7 @@ def compare(
         if key not in done:
             bar.set_postfix_str(name)
             reason = _why_not(reduced, facts)
-            if reason is None and not same and _method(reduction).prepare is not None:
+            if reason is None and not same and method_of(reduction).prepare is not None:
                 reason = _calibrate_once(
                     inside(reduced), folder / "settings" / f"{key}.safetensors", source, processor, image_column,
                     calibration_images,
@@ -264,10 +264,6 @@ def _fits(setting: ReductionConfig, facts: EncoderFacts) -> bool:
     return True
 
 
-def _method(reduction: ReductionConfig | None) -> Method:
-    return DENSE if reduction is None or reduction.method is None else METHODS[reduction.method]
-
-
 def describe(reduction: ReductionConfig | None) -> str:
     """Name a setting shortly, by what differs from the method's defaults.
 
@@ -281,7 +277,7 @@ def describe(reduction: ReductionConfig | None) -> str:
         >>> describe(ToMeConfig(r=13))
         'ToMe r=13'
     """
-    method = _method(reduction)
+    method = method_of(reduction)
     if reduction is None or method is DENSE:
         return method.title
     values, usual = reduction.to_dict(), type(reduction)().to_dict()
@@ -317,7 +313,7 @@ def _digest(dataset: Dataset, image_column: str, label_column: str) -> str:
 
 def _why_not(model: Any, facts: EncoderFacts) -> str | None:
     reduction = model.config.reduction
-    method = _method(reduction)
+    method = method_of(reduction)
     if not method.any_image_size and facts.grid != facts_of(model.config).grid:
         return "its networks are made for images of the model's own size, and these are of another"
     return method.why_not(reduction)

@@ -11,7 +11,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..files import write_whole
-from ..methods import DENSE, METHODS, Method
+from ..methods import DENSE, METHODS, Method, method_of
 from ..modeling.encoders import facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share
@@ -68,7 +68,7 @@ def model_card(
     if machine is not None:
         known.setdefault("machine", machine)
     reduction = _reduction(config, known)
-    method = DENSE if reduction is None else METHODS[reduction.method]
+    method = method_of(reduction)
     if config is not None and facts_of(config).num_prefix_tokens == 0:
         method = replace(
             method, summary=method.summary.replace("the class token attends", "the mean of all tokens attends")

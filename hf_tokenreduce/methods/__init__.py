@@ -34,4 +34,13 @@ def find_method(name: Any) -> Method:
     return METHODS[found]
 
 
-__all__ = ["DENSE", "METHODS", "Method", "find_method", "register_method", "spread_layers"]
+def method_of(reduction: Any) -> Method:
+    """Return the description of a setting's method. Where nothing is reduced it is `DENSE`; of a method that is not
+    registered here, which a model from the Hub can bring along, one that says no more than its name."""
+    name = getattr(reduction, "method", None)
+    if name is None:
+        return DENSE
+    return METHODS.get(name) or Method(type(reduction), name, "a method of others", "")
+
+
+__all__ = ["DENSE", "METHODS", "Method", "find_method", "method_of", "register_method", "spread_layers"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..convert import reduce_tokens
 from ..modeling.ats import ATSConfig
 from ..modeling.configuration_base import ReductionConfig
-from ..modeling.encoders import EncoderFacts, facts_of
+from ..modeling.encoders import EncoderFacts, encoder_of, facts_of
 from ..modeling.multiply_adds import check_share
 from .fitting import share_on
 from .method import Method
@@ -36,16 +36,17 @@ def fit_share(model: PreTrainedModel, pixels: Tensor, share: float, **settings: 
     settings = {"layers": usual_layers(facts), **settings}
     check_share(share)
 
-    def kept(count: int) -> float:
+    def kept(count: int | None) -> float:
         return share_on(reduce_tokens(model, ATSConfig(num_tokens=count, **settings)), pixels)
 
-    low, high = facts.num_prefix_tokens + 1, facts.num_tokens
+    # Images may be of another size than the model's own.
+    low, high = facts.num_prefix_tokens + 1, encoder_of(model).embed(pixels[:1]).shape[1]
     if kept(low) > share:
         raise ValueError(
             f"share={share} cannot be reached: with the smallest num_tokens={low} these images keep {kept(low):.3f} "
             "of the multiply-adds. Give a higher share, or let earlier layers sample."
         )
-    if kept(high) <= share:
+    if kept(None) <= share:
         return ATSConfig(num_tokens=None, **settings)  # the scores alone keep less
     while high - low > 1:
         middle = (low + high) // 2

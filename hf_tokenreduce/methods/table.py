@@ -73,7 +73,7 @@ def method_page(method: Method) -> str:
         ("## How it works", method.details),
         ("## Use it", _usage(method)),
         ("## Settings", _settings(method)),
-        ("## Train it", _recipes(method)),
+        ("## Train it", "" if method.needs == "labels" else _recipes(method)),
         ("## Limits", (method.limits + images).strip()),
         ("## Our own decisions", method.ours and method.ours[0].upper() + method.ours[1:] + "."),
     ]
@@ -128,7 +128,9 @@ def _tokens(method: Method) -> str:
 
 
 def _needs(method: Method) -> str:
-    return "unlabelled images" if method.at_share is None else NEEDS[method.needs]
+    if method.at_share is None:
+        return "unlabelled images" if method.fit_share is not None else "settings of its own"
+    return NEEDS[method.needs]
 
 
 def _row(method: Method) -> str:
@@ -143,6 +145,8 @@ def _usage(method: Method) -> str:
     if method.needs == "labels":
         why = method.why_not(method.config_class())
         return f"It needs {_needs(method)}. On a checkpoint as it is, {why}." if why else f"It needs {_needs(method)}."
+    if method.at_share is None and method.fit_share is None:
+        return f"`reduce_tokens(model, {method.config_class.__name__}(...))` with its settings."
     fitted = method.prepare is not None or method.at_share is None
     images = ', images="photos", image_processor=processor' if fitted else ""
     option = " --images photos" if fitted else ""

@@ -55,7 +55,9 @@ def write_extra_method(folder: str | Path, reduction: ReductionConfig | None) ->
     file = Path(str(module.__file__))
     if file.parent == Path(__file__).parent:
         return  # ours, or one that came with the folder this model was loaded from
-    code = re.sub(r"^from hf_tokenreduce\.modeling\.(\w+) import", r"from .\1 import", file.read_text(), flags=re.M)
+    code = re.sub(
+        r"^(\s*)from hf_tokenreduce\.modeling\.(\w+) import", r"\1from .\2 import", file.read_text(), flags=re.M
+    )
     (Path(folder) / file.name).write_text(code)
     (Path(folder) / "extra_methods.py").write_text(
         f'"""The method that this model runs, which is not of hf_tokenreduce."""\n\n'
@@ -87,7 +89,10 @@ def parse_reduction(value: Any) -> ReductionConfig | None:
     arguments = dict(value)
     method = arguments.pop("method", None)
     if not isinstance(method, str) or method not in METHOD_CLASSES:
-        raise ValueError(f"Unknown reduction method {method!r}. The methods are: {', '.join(sorted(METHOD_CLASSES))}.")
+        raise ValueError(
+            f"Unknown reduction method {method!r}. The methods are: {', '.join(sorted(METHOD_CLASSES))}. Register "
+            "another one first, by register_method; from a model's folder tokenreduce takes it by --trust-remote-code."
+        )
     known = [field.name for field in fields(METHOD_CLASSES[method].config)]
     unknown = [name for name in arguments if name not in known]
     if unknown:

@@ -115,6 +115,10 @@ class TokenReduceMixin(_StockModel):
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
         write_extra_method(save_directory, self.config.reduction)
 
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        write_extra_method(working_dir, self.config.reduction)  # save_pretrained uploads before it returns
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
     def _check_inputs(self, inputs: Any, attention_mask: Any, can_resize: bool, interpolates: bool) -> None:
         if attention_mask is not None and len(self.input_modalities) == 1:
             raise ValueError(

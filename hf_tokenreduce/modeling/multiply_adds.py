@@ -71,7 +71,7 @@ def even_share(reduction: Any, config: PreTrainedConfig | EncoderFacts) -> float
 
 def check_share(share: float) -> None:
     """Raise a ValueError unless it is a share of multiply-adds that can be kept."""
-    if not 0 < share <= 1:
+    if not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ValueError(f"share is that of the multiply-adds to keep, above 0 and at most 1, got {share!r}.")
 
 

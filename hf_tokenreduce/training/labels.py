@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from ..convert import reduce_tokens, stock_name
 from ..files import refuse_other_settings, write_whole
-from ..methods import METHODS
+from ..methods import method_of
 from ..modeling.encoders import MODELS, encoder_of, facts_of
 from ..modeling.hooks import Reducer
 from ..modeling.tokens import TokenMap, TokenState, apply_map
@@ -291,7 +291,7 @@ def _check_choices(threshold, keep_share, labeller, mask, batch_size, max_sample
 def _unreduced(model: PreTrainedModel) -> PreTrainedModel:
     """A classifier with the weights of `model` that sees all patches."""
     reduction = getattr(model.config, "reduction", None)
-    if reduction is not None and METHODS[reduction.method].why_not(reduction) is None:
+    if reduction is not None and method_of(reduction).why_not(reduction) is None:
         raise ValueError(
             "Labels are made by a model that sees all patches, and this one drops some: it is reduced by "
             f"{reduction}. Pass hf_tokenreduce.restore(model), or the checkpoint it was made of."
@@ -375,7 +375,7 @@ def _assemble(folder: Path, files: list[Path], rows: list[int], threshold, keep_
         delta=Sequence(Value("float32"), length=number),
         keep=Sequence(Value("bool"), length=number),
     )
-    made = folder / f"labels.{os.getpid()}.tmp"
+    made = folder / f"labels.{os.getpid()}.part"
     Dataset.from_dict({**columns, "keep": keep}, features=features).save_to_disk(made)
     shutil.rmtree(folder / "labels", ignore_errors=True)
     os.replace(made, folder / "labels")

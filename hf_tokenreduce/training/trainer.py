@@ -18,9 +18,10 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 from transformers.utils import logging
 
 from ..convert import restore
-from ..methods import METHODS
+from ..methods import METHODS, method_of
 from ..methods.token_decoder import restore_hidden_states
 from ..modeling.encoders import encoder_config, encoder_of, facts_of
+from ..modeling.hooks import Reducer
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import shares_kept
 from .arguments import TokenReduceTrainingArguments
@@ -67,13 +68,13 @@ class TokenReduceTrainer(Trainer):
             dataset = settings.get(name)
             if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
                 raise ValueError(f"{name} is empty. Check the folder or the split it was loaded from.")
-        method = None if reduction is None else METHODS[reduction.method]
-        if args.token_weight and (method is None or method.token_decoder is None):
+        method = method_of(reduction)
+        if args.token_weight and method.token_decoder is None:
             able = ", ".join(known.title for known in METHODS.values() if known.token_decoder is not None)
             raise ValueError(
                 f"token_weight is for {able}, whose tokens have a way back. Use logits_weight to distill."
             )
-        if args.keep_rate_warmup and (method is None or not method.keep_rate_may_change):
+        if args.keep_rate_warmup and not method.keep_rate_may_change:
             raise ValueError(
                 "keep_rate_warmup is for methods whose keep_rate can change while they train ("
                 f"{', '.join(known.title for known in METHODS.values() if known.keep_rate_may_change)}), got "
@@ -95,14 +96,14 @@ class TokenReduceTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer divides them
         if self.teacher is not None:
             self.teacher.to(self.args.device)
-        for callback in () if method is None else method.callbacks(reduced):
+        for callback in method.callbacks(reduced):
             self.add_callback(callback)
         if args.keep_rate_warmup:
             self.add_callback(WarmUpKeepRate(reduced, args.keep_rate_warmup))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         reduced = _reduced_model(self.model)
-        token_decoder = METHODS[reduced.config.reduction.method].token_decoder if self.args.token_weight else None
+        token_decoder = method_of(reduced.config.reduction).token_decoder if self.args.token_weight else None
         if token_decoder is None:
             try:
                 return super().train(*args, **kwargs)
@@ -186,7 +187,7 @@ class TokenReduceTrainer(Trainer):
         found = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches, kept = found[0], []
         self._kept_in_step = None
-        if len(batches) > 1:
+        if len(batches) > 1 and _has_own_loss(_reduced_model(self.model)):
             with torch.no_grad():
                 for batch in batches:
                     inputs = {name: value for name, value in self._prepare_inputs(batch).items() if name != "labels"}
@@ -201,7 +202,7 @@ class TokenReduceTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if isinstance(model, nn.DataParallel):
+        if isinstance(model, nn.DataParallel) and model.training:
             raise ValueError(
                 "nn.DataParallel splits a batch behind the back of losses that look at all of it. Launch one process "
                 "per device instead: accelerate launch, or torchrun."
@@ -319,6 +320,10 @@ class WarmUpKeepRate(TrainerCallback):
         reduction = replace(self.goal, keep_rate=rates)
         if reduction != self.model.config.reduction:
             self.model.set_reduction(reduction)
+
+
+def _has_own_loss(reduced: PreTrainedModel) -> bool:
+    return type(encoder_of(reduced).reducers[0]).auxiliary_loss is not Reducer.auxiliary_loss
 
 
 def _reduced_model(model: Any) -> Any:

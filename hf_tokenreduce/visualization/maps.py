@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..methods import METHODS
+from ..methods import method_of
 from ..modeling.encoders import encoder_of
 from ..modeling.multiply_adds import shares_kept
 from ..modes import evaluating
@@ -49,7 +49,7 @@ class TokenMaps(NamedTuple):
 
     def gathers_the_rest(self) -> bool:
         """Whether a token of several patches is one that gathers what would else be dropped (EViT)."""
-        return self.reduction is not None and METHODS[self.reduction.method].gathers_the_rest
+        return method_of(self.reduction).gathers_the_rest
 
     def differ(self) -> bool:
         """Whether images were given different numbers of tokens."""

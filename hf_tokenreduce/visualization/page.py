@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..methods import METHODS
+from ..methods import method_of
 from ..modeling.encoders import encoder_of
 from .composing import Images, pictures_of, prepare_images
 from .drawing import draw_layer, draw_token_weights
@@ -113,7 +113,7 @@ def write_page(
 def _settings(reduction: Any) -> dict[str, str]:
     """What is set and decides: neither what only training looks at, nor thresholds that were learned since."""
     values = reduction.to_dict()
-    shown = METHODS[reduction.method].shown_settings if reduction.method in METHODS else None
+    shown = method_of(reduction).shown_settings
     names = tuple(values) if shown is None else shown
     return {name: _setting(values[name]) for name in names if name != "method" and values[name] is not None}
 
@@ -121,7 +121,7 @@ def _settings(reduction: Any) -> dict[str, str]:
 def _thresholds(model: PreTrainedModel) -> dict[str, list[float]]:
     """What the method has learned, of each layer."""
     reduction = model.config.reduction
-    return METHODS[reduction.method].learned_numbers(model) if reduction is not None else {}
+    return method_of(reduction).learned_numbers(model)
 
 
 def _setting(value: Any) -> str:
