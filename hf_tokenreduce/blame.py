@@ -37,9 +37,10 @@ def blaming(name: str, file: str, config: PreTrainedConfig | None = None) -> Ite
                 mismatch = _mismatch(Path(name), shapes)
                 if mismatch is None and "ignore_mismatched_sizes" in str(error):
                     mismatch = "its tensors have other shapes than config.json asks for"
-                if mismatch is None:
+                if mismatch is not None:
+                    file, why = "model.safetensors", mismatch
+                elif _was_in_our_code(error):
                     raise
-                file, why = "model.safetensors", mismatch
             elif shapes is not None:
                 why = shapes
         raise ValueError(
@@ -82,6 +83,16 @@ def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]] | Exception 
     except Exception as error:
         return error
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _was_in_our_code(error: BaseException) -> bool:
+    """Whether our models were at work when it was raised: then it is a fault of ours."""
+    place, modeling = error.__traceback__, str(Path(__file__).parent / "modeling")
+    while place is not None:
+        if place.tb_frame.f_code.co_filename.startswith(modeling):
+            return True
+        place = place.tb_next
+    return False
 
 
 def _mismatch(folder: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:

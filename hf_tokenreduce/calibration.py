@@ -12,6 +12,7 @@ from .methods import METHODS
 from .modeling.encoders import encoder_of
 from .modes import evaluating
 from .pictures import IMAGE_SUFFIXES, read_picture
+from .tasks import image_side, main_output
 
 
 def calibrate(
@@ -56,7 +57,20 @@ def calibrate(
         raise ValueError(f"{method.title} takes no {', '.join(unknown)} for calibration, only {', '.join(known)}.")
     pixels = load_pixel_values(model, images, image_processor, max_images)
     with evaluating(model):
+        _check_finite(model, pixels)
         return method.prepare(model, pixels, target, **options)
+
+
+@torch.no_grad()
+def _check_finite(model: PreTrainedModel, pixels: Tensor) -> None:
+    if not pixels.isfinite().all():
+        raise ValueError("The images are not finite when they are prepared: look at the image processor's settings.")
+    first: Any = main_output(image_side(model)(pixels[:1]))
+    if not first.isfinite().all():
+        raise ValueError(
+            "What the model computes for the first image is not finite, so nothing can be fitted: its weights are "
+            "broken, or a half type overflows."
+        )
 
 
 def check_inputs(model: PreTrainedModel, inputs: Tensor) -> None:

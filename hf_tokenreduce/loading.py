@@ -71,15 +71,24 @@ def load_model(
             processor = (AutoFeatureExtractor if takes_audio else AutoImageProcessor).from_pretrained(name, **where)
     if stock_name(model) is None:
         raise ValueError(f"{name!r} is a {type(model).__name__}. {what_can_be_reduced()}")
+    if hasattr(config, "reduction") and not config.model_type.startswith(TYPE_PREFIX):
+        raise ValueError(
+            f"config.json of {name!r} has a reduction, but its model_type {config.model_type!r} is not of a reduced "
+            "model, so it would do nothing. Take it out, and reduce the model: tokenreduce reduce."
+        )
     missing = set(found["missing_keys"])
     if any_task and missing and all(name.startswith("pooler.") for name in missing):
         # Many encoders were trained without one, such as DINO and MAE: better none than a random one.
         model.pooler, missing = None, set()
     if missing:
-        what = "its classifier" if not any_task or "Classification" in type(model).__name__ else "a part of it"
+        some = ", ".join(sorted(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        if all(part.split(".")[0] in ("classifier", "cls_classifier", "distillation_classifier") for part in missing):
+            raise ValueError(
+                f"{name!r} has no trained {some}: its classifier would be random. Train it first: tokenreduce train."
+            )
         raise ValueError(
-            f"{name!r} has no trained {', '.join(sorted(missing))}: {what} would be random. "
-            "Train it first: tokenreduce train."
+            f"model.safetensors of {name!r} lacks {some}, which config.json asks for: a part of the model would be "
+            "random. Save or download the model again, or train it first: tokenreduce train."
         )
     model.to(PartialState().device)
     return model.eval(), processor

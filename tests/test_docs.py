@@ -14,11 +14,11 @@ from task_models import CASES
 from transformers import ViTImageProcessor
 
 from hf_tokenreduce import reduce_tokens
-from hf_tokenreduce.cli import main
 from hf_tokenreduce.families import families_table
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.methods import METHODS
 from hf_tokenreduce.methods.table import method_page, methods_page, methods_table
+from hf_tokenreduce_cli import main
 
 
 ROOT = Path(__file__).resolve().parents[1]

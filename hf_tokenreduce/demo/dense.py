@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.utils import logging
 
-from ..files import refuse_other_settings, whole, write_whole
+from ..files import model_folder, refuse_other_settings, whole, write_whole
 from ..modeling.encoders import encoder_of
 from .images import BOX, CLASSES, MANIFEST, SPLITS
 
@@ -86,8 +86,9 @@ def train_dense(
     output_dir.mkdir(parents=True, exist_ok=True)
     model = _new_model(size, seed)
     seconds = _train(model, train, output_dir / UNFINISHED, settings, progress)
-    model.eval().save_pretrained(output_dir)
-    _processor(size).save_pretrained(output_dir)
+    with model_folder(output_dir) as place:
+        model.eval().save_pretrained(place)
+        _processor(size).save_pretrained(place)
     result = {**settings, "top1": _top1(model, validation), "seconds": round(seconds, 1)}
     write_whole(record, json.dumps(result, indent=2) + "\n")
     (output_dir / UNFINISHED).unlink(missing_ok=True)

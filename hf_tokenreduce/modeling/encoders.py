@@ -277,6 +277,11 @@ def facts_of(config: PreTrainedConfig | EncoderFacts) -> EncoderFacts:
     if not isinstance(config, PreTrainedConfig):
         return config  # facts already, from a folder of another copy of this module
     inner, tower = _tower_config(config)
+    if inner.num_hidden_layers < 1 or inner.num_attention_heads < 1:
+        raise ValueError(
+            f"num_hidden_layers={inner.num_hidden_layers} and num_attention_heads={inner.num_attention_heads} must be "
+            "at least 1. Look at config.json."
+        )
     if min(tower.patches(inner)) < 1:
         raise ValueError(
             f"image_size={inner.image_size} has no whole patch of patch_size={inner.patch_size}: there is "
