@@ -112,6 +112,7 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per device and step.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Fine-tune by the method's recipe. Any argument of transformers' TrainingArguments may follow."""
     from hf_tokenreduce.training.run import main as run
@@ -130,7 +131,10 @@ def train(
             arguments += [f"--{name}", str(value)]
     if reduction_args != "{}":
         arguments += ["--reduction_args", reduction_args]
-    run([*arguments, *context.args], command=("tokenreduce", *context.obj))
+    found = run([*arguments, *context.args], command=("tokenreduce", *context.obj))
+    if found is not None:
+        record, folder = found
+        print_answer(record, as_json, f"Saved to {folder}")
 
 
 @app.command(epilog="tokenreduce methods")

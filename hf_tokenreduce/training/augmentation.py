@@ -132,13 +132,13 @@ class BatchTransform:
         pixel_values, kept = [], []
         for index, image in enumerate(batch[self.image_column_name]):
             try:
-                decoded = _decoded(image)
+                picture = decoded(image)
             except ValueError as error:
                 if self.on_error == "stop":
                     raise ValueError(f"{error}. Select the readable_rows of the dataset, or skip it.") from error
                 logger.warning(f"{error}: left out")
                 continue
-            pixel_values.append(self.transform(decoded))
+            pixel_values.append(self.transform(picture))
             kept.append(index)
         if self.label_column_name is None:
             return {"pixel_values": pixel_values}
@@ -157,7 +157,7 @@ def readable_rows(dataset: Dataset, image_column_name: str = "image") -> list[in
     readable = []
     for index, row in enumerate(logging.tqdm(encoded, desc="Reading the images", unit=" images")):
         try:
-            _decoded(row[image_column_name])
+            decoded(row[image_column_name])
             readable.append(index)
         except ValueError as error:
             logger.warning(f"Row {index}: {error}")
@@ -269,8 +269,8 @@ def _look_up(table: np.ndarray, values: np.ndarray) -> np.ndarray:
     return found
 
 
-def _decoded(image: Any) -> Image.Image:
-    """Decoded as `datasets` does it, to the last byte; or a `ValueError` that says which image is unreadable."""
+def decoded(image: Any) -> Image.Image:
+    """Decode an image as `datasets` does it, to the last byte; a `ValueError` says which image is unreadable."""
     name = image.get("path") or f"{len(image.get('bytes') or b'')} bytes" if isinstance(image, dict) else image
     try:
         if image is None:
