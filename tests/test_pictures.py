@@ -66,5 +66,5 @@ def test_values_without_a_known_range_are_refused(tmp_path, picture):
     with pytest.raises(ValueError, match="no known range of values"):
         as_rgb(picture)
     picture.save(tmp_path / "odd.tif")
-    with pytest.raises(ValueError, match="odd.tif cannot be read"):
+    with pytest.raises(ValueError, match=r"odd\.tif cannot be read"):
         read_picture(tmp_path / "odd.tif")

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor, set_seed
 
 from ..calibration import calibrate
-from ..convert import reduce_tokens
+from ..convert import with_reduction
 from ..evaluation import benchmark, evaluate_model, pareto_plot
 from ..files import model_folder, write_whole
 from ..hub import write_card
@@ -83,7 +83,7 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
         if not (target / "config.json").is_file():
             _say(f"   {number} of {len(METHODS)}: {method.title}" + (", trained" if "demo" in method.recipes else ""))
             set_seed(seed)
-            reduced = reduce_tokens(copy.deepcopy(dense), _setting(method, dense))
+            reduced = with_reduction(copy.deepcopy(dense), _setting(method, dense))
             reduced = _prepared(method, reduced, training, processor, work / name)
             with model_folder(target) as place, no_progress_bars():
                 reduced.save_pretrained(place)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..calibration import calibrate
-from ..convert import reduce_tokens
+from ..convert import reduce_tokens, with_reduction
 from ..files import refuse_other_settings, whole, write_whole
 from ..methods import DENSE, METHODS, find_method, method_of
 from ..modeling.configuration_base import ReductionConfig
@@ -303,7 +303,7 @@ def _is_of_features(model: Any, bank: Dataset | None) -> bool:
 
 
 def _reduced(model: Any, reduction: ReductionConfig | None) -> Any:
-    return converted(model, lambda one: reduce_tokens(one, reduction).eval())
+    return converted(model, lambda one: with_reduction(one, reduction).eval())
 
 
 def _digest(dataset: Dataset, image_column: str, label_column: str) -> str:

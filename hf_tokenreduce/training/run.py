@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..calibration import calibrate
-from ..convert import reduce_tokens, restore
+from ..convert import reduce_tokens, restore, with_reduction
 from ..files import write_whole
 from ..hub.contents import short
 from ..loading import folder_split, method_setting, parse_settings, spread
@@ -297,7 +297,7 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
             "with these settings, then train the model it writes, without --reduction."
         )
     setting = method_setting(dense.config, model_args.reduction, model_args.share, settings)
-    model = reduce_tokens(dense, setting)
+    model = with_reduction(dense, setting)
     if method is not None and method.prepare is not None:
         photos = train.shuffle(seed=0).select(range(min(100, len(train))))[data_args.image_column_name]
         pixels = torch.stack([EvalTransform(processor)(decoded(photo)) for photo in photos])
