@@ -6,18 +6,14 @@ import transformers
 
 from .calibration import calibrate
 from .convert import reduce_tokens, restore
-from .modeling.configuration_methods import (
-    ATSConfig,
-    BATConfig,
-    DLViTConfig,
-    EViTConfig,
-    LTMPConfig,
-    SiTConfig,
-    ToMeConfig,
-    TopKConfig,
-)
+from .methods import Method, register_method
+from .modeling.ats import ATSConfig
+from .modeling.bat import BATConfig
 from .modeling.configuration_tokenreduce import TokenReduceDeiTConfig, TokenReduceViTConfig
+from .modeling.dlvit import DLViTConfig
 from .modeling.encoders import MODELS, PREFIX, auto_classes_of
+from .modeling.evit import EViTConfig
+from .modeling.ltmp import LTMPConfig
 from .modeling.modeling_tokenreduce import (
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,
@@ -26,7 +22,10 @@ from .modeling.modeling_tokenreduce import (
     TokenReduceViTModel,
     reduced_model_class,
 )
+from .modeling.sit import SiTConfig
 from .modeling.tokens import unmerge
+from .modeling.tome import ToMeConfig
+from .modeling.topk import TopKConfig
 from .thresholds import load_thresholds, save_thresholds
 
 
@@ -38,6 +37,7 @@ __all__ = [
     "DLViTConfig",
     "EViTConfig",
     "LTMPConfig",
+    "Method",
     "SiTConfig",
     "ToMeConfig",
     "TokenReduceDeiTConfig",
@@ -51,6 +51,7 @@ __all__ = [
     "calibrate",
     "load_thresholds",
     "reduce_tokens",
+    "register_method",
     "restore",
     "save_thresholds",
     "unmerge",

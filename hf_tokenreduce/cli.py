@@ -30,7 +30,7 @@ Split = Annotated[str | None, typer.Option(help="Of the data. Default: validatio
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use this many images, evenly spread.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images at once.")]
-Method = Annotated[str, typer.Option("--reduction", "-r", help="tome, evit, topk, bat, ats, ltmp, sit or dlvit.")]
+Method = Annotated[str, typer.Option("--reduction", "-r", help="The method: tokenreduce methods lists them.")]
 Share = Annotated[float | None, typer.Option(help="Of the multiply-adds to keep, such as 0.65.")]
 Settings = Annotated[str, typer.Option("--reduction-args", help="Further settings of the method, JSON.")]
 
@@ -49,29 +49,28 @@ def reduce(
     reduction: Method = "tome",
     share: Share = None,
     reduction_args: Settings = "{}",
-    images: Annotated[str | None, typer.Option(help="Unlabelled images that LTMP and SiT are calibrated on.")] = None,
+    images: Annotated[str | None, typer.Option(help="Unlabelled images, for methods that are fitted on them.")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Reduce a checkpoint and save it, weights and code: a folder that loads anywhere."""
-    from .calibration import calibrate
-    from .convert import reduce_tokens
+    from .budget import reduce_to_share
     from .evaluation.compute import describe_model
-    from .loading import load_model, load_processor, method_setting, parse_settings
+    from .loading import load_model, load_processor, parse_settings
+    from .methods import find_method
 
+    method, settings = find_method(reduction), parse_settings(reduction_args)
+    if method.prepare is not None and images is None:
+        raise ValueError(f"{method.title} starts from images, without labels: pass --images FOLDER, or train it.")
     if output_dir.is_file():
         raise ValueError(f"--output-dir {output_dir} is a file. Name a folder.")
     dense, image_processor = load_model(model, revision, trust_remote_code, any_task=True)
     processor = load_processor(model, revision, trust_remote_code)
-    setting = method_setting(dense.config, reduction, share, parse_settings(reduction_args))
-    reduced = reduce_tokens(dense, setting)
-    if reduction in ("ltmp", "sit"):
-        if images is None:
-            raise ValueError(f"{reduction} starts from images, without labels: pass --images FOLDER, or train it.")
-        calibrate(reduced, images, getattr(setting, "target", None), image_processor=image_processor)
-    elif images is not None:
-        raise ValueError(f"--images is for ltmp and sit; {reduction} needs none. Leave it out.")
+    reduced = reduce_to_share(dense, reduction, share, images, image_processor, settings)
+    reason = method.why_not(reduced.config.reduction)
+    if reason is not None:
+        raise ValueError(f"{method.title} cannot reduce this checkpoint yet: {reason}.")
     reduced.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     _print(describe_model(reduced, str(output_dir)), as_json, f"Saved to {output_dir}")
@@ -114,6 +113,21 @@ def train(
     if reduction_args != "{}":
         arguments += ["--reduction_args", reduction_args]
     run([*arguments, *context.args], command=("tokenreduce", *context.obj))
+
+
+@app.command(epilog="tokenreduce methods")
+def methods(as_json: Json = False) -> None:
+    """List the methods: what they are called, what they do with tokens, and what they need first."""
+    from .methods.table import methods_rows
+
+    found = methods_rows()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table(*found[0])
+    for row in found:
+        table.add_row(*map(escape, row.values()))
+    out.print(table)
 
 
 @app.command(epilog="tokenreduce inspect vit-tome")
@@ -242,11 +256,9 @@ def compare(
     Quality is accuracy; without a classifier, cosines to the dense model's features and the accuracy of nearest
     neighbours. CLIP and SigLIP classify if --prompt or --class-names is given."""
     from .evaluation import compare as measure
-    from .evaluation import default_reductions, facts_for
     from .evaluation.features import TASKS as FEATURE_TASKS
     from .evaluation.zero_shot import as_classifier, check_typed
     from .loading import load_bank, load_images, load_model, load_processor, parse_settings
-    from .modeling.configuration_base import REDUCTIONS
     from .tasks import task_of_model
 
     dense, processor = load_model(model, revision, trust_remote_code, any_task=True)
@@ -258,20 +270,12 @@ def compare(
         dense = as_classifier(
             dense, lambda: load_processor(model, revision, trust_remote_code), images, class_names, prompt
         )
-    usual = default_reductions(facts_for(dense, images, processor), share)
-    settings: list[Any] = []
-    for text in reduction:
-        given = [one for one in usual if one.method == text]
-        if text in REDUCTIONS and not given:
-            raise ValueError(f"{text} has no untrained setting for the shares {share}. Give one by JSON.")
-        settings += given or [{"method": None, **parse_settings(text)}]
-    if any(isinstance(one, dict) and one["method"] is None for one in settings):
-        raise ValueError('--reduction is a method\'s name, or JSON with it: \'{"method": "tome", "r": 8}\'.')
     found = measure(
         dense,
         images,
         processor,
-        settings or usual,
+        [parse_settings(text) if text.lstrip().startswith("{") else text for text in reduction] or None,
+        shares=share,
         output_dir=output_dir,
         bank=bank,
         batch_size=batch_size,
@@ -426,7 +430,8 @@ def _print(answer: dict[str, Any], as_json: bool, title: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Errors that a user can mend are one line and exit code 2; `--debug` anywhere shows the whole of them."""
+    """Errors that a user can mend are one line and exit code 2; `--debug` anywhere shows the whole of them. Other
+    errors, such as a full memory or a fault of ours, keep their traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     if debug:
@@ -439,8 +444,16 @@ def main(arguments: list[str] | None = None) -> None:
         disable_progress_bars()
     try:
         app(args=arguments, prog_name="tokenreduce", obj=arguments)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if debug:
+    except Exception as error:
+        if debug or not _is_for_the_user(error):
             raise
         print("tokenreduce: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    if isinstance(error, RuntimeError):
+        from .hub.publish import PublishError
+
+        return isinstance(error, PublishError)
+    return isinstance(error, (ValueError, OSError, ImportError))

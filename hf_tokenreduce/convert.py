@@ -10,12 +10,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .modeling.configuration_base import ReductionConfig
-from .modeling.configuration_methods import parse_reduction
 from .modeling.encoders import MODELS, PREFIX, encoder_of, fixed_fields, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
 
 
-def reduce_tokens(model: PreTrainedModel, reduction: ReductionConfig | dict[str, Any] | None) -> PreTrainedModel:
+def reduce_tokens(
+    model: PreTrainedModel,
+    reduction: ReductionConfig | dict[str, Any] | str | type[ReductionConfig] | None,
+    *,
+    share: float | None = None,
+    images: Any = None,
+    image_processor: Any = None,
+    **settings: Any,
+) -> PreTrainedModel:
     """Make a model that computes what `model` does on fewer tokens.
 
     The result shares the weights of `model`, which stays usable and as it was; dtype, device and train or eval mode
@@ -26,15 +33,34 @@ def reduce_tokens(model: PreTrainedModel, reduction: ReductionConfig | dict[str,
         model (`PreTrainedModel`): A model of transformers whose vision encoder can be reduced, such as a
             `ViTForImageClassification`, a `CLIPModel` or a `Dinov2Model`, or one that is reduced already: then the
             method is swapped.
-        reduction: A method configuration such as `ToMeConfig(r=13)`, its dictionary form, or None.
+        reduction: A method configuration such as `ToMeConfig(r=13)`, its dictionary form, or None. Or a method by its
+            name or configuration class, `"tome"` or `ToMeConfig`, with `share` and `settings`.
+        share (`float`, *optional*): The share of the encoder's multiply-adds to keep.
+        images (`Tensor`, `str` or `Path`, *optional*): Unlabelled images for methods that need them to be fitted to a
+            share: pixel values, or a folder.
+        image_processor: The model's, for a folder.
+        settings: Further fields of the method's configuration.
 
     Returns:
         `PreTrainedModel`, a `TokenReduce...` class of the same kind.
 
     Example:
         >>> model = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224")
-        >>> model = reduce_tokens(model, ToMeConfig(r=13))
+        >>> reduced = reduce_tokens(model, ToMeConfig(r=13))
+        >>> reduced = reduce_tokens(model, "bat", share=0.65)
+        >>> reduced = reduce_tokens(model, LTMPConfig, share=0.65, images="photos", image_processor=processor)
     """
+    by_name = isinstance(reduction, (str, type))
+    if not by_name and (share is not None or settings or images is not None or image_processor is not None):
+        given = [*(["share"] if share is not None else []), *settings, *(["images"] if images is not None else [])]
+        raise ValueError(
+            f"{', '.join(given) or 'image_processor'} goes with a method's name or configuration class, such as "
+            f'reduce_tokens(model, "tome", share=0.65), not with {reduction!r}, which is set already.'
+        )
+    if by_name:
+        from .budget import reduce_to_share
+
+        return reduce_to_share(model, reduction, share, images, image_processor, settings)
     name = stock_name(model)
     if name is None:
         raise ValueError(
@@ -51,10 +77,15 @@ def reduce_tokens(model: PreTrainedModel, reduction: ReductionConfig | dict[str,
     is_reduced = type(model).__name__ != name
     reduced = _around_the_weights_of(model, reduced_model_class(getattr(transformers, name)))
     reduced.set_reduction(reduction)
-    if is_reduced and reduced.config.reduction == parse_reduction(model.config.reduction):
+    if is_reduced and _values(reduced.config.reduction) == _values(model.config.reduction):
         for ours, theirs in zip(encoder_of(reduced).layers, encoder_of(model).layers, strict=True):
             ours.reducer = theirs.reducer
     return reduced
+
+
+def _values(reduction: Any) -> dict[str, Any] | None:
+    """What a setting says, whatever copy of its class it is of."""
+    return None if reduction is None else reduction.to_dict()
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,8 +2,8 @@
 
 import transformers
 
-from .modeling.configuration_base import REDUCTIONS
 from .modeling.encoders import COMPOSITES, READ_EVERY_PATCH, TOWERS, Tower, facts_of
+from .modeling.methods import METHOD_CLASSES
 from .tasks import task_of
 
 
@@ -30,12 +30,12 @@ def _row(tower: Tower) -> str:
     facts = facts_of(getattr(transformers, tower.models[0]).config_class())
     scored = "the class token's attention" if facts.num_prefix_tokens else "the attention of the mean token"
     refused = {}
-    for name, config_class in REDUCTIONS.items():
+    for name, (config_class, _) in METHOD_CLASSES.items():
         try:
             config_class().check_fit(facts)
         except ValueError as error:
             refused[name] = str(error).split(". ")[0]
-    methods = f"all {len(REDUCTIONS)}"
+    methods = "all"
     if refused:
         methods = f"all but `{'`, `'.join(refused)}` ({'; '.join(refused.values())})"
     rows = _rows(tower.wants_grid, False)

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from transformers import (
 from transformers.utils import logging
 
 from .convert import stock_name
-from .modeling.configuration_base import REDUCTIONS, ReductionConfig
-from .modeling.encoders import MODELS, PREFIX, TYPE_PREFIX, what_can_be_reduced
+from .methods import Method, find_method
+from .methods.register import register_from_folder
+from .modeling.configuration_base import ReductionConfig
+from .modeling.encoders import MODELS, PREFIX, TYPE_PREFIX, facts_of, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
 from .pictures import IMAGE_SUFFIXES, read_picture
 from .tasks import task_of
@@ -54,6 +57,8 @@ def load_model(
     """
     # Without the flag our own classes load from their folders by what is installed: no code of the folder runs.
     where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code or None}
+    if trust_remote_code:
+        register_from_folder(name, revision)
     with no_progress_bars():
         try:
             auto_class: Any = AutoModelForImageClassification
@@ -212,16 +217,39 @@ def parse_settings(text: str) -> dict[str, Any]:
 def method_setting(
     config: PreTrainedConfig, name: str, share: float | None = None, settings: dict[str, Any] | None = None
 ) -> ReductionConfig:
-    """A method's configuration by its name. settings: its fields; share: of the multiply-adds to keep."""
-    if name not in REDUCTIONS:
-        raise ValueError(f"There is no method {name!r}. The methods are: {', '.join(REDUCTIONS)}.")
-    method, settings = REDUCTIONS[name], dict(settings or {})
-    unknown = sorted(set(settings) - set(method.__dataclass_fields__))
+    """A method's configuration by its name.
+
+    Args:
+        config: Of the model that it is for.
+        name (`str`): The method's name.
+        share (`float`, *optional*): The share of the multiply-adds to keep.
+        settings (`dict`, *optional*): The configuration's fields.
+
+    Returns:
+        `ReductionConfig`.
+    """
+    method, settings = find_method(name), dict(settings or {})
+    known = [field.name for field in fields(method.config_class)]
+    unknown = sorted(set(settings) - set(known))
     if unknown:
-        known = ", ".join(method.__dataclass_fields__)
-        raise ValueError(f"{method.__name__} has no {', '.join(unknown)}. Its settings are: {known}.")
+        raise ValueError(
+            f"{method.config_class.__name__} has no {', '.join(unknown)}. Its settings are: {', '.join(known)}."
+        )
     if share is None:
-        return method(**settings)
-    if name == "ltmp":  # its budget is learned, or calibrated
-        return method(**{"target": share, **settings})
-    return method.for_budget(config, share, **settings)
+        return method.config_class(**settings)
+    check_decided(method, share, settings)
+    if method.at_share is None and method.fit_share is None:
+        raise ValueError(f"{method.title} has no setting for a share of the multiply-adds. Give its own settings.")
+    if method.at_share is None:
+        raise ValueError(
+            f"{method.config_class.__name__} has no setting for a budget: what it keeps depends on the images. It is "
+            f'fitted to one on images: reduce_tokens(model, "{name}", share={share}, images=..., image_processor=...).'
+        )
+    return method.at_share(facts_of(config), share, **settings)
+
+
+def check_decided(method: Method, share: float | None, settings: dict[str, Any]) -> None:
+    """Raise a ValueError if settings are given that a share decides."""
+    both = sorted(set(settings) & set(method.key_settings))
+    if both:
+        raise ValueError(f"A share of {share} decides {', '.join(both)} of {method.title}. Give one of the two.")

@@ -1,14 +1,14 @@
 """A page to try a checkpoint on: drop an image, pick a method and a budget, and see it beside the dense model.
 
-`serve("folder")` opens it on this computer alone. What the page shows is computed by `Comparison`, without a page.
+`serve("folder")` opens it on this computer alone. What the page shows is computed by `SideBySide`, without a page.
 """
 
+import json
 import os
 import statistics
-import time
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,23 +21,16 @@ from transformers.utils import logging
 
 from .convert import reduce_tokens, restore
 from .loading import load_model
-from .modeling.configuration_base import KeepRateConfig, ReductionConfig
-from .modeling.configuration_methods import ATSConfig, BATConfig, EViTConfig, ToMeConfig, TopKConfig
+from .methods import METHODS, Method
+from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import encoder_of, facts_of
 from .modeling.multiply_adds import multiply_adds
+from .timing import in_turns
 from .visualization import seen_images, token_maps
 from .visualization.drawing import draw_layer, resized_to_cells
 
 
 PUBLISHED = "as published"
-# What runs on a checkpoint that was not trained for it.
-UNTRAINED: dict[str, type[ReductionConfig]] = {
-    "ToMe": ToMeConfig,
-    "BAT": BATConfig,
-    "EViT": EViTConfig,
-    "Top-K": TopKConfig,
-    "ATS": ATSConfig,
-}
 MAX_PIXELS = 50_000_000
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 REPEATS = 5
@@ -45,6 +38,11 @@ TOP = 5
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 logger = logging.get_logger(__name__)
+
+
+def runs_untrained(method: Method) -> bool:
+    """Whether it keeps a share of the multiply-adds of a checkpoint as it is."""
+    return method.needs == "nothing" and (method.at_share is not None or method.fit_share is not None)
 
 
 class Side(NamedTuple):
@@ -75,47 +73,44 @@ class Answer(NamedTuple):
     token_map: Image.Image
 
 
-class Comparison:
+class SideBySide:
     """A checkpoint beside its dense self, by the setting it was published with or by one that needs no training.
 
     model: a ViT or DeiT classifier of transformers, or a reduced one. All models share its weights.
+    untrained: the methods that run on it as it is, by their titles.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, *, repeats: int = REPEATS, keep: int = 8):
         self.processor, self.repeats = processor, repeats
-        unreduced = reduce_tokens(model, None).eval()
-        self.dense = restore(unreduced)
+        self.untrained = {method.title: method for method in METHODS.values() if runs_untrained(method)}
+        self.unreduced = reduce_tokens(model, None).eval()
+        self.dense = restore(self.unreduced)
         self.published = model.eval() if getattr(model.config, "reduction", None) is not None else None
         # A reduced model is a few Python objects around the same weights: some are kept, the oldest goes.
         self._reduced = lru_cache(maxsize=keep)(self._reduce)
 
     def methods(self) -> list[str]:
-        return [PUBLISHED, *UNTRAINED] if self.published is not None else list(UNTRAINED)
+        return [PUBLISHED, *self.untrained] if self.published is not None else list(self.untrained)
 
-    def has_budget(self, method: str) -> bool:
-        """Whether a budget can be set: not of ATS, whose tokens are as many as an image's scores are spread over."""
-        return method in UNTRAINED and method != "ATS"
-
-    def setting(self, method: str, budget: float) -> ReductionConfig:
-        """The mildest setting of a method that keeps at most `budget` of the multiply-adds."""
-        if method not in UNTRAINED:
+    def setting(self, method: str, budget: float, pixels: Tensor) -> ReductionConfig:
+        """The mildest setting of a method that keeps at most `budget` of the multiply-adds of an image."""
+        if method not in self.untrained:
             raise ValueError(f"There is no method {method!r} for this checkpoint. Pick one of {self.methods()}.")
-        config_class, layers = UNTRAINED[method], facts_of(self.dense.config).num_hidden_layers
-        if config_class is ATSConfig:
-            return ATSConfig(layers=tuple(range(layers // 4, layers)))
-        if issubclass(config_class, KeepRateConfig):
-            quarters = sorted({layers // 4, layers // 2, 3 * layers // 4})
-            return config_class.for_budget(self.dense.config, budget, layers=quarters)
-        return config_class.for_budget(self.dense.config, budget)
+        chosen = self.untrained[method]
+        if chosen.at_share is not None:
+            return chosen.at_share(facts_of(self.dense.config), budget)
+        if chosen.fit_share is not None:
+            return chosen.fit_share(self.unreduced, pixels, budget)
+        raise ValueError(f"{method} has no setting for a share of the multiply-adds.")
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, method: str, budget: float = 0.65, *, size: int = 384) -> Answer:
-        """budget: the share of the multiply-adds to keep, of methods that have one. size: of the pictures, about."""
+        """budget: the share of the multiply-adds to keep. size: of the pictures, about."""
+        pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"].to(self.dense.device)
         if method == PUBLISHED and self.published is not None:
             reduced = self.published
         else:
-            reduced = self._reduced(method, round(budget, 3) if self.has_budget(method) else 1.0)
-        pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"].to(self.dense.device)
+            reduced = self._reduced(json.dumps(self.setting(method, round(budget, 3), pixels).to_dict()))
         maps = token_maps(reduced, pixels)
         times = self._milliseconds([self.dense, reduced], pixels)
         counts = torch.full_like(maps.counts, maps.num_tokens)
@@ -134,8 +129,8 @@ class Comparison:
             token_map=draw_layer(seen, maps, 0, maps.counts.shape[1] - 1),
         )
 
-    def _reduce(self, method: str, budget: float) -> PreTrainedModel:
-        return reduce_tokens(self.dense, self.setting(method, budget))
+    def _reduce(self, setting: str) -> PreTrainedModel:
+        return reduce_tokens(self.dense, json.loads(setting))
 
     def _side(
         self, logits: Any, counts: Tensor, num_tokens: int, reduction: ReductionConfig | None, milliseconds: float
@@ -144,17 +139,9 @@ class Comparison:
         return Side(self._predictions(logits[0]), counts[0].tolist(), cost, milliseconds)
 
     def _milliseconds(self, models: Sequence[PreTrainedModel], pixels: Tensor) -> list[float]:
-        """Each model's median; they take turns, so that what slows the machine for a while slows all of them."""
-        seconds: list[list[float]] = [[] for _ in models]
-        for repeat in range(self.repeats + 1):
-            for taken, model in zip(seconds, models, strict=True):
-                start = time.perf_counter()
-                model(pixels)
-                if pixels.is_cuda:
-                    torch.cuda.synchronize(pixels.device)
-                if repeat:  # the first is a warm-up
-                    taken.append(time.perf_counter() - start)
-        return [1000 * statistics.median(taken) for taken in seconds]
+        """Return each model's median."""
+        calls = [partial(model, pixels) for model in models]
+        return [1000 * statistics.median(taken) for taken in in_turns(calls, self.repeats, pixels.device)]
 
     def _predictions(self, logits: Tensor) -> list[tuple[str, float]]:
         labels = self.dense.config.id2label
@@ -168,12 +155,12 @@ class Comparison:
         return list(zip(unique, best.values.tolist(), strict=True))
 
 
-def load_comparison(
+def load_side_by_side(
     folder_or_id: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Comparison:
+) -> SideBySide:
     """Of a folder or a Hub id. What this package saved loads without `trust_remote_code`: its classes are here."""
     model, processor = load_model(str(folder_or_id), revision, trust_remote_code)
-    return Comparison(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
+    return SideBySide(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
 
 
 def read_image(file: str | Path, *, max_upload_mb: float = 10) -> Image.Image:
@@ -205,7 +192,7 @@ def build_app(
 ) -> Any:
     """The page as a `gradio.Blocks`, not yet launched."""
     gr = _gradio()
-    comparison = load_comparison(folder_or_id, revision=revision, trust_remote_code=trust_remote_code)
+    comparison = load_side_by_side(folder_or_id, revision=revision, trust_remote_code=trust_remote_code)
     methods = comparison.methods()
     name = Path(folder_or_id).name if Path(folder_or_id).is_dir() else str(folder_or_id)
 
@@ -251,7 +238,7 @@ def build_app(
                     value=0.65,
                     step=0.05,
                     label="Share of the multiply-adds to keep",
-                    interactive=comparison.has_budget(methods[0]),
+                    interactive=methods[0] != PUBLISHED,
                 )
             with gr.Column(scale=5, min_width=320):
                 with gr.Row():
@@ -266,7 +253,7 @@ def build_app(
                     reduced = gr.Label(label="Reduced", num_top_classes=TOP)
                 costs = gr.HTML()
         method.change(
-            lambda chosen: gr.update(interactive=comparison.has_budget(chosen)),
+            lambda chosen: gr.update(interactive=chosen != PUBLISHED),
             method,
             budget,
             queue=False,

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .modeling.encoders import encoder_of, stock_type
+from .modeling.ltmp import LTMPConfig
 
 
 KINDS = ("merge_threshold", "prune_threshold")
@@ -72,7 +73,7 @@ def load_thresholds(model: PreTrainedModel, path: str | Path, *, check_backbone:
 
 def _reducers(model: PreTrainedModel) -> list[Any]:
     reduction = getattr(model.config, "reduction", None)
-    if reduction is None or reduction.method != "ltmp":
+    if reduction is None or reduction.method != LTMPConfig.method:
         raise ValueError(
             f"This {type(model).__name__} has no thresholds: it is not reduced by LTMP. Reduce it first: "
             "reduce_tokens(model, LTMPConfig())."

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from helpers import NUM_PATCHES, SIZES, tiny_images
+from helpers import NUM_PATCHES, ONE_OF_EACH, SIZES, tiny_images
 from transformers import PreTrainedModel
 
 from hf_tokenreduce.modeling.encoders import encoder_of
@@ -168,7 +168,7 @@ GRIDS = [name for name, family in FAMILIES.items() if family.grid]
 WITHOUT_MIXTURES = ("dinov3", "dinov3-backbone", "beit", "beit-shared")
 
 # One setting of each method, by its name in METHODS.
-PLAIN = ("tome", "evit", "topk", "bat", "sit", "ats", "ltmp", "dlvit-share")
+PLAIN = tuple("dlvit-share" if name == "dlvit" else name for name in ONE_OF_EACH)
 
 
 def cases(methods: Sequence[str] = PLAIN, families: Iterable[str] = FAMILIES) -> list[tuple[str, str]]:

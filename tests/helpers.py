@@ -25,6 +25,7 @@ from hf_tokenreduce import (
     TopKConfig,
     reduce_tokens,
 )
+from hf_tokenreduce.methods import METHODS as DESCRIBED
 
 
 SHARED = Path(os.environ.get("TOKENREDUCE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -81,6 +82,8 @@ METHODS = {
     ),
 }
 ADAPTIVE = [name for name in METHODS if name.startswith(("ats", "ltmp")) or name in ("dlvit", "dlvit-capped")]
+# The row of each method that the package has: a new one must have a row of its name.
+ONE_OF_EACH = [name for name in DESCRIBED if METHODS[name]]
 EVEN = [name for name in METHODS if name not in ADAPTIVE]
 
 

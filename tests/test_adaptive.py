@@ -138,11 +138,13 @@ def test_wrong_settings(attempt, message):
         attempt()
 
 
-def test_a_varlen_kernel_gets_what_it_needs(monkeypatch):
-    """With a stand-in for the CUDA kernel that attends one packed sequence after the other."""
+@pytest.mark.parametrize("release", ["first", "later"])
+def test_a_varlen_kernel_gets_what_it_needs(monkeypatch, release):
+    """With a stand-in for the CUDA kernel that attends one packed sequence after the other. Its first release takes no
+    scale."""
     calls = []
 
-    def varlen(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale):
+    def attend(query, key, value, query_ends, key_ends, longest_query, longest_key, scale):
         assert query_ends.dtype == key_ends.dtype == torch.int32
         assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max()
         assert query.shape[-1] == key.shape[-1] == value.shape[-1]
@@ -155,10 +157,18 @@ def test_a_varlen_kernel_gets_what_it_needs(monkeypatch):
             outputs.append(torch.einsum("hqk,khd->qhd", weights, value[keys]))
         return torch.cat(outputs)
 
+    def first(query, key, value, query_ends, key_ends, longest_query, longest_key):
+        scale = query.shape[-1] ** -0.5
+        return attend(query, key, value, query_ends, key_ends, longest_query, longest_key, scale)
+
+    def later(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale):
+        return attend(query, key, value, query_ends, key_ends, longest_query, longest_key, scale)
+
+    kernel = first if release == "first" else later
     for setting in (METHODS["ats"][0], LTMPConfig(merge_threshold=0.4, prune=False)):
         model = reduce_tokens(tiny_model(), setting)
         expected = model(tiny_images())
-        monkeypatch.setattr(attention_module, "varlen_attn", varlen)
+        monkeypatch.setattr(attention_module, "varlen_attn", kernel)
         monkeypatch.setattr(attention_module, "_has_varlen_kernel", lambda attention, query: True)
         calls.clear()
         torch.testing.assert_close(model(tiny_images()).logits, expected.logits, rtol=1e-4, atol=1e-5)

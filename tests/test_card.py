@@ -13,11 +13,11 @@ from task_models import CASES, save_case
 from test_hub import saved
 
 from hf_tokenreduce import ATSConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce.evaluation.accuracy import wilson_interval
 from hf_tokenreduce.hub import model_card, write_card, write_cards
 from hf_tokenreduce.hub.card_text import merge_metadata, sections
-from hf_tokenreduce.hub.methods import METHODS as DESCRIBED
-from hf_tokenreduce.hub.records import wilson
-from hf_tokenreduce.modeling.configuration_base import REDUCTIONS
+from hf_tokenreduce.methods import METHODS as DESCRIBED
+from hf_tokenreduce.modeling.methods import METHOD_CLASSES
 
 
 RECORD = {
@@ -61,7 +61,7 @@ def part(card, name):
 
 
 def test_every_method_is_described():
-    assert DESCRIBED.keys() - {None} == REDUCTIONS.keys()
+    assert DESCRIBED.keys() - {None} == METHOD_CLASSES.keys()
 
 
 def test_a_full_card(folder):
@@ -81,7 +81,7 @@ def test_a_full_card(folder):
     assert "https://arxiv.org/abs/2202.07800" in method
     assert "| `keep_rate` | `0.6` |" in method and "| `layers` | `[0, 2]` |" in method
     assert "](token_map.png)" in method
-    low, high = (100 * bound for bound in wilson(0.85, 400))
+    low, high = wilson_interval(340, 400)
     assert f"| 85.0 % ({low:.1f} to {high:.1f}) |" in results and "| 87.2 % (" in results
     assert "| points of top-1 lost |  | 2.2 |" in results
     assert "| multiply-adds of the encoder | 1 | 0.57 |" in results
@@ -340,7 +340,7 @@ def test_metadata_in_any_form(block):
 def test_wilson(right, total):
     """Its bounds are where the observed share is as many standard errors away as the level says."""
     share = right / total
-    low, high = wilson(share, total)
+    low, high = (bound / 100 for bound in wilson_interval(right, total))
     assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
     for bound in (low, high):
         if 1e-9 < bound < 1 - 1e-9:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,11 @@ from helpers import tiny_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
+from hf_tokenreduce import ATSConfig, reduce_tokens
 from hf_tokenreduce.cli import app, main
+from hf_tokenreduce.loading import load_model, load_pictures
+from hf_tokenreduce.methods import METHODS
+from hf_tokenreduce.methods.fitting import share_on
 
 
 COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)
@@ -77,6 +82,34 @@ def test_reduce_calibrates_on_images(call, place):
     assert len({layer.reducer.merge_threshold.item() for layer in model.vit.layers}) > 1
 
 
+def test_reduce_fits_a_sampler_to_a_share_of_images(call, place):
+    arguments = ["reduce", place / "model", "-r", "ats", "--share", 0.5, "-o", place / "ats"]
+    code, _, errors = call(*arguments)
+    assert code == 2 and "--images FOLDER" in errors and not (place / "ats").exists()
+    found = answer(call, *arguments, "--images", place / "photos", "--json")
+    model, processor = load_model(str(place / "ats"))
+    pixels = processor(load_pictures([str(place / "photos")], 100)[0], return_tensors="pt")["pixel_values"]
+    setting = ATSConfig(**{name: value for name, value in found["settings"].items() if name != "method"})
+    more = reduce_tokens(model, replace(setting, num_tokens=setting.num_tokens + 1))
+    assert share_on(reduce_tokens(model, setting), pixels) <= 0.5 < share_on(more, pixels)
+    arguments[arguments.index(0.5)] = 0.95  # more than the scores keep by themselves
+    found = answer(call, *arguments[:-1], place / "ats-all", "--images", place / "photos", "--json")
+    assert found["settings"]["num_tokens"] is None
+
+
+def test_reduce_saves_nothing_that_reduces_nothing(call, place):
+    for share in ([], ["--share", 0.65]):
+        code, _, errors = call("reduce", place / "model", "-r", "dlvit", *share, "-o", place / "dlvit")
+        assert code == 2 and "filter is not trained" in errors and "run_delta_loss.py" in errors
+    assert not (place / "dlvit").exists()
+
+
+def test_methods_are_listed(call):
+    assert [row["name"] for row in answer(call, "methods", "--json")] == list(METHODS)
+    code, printed, _ = call("methods")
+    assert code == 0 and all(method.title in printed for method in METHODS.values())
+
+
 def test_evaluate(call, place, reduced):
     found = answer(call, "evaluate", reduced, place / "photos", "--json")
     assert found["images"] == 12 and 0 <= found["top1"] <= 100 and found["baseline_top1"] is not None
@@ -106,7 +139,7 @@ def test_compare(call, place):
     named = answer(call, *arguments, "-r", "tome", "--share", 0.7, "--json")
     assert [row["method"] for row in named] == [None, "tome"] and 0.6 < named[1]["mult_adds_ratio"] <= 0.7
     code, _, errors = call(*arguments, "-r", '{"r": 4}')
-    assert code == 2 and "JSON with it" in errors
+    assert code == 2 and "Unknown reduction method None. The methods are: " in errors
     code, _, errors = call(*arguments, "-r", "dlvit")
     assert code == 2 and "dlvit has no untrained setting" in errors
     code, printed, _ = call(*arguments, "--share", 0.6, "--limit", 12)
@@ -134,6 +167,8 @@ def test_card_and_publish(call, place, reduced):
     }
     code, _, errors = call("publish", reduced, "no/such/name", "--dry-run", place / "upload2")
     assert code == 2 and errors.count("\n") == 1 and "namespace/name" in errors
+    code, _, errors = call("publish", reduced, "someone/tome")
+    assert code == 2 and errors.strip().splitlines()[-1].startswith("tokenreduce: Nothing was sent: HF_HUB_OFFLINE")
 
 
 def test_train(call, place):

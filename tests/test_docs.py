@@ -13,11 +13,16 @@ from PIL import Image
 from task_models import CASES
 from transformers import ViTImageProcessor
 
+from hf_tokenreduce import reduce_tokens
 from hf_tokenreduce.cli import main
+from hf_tokenreduce.families import families_table
+from hf_tokenreduce.loading import load_model
+from hf_tokenreduce.methods import METHODS
+from hf_tokenreduce.methods.table import method_page, methods_page, methods_table
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -49,6 +54,9 @@ def test_code_runs(page, place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     names = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    if page.parent.name == "methods":  # which take up where the README begins
+        model, processor = load_model("google/vit-base-patch16-224")
+        names |= {"model": model, "processor": processor, "reduce_tokens": reduce_tokens}
     ran = 0
     for language, code in BLOCK.findall(page.read_text()):
         if language == "python":
@@ -58,7 +66,7 @@ def test_code_runs(page, place, monkeypatch, tmp_path):
             for line in code.replace("\\\n", " ").splitlines():
                 run_line(shlex.split(line, comments=True))
                 ran += 1
-    assert ran or page.stem in ("methods", "faq")
+    assert ran or page.stem in ("methods", "faq", "dlvit")
 
 
 def run_line(words):
@@ -77,3 +85,13 @@ def run_line(words):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_tables_are_those_that_their_commands_print():
+    how = "Run python -m hf_tokenreduce.methods docs, and copy the table that it prints into README.md."
+    assert (methods_table() in (ROOT / "README.md").read_text()) is True, how
+    assert (methods_page() == (ROOT / "docs" / "methods.md").read_text()) is True, how
+    pages = {page.stem: page.read_text() for page in (ROOT / "docs" / "methods").iterdir()}
+    assert (pages == {name: method_page(method) for name, method in METHODS.items()}) is True, how
+    how = "Run python -m hf_tokenreduce.families, and copy the table that it prints into docs/encoders.md."
+    assert (families_table() in (ROOT / "docs" / "encoders.md").read_text()) is True, how

@@ -127,9 +127,9 @@ def test_a_killed_comparison_goes_on(monkeypatch, tmp_path, photos, processor):
     evaluated.clear()
     again = compare(model, photos, processor, [*settings, ToMeConfig(r=6)], **options)
     assert evaluated == [None, "tome"] and again.rows[:-1] == found.rows
-    with pytest.raises(ValueError, match="holds results of something else: of another data"):
+    with pytest.raises(ValueError, match="made with other settings: data was"):
         compare(model, photos.select(range(9)), processor, settings, **options)
-    with pytest.raises(ValueError, match="holds results of something else: of another speed"):
+    with pytest.raises(ValueError, match="made with other settings: speed was"):
         compare(model, photos, processor, settings, **{**options, "speed": True})
 
 
@@ -168,6 +168,20 @@ def test_settings_at_given_shares(depth):
     assert [type(setting) for setting in default_reductions(config, [0.9])].count(ToMeConfig) == 1
     with pytest.raises(ValueError, match="share is that of the multiply-adds"):
         default_reductions(config, [1.5])
+
+
+def test_methods_are_compared_by_name_at_shares(tmp_path, photos, processor):
+    """Also one whose cost depends on the images: it is fitted to the share on them."""
+    found = compare(
+        tiny_model(), photos, processor, ["ats", ToMeConfig(r=4), "bat"], shares=[0.7], output_dir=tmp_path / "out",
+        calibration_images=len(photos), **QUICK,
+    )  # fmt: skip
+    assert [row["method"] for row in found.rows] == [None, "ats", "tome", "bat"]
+    for row in found.rows[1::2]:
+        assert 0.6 < row["mult_adds_ratio"] <= 0.7
+    for names, message in ((["dlvit"], "no untrained setting for the shares"), (["tomme"], "no method 'tomme'")):
+        with pytest.raises(ValueError, match=message):
+            compare(tiny_model(), photos, processor, names, output_dir=tmp_path / "out", **QUICK)
 
 
 def test_names_of_settings():

@@ -270,7 +270,7 @@ def test_compared_like_any_classifier(tmp_path, pair, photos):
     assert "| top-1 % |" in (tmp_path / "out" / "table.md").read_text()
     assert compare(classifier, photos, processor.image_processor, settings, **options).rows == found.rows
     other = zero_shot_classifier(model, processor, names, ["{}"])
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match="made with other settings: model was"):
         compare(other, photos, processor.image_processor, settings, **options)
 
 

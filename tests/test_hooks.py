@@ -9,11 +9,11 @@ from helpers import BACKBONES, tiny_images, tiny_model
 from torch import nn
 
 from hf_tokenreduce import TokenReduceViTForImageClassification, ToMeConfig, reduce_tokens, restore
-from hf_tokenreduce.modeling.configuration_base import REDUCTIONS, ReductionConfig
+from hf_tokenreduce.modeling.configuration_base import ReductionConfig
 from hf_tokenreduce.modeling.hooks import Reducer
-from hf_tokenreduce.modeling.pruning import keep_best
-from hf_tokenreduce.modeling.reducers import REDUCERS
+from hf_tokenreduce.modeling.methods import METHOD_CLASSES, MethodClasses
 from hf_tokenreduce.modeling.tokens import apply_map
+from hf_tokenreduce.modeling.topk import keep_best
 
 
 class EverywhereReducer(Reducer):
@@ -51,9 +51,8 @@ def everywhere(monkeypatch):
     class EverywhereConfig(ReductionConfig):
         method: ClassVar[str] = "everywhere"
 
-    monkeypatch.setitem(REDUCERS, "everywhere", EverywhereReducer)
-    yield EverywhereConfig()
-    del REDUCTIONS["everywhere"]
+    monkeypatch.setitem(METHOD_CLASSES, "everywhere", MethodClasses(EverywhereConfig, EverywhereReducer))
+    return EverywhereConfig()
 
 
 def test_every_hook_is_called_in_its_place(everywhere):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import BACKBONES, METHODS, SIZES, tiny_images, tiny_model
+from helpers import BACKBONES, METHODS, ONE_OF_EACH, SIZES, tiny_images, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -168,9 +168,17 @@ def test_with_the_package_no_trust_is_needed(tmp_path, backbone):
 
 def test_the_folder_holds_what_it_needs_and_nothing_else(tmp_path):
     _, folder = saved(tmp_path)
-    modeling = {"attention", "checks", "clustering", "configuration_base", "configuration_methods"}
-    modeling |= {"configuration_tokenreduce", "filtering", "hooks", "merging", "modeling_tokenreduce"}
-    modeling |= {"encoders", "layers", "multiply_adds", "pruning", "reducers", "sampling", "slimming", "tokens"}
+    modeling = {
+        "attention",
+        "checks",
+        "configuration_base",
+        "configuration_tokenreduce",
+        "encoders",
+        "hooks",
+        "layers",
+    }
+    modeling |= {"modeling_tokenreduce", "multiply_adds", "tokens", "methods", "extra_methods"}
+    modeling |= set(ONE_OF_EACH)
     assert {f.name for f in folder.iterdir()} == {f"{name}.py" for name in modeling} | {
         "config.json",
         "model.safetensors",

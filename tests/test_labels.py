@@ -63,7 +63,7 @@ for name in sorted(os.listdir(folder + "/parts")):
     print("part", name, os.stat(folder + "/parts/" + name).st_mtime_ns, flush=True)
 print("ready" if not os.path.exists(folder + "/labels") else "too early")
 # As if the process had been killed while it wrote.
-with open(folder + "/parts/00000002.npz.1.tmp", "wb") as file:
+with open(folder + "/parts/00000002.npz.1.part", "wb") as file:
     file.write(b"half a part")
 kill_at = 0
 launch(2)

@@ -1,5 +1,7 @@
 """LTMP's thresholds: what is trained is what runs, the budget, calibration, and their file."""
 
+import copy
+
 import pytest
 import torch
 from helpers import BACKBONES, tiny_images, tiny_model
@@ -8,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments, ViTImageProcessor
 
 from hf_tokenreduce import LTMPConfig, ToMeConfig, calibrate, load_thresholds, reduce_tokens, save_thresholds
-from hf_tokenreduce.modeling.merging import budget_share
+from hf_tokenreduce.modeling.ltmp import budget_share
 from hf_tokenreduce.modeling.multiply_adds import multiply_adds
 
 
@@ -283,3 +285,23 @@ def test_a_threshold_of_one_merges_nothing_though_patches_are_the_same():
     with torch.no_grad():
         model.vit.embeddings.position_embeddings.zero_()
     assert (model(torch.ones(1, 3, 32, 32)).token_counts == 65).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_thresholds_are_never_rounded(tmp_path, dtype):
+    """In bfloat16 the neighbours of 0.9 are 0.004 apart."""
+    model = reduce_tokens(tiny_model(), LTMPConfig(merge_threshold=0.9013, prune_threshold=0.00471)).to(dtype)
+    exact = {"merge_threshold": 0.9013, "prune_threshold": 0.00471}
+
+    def check(model):
+        for name, parameter in model.named_parameters():
+            wanted = exact.get(name.split(".")[-1])
+            assert parameter.dtype == (dtype if wanted is None else torch.float32)
+            assert wanted is None or parameter.item() == torch.tensor(wanted).item()
+
+    check(model)
+    assert model(tiny_images().to(dtype)).logits.dtype == dtype
+    model.save_pretrained(tmp_path)
+    check(type(model).from_pretrained(tmp_path, dtype=dtype))
+    check(reduce_tokens(model, model.config.reduction))
+    check(copy.deepcopy(model).float().to(dtype))

@@ -155,14 +155,24 @@ def test_attention_implementations_agree(backbone, method):
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @matrix
 def test_half_precision(backbone, method, attention, dtype):
+    images, stock = tiny_images(16), tiny_model(backbone)
     model = reduced(backbone, method, attn_implementation=attention)
-    full = model(tiny_images())
-    half = model.to(dtype)(tiny_images())
+    with torch.no_grad():
+        full, dense = model(images, output_patch_map=True), stock(images).logits
+        half, half_dense = model.to(dtype)(images, output_patch_map=True), stock.to(dtype)(images).logits
     assert half.logits.dtype == dtype
     if method in EVEN:
         assert torch.equal(half.token_counts, full.token_counts)
-    # Decisions may differ where scores nearly tie, so this only sees gross errors; off must be exact to rounding.
-    assert torch.nn.functional.cosine_similarity(half.logits.float(), full.logits, dim=-1).min() > 0.8
+    # Decisions may differ where scores nearly tie. Where they do not, only rounding is left, as in the stock model.
+    same = torch.ones(16, dtype=torch.bool)
+    if full.patch_map is not None:  # none of mixtures, which have no ties
+        same = (half.patch_map == full.patch_map).all(dim=1)
+    same &= (half.token_counts == full.token_counts).all(dim=1)
+    error = (half.logits.float() - full.logits).abs().amax(dim=1)
+    if same.any():  # the median, for a token that was swapped and dropped later leaves no trace in the map
+        assert error[same].median() < 1.5 * (half_dense.float() - dense).abs().max()
+    assert dtype == torch.bfloat16 or same.sum() >= 5, same
+    assert torch.nn.functional.cosine_similarity(half.logits.float(), full.logits, dim=-1).mean() > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -282,9 +292,12 @@ def test_every_parameter_learns_and_the_loss_falls(backbone, method):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    # thresholds of the last layer learn by the budget alone, see test_ltmp.py
-    learned = {name: p.grad for name, p in model.named_parameters() if ".reducer." not in name}
-    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in learned.values())
+    idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    # A filter learns from labels, see test_labels.py. In the last layer nothing after it depends on LTMP's thresholds,
+    # which learn by the budget (test_ltmp.py), nor on SiT's network, which learns by the teacher's tokens.
+    last = f"layers.{model.config.num_hidden_layers - 1}.reducer."
+    apart = {"dlvit": "reducer.", "ltmp": last, "sit": last}.get(model.config.reduction.method)
+    assert idle == {name for name, _ in model.named_parameters() if apart is not None and apart in name}
 
 
 @matrix

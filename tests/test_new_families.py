@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from hf_tokenreduce import BATConfig, DLViTConfig, SiTConfig, ToMeConfig, calibrate, reduce_tokens
-from hf_tokenreduce.calibration import _neighbours_together
-from hf_tokenreduce.modeling.clustering import density_peaks, fuse_alike, keep_diverse
+from hf_tokenreduce.methods.sit import _neighbours_together
+from hf_tokenreduce.modeling.bat import density_peaks, fuse_alike, keep_diverse
 from hf_tokenreduce.training import reverse_modules
 
 

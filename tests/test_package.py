@@ -1,5 +1,6 @@
 """The public names, and the rules that let `modeling/` travel to the Hub."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 import hf_tokenreduce
 from hf_tokenreduce import ToMeConfig, reduce_tokens
-from hf_tokenreduce.modeling.configuration_base import REDUCTIONS
-from hf_tokenreduce.modeling.reducers import REDUCERS
+from hf_tokenreduce.methods import METHODS
+from hf_tokenreduce.modeling.hooks import Reducer
+from hf_tokenreduce.modeling.methods import METHOD_CLASSES
 
 
 MODELING = Path(hf_tokenreduce.__file__).parent / "modeling"
@@ -27,39 +29,50 @@ ALLOWED = {
     "itertools",
     "math",
 }
-ALLOWED |= {"numbers", "sys", "torch", "transformers", "typing"}
+ALLOWED |= {"numbers", "pathlib", "re", "sys", "torch", "transformers", "typing"}
 
 
 def test_public_names():
-    assert sorted(hf_tokenreduce.__all__) == [
-        "ATSConfig",
-        "BATConfig",
-        "DLViTConfig",
-        "EViTConfig",
-        "LTMPConfig",
-        "SiTConfig",
-        "ToMeConfig",
-        "TokenReduceDeiTConfig",
-        "TokenReduceDeiTForImageClassification",
-        "TokenReduceDeiTForImageClassificationWithTeacher",
-        "TokenReduceDeiTModel",
-        "TokenReduceViTConfig",
-        "TokenReduceViTForImageClassification",
-        "TokenReduceViTModel",
-        "TopKConfig",
-        "calibrate",
-        "load_thresholds",
-        "reduce_tokens",
-        "restore",
-        "save_thresholds",
-        "unmerge",
-    ]
+    configurations = [method.config_class.__name__ for method in METHODS.values()]
+    assert sorted(hf_tokenreduce.__all__) == sorted(
+        [
+            *configurations,
+            "Method",
+            "TokenReduceDeiTConfig",
+            "TokenReduceDeiTForImageClassification",
+            "TokenReduceDeiTForImageClassificationWithTeacher",
+            "TokenReduceDeiTModel",
+            "TokenReduceViTConfig",
+            "TokenReduceViTForImageClassification",
+            "TokenReduceViTModel",
+            "calibrate",
+            "load_thresholds",
+            "reduce_tokens",
+            "register_method",
+            "restore",
+            "save_thresholds",
+            "unmerge",
+        ]
+    )
     assert all(hasattr(hf_tokenreduce, name) for name in hf_tokenreduce.__all__)
 
 
-def test_every_method_has_a_configuration_and_a_module():
-    assert REDUCERS.keys() == REDUCTIONS.keys()
-    assert all(config.method == name for name, config in REDUCTIONS.items())
+def test_every_method_has_a_configuration_a_module_and_a_description():
+    assert set(METHODS) == set(METHOD_CLASSES)
+    assert all(method.config_class is METHOD_CLASSES[name].config for name, method in METHODS.items())
+    assert all(
+        config.method == name and issubclass(reducer, Reducer) for name, (config, reducer) in METHOD_CLASSES.items()
+    )
+
+
+def test_no_room_asks_for_a_method_by_its_name():
+    """What it wants to know stands in the method's description."""
+    names = "|".join(name for name in METHODS if name != "tome")  # which is the one in examples
+    package = MODELING.parent
+    own = {package / room / f"{name}.py" for room in ("modeling", "methods") for name in METHODS}
+    rooms = set(package.rglob("*.py")) - own
+    asking = {file.name for file in rooms if re.search(rf"[\"']({names})[\"']", file.read_text())}
+    assert asking == {"convert.py", "recipes.py"}  # in the examples of their docstrings
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

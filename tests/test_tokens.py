@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_tokenreduce.modeling.attention import AttentionView
-from hf_tokenreduce.modeling.merging import match_most_similar
-from hf_tokenreduce.modeling.pruning import keep_best, rounded_up_share
 from hf_tokenreduce.modeling.tokens import TokenMap, TokenState, apply_map, follow, merge, move, start
+from hf_tokenreduce.modeling.tome import match_most_similar
+from hf_tokenreduce.modeling.topk import keep_best, rounded_up_share
 
 
 @st.composite

@@ -4,16 +4,15 @@ import json
 
 import pytest
 import torch
-from helpers import METHODS, tiny_images, tiny_model
+from helpers import METHODS, ONE_OF_EACH, tiny_images, tiny_model
 from transformers import AutoModelForImageClassification
 
 from hf_tokenreduce import BATConfig, EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce.methods import METHODS as DESCRIBED
 from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArguments, recipe
-from hf_tokenreduce.training.recipes import RECIPES
 
 
 ROWS = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(tiny_images(16))]
-ONE_OF_EACH = ["tome", "topk", "evit", "bat", "sit", "dlvit", "ats", "ltmp"]
 
 
 def gentle(stock):
@@ -227,8 +226,7 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path):
 
 
 def test_recipes_are_for_every_method_and_make_arguments(tmp_path):
-    assert sorted(RECIPES) == sorted(ONE_OF_EACH)
-    for method, variants in RECIPES.items():
+    for method, variants in ((name, described.recipes) for name, described in DESCRIBED.items()):
         for variant in variants:
             values = {**recipe(method, variant), "report_to": [], "use_cpu": True}
             made = TokenReduceTrainingArguments(str(tmp_path), **values)
@@ -254,3 +252,31 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
         trainer.train()
         best = min(losses(trainer, "eval_loss"))
         assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
+
+
+def test_accumulated_batches_learn_as_one(tmp_path):
+    """LTMP's budget loss looks at all images of a step, however many batches they come in."""
+    learned = []
+    for batch, steps in ((8, 1), (4, 2), (2, 4)):
+        trainer = trainer_for(
+            tmp_path / str(batch),
+            "ltmp",
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            num_train_epochs=2,
+            merge_learning_rate=0.05,
+            prune_learning_rate=1e-4,
+        )
+        trainer.train()
+        learned.append({name: p for name, p in trainer.model.named_parameters() if p.requires_grad})
+    for other in learned[1:]:
+        for name, value in learned[0].items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
+    assert any((p - 0.9).abs() > 1e-3 for name, p in learned[0].items() if "merge" in name)
+
+
+def test_data_parallel_is_refused(tmp_path):
+    trainer = trainer_for(tmp_path, "ltmp")
+    inputs = {name: torch.stack([row[name] for row in ROWS[:2]]) for name in ("pixel_values",)}
+    with pytest.raises(ValueError, match=r"nn\.DataParallel .*accelerate launch"):
+        trainer.compute_loss(torch.nn.DataParallel(trainer.model), {**inputs, "labels": torch.tensor([0, 1])})

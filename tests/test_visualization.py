@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import METHODS, NUM_PATCHES, reduce_tiny, tiny_images, tiny_model
+from helpers import METHODS, NUM_PATCHES, ONE_OF_EACH, reduce_tiny, tiny_images, tiny_model
 from PIL import Image
 from transformers import ViTImageProcessor
 
@@ -22,7 +22,7 @@ from hf_tokenreduce.visualization import (
 from hf_tokenreduce.visualization.drawing import PALE, resized_to_cells
 
 
-SHOWN = ["tome", "evit", "topk", "bat", "sit", "dlvit", "dlvit-share", "ats", "ltmp"]
+SHOWN = [*ONE_OF_EACH, "dlvit-share"]
 
 
 def processor(height: int = 32, width: int = 32, **changes) -> ViTImageProcessor:

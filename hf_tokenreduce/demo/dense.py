@@ -6,10 +6,8 @@ last steps look at whole images. What is saved is an ordinary folder of transfor
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.utils import logging
 
+from ..files import refuse_other_settings, whole, write_whole
 from ..modeling.encoders import encoder_of
 from .images import BOX, CLASSES, MANIFEST, SPLITS
 
@@ -79,7 +78,7 @@ def train_dense(
     record = output_dir / RECORD
     if record.is_file():
         found = json.loads(record.read_text())
-        _check_same(output_dir, found, settings)
+        refuse_other_settings(output_dir, found, settings)
         return found
     size = settings["data"]["size"]
     if size % PATCH:
@@ -90,7 +89,7 @@ def train_dense(
     model.eval().save_pretrained(output_dir)
     _processor(size).save_pretrained(output_dir)
     result = {**settings, "top1": _top1(model, validation), "seconds": round(seconds, 1)}
-    _write(record, lambda file: file.write_text(json.dumps(result, indent=2) + "\n"))
+    write_whole(record, json.dumps(result, indent=2) + "\n")
     (output_dir / UNFINISHED).unlink(missing_ok=True)
     return result
 
@@ -112,7 +111,7 @@ def _train(
     first, seconds = 0, 0.0
     if unfinished.is_file():
         state = torch.load(unfinished, weights_only=True)
-        _check_same(unfinished.parent, state["settings"], settings)
+        refuse_other_settings(unfinished.parent, state["settings"], settings)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -148,7 +147,8 @@ def _train(
                     "optimizer": optimizer.state_dict(),
                     "schedule": schedule.state_dict(),
                 }
-                _write(unfinished, partial(torch.save, state))
+                with whole(unfinished) as file:
+                    torch.save(state, file)
                 if progress is not None:
                     progress(f"step {step + 1} of {steps}, loss {running:.2f}")
     return time.perf_counter() - start
@@ -273,16 +273,3 @@ def _load(folder: Path) -> Images:
     if not labels:
         raise ValueError(f"{folder} holds no images. Draw them by make_images.")
     return Images(torch.from_numpy(np.stack(pixels)), torch.tensor(boxes), torch.tensor(labels))
-
-
-def _check_same(folder: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
-    if different := [name for name, value in settings.items() if found.get(name) != value]:
-        told = ", ".join(f"{name}={found.get(name)!r}, not {settings[name]!r}" for name in different)
-        raise ValueError(f"{folder} was trained with {told}. Give another folder.")
-
-
-def _write(file: Path, save: Callable[[Path], Any]) -> None:
-    """Whole or not at all."""
-    unfinished = file.with_name(file.name + ".part")
-    save(unfinished)
-    os.replace(unfinished, file)

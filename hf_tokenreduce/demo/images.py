@@ -7,7 +7,6 @@ rotation, colour and background tell nothing: every class draws them from the sa
 import colorsys
 import json
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 from transformers.utils import logging
+
+from ..files import refuse_other_settings, whole, write_whole
 
 
 CLASSES = ("cross", "disc", "ring", "square", "star", "triangle")
@@ -76,12 +77,11 @@ def make_images(
     missing = [file for file in wanted if file not in present]
     for file in logging.tqdm(missing, desc="drawing images", leave=False):
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".part")
         drawing = draw(*wanted[file], size=size, seed=seed)
         notes = PngInfo()
         notes.add_text(BOX, json.dumps(drawing.box()))
-        drawing.image.save(unfinished, format="png", pnginfo=notes)
-        os.replace(unfinished, file)  # a file that is there is whole
+        with whole(file) as unfinished:
+            drawing.image.save(unfinished, format="png", pnginfo=notes)
     return counts
 
 
@@ -100,15 +100,12 @@ def _claim(folder: Path, settings: dict[str, object]) -> None:
             found = json.loads(file.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not what make_images wrote. Give another folder.") from error
-        if found != settings:
-            raise ValueError(f"{folder} holds images drawn by {found}, not by {settings}. Give another folder.")
+        refuse_other_settings(folder, found, settings)
         return
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files and no {MANIFEST}. Give a new or empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(unfinished, file)
+    write_whole(file, json.dumps(settings, indent=2) + "\n")
 
 
 # Corners (across, down) in about a circle of radius 1.

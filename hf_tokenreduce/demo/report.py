@@ -7,10 +7,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..evaluation.pareto import NAMES as METHOD_NAMES
+from ..methods import METHODS
 
 
-NAMES = {"dense": "dense", **METHOD_NAMES}
+NAMES = {"dense": "dense", **{name: method.title for name, method in METHODS.items()}}
 COLUMNS = ("method", "trained", "top-1 %", "drop", "tokens leaving", "multiply-adds", "speed-up", "of the ideal")
 
 PAGE = """<!doctype html>
@@ -94,7 +94,7 @@ def write_report(path: Path, rows: Sequence[dict[str, Any]], pareto: Path, pictu
         images=rows[0]["images"],
         pareto=_inline(pareto),
         pictures=[_inline(picture) for picture in pictures],
-        folder=str(path.parent / "ltmp"),
+        folder=str(path.parent / next(reversed(METHODS))),
     )
     path.write_text(text, encoding="utf-8")
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,18 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, ViTIm
 from ..calibration import calibrate
 from ..convert import reduce_tokens
 from ..evaluation import benchmark, evaluate_model, pareto_plot
-from ..evaluation.resume import write_whole
+from ..files import write_whole
 from ..hub import write_card
 from ..loading import no_progress_bars, spread
+from ..methods import METHODS, Method
 from ..modeling.configuration_base import ReductionConfig
-from ..modeling.configuration_methods import (
-    ATSConfig,
-    BATConfig,
-    DLViTConfig,
-    EViTConfig,
-    LTMPConfig,
-    SiTConfig,
-    ToMeConfig,
-    TopKConfig,
-)
+from ..modeling.encoders import facts_of
 from ..training import (
     BatchTransform,
     Collator,
     TokenReduceTrainer,
     TokenReduceTrainingArguments,
     TrainTransform,
-    fit_filter,
-    make_labels,
     recipe,
 )
 from ..visualization import method_comparison, write_page
@@ -55,22 +44,6 @@ SHARE = 0.6  # of the multiply-adds to keep
 LEARNED_FROM = 1600  # images that methods learn from, of those the dense model did
 LABELLED = 160  # of them for DL-ViT, whose labels take a forward for every few patches
 SHOWN = 12  # images on a method's page
-SETTINGS: dict[str, Callable[[Any], ReductionConfig]] = {
-    "tome": lambda config: ToMeConfig.for_budget(config, SHARE),
-    "topk": lambda config: TopKConfig.for_budget(config, SHARE, layers=(1, 3, 4)),
-    "evit": lambda config: EViTConfig.for_budget(config, SHARE, layers=(1, 3, 4)),
-    "bat": lambda config: BATConfig.for_budget(config, SHARE, layers=(1, 3, 4)),
-    "ats": lambda config: ATSConfig(layers=(3, 4, 5)),
-    "ltmp": lambda config: LTMPConfig(target=SHARE),
-    "sit": lambda config: SiTConfig.for_budget(config, SHARE, layers=(1, 3)),
-    "dlvit": lambda config: DLViTConfig.for_budget(config, SHARE),
-}
-# What changes in the quick recipes: the model is small and was trained in minutes, so it can take larger steps.
-TRAINING: dict[str, dict[str, Any]] = {
-    "ltmp": {"num_train_epochs": 1},
-    "sit": {"num_train_epochs": 2, "learning_rate": 5e-4},
-    "dlvit": {"num_train_epochs": 1, "learning_rate": 2e-4},
-}
 FRESH = """
 import sys
 sys.modules["hf_tokenreduce"] = None  # importing it fails: what loads here is the code in the folder
@@ -105,13 +78,13 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
     training = training.shuffle(seed=seed).select(range(min(LEARNED_FROM, len(training))))
     _say(f"3. Every method, at {SHARE:.0%} of the multiply-adds (ATS takes what it needs)")
     models: dict[str, PreTrainedModel] = {"dense": dense}
-    for number, (name, setting) in enumerate(SETTINGS.items(), start=1):
+    for number, (name, method) in enumerate(METHODS.items(), start=1):
         target = folder / name
         if not (target / "model.safetensors").is_file():
-            _say(f"   {number} of {len(SETTINGS)}: {NAMES[name]}" + (", trained" if name in TRAINING else ""))
+            _say(f"   {number} of {len(METHODS)}: {method.title}" + (", trained" if "demo" in method.recipes else ""))
             set_seed(seed)
-            reduced = reduce_tokens(copy.deepcopy(dense), setting(dense.config))
-            reduced = _prepared(name, reduced, training, processor, work / name)
+            reduced = reduce_tokens(copy.deepcopy(dense), _setting(method, dense))
+            reduced = _prepared(method, reduced, training, processor, work / name)
             with tempfile.TemporaryDirectory(dir=folder) as unfinished, no_progress_bars():
                 reduced.save_pretrained(unfinished)
                 processor.save_pretrained(unfinished)
@@ -137,7 +110,8 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
     _say("5. Pictures, pages and model cards")
     pareto_plot(rows, folder / "pareto.png", "Accuracy of a small ViT on drawn images")
     pictures = _examples(validation, SHOWN)
-    chosen = {NAMES[name]: models[name] for name in ("tome", "bat", "ltmp", "ats", "evit", "dlvit")}
+    in_papers = [method for method in METHODS.values() if method.paper and method.token_decoder is None]
+    chosen = {method.title: models[method.name] for method in in_papers}  # whose tokens are areas of the image
     comparisons = []
     for number, picture in enumerate(pictures[:4]):
         comparisons.append(folder / f"methods-{number}.png")
@@ -156,26 +130,33 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
     print("\n" + table + "\n")
     _say("6. One of the folders in a fresh process that cannot import this package:")
     sample = next((data / "validation").glob("star/*.png"))
-    _say(f"   an image of a {sample.parent.name}, by {folder / 'ltmp'}: {_fresh(folder / 'ltmp', sample)}")
+    last = folder / next(reversed(METHODS))
+    _say(f"   an image of a {sample.parent.name}, by {last}: {_fresh(last, sample)}")
     seconds = time.perf_counter() - begin
     _say(f"Done in {seconds // 60:.0f} min {seconds % 60:.0f} s. Open {folder / 'index.html'}.")
     return table
 
 
-def _prepared(name: str, model: PreTrainedModel, images: Dataset, processor: Any, work: Path) -> PreTrainedModel:
+def _setting(method: Method, dense: PreTrainedModel) -> ReductionConfig:
+    facts = facts_of(dense.config)
+    if method.at_share is not None:
+        return method.at_share(facts, SHARE)
+    return method.untrained(facts, [SHARE])[0] if method.untrained else method.config_class()
+
+
+def _prepared(method: Method, model: PreTrainedModel, images: Dataset, processor: Any, work: Path) -> PreTrainedModel:
     """What the method has to learn, from the training images."""
-    if name in ("ltmp", "sit"):
+    if method.prepare is not None:
         pixels = processor(_examples(images, 96), return_tensors="pt")["pixel_values"]
-        calibrate(model, pixels, SHARE if name == "ltmp" else None)
-    if name == "dlvit":
+        calibrate(model, pixels, getattr(model.config.reduction, "target", None))
+    if method.learn_from_labels is not None:
         work.mkdir(parents=True, exist_ok=True)
-        options: dict[str, Any] = {"image_processor": processor}
-        make_labels(model, images, work, labeller="groups", keep_share=0.4, max_samples=LABELLED, **options)
-        fit_filter(model, work, images, **options)
-    if name in TRAINING:
+        options: dict[str, Any] = {"labeller": "groups", "keep_share": 0.4, "max_samples": LABELLED}
+        method.learn_from_labels(model, images, work, processor, **options)
+    if "demo" in method.recipes:
         arguments = TokenReduceTrainingArguments(
             str(work),
-            **{**recipe(name), "per_device_train_batch_size": 32, **TRAINING[name]},
+            **{**recipe(method.name, "demo"), "per_device_train_batch_size": 32},
             remove_unused_columns=False,
             report_to="none",
             save_strategy="no",
@@ -202,7 +183,7 @@ def _speed(
 def _row(name: str, accuracy: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
     names = ("speedup", "speedup_interval", "oracle_share", "images_per_second")
     row = {**accuracy, **{key: speed[key] for key in names}, "speed_batch_size": speed["batch_size"]}
-    return {**row, "name": NAMES[name], "trained": name in TRAINING}
+    return {**row, "name": NAMES[name], "trained": name in METHODS and "demo" in METHODS[name].recipes}
 
 
 def _examples(images: Dataset, count: int) -> list[Image.Image]:

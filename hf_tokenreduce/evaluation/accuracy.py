@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..convert import restore, stock_name
 from ..modeling.encoders import facts_of
-from ..modeling.multiply_adds import multiply_adds
+from ..modeling.multiply_adds import shares_kept
 from ..modes import evaluating
 from ..tasks import task_of
 from .compute import summary, tokens_entering, total_multiply_adds
@@ -153,8 +153,8 @@ def class_index(name: str, label2id: dict[str, int]) -> int:
     return int(index)
 
 
-def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Of a share, in percent."""
+def wilson_interval(correct: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Compute the 95 % interval, in percent, of the share of `count` images that are `correct`."""
     share = correct / count
     center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
@@ -200,15 +200,13 @@ def costs_of(model: PreTrainedModel, counts: Tensor, num_tokens: int) -> tuple[d
     """
     reduction = getattr(model.config, "reduction", None)
     multiplied = total_multiply_adds(model, counts, num_tokens=num_tokens)
-    encoder = multiply_adds(model.config, counts, num_tokens, reduction).mean()
-    dense = multiply_adds(model.config, torch.full_like(counts[:1], num_tokens), num_tokens)
     costs = {
         "method": None if reduction is None else reduction.method,
         "settings": None if reduction is None else reduction.to_dict(),
         "tokens": summary(counts[:, -1]),
         "tokens_per_layer": counts.double().mean(dim=0).tolist(),
         "multiply_adds": summary(multiplied),
-        "mult_adds_ratio": (encoder / dense).item(),
+        "mult_adds_ratio": shares_kept(model.config, counts, num_tokens, reduction).mean().item(),
     }
     return costs, {"tokens": counts, "multiply_adds": multiplied}
 

@@ -1,8 +1,8 @@
 """`compare`: one model, one data set, many settings: tables and a picture of what each costs and saves."""
 
 import json
-import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,17 @@ from transformers.utils import logging
 
 from ..calibration import calibrate
 from ..convert import reduce_tokens
+from ..files import refuse_other_settings, whole, write_whole
+from ..methods import DENSE, METHODS, find_method, method_of
 from ..modeling.configuration_base import ReductionConfig
-from ..modeling.configuration_methods import (
-    ATSConfig,
-    BATConfig,
-    EViTConfig,
-    LTMPConfig,
-    SiTConfig,
-    ToMeConfig,
-    TopKConfig,
-    parse_reduction,
-)
 from ..modeling.encoders import EncoderFacts, facts_of
+from ..modeling.methods import parse_reduction
+from ..modeling.multiply_adds import check_share
 from ..tasks import task_of_model
 from .accuracy import evaluate_model
 from .comparison import Comparison, write_comparison
 from .compute import facts_on
 from .features import check_features_model, evaluate_features
-from .pareto import NAMES
 from .reading import check_data, sample_pixels
 from .resume import (
     append_line,
@@ -40,8 +33,6 @@ from .resume import (
     digest_of_data,
     digest_of_model,
     read_lines,
-    refuse_other_settings,
-    write_whole,
 )
 from .speed import benchmark, device_name
 from .zero_shot import ZeroShotClassifier, converted, inside
@@ -49,15 +40,14 @@ from .zero_shot import ZeroShotClassifier, converted, inside
 
 logger = logging.get_logger(__name__)
 
-CALIBRATED = ("ltmp", "sit")
-
 
 def compare(
     model: PreTrainedModel | ZeroShotClassifier,
     dataset: Dataset,
     processor: Any,
-    reductions: Sequence[ReductionConfig | dict[str, Any] | None] | None = None,
+    reductions: Sequence[ReductionConfig | dict[str, Any] | str | None] | None = None,
     *,
+    shares: Sequence[float] = (0.8, 0.65, 0.5),
     output_dir: str | Path,
     bank: Dataset | None = None,
     batch_size: int = 32,
@@ -78,9 +68,10 @@ def compare(
         classifier, or a model of images and texts as it is, features are compared: `evaluate_features`. A reduction
         that it has already is measured with what it has learned.
     dataset: with labels; features are compared without them too.
-    reductions: None: `default_reductions`. Those that need it, LTMP and SiT, are calibrated without labels on
-        `calibration_images` images, evenly spread over `calibration_dataset` or else over `dataset`; LTMP to its
-        `target`. DL-ViT without a trained filter is left out, and says so.
+    reductions: settings, and names of methods, which run at each of the `shares` of the multiply-adds. None: every
+        method that runs untrained, as by `default_reductions`. Those that learn from images are calibrated without
+        labels on `calibration_images` images, evenly spread over `calibration_dataset` or else over `dataset`; LTMP to
+        its `target`. What cannot run yet, such as DL-ViT without a trained filter, is left out, and says why.
     bank: where features are compared, labelled images whose neighbours vote, such as those for training. None: those
         of `dataset`, each without itself.
     speed: also time each setting in turn with the dense model, on images of the data set, `speed_batch_size` (None:
@@ -95,7 +86,11 @@ def compare(
     config = model.config
     dense = _reduced(model, None)
     facts = facts_for(model, dataset, processor, image_column)
-    reductions = default_reductions(facts) if reductions is None else reductions
+    source = dataset if calibration_dataset is None else calibration_dataset
+    if reductions is None or any(isinstance(reduction, str) for reduction in reductions):
+        pixels = sample_pixels(source, processor, image_column, calibration_images)
+        usual = default_reductions(facts, shares, model=inside(dense), pixel_values=pixels, names=reductions)
+        reductions = usual if reductions is None else _with_usual(reductions, usual, shares)
     wanted: list[ReductionConfig | None] = [None]
     for reduction in map(parse_reduction, reductions):
         if reduction is not None:
@@ -109,18 +104,17 @@ def compare(
     }  # fmt: skip
     folder = Path(output_dir)
     (folder / "settings").mkdir(parents=True, exist_ok=True)
-    source = dataset if calibration_dataset is None else calibration_dataset
     settings = {
         "model": digest_of_model(dense),
         "data": _digest(dataset, image_column, label_column),
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
         "calibration": [calibration_images, calibration_dataset and digest_of_data(source, image_column, [])],
         "speed": _conditions(inside(dense), speed_batch_size, repeats) if speed else None,
-        **({} if bank is None else {"bank": _digest(bank, image_column, label_column)}),
+        "bank": bank and _digest(bank, image_column, label_column),
     }
     if not (folder / "settings.json").is_file():
         write_whole(folder / "settings.json", json.dumps(settings, indent=1))
-    refuse_other_settings(folder / "settings.json", settings)
+    refuse_other_settings(folder, json.loads((folder / "settings.json").read_text()), settings)
 
     images = None
     if speed:
@@ -144,7 +138,7 @@ def compare(
         if key not in done:
             bar.set_postfix_str(name)
             reason = _why_not(reduced, facts)
-            if reason is None and reduction is not None and reduction.method in CALIBRATED and not same:
+            if reason is None and not same and method_of(reduction).prepare is not None:
                 reason = _calibrate_once(
                     inside(reduced), folder / "settings" / f"{key}.safetensors", source, processor, image_column,
                     calibration_images,
@@ -194,65 +188,109 @@ def facts_for(
 
 
 def default_reductions(
-    config: PreTrainedConfig | EncoderFacts, shares: Sequence[float] = (0.8, 0.65, 0.5)
+    config: PreTrainedConfig | EncoderFacts,
+    shares: Sequence[float] = (0.8, 0.65, 0.5),
+    *,
+    model: PreTrainedModel | None = None,
+    pixel_values: Tensor | None = None,
+    names: Sequence[Any] | None = None,
 ) -> list[ReductionConfig]:
-    """Settings of every method that runs untrained which keep these shares of the multiply-adds of a backbone; those
-    that cannot keep so little, or cannot run in this encoder, are left out. ATS, which has no setting for a share,
-    samples from all tokens, from half and from a quarter of them. Layers are those the methods have on 12 layers,
-    moved in proportion."""
+    """Settings of every method that runs untrained, to be tried on a checkpoint.
+
+    Args:
+        config: Of the model, or the facts of its encoder.
+        shares: The shares of the multiply-adds that settings are to keep.
+        model, pixel_values: The model and images, on which methods are fitted to the shares whose cost depends on the
+            images. Without them such methods have settings of their own: ATS samples from all tokens, from half and
+            from a quarter of them.
+        names: The methods to take. None: all.
+
+    Returns:
+        `list`: The settings. Those that cannot keep so little, or cannot run in this encoder, are left out, and the
+            log says why. Layers are those the methods have on 12 layers, moved in proportion.
+
+    Example:
+        >>> settings = default_reductions(model.config, [0.8, 0.5])
+    """
     facts = facts_of(config)
-    depth = facts.num_hidden_layers
-
-    def moved(*layers: int) -> tuple[int, ...]:
-        return tuple(sorted({layer * depth // 12 for layer in layers}))
-
-    def fits(setting: ReductionConfig) -> bool:
-        try:
-            setting.check_fit(facts)
-        except ValueError as error:
-            logger.warning(f"{describe(setting)} is left out: {error}")
-            return False
-        return True
-
-    thirds, late = moved(3, 6, 9), moved(5, 8, 9)
-    placed: list[tuple[type[ReductionConfig], dict[str, Any]]] = [
-        (ToMeConfig, {}),
-        (TopKConfig, {"layers": thirds}),
-        (EViTConfig, {"layers": thirds}),
-        (BATConfig, {"layers": thirds}),
-        (SiTConfig, {"layers": late}),
-    ]
+    for share in shares:
+        check_share(share)
     found: list[ReductionConfig] = []
-    for method, options in placed:
-        for share in shares if fits(method(**options)) else ():
+    for name, method in METHODS.items():
+        if names is not None and name not in names:
+            continue
+        at_share: Any = method.at_share and partial(method.at_share, facts)
+        if method.fit_share is not None and model is not None:
+            at_share = partial(method.fit_share, reduce_tokens(model, None), pixel_values)
+        elif method.untrained is not None:
+            found += [setting for setting in method.untrained(facts, shares) if _fits(setting, facts)]
+            continue
+        for share in shares if at_share is not None else ():
             try:
-                found.append(method.for_budget(facts, share, **options))
+                setting = at_share(share)
             except ValueError as error:
-                if "cannot be reached" not in str(error):
-                    raise
-                logger.warning(f"{method.__name__} at {share} is left out: {error}")
-    half = math.ceil(facts.num_patches / 2)
-    points = [None, half, half // 2]
-    sampling = [ATSConfig(layers=tuple(range(depth // 4, depth)), num_tokens=count) for count in points]
-    return [*found, *filter(fits, sampling), *(LTMPConfig(target=share) for share in shares)]
+                logger.warning(f"{method.title} at {share} is left out: {error}")
+            else:
+                found += [setting] if setting not in found and _fits(setting, facts) else []
+    return found
+
+
+def _with_usual(
+    reductions: Sequence[Any], usual: list[ReductionConfig], shares: Sequence[float]
+) -> list[ReductionConfig | dict[str, Any] | None]:
+    """The settings with those of a method in the place of its name."""
+    found: list[Any] = []
+    for reduction in reductions:
+        if not isinstance(reduction, str):
+            found.append(reduction)
+            continue
+        method = find_method(reduction)
+        named = [setting for setting in usual if setting.method == reduction]
+        if not named:
+            raise ValueError(
+                f"{reduction} has no untrained setting for the shares {list(shares)}. Give a setting instead, such as "
+                f"{method.config_class.__name__}(...)."
+            )
+        found += named
+    return found
+
+
+def _fits(setting: ReductionConfig, facts: EncoderFacts) -> bool:
+    try:
+        setting.check_fit(facts)
+    except ValueError as error:
+        logger.warning(f"{describe(setting)} is left out: {error}")
+        return False
+    return True
 
 
 def describe(reduction: ReductionConfig | None) -> str:
-    """A short name of a setting: what differs from the method's defaults."""
-    if reduction is None or reduction.method is None:
-        return "dense"
+    """Name a setting shortly, by what differs from the method's defaults.
+
+    Args:
+        reduction: The setting. None: nothing is reduced.
+
+    Returns:
+        `str`: The method's title and its settings.
+
+    Example:
+        >>> describe(ToMeConfig(r=13))
+        'ToMe r=13'
+    """
+    method = method_of(reduction)
+    if reduction is None or method is DENSE:
+        return method.title
     values, usual = reduction.to_dict(), type(reduction)().to_dict()
-    shown = {"tome": ("r",), "ltmp": ("target",)}.get(reduction.method, ("keep_rate",))
     parts = []
     for name, value in values.items():
-        if name == "method" or value is None or (name not in shown and value == usual[name]):
+        if name == "method" or value is None or (name not in method.key_settings and value == usual[name]):
             continue
         if isinstance(value, list) and len(set(value)) > 1 and name == "r":
             value = f"{min(value)} to {max(value)}"
         elif isinstance(value, float):
             value = f"{value:.4g}"
         parts.append(f"{name}={value}".replace("[", "(").replace("]", ")"))
-    return " ".join([NAMES.get(reduction.method, reduction.method), ", ".join(parts)]).strip()
+    return " ".join([method.title, ", ".join(parts)]).strip()
 
 
 def _is_of_features(model: Any, bank: Dataset | None) -> bool:
@@ -275,11 +313,10 @@ def _digest(dataset: Dataset, image_column: str, label_column: str) -> str:
 
 def _why_not(model: Any, facts: EncoderFacts) -> str | None:
     reduction = model.config.reduction
-    if reduction is not None and reduction.method == "sit" and facts.grid != facts_of(model.config).grid:
+    method = method_of(reduction)
+    if not method.any_image_size and facts.grid != facts_of(model.config).grid:
         return "its networks are made for images of the model's own size, and these are of another"
-    if reduction is not None and reduction.method == "dlvit" and not model.config.reduction.trained:
-        return "its filter is not trained, so it would keep every token; fit it by hf_tokenreduce.training.fit_filter"
-    return None
+    return method.why_not(reduction)
 
 
 def _calibrate_once(
@@ -294,14 +331,12 @@ def _calibrate_once(
                 parameter.copy_(known[name])
         return None
     pixels = sample_pixels(source, processor, image_column, most)
-    target = model.config.reduction.target if model.config.reduction.method == "ltmp" else None
     try:
-        calibrate(model, pixels, target, max_images=most)
+        calibrate(model, pixels, getattr(model.config.reduction, "target", None), max_images=most)
     except ValueError as error:
         return str(error)
-    part = file.with_suffix(".part")
-    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, part)
-    part.replace(file)
+    with whole(file) as unfinished:
+        save_file({name: p.detach().contiguous() for name, p in parameters.items()}, unfinished)
     return None
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .pareto import dense_rate, pareto_plot
-from .resume import write_whole
 from .speed_report import conditions_line
 
 

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..modeling.configuration_methods import parse_reduction
 from ..modeling.encoders import EncoderFacts, encoder_of, facts_of
+from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share, multiply_adds
 from ..modes import evaluating
 from ..tasks import image_side, task_of_model

@@ -6,29 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..methods import METHODS
 
-NAMES = {
-    "tome": "ToMe",
-    "evit": "EViT",
-    "topk": "Top-K",
-    "bat": "BAT",
-    "sit": "SiT",
-    "dlvit": "DL-ViT",
-    "ats": "ATS",
-    "ltmp": "LTMP",
-}
 
-# Told apart by shape, filling, dash and the label at their end; the greys alone would do, colour is a help.
-STYLES = {
-    "tome": ("o", True, "-", "#1b4f9c"),
-    "evit": ("s", True, "--", "#b8541a"),
-    "topk": ("s", False, ":", "#8a6d1f"),
-    "bat": ("D", True, "-.", "#2d7a3a"),
-    "sit": ("^", True, "--", "#7a3b9c"),
-    "dlvit": ("v", False, ":", "#555555"),
-    "ats": ("P", True, "-", "#a3243b"),
-    "ltmp": ("X", True, "-", "#111111"),
-}
+# Told apart by shape, filling, dash and the label at their end; the greys alone would do, colour is a help. They are
+# given in the order in which the methods are listed.
+STYLES = [
+    ("o", True, "-", "#1b4f9c"),
+    ("s", True, "--", "#b8541a"),
+    ("s", False, ":", "#8a6d1f"),
+    ("D", True, "-.", "#2d7a3a"),
+    ("^", True, "--", "#7a3b9c"),
+    ("v", False, ":", "#555555"),
+    ("P", True, "-", "#a3243b"),
+    ("X", True, "-", "#111111"),
+]
 OTHERS = [
     ("<", True, "-", "#336666"),
     (">", False, "--", "#664433"),
@@ -213,19 +205,21 @@ def _highest(group: list[float], distance: float) -> float:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return row.get("label") or NAMES.get(row["method"], row["method"])
+    method = METHODS.get(row["method"])
+    return row.get("label") or (row["method"] if method is None else method.title)
 
 
 def _styles(reduced: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Of each line. A second line of a method, and a method unknown here, take what is left over."""
     left, found, taken = list(OTHERS), {}, set()
+    usual = dict(zip(METHODS, STYLES, strict=False))
     for row in reduced:
         label, method = _label(row), row["method"]
         if label in found:
             continue
-        if method in STYLES and method not in taken:
+        if method in usual and method not in taken:
             taken.add(method)
-            found[label] = STYLES[method]
+            found[label] = usual[method]
         else:
             found[label] = left[0]
             left.append(left.pop(0))

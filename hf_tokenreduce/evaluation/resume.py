@@ -13,6 +13,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 
+from ..files import refuse_other_settings, write_whole
+
 
 Progress = dict[str, Any]
 """Of a batch: `rows`, and under other names a list with a value per row each."""
@@ -65,7 +67,7 @@ class Records:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(known, json.dumps(settings, indent=1))
         processes.wait()
-        refuse_other_settings(known, settings)
+        refuse_other_settings(self.folder, json.loads(known.read_text()), settings)
         for part in sorted(self.folder.glob("part-*.jsonl")):
             for record in read_lines(part):
                 self._take(record)
@@ -93,16 +95,6 @@ class Records:
             self.done[row] = {name: record[name][place] for name in names}
 
 
-def refuse_other_settings(file: Path, settings: dict[str, Any]) -> None:
-    found = json.loads(file.read_text())
-    differing = sorted(name for name in {**found, **settings} if found.get(name) != settings.get(name))
-    if differing:
-        raise ValueError(
-            f"{file.parent} holds results of something else: of another {' and '.join(differing)}. Give another "
-            "output_dir, or delete this one to start anew."
-        )
-
-
 def read_lines(file: Path) -> list[Any]:
     """The records of a file, without the line that a killed process left unfinished."""
     records = []
@@ -122,13 +114,6 @@ def append_line(file: Path, record: Any) -> None:
             if lines.read(1) != b"\n":
                 lines.write(b"\n")
         lines.write(json.dumps(record).encode() + b"\n")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Whoever looks finds the old file or the new one, never half of it."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text)
-    part.replace(file)
 
 
 def digest_of_model(model: nn.Module) -> str:

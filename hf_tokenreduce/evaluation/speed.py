@@ -4,9 +4,9 @@ import copy
 import math
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..convert import restore, stock_name
 from ..modeling.encoders import encoder_of, facts_of, what_can_be_reduced
 from ..modes import evaluating
 from ..tasks import image_side
+from ..timing import seconds_of
 from .breakdown import breakdown
 from .memory import peak_memory
 from .oracle import SliceOracle
@@ -71,7 +72,7 @@ def benchmark(
         dense_name = "dense"
         named = {"dense": restore(first), **named}
     report = BenchmarkReport(_settings(named, device, threads, dtypes, compile, repeats, warmup, pixel_values))
-    times = timer or (_by_events if device.type == "cuda" else _by_clock)
+    times = timer or partial(seconds_of, device=device)
     total = len(types) * len(batch_sizes) * (warmup + repeats)
     with _on(device, threads), logging.tqdm(total=total, desc="timing", leave=False, disable=not progress) as bar:
         report.settings["threads"] = torch.get_num_threads()
@@ -234,22 +235,6 @@ def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) ->
     if model.device == device and model.dtype == dtype:
         return model
     return copy.deepcopy(model).to(device=device, dtype=dtype)
-
-
-def _by_clock(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def _by_events(call: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000
 
 
 @contextmanager

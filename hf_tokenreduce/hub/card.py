@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..modeling.configuration_methods import parse_reduction
+from ..files import write_whole
+from ..methods import DENSE, METHODS, Method, method_of
 from ..modeling.encoders import facts_of
+from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share
 from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, split
 from .configuration import check_config, main_input_of, tower_of
 from .contents import one_line
-from .methods import METHODS, Method
 from .records import Record, accuracy, drop, duration, number, read_record
 from .usage import needs, pipeline_tag, run, stock_of, usage
 
@@ -66,9 +68,11 @@ def model_card(
     if machine is not None:
         known.setdefault("machine", machine)
     reduction = _reduction(config, known)
-    method = METHODS[None if reduction is None else reduction.method]
+    method = method_of(reduction)
     if config is not None and facts_of(config).num_prefix_tokens == 0:
-        method = method._replace(text=method.text.replace("the class token attends", "the mean of all tokens attends"))
+        method = replace(
+            method, summary=method.summary.replace("the class token attends", "the mean of all tokens attends")
+        )
     title = repo_id.split("/")[-1] if repo_id else (folder.resolve().name if folder else _stem(record))
     if previous is None:
         previous = "" if folder is None else _read(folder / "README.md")
@@ -90,7 +94,7 @@ def model_card(
 def write_card(folder: str | Path, **options: Any) -> Path:
     """Write `model_card(folder, ...)` to README.md of the folder."""
     path = Path(folder) / "README.md"
-    _write(path, model_card(folder, **options))
+    write_whole(path, model_card(folder, **options))
     return path
 
 
@@ -108,9 +112,9 @@ def write_cards(records_dir: str | Path, output_dir: str | Path, **options: Any)
     written = []
     for file in files:
         written.append(output_dir / f"{file.stem}.md")
-        _write(written[-1], model_card(None, record=file, previous=_read(written[-1]), **options))
+        write_whole(written[-1], model_card(None, record=file, previous=_read(written[-1]), **options))
     index = output_dir / "README.md"
-    _write(index, merge_body(_read(index), _index(records)))
+    write_whole(index, merge_body(_read(index), _index(records)))
     return [*written, index]
 
 
@@ -150,9 +154,9 @@ def _body(
         base = f"[{base_model}](https://huggingface.co/{base_model})"
     audio = config is not None and main_input_of(stock_of(config)) == "input_values"
     kind = "An audio transformer" if audio else "A vision transformer"
-    what = f"{base or kind} with token reduction by {method.name}" if reduction else base
+    what = f"{base or kind} with token reduction by {method.title}" if reduction else base
     ratio, tokens = record.get("mult_adds_ratio"), record.get("tokens_per_layer")
-    adaptive = method.adaptive and getattr(reduction, "keep_rate", None) is None
+    adaptive = reduction is not None and method.is_adaptive(reduction)
     if config is not None and reduction is not None and not adaptive:
         # By arithmetic, where no run says it: these methods keep the same of every image.
         ratio = even_share(reduction, config) if ratio is None else ratio
@@ -279,7 +283,7 @@ def _metadata(
     task: str,
 ) -> dict[str, Any]:
     tags = ["token-reduction", *([] if task.startswith("audio") else ["vision-transformer"]), "hf_tokenreduce"]
-    tags += [method.name.lower()] if method is not METHODS[None] else []
+    tags += [method.title.lower()] if method is not DENSE else []
     tags += [f"arxiv:{method.arxiv}"] if method.arxiv else []
     results = None
     name = dataset or _measured_on(record)
@@ -342,7 +346,7 @@ def _index(records: dict[str, Record]) -> str:
     for stem, record in sorted(records.items(), key=order):
         dense = record["method"] is None
         cells = [
-            f"[{METHODS[record['method']].name}](<{stem}.md>)",
+            f"[{(METHODS[record['method']] if record['method'] else DENSE).title}](<{stem}.md>)",
             plain(record.get("base_model") or ""),
             plain(_measured_on(record) or ""),
             number(record, "mult_adds_ratio", 2),
@@ -387,11 +391,3 @@ def _read(path: Path) -> str:
         return ""
     with path.open(encoding="utf-8-sig", newline="") as file:
         return file.read()
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a card is never left half written."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    part.replace(path)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer
 
+from ..methods.register import register_from_folder
 from ..modeling.encoders import PREFIX, encoder_config
 from ..tasks import MAIN_OUTPUTS, Task
 from . import fresh
@@ -89,6 +90,8 @@ def check_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder. Save a model there first: model.save_pretrained(folder).")
+    if trust_remote_code:
+        register_from_folder(folder)
     stock = _named_class(folder)
     of_audio = stock is not None and main_input_of(stock) == "input_values"
     if images is not None and (images.ndim != (3 if of_audio else 4) or len(images) == 0):

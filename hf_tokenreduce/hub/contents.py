@@ -10,7 +10,12 @@ from typing import Any
 
 MODELING = Path(__file__).parents[1] / "modeling"
 CODE = {file.name for file in MODELING.glob("*.py")} - {"__init__.py"}
-EARLIER_CODE = {"backbone.py", "modeling_tokenreduce_vit.py", "modeling_tokenreduce_deit.py"}
+EARLIER_CODE = {
+    "backbone.py", "clustering.py", "configuration_methods.py", "filtering.py", "merging.py",
+    "modeling_tokenreduce_deit.py", "modeling_tokenreduce_vit.py", "pruning.py", "reducers.py", "sampling.py",
+    "slimming.py",
+}  # fmt: skip
+MOST_EXTRA_BYTES = 4096  # of the few lines that import them
 PLAIN = CODE | {"README.md", "LICENSE", ".gitattributes", "record.json", "token_map.png", "thresholds.safetensors"}
 IMAGES, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
@@ -42,7 +47,7 @@ def list_files(folder: Path, texts: bool | None = False) -> tuple[dict[str, int]
     errors: list[str] = []
     others: list[str] = []
     root = folder.resolve()
-    allowed = PLAIN | {"config.json", IMAGES, INDEX} | (OF_TEXTS if texts is not False else set())
+    allowed = PLAIN | extra_code(folder) | {"config.json", IMAGES, INDEX} | (OF_TEXTS if texts is not False else set())
     for name, path in _entries(folder):
         if path.is_symlink() and not path.resolve().is_relative_to(root):
             errors.append(f"{name} is a link out of the folder. Put the file itself there (cp -L follows links).")
@@ -81,7 +86,17 @@ def read_json(path: Path) -> Any:
 
 def differing_code(folder: Path, files: dict[str, int]) -> list[str]:
     """The code files that are not, byte by byte, this package's."""
-    return sorted(n for n in CODE & files.keys() if (folder / n).read_bytes() != (MODELING / n).read_bytes())
+    ours = {n for n in CODE & files.keys() if (folder / n).read_bytes() == (MODELING / n).read_bytes()}
+    return sorted((CODE | extra_code(folder)) & files.keys() - ours)
+
+
+def extra_code(folder: Path) -> set[str]:
+    """The files of methods of others, which `extra_methods.py` imports."""
+    file = folder / "extra_methods.py"
+    if not file.is_file() or file.stat().st_size > MOST_EXTRA_BYTES:
+        return set()
+    found = re.findall(r"^from \.(\w+) import", file.read_text(errors="replace"), re.MULTILINE)
+    return {f"{name}.py" for name in found}
 
 
 def short(value: Any, most: int = 80) -> str:

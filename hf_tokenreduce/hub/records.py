@@ -1,11 +1,10 @@
 """The record of a run, as the training script writes it: checked, and put into words and numbers for a card."""
 
-import math
 from pathlib import Path
 from typing import Any
 
-from ..modeling.configuration_base import REDUCTIONS
-from ..modeling.configuration_methods import parse_reduction
+from ..evaluation.accuracy import wilson_interval
+from ..modeling.methods import METHOD_CLASSES, parse_reduction
 from .contents import read_json, short
 
 
@@ -37,7 +36,7 @@ def read_record(record: Record | str | Path) -> Record:
     if not isinstance(record, dict):
         raise ValueError(f"{name} must be an object, got {short(record)}.")
     method = record.get("method")
-    if "method" not in record or not (method is None or (isinstance(method, str) and method in REDUCTIONS)):
+    if "method" not in record or not (method is None or (isinstance(method, str) and method in METHOD_CLASSES)):
         raise ValueError(f"{name} has method {short(method)}; it must be null for dense, or one of {_known()}.")
     settings = record.get("settings") or {}
     if not isinstance(settings, dict):
@@ -65,13 +64,6 @@ def read_record(record: Record | str | Path) -> Record:
     return record
 
 
-def wilson(share: float, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval, by Wilson, of a share that was found in `total` independent trials."""
-    center = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, center - half), min(1.0, center + half)
-
-
 def accuracy(record: Record, key: str = "top1") -> str | None:
     """In per cent, with its interval if the number of images is known."""
     value, total = record.get(key), record.get("eval_images")
@@ -79,8 +71,8 @@ def accuracy(record: Record, key: str = "top1") -> str | None:
         return None
     if total is None:
         return f"{value:.1f} %"
-    low, high = wilson(value / 100, total)
-    return f"{value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    low, high = wilson_interval(value / 100 * total, total)
+    return f"{value:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def drop(record: Record) -> str | None:
@@ -104,4 +96,4 @@ def duration(seconds: float | None) -> str | None:
 
 
 def _known() -> str:
-    return ", ".join(sorted(REDUCTIONS))
+    return ", ".join(sorted(METHOD_CLASSES))

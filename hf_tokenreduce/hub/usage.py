@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..methods import method_of
 from ..modeling.encoders import PREFIX, encoder_config
 from .configuration import main_input_of, model_class_of, pipeline_of, takes_texts, task_of_config, tower_of
 
@@ -88,5 +89,5 @@ def _features(config: Any, repo_id: str) -> str:
         prefix = tower.num_prefix_tokens(encoder_config(config))
         before = {0: "", 1: "the class token, then "}.get(prefix, f"{prefix} prefix tokens, then ")
         return A_ROW_PER_PATCH.format(prefix=before)
-    mixes = config.reduction is not None and config.reduction.method == "sit"
+    mixes = method_of(config.reduction).token_decoder is not None
     return UNMERGE.format(repo_id=repo_id, patches="patch_weights" if mixes else "patch_map")

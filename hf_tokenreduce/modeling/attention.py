@@ -5,6 +5,8 @@ B images · T tokens, of which the first P are prefix tokens and N = T - P patch
 d features per head. Of packed tokens there is one "image" of all rows, (1, H, sum of lengths, d).
 """
 
+import inspect
+import math
 from contextlib import suppress
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -20,6 +22,12 @@ from .tokens import pad
 varlen_attn: Any = None
 with suppress(ImportError):  # in torch 2.10 and later
     from torch.nn.attention.varlen import varlen_attn
+
+
+def _takes_scale(kernel: Any) -> bool:
+    """Whether the kernel takes a scale of its own; its first release always divides by the root of the head size."""
+    return kernel is not None and "scale" in inspect.signature(kernel).parameters
+
 
 Lengths = tuple[int, ...] | None
 
@@ -361,7 +369,10 @@ def _attend_varlen(
         for lengths in (query_lengths, key_lengths)
     )
     longest = max(query_lengths), max(key_lengths)
-    output = varlen_attn(query, key, value, query_ends, key_ends, *longest, scale=attention.scaling)
+    options = {"scale": attention.scaling}
+    if not _takes_scale(varlen_attn):
+        query, options = query * (attention.scaling * math.sqrt(query.shape[-1])), {}
+    output = varlen_attn(query, key, value, query_ends, key_ends, *longest, **options)
     return output[None, ..., :head_dim]
 
 

@@ -16,13 +16,9 @@ from .encoders import EncoderFacts, facts_of
 from .multiply_adds import even_share, largest_within, rounded_up_share
 
 
-REDUCTIONS: dict[str, type["ReductionConfig"]] = {}
-
-
 @dataclass(frozen=True)
 class ReductionConfig:
-    """Base of all method configurations. A subclass names its `method`, which also registers it, or None if it is a
-    base itself.
+    """Base of all method configurations. A subclass names its `method`, or None if it is a base itself.
 
     `__post_init__` checks the values by themselves; `check_fit` checks them against the facts of an encoder. `hook`
     is where the method acts: the method of `Reducer` it overrides.
@@ -35,8 +31,6 @@ class ReductionConfig:
         super().__init_subclass__(**kwargs)
         if "method" not in vars(cls):
             raise TypeError(f"{cls.__name__} needs a method name of its own: method: ClassVar[str | None] = ...")
-        if cls.method is not None:
-            REDUCTIONS[cls.method] = cls
 
     def to_dict(self) -> dict[str, Any]:
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}

@@ -11,8 +11,8 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_methods import parse_reduction
 from .encoders import PREFIX, TYPE_PREFIX, auto_classes_of, base_model_of, facts_of, fixed_fields
+from .methods import parse_reduction
 
 
 _StockConfig: Any = object  # the mixin is only used in front of a stock configuration, whose methods it extends

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .attention import AttentionView, PairBias, attend, attend_masked, attend_with_map, split_heads
 from .encoders import Encoder, EncoderFacts, Layout
 from .hooks import Reducer
-from .reducers import build_reducer
+from .methods import build_reducer
 from .tokens import (
     TokenMap,
     TokenState,
@@ -260,7 +260,7 @@ class ReducedLayer(nn.Module):
             table = bias if shared is None else bias + shared
         if table is None:
             return None
-        places = _places(state)
+        places = _token_places(state)
         return PairBias(table[0], places, places)
 
     def _enter(self, hidden_states: Tensor) -> Passage:
@@ -334,7 +334,7 @@ def _rotary_rows(tables: Rotary, state: TokenState) -> Rotary:
     return rows[0], rows[1]
 
 
-def _places(state: TokenState) -> Tensor:
+def _token_places(state: TokenState) -> Tensor:
     """(B, T) long, the place of each token among prefix tokens and patches."""
     assert state.origin is not None
     return _behind_prefix(state.origin, state.num_prefix_tokens)

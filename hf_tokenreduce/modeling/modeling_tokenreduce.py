@@ -22,7 +22,7 @@ from .configuration_tokenreduce import EXTRA_OUTPUTS, reduced_config_class
 from .encoders import MODELS, PREFIX, READ_EVERY_PATCH, TAKE_MEAN_LOSS, TYPE_PREFIX, auto_classes_of, encoder_of
 from .hooks import Reducer
 from .layers import RECORDER, Encoded, Recorder, inject
-from .reducers import build_reducer
+from .methods import build_reducer, write_extra_method
 
 
 _StockModel: Any = nn.Module  # the mixin is only used in front of a stock model, whose methods it extends
@@ -45,6 +45,8 @@ class TokenReduceMixin(_StockModel):
         `task_loss`. Whoever computes the task's loss outside, without `labels`, has to add it.
     kept_shares: (L,) what it was computed from: the mean share of the tokens that each layer passes on.
     """
+
+    _keep_in_fp32_modules_strict = ["merge_threshold", "prune_threshold"]
 
     def __init__(self, config, *inputs, **kwargs):
         # By name: from a folder, configuration and model are classes of two modules.
@@ -102,7 +104,7 @@ class TokenReduceMixin(_StockModel):
             self._initialize_weights(module)
         reducer.init_weights()
 
-    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As the stock model's, but under the names the parameters have, not those of older versions: Trainer resumes
         from a checkpoint without renaming."""
         if any(_values(reducer.built_for) != _values(self.config.reduction) for reducer in encoder_of(self).reducers):
@@ -110,7 +112,12 @@ class TokenReduceMixin(_StockModel):
                 "config.reduction is not what this model runs: it was set without set_reduction, or by another model "
                 "that shares the configuration. Call model.set_reduction(...) with the setting you want, then save."
             )
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        write_extra_method(save_directory, self.config.reduction)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        write_extra_method(working_dir, self.config.reduction)  # save_pretrained uploads before it returns
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _check_inputs(self, inputs: Any, attention_mask: Any, can_resize: bool, interpolates: bool) -> None:
         if attention_mask is not None and len(self.input_modalities) == 1:

@@ -45,6 +45,14 @@ def multiply_adds(
     return own + (attention + through_mlp * facts.mlp_products).sum(dim=1)
 
 
+def shares_kept(
+    config: PreTrainedConfig | EncoderFacts, token_counts: Tensor, num_tokens: int, reduction: Any
+) -> Tensor:
+    """The share of a dense encoder's multiply-adds that each image costs, (B,) float64; arguments as above."""
+    dense = multiply_adds(config, torch.full_like(token_counts[:1], num_tokens), num_tokens)
+    return multiply_adds(config, token_counts, num_tokens, reduction) / dense
+
+
 def even_counts(reduction: Any, config: PreTrainedConfig | EncoderFacts) -> list[int]:
     """The tokens that leave each layer, prefix included, by a method that keeps the same number of every image."""
     facts = facts_of(config)
@@ -58,15 +66,18 @@ def even_counts(reduction: Any, config: PreTrainedConfig | EncoderFacts) -> list
 def even_share(reduction: Any, config: PreTrainedConfig | EncoderFacts) -> float:
     """The share of a dense model's multiply-adds that such a method keeps."""
     facts = facts_of(config)
-    counts = torch.tensor([even_counts(reduction, facts), [facts.num_tokens] * facts.num_hidden_layers])
-    reduced = multiply_adds(facts, counts[:1], facts.num_tokens, reduction)
-    return (reduced / multiply_adds(facts, counts[1:], facts.num_tokens)).item()
+    return shares_kept(facts, torch.tensor([even_counts(reduction, facts)]), facts.num_tokens, reduction).item()
+
+
+def check_share(share: float) -> None:
+    """Raise a ValueError unless it is a share of multiply-adds that can be kept."""
+    if not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ValueError(f"share is that of the multiply-adds to keep, above 0 and at most 1, got {share!r}.")
 
 
 def largest_within(share: float, most: int, share_at: Callable[[int], float]) -> int:
     """The largest of 0, ..., most whose share, which grows with it, is at most `share`."""
-    if not 0 < share <= 1:
-        raise ValueError(f"share is that of the multiply-adds to keep, above 0 and at most 1, got {share!r}.")
+    check_share(share)
     if share_at(most) <= share:
         return most
     least = share_at(0)

@@ -1,12 +1,12 @@
 """Training: `TokenReduceTrainer`, its losses, and what single methods need beside the models."""
 
+from ..methods.token_decoder import ReverseSlimming, restore_hidden_states, reverse_modules
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
 from .filter import fit_filter
 from .labels import make_labels
 from .losses import distillation_loss, token_loss
 from .recipes import recipe
-from .reverse import ReverseSlimming, restore_hidden_states, reverse_modules
 from .trainer import TokenReduceTrainer
 
 

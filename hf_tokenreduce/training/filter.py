@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.dlvit import DLViTConfig
 from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.tokens import start
 from ..modes import evaluating
@@ -61,7 +62,7 @@ def fit_filter(
         again.
     """
     reduction = getattr(model.config, "reduction", None)
-    if reduction is None or reduction.method != "dlvit":
+    if reduction is None or reduction.method != DLViTConfig.method:
         raise ValueError(
             f"This {type(model).__name__} has no filter to fit. Reduce it first: reduce_tokens(model, DLViTConfig())."
         )

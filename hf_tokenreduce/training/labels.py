@@ -27,6 +27,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..convert import reduce_tokens, stock_name
+from ..files import refuse_other_settings, write_whole
+from ..methods import method_of
 from ..modeling.encoders import MODELS, encoder_of, facts_of
 from ..modeling.hooks import Reducer
 from ..modeling.tokens import TokenMap, TokenState, apply_map
@@ -159,7 +161,7 @@ def make_labels(
             part = measure(some)
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **part)
-            _write(files[number], buffer.getvalue())
+            write_whole(files[number], buffer.getvalue())
             computed += len(part["index"])
             progress.update(len(some))
 
@@ -170,7 +172,7 @@ def make_labels(
                 time.sleep(0.5)
     if rank == 0:
         settings["labels"] = _assemble(folder, files, rows, threshold, keep_share, on_error)
-        _write(folder / "settings.json", json.dumps(settings, indent=2).encode())
+        write_whole(folder / "settings.json", json.dumps(settings, indent=2))
     if processes:
         processes.wait_for_everyone()
     made = _read_settings(folder, wanted)["labels"]
@@ -288,7 +290,7 @@ def _check_choices(threshold, keep_share, labeller, mask, batch_size, max_sample
 def _unreduced(model: PreTrainedModel) -> PreTrainedModel:
     """A classifier with the weights of `model` that sees all patches."""
     reduction = getattr(model.config, "reduction", None)
-    if reduction is not None and (reduction.method != "dlvit" or reduction.trained):
+    if reduction is not None and method_of(reduction).why_not(reduction) is None:
         raise ValueError(
             "Labels are made by a model that sees all patches, and this one drops some: it is reduced by "
             f"{reduction}. Pass hf_tokenreduce.restore(model), or the checkpoint it was made of."
@@ -372,7 +374,7 @@ def _assemble(folder: Path, files: list[Path], rows: list[int], threshold, keep_
         delta=Sequence(Value("float32"), length=number),
         keep=Sequence(Value("bool"), length=number),
     )
-    made = folder / f"labels.{os.getpid()}.tmp"
+    made = folder / f"labels.{os.getpid()}.part"
     Dataset.from_dict({**columns, "keep": keep}, features=features).save_to_disk(made)
     shutil.rmtree(folder / "labels", ignore_errors=True)
     os.replace(made, folder / "labels")
@@ -387,35 +389,16 @@ def _assemble(folder: Path, files: list[Path], rows: list[int], threshold, keep_
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> None:
     (folder / "parts").mkdir(parents=True, exist_ok=True)
-    for left in [*folder.glob("*.tmp"), *(folder / "parts").glob("*.tmp")]:  # by a run that was killed
+    for left in [*folder.glob("*.part"), *(folder / "parts").glob("*.part")]:  # by a run that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     if not (folder / "settings.json").exists():
-        _write(folder / "settings.json", json.dumps(settings, indent=2).encode())
+        write_whole(folder / "settings.json", json.dumps(settings, indent=2))
 
 
 def _read_settings(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     settings = json.loads((folder / "settings.json").read_text())
-    differing = [
-        f"{name} was {settings.get(name)!r}, now {value!r}"
-        for name, value in wanted.items()
-        if settings.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"The deltas in {folder} were measured otherwise: {'; '.join(differing)}. Call with the settings of "
-            "then, or choose another output_dir."
-        )
+    refuse_other_settings(folder, settings, wanted)
     return settings
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Wholly or not at all, whenever the process is killed."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
 
 
 def _as_bytes(name: str, tensor: Tensor) -> tuple[bytes, Any]:

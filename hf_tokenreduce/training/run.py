@@ -2,6 +2,7 @@
 `examples/run_image_classification.py` run."""
 
 import json
+import os
 import re
 import shlex
 import statistics
@@ -23,9 +24,10 @@ from transformers.utils import logging
 from ..calibration import calibrate
 from ..convert import reduce_tokens, restore
 from ..loading import folder_split, method_setting, parse_settings, spread
-from ..modeling.configuration_base import REDUCTIONS
+from ..methods import METHODS
 from ..modeling.encoders import encoder_of, facts_of
-from ..modeling.multiply_adds import multiply_adds
+from ..modeling.multiply_adds import shares_kept
+from ..timing import in_turns
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
 from .recipes import AUGMENTATION, recipe
@@ -41,7 +43,7 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "A commit of it."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model brings."})
     ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "A new head if the classes are others."})
-    reduction: str | None = field(default=None, metadata={"help": f"One of {', '.join(REDUCTIONS)}."})
+    reduction: str | None = field(default=None, metadata={"help": f"One of {', '.join(METHODS)}."})
     reduction_args: str = field(default="{}", metadata={"help": "Its settings, JSON."})
     share: float | None = field(default=None, metadata={"help": "Of the multiply-adds to keep."})
     recipe: str = field(default="quick", metadata={"help": "quick or paper."})
@@ -168,7 +170,12 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
         raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATION)}, got {known.augmentation!r}.")
     if known.on_error not in ("stop", "skip"):
         raise ValueError(f"on_error must be stop or skip, got {known.on_error!r}.")
-    parser.set_defaults(**recipe(known.reduction or "tome", known.recipe), remove_unused_columns=False)
+    defaults = recipe(known.reduction or next(iter(METHODS)), known.recipe)
+    if known.recipe == "paper":  # its batches are those of all devices together
+        devices = int(os.environ.get("WORLD_SIZE", 1))
+        defaults["per_device_train_batch_size"] = max(1, defaults["per_device_train_batch_size"] // devices)
+        parser.set_defaults(augmentation="strong")
+    parser.set_defaults(**defaults, remove_unused_columns=False)
     if known.lora:
         parser.set_defaults(freeze_backbone=False)
     model_args, data_args, args = parser.parse_args_into_dataclasses(arguments)
@@ -249,15 +256,15 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
     if model_args.reduction is None:
         return dense if hasattr(dense.config, "reduction") else reduce_tokens(dense, None)
     settings = parse_settings(model_args.reduction_args)
-    share = 0.75 if model_args.reduction == "ltmp" and model_args.share is None else model_args.share
-    setting = method_setting(dense.config, model_args.reduction, share, settings)
-    if setting.method == "dlvit" and setting != getattr(dense.config, "reduction", None):
+    method = METHODS.get(model_args.reduction)
+    if method is not None and method.needs == "labels":
         raise ValueError(
-            "DL-ViT's filter has to be fitted first, or it keeps every token. Run examples/run_delta_loss.py with "
-            "these settings, then train the model it writes, without --reduction."
+            f"{method.title}'s filter has to be fitted first, or it keeps every token. Run examples/run_delta_loss.py "
+            "with these settings, then train the model it writes, without --reduction."
         )
+    setting = method_setting(dense.config, model_args.reduction, model_args.share, settings)
     model = reduce_tokens(dense, setting)
-    if model_args.reduction in ("ltmp", "sit"):
+    if method is not None and method.prepare is not None:
         photos = train.shuffle(seed=0).select(range(min(100, len(train))))[data_args.image_column_name]
         pixels = torch.stack([EvalTransform(processor)(photo) for photo in photos])
         calibrate(model, pixels, getattr(setting, "target", None))
@@ -304,22 +311,14 @@ def describe(model: Any, pixels: torch.Tensor, repeats: int = 7, batch_size: int
     plain = restore(model).eval()
     counts = torch.cat([model(part).token_counts for part in pixels.split(batch_size)])
     batch = pixels[spread(len(pixels), batch_size)]
-    num_tokens = facts_of(model.config).num_tokens
-    total = multiply_adds(model.config, torch.full((1, counts.shape[1]), num_tokens), num_tokens)
-    cost = multiply_adds(model.config, counts, num_tokens, model.config.reduction).mean()
-    seconds: dict[Any, list[float]] = {model: [], plain: []}
-    for repeat in range(repeats + 1):
-        for one, times in seconds.items():
-            begin = time.perf_counter()
-            one(batch)
-            if repeat:  # the first is a warm-up
-                times.append(time.perf_counter() - begin)
     reduction = model.config.reduction
+    share = shares_kept(model.config, counts, facts_of(model.config).num_tokens, reduction).mean().item()
+    seconds, dense_seconds = in_turns([lambda: model(batch), lambda: plain(batch)], repeats, model.device)
     return {
         "method": None if reduction is None else reduction.method,
         "settings": None if reduction is None else reduction.to_dict(),
-        "mult_adds_ratio": round((cost / total).item(), 4),
-        "speedup": round(statistics.median(seconds[plain]) / statistics.median(seconds[model]), 3),
+        "mult_adds_ratio": round(share, 4),
+        "speedup": round(statistics.median(dense_seconds) / statistics.median(seconds), 3),
         "speed_batch_size": len(batch),
         "machine": f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "tokens_per_layer": np.round(counts.double().mean(dim=0).numpy(), 1).tolist(),

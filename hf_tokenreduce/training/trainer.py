@@ -18,14 +18,15 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 from transformers.utils import logging
 
 from ..convert import restore
-from ..modeling.configuration_base import KeepRateConfig
-from ..modeling.configuration_methods import parse_reduction
+from ..methods import METHODS, method_of
+from ..methods.token_decoder import restore_hidden_states
 from ..modeling.encoders import encoder_config, encoder_of, facts_of
-from ..modeling.multiply_adds import multiply_adds
+from ..modeling.hooks import Reducer
+from ..modeling.methods import parse_reduction
+from ..modeling.multiply_adds import shares_kept
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
 from .losses import distillation_loss, token_loss
-from .reverse import restore_hidden_states, reverse_modules
 
 
 REVERSE_FILE = "reverse_slimming.safetensors"
@@ -67,11 +68,16 @@ class TokenReduceTrainer(Trainer):
             dataset = settings.get(name)
             if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
                 raise ValueError(f"{name} is empty. Check the folder or the split it was loaded from.")
-        if args.token_weight and (reduction is None or reduction.method != "sit"):
-            raise ValueError("token_weight is for SiT, whose tokens have a way back. Use logits_weight to distill.")
-        if args.keep_rate_warmup and not _can_warm_up(reduction):
+        method = method_of(reduction)
+        if args.token_weight and method.token_decoder is None:
+            able = ", ".join(known.title for known in METHODS.values() if known.token_decoder is not None)
             raise ValueError(
-                "keep_rate_warmup is for methods whose keep_rate can change while they train (Top-K, EViT, BAT), got "
+                f"token_weight is for {able}, whose tokens have a way back. Use logits_weight to distill."
+            )
+        if args.keep_rate_warmup and not method.keep_rate_may_change:
+            raise ValueError(
+                "keep_rate_warmup is for methods whose keep_rate can change while they train ("
+                f"{', '.join(known.title for known in METHODS.values() if known.keep_rate_may_change)}), got "
                 f"{type(reduction).__name__}. Set it to 0."
             )
         if args.freeze_backbone:
@@ -83,26 +89,28 @@ class TokenReduceTrainer(Trainer):
                 parameter.requires_grad_(True)
         self.teacher = _teacher(reduced, args, teacher_model)
         self._goal = reduction
+        self._kept_in_step: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
         super().__init__(model, args, *others, **settings)
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer divides them
         if self.teacher is not None:
             self.teacher.to(self.args.device)
-        if reduction is not None and reduction.method == "ltmp":
-            self.add_callback(ClampThresholds(reduced))
+        for callback in method.callbacks(reduced):
+            self.add_callback(callback)
         if args.keep_rate_warmup:
             self.add_callback(WarmUpKeepRate(reduced, args.keep_rate_warmup))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         reduced = _reduced_model(self.model)
-        if not self.args.token_weight:
+        token_decoder = method_of(reduced.config.reduction).token_decoder if self.args.token_weight else None
+        if token_decoder is None:
             try:
                 return super().train(*args, **kwargs)
             finally:
                 if reduced.config.reduction != self._goal:  # it broke off while the keep rate warmed up
                     reduced.set_reduction(self._goal)
-        reverse = reverse_modules(reduced)
+        reverse = token_decoder(reduced)
         setattr(reduced, REVERSE, reverse)
         hook = restore_hidden_states(reduced, reverse)
         try:
@@ -173,9 +181,32 @@ class TokenReduceTrainer(Trainer):
         finally:
             self.data_collator = given
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """A loss that is not linear in what is kept must know what all batches of a step keep, before the first of
+        them is learned from. So where a step has several, they go through the model once more."""
+        found = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, kept = found[0], []
+        self._kept_in_step = None
+        if len(batches) > 1 and _has_own_loss(_reduced_model(self.model)):
+            with torch.no_grad():
+                for batch in batches:
+                    inputs = {name: value for name, value in self._prepare_inputs(batch).items() if name != "labels"}
+                    shares = self.model.train()(**inputs).kept_shares
+                    if shares is None:
+                        return found
+                    kept.append((len(next(iter(inputs.values()))), shares))
+            images = sum(count for count, _ in kept)
+            self._kept_in_step = sum(count * shares for count, shares in kept) / images
+        return found
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if isinstance(model, nn.DataParallel) and model.training:
+            raise ValueError(
+                "nn.DataParallel splits a batch behind the back of losses that look at all of it. Launch one process "
+                "per device instead: accelerate launch, or torchrun."
+            )
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         if labels is None:
@@ -197,7 +228,8 @@ class TokenReduceTrainer(Trainer):
         if outputs.kept_shares is not None:
             # The loss is not linear in what is kept, so it must know all ranks' images; the slope is each rank's own.
             kept = outputs.kept_shares
-            everywhere = self.accelerator.reduce(kept.detach().clone(), "mean")
+            in_step = kept.detach() if self._kept_in_step is None else self._kept_in_step
+            everywhere = self.accelerator.reduce(in_step.clone(), "mean")
             parts["auxiliary_loss"] = (
                 encoder_of(reduced)
                 .reducers[0]
@@ -221,10 +253,9 @@ class TokenReduceTrainer(Trainer):
     def _record(self, parts: dict[str, Tensor], token_counts: Tensor) -> None:
         reduced = _reduced_model(self.model)
         num_tokens = self._num_tokens(reduced)
-        dense = torch.full((1, token_counts.shape[1]), num_tokens)
-        share = multiply_adds(reduced.config, token_counts.cpu(), num_tokens, reduced.config.reduction)
         seen = {name: part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
-        seen["multiply_adds_share"] = (share / multiply_adds(reduced.config, dense, num_tokens)).mean()
+        shares = shares_kept(reduced.config, token_counts.cpu(), num_tokens, reduced.config.reduction)
+        seen["multiply_adds_share"] = shares.mean()
         for layer, count in enumerate(token_counts.float().mean(dim=0)):
             seen[f"tokens/layer_{layer}"] = count
         for name, value in seen.items():
@@ -272,19 +303,6 @@ class TokenReduceTrainer(Trainer):
             getattr(reduced, REVERSE).load_state_dict(load_file(folder / REVERSE_FILE))
 
 
-class ClampThresholds(TrainerCallback):
-    """Keeps LTMP's thresholds between 0 and 1."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-
-    @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        for reducer in encoder_of(self.model).reducers:
-            for threshold in reducer.parameters():
-                threshold.clamp_(0, 1)
-
-
 class WarmUpKeepRate(TrainerCallback):
     """Lets the keep rate fall from 1 to its value over the first `share` of the steps, in steps of 0.01."""
 
@@ -304,6 +322,10 @@ class WarmUpKeepRate(TrainerCallback):
             self.model.set_reduction(reduction)
 
 
+def _has_own_loss(reduced: PreTrainedModel) -> bool:
+    return type(encoder_of(reduced).reducers[0]).auxiliary_loss is not Reducer.auxiliary_loss
+
+
 def _reduced_model(model: Any) -> Any:
     """The reduced model inside whatever is wrapped around it."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -315,10 +337,6 @@ def _reduced_model(model: Any) -> Any:
             "reduce_tokens(model, ...), with None for a dense baseline."
         )
     return inner
-
-
-def _can_warm_up(reduction: Any) -> bool:
-    return isinstance(reduction, KeepRateConfig) and reduction.method != "sit"
 
 
 def _teacher(

@@ -42,7 +42,7 @@ def token_map_grid(
     names: one per image, by default those of the files
     size: pixels of the longer side of one map, about
     """
-    pixel_values, names = load_images(images, processor, names)
+    pixel_values, names = prepare_images(images, processor, names)
     maps = token_maps(model, pixel_values)
     shown = checked_layers(layers, maps, most=6)
     pictures = pictures_of(pixel_values, processor, maps, model, size)
@@ -73,7 +73,7 @@ def method_comparison(
         raise ValueError("models is empty: give at least one, as in {'ToMe': reduce_tokens(model, ToMeConfig(r=8))}.")
     if columns is not None and columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}.")
-    pixel_values, _ = load_images([image], processor, None)
+    pixel_values, _ = prepare_images([image], processor, None)
     cells: list[Cell] = []
     for name, model in models.items():
         maps = token_maps(model, pixel_values)
@@ -87,7 +87,7 @@ def method_comparison(
     return compose([cells[start : start + columns] for start in range(0, len(cells), columns)])
 
 
-def load_images(images: Images, processor: Any, names: Sequence[str] | None) -> tuple[Tensor, list[str]]:
+def prepare_images(images: Images, processor: Any, names: Sequence[str] | None) -> tuple[Tensor, list[str]]:
     """Pixel values (B, C, H, W) and a name for each."""
     if len(images) == 0:
         raise ValueError("images is empty: give at least one picture, file or row of pixel values.")

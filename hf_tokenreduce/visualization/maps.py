@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..methods import method_of
 from ..modeling.encoders import encoder_of
-from ..modeling.multiply_adds import multiply_adds
+from ..modeling.multiply_adds import shares_kept
 from ..modes import evaluating
 from ..tasks import image_side
 
@@ -48,7 +49,7 @@ class TokenMaps(NamedTuple):
 
     def gathers_the_rest(self) -> bool:
         """Whether a token of several patches is one that gathers what would else be dropped (EViT)."""
-        return self.reduction is not None and self.reduction.method == "evit"
+        return method_of(self.reduction).gathers_the_rest
 
     def differ(self) -> bool:
         """Whether images were given different numbers of tokens."""
@@ -91,14 +92,13 @@ def token_maps(model: PreTrainedModel, pixel_values: Tensor, *, batch_size: int 
             if output.get("logits") is not None:
                 logits.append(output.logits.float().cpu())
     all_counts = torch.cat(counts)
-    dense = multiply_adds(model.config, torch.full_like(all_counts[:1], num_tokens), num_tokens)
     return TokenMaps(
         patch_maps=_per_layer(maps),
         patch_weights=_per_layer(weights),
         counts=all_counts,
         num_tokens=num_tokens,
         grid=grid,
-        shares=multiply_adds(model.config, all_counts, num_tokens, model.config.reduction) / dense,
+        shares=shares_kept(model.config, all_counts, num_tokens, model.config.reduction),
         logits=torch.cat(logits) if logits else None,
         reduction=model.config.reduction,
     )

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..methods import method_of
 from ..modeling.encoders import encoder_of
-from .composing import Images, load_images, pictures_of
+from .composing import Images, pictures_of, prepare_images
 from .drawing import draw_layer, draw_token_weights
 from .maps import TokenMaps, checked_layers, token_maps
 from .template import PAGE
@@ -58,7 +59,7 @@ def write_page(
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Give the name of a file in it, such as {path / 'tokens.html'}.")
-    pixel_values, names = load_images(images, processor, names)
+    pixel_values, names = prepare_images(images, processor, names)
     maps = token_maps(model, pixel_values)
     shown = checked_layers(layers, maps, most=5)
     pictures = pictures_of(pixel_values, processor, maps, model, MAP_SIZE)
@@ -112,18 +113,15 @@ def write_page(
 def _settings(reduction: Any) -> dict[str, str]:
     """What is set and decides: neither what only training looks at, nor thresholds that were learned since."""
     values = reduction.to_dict()
-    names = ("merge", "prune", "max_tokens") if reduction.method == "ltmp" else tuple(values)
+    shown = method_of(reduction).shown_settings
+    names = tuple(values) if shown is None else shown
     return {name: _setting(values[name]) for name in names if name != "method" and values[name] is not None}
 
 
 def _thresholds(model: PreTrainedModel) -> dict[str, list[float]]:
-    """LTMP's, of each layer."""
-    reducers = [dict(reducer.named_parameters()) for reducer in encoder_of(model).reducers]
-    return {
-        label: [reducer[name].item() for reducer in reducers]
-        for name, label in (("merge_threshold", "merges above"), ("prune_threshold", "prunes up to"))
-        if name in reducers[0]
-    }
+    """What the method has learned, of each layer."""
+    reduction = model.config.reduction
+    return method_of(reduction).learned_numbers(model)
 
 
 def _setting(value: Any) -> str:

@@ -4,15 +4,64 @@
 B images · N patch tokens · A attentive ones, I = N - A inattentive ones · K clusters · D features
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import AttentionView, full_precision
+from .checks import check_flag, is_number
+from .configuration_base import KeepRateConfig
 from .encoders import EncoderFacts
 from .hooks import Reducer
-from .multiply_adds import rounded_up_share
+from .multiply_adds import class_attention_cost, rounded_half_up, rounded_up_share, similarity_cost
 from .tokens import TokenMap, TokenState, apply_map, merge
+
+
+@dataclass(frozen=True)
+class BATConfig(KeepRateConfig):
+    """Importance and diversity, after "Beyond Attentive Tokens". Tokens the class token attends to little are
+    clustered; among those it attends to much, the most similar are fused. Needs no training, gains by it.
+
+    keep_rate: share of the patch tokens present that each of `layers` hands on, rounded up; one number, or a list
+        with one number per entry of `layers`.
+    layers: 0-based layers that reduce, between their attention and their MLP.
+    cluster_share: of the tokens handed on, the share that are clusters of inattentive tokens. 0 drops the inattentive.
+    fuse_share: how many attentive tokens are fused away, as a share of those that remain: at 0.2, 12 become 10.
+    prop_attn: a token that stands for s patches counts s times as a key.
+    """
+
+    method: ClassVar[str | None] = "bat"
+
+    cluster_share: float = 0.3
+    fuse_share: float = 0.2
+    prop_attn: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("cluster_share", "fuse_share"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"BATConfig: {name} must lie between 0 and 1, got {value!r}.")
+            self._set(**{name: float(value)})
+        check_flag("BATConfig", "prop_attn", self.prop_attn)
+
+    def split(self, count: int, leaving: int) -> tuple[int, int, int]:
+        """How `count` patch tokens become `leaving`: (attentive ones, those of them that fuse into another, clusters
+        of the rest)."""
+        clusters = rounded_half_up(self.cluster_share * leaving)
+        fused = min(rounded_half_up(self.fuse_share * (leaving - clusters)), count - leaving)
+        return leaving - clusters + fused, fused, clusters
+
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        leaving = self.leaving(layer, count, facts)
+        if leaving == count:
+            return 0
+        attentive, fused, clusters = self.split(count, leaving)
+        distances = (count - attentive) ** 2 * facts.hidden_size if clusters else 0
+        return class_attention_cost(count, facts) + distances + (similarity_cost(attentive, facts) if fused else 0)
 
 
 def density_peaks(features: Tensor, num_clusters: int) -> Tensor:

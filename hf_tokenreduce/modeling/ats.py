@@ -4,13 +4,67 @@
 B images · H heads · N patch tokens, padded to the longest image · G points of the sampling grid
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
 from .attention import AttentionView
+from .checks import check_caps_fit, check_layers_fit, check_size, checked_caps, checked_layers
+from .configuration_base import ReductionConfig
 from .encoders import EncoderFacts
 from .hooks import Reducer
+from .multiply_adds import class_attention_cost
 from .tokens import TokenMap, TokenState
+
+
+@dataclass(frozen=True)
+class ATSConfig(ReductionConfig):
+    """Adaptive token sampling, after "Adaptive Token Sampling for Efficient Vision Transformers". Every image keeps as
+    many tokens as its scores are spread over. No parameters; works without training.
+
+    layers: 0-based layers that sample, inside their attention.
+    num_tokens: points of the sampling grid, prefix tokens included: the most that a layer can keep. None: the tokens
+        that enter the model, so that only the scores decide.
+    score: "joint" (the authors' code: attention summed over heads times the length of the whole value vector) or
+        "per_head" (the paper's formula: the product in each head, normalised, then summed).
+    max_tokens: no image leaves one of `layers` with more tokens, prefix tokens included, whatever it shows: one
+        number, or a list with one number per entry of `layers`. The highest scores stay.
+    """
+
+    method: ClassVar[str | None] = "ats"
+    hook: ClassVar[str] = "select_queries"
+
+    layers: Sequence[int] = tuple(range(3, 12))
+    num_tokens: int | None = None
+    score: str = "joint"
+    max_tokens: int | Sequence[int] | None = None
+
+    def __post_init__(self):
+        layers = checked_layers("ATSConfig", self.layers)
+        if self.num_tokens is not None:
+            check_size("ATSConfig", "num_tokens", self.num_tokens)
+        if self.score not in ("joint", "per_head"):
+            raise ValueError(f"ATSConfig: score must be 'joint' or 'per_head', got {self.score!r}.")
+        self._set(
+            layers=layers,
+            num_tokens=None if self.num_tokens is None else int(self.num_tokens),
+            max_tokens=checked_caps("ATSConfig", self.max_tokens, len(layers), "entry of layers"),
+        )
+
+    def cap(self, layer: int) -> int | None:
+        caps: Any = self.max_tokens
+        return dict(zip(self.layers, caps, strict=True)).get(layer) if isinstance(caps, tuple) else caps
+
+    def check_fit(self, facts: EncoderFacts) -> None:
+        check_layers_fit("ATSConfig", self.layers, facts.num_hidden_layers)
+        check_caps_fit("ATSConfig", "max_tokens", self.max_tokens, facts)
+        check_caps_fit("ATSConfig", "num_tokens", self.num_tokens, facts)
+
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        return class_attention_cost(count, facts) if layer in self.layers and count else 0
 
 
 def significance(class_attention: Tensor, value_norms: Tensor, score: str) -> Tensor:
@@ -39,7 +93,7 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
     scores = scores.nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max / 1e6)
     order = scores.masked_fill(~valid, torch.inf).argsort(dim=1, stable=True)  # padding last
     counts = valid.sum(dim=1, keepdim=True)
-    real = _places(scores) < counts
+    real = _all_places(scores) < counts
     tiny = torch.finfo(torch.float32).tiny
     scores = scores / scores.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True).clamp(min=tiny)
     sums = scores.gather(1, order).masked_fill(~real, 0.0).cumsum(dim=1)
@@ -85,5 +139,5 @@ class ATSReducer(Reducer):
         return sample_inverse(scores, state.valid(), budget, max_kept)
 
 
-def _places(like: Tensor) -> Tensor:
+def _all_places(like: Tensor) -> Tensor:
     return torch.arange(like.shape[1], device=like.device).expand_as(like)

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..modeling.encoders import encoder_of, facts_of
+from ..modeling.sit import SiTConfig
 
 
 class ReverseSlimming(nn.Module):
@@ -39,7 +40,7 @@ class ReverseSlimming(nn.Module):
 def reverse_modules(model: PreTrainedModel) -> nn.ModuleDict:
     """A `ReverseSlimming` for every layer of a SiT model from the first that slims on, by the layer's index."""
     reduction = getattr(model.config, "reduction", None)
-    if reduction is None or reduction.method != "sit":
+    if reduction is None or reduction.method != SiTConfig.method:
         raise ValueError(
             f"This {type(model).__name__} slims nothing, so there is no way back to learn. Reduce it first: "
             "reduce_tokens(model, SiTConfig())."

@@ -1,17 +1,37 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Pruning by class attention: Top-K and EViT.
+"""Pruning by class attention: Top-K.
 
 B images · N patch tokens
 """
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .attention import AttentionView
+from .configuration_base import KeepRateConfig
 from .encoders import EncoderFacts
 from .hooks import Reducer
-from .multiply_adds import rounded_up_share
+from .multiply_adds import class_attention_cost, rounded_up_share
 from .tokens import TokenMap, TokenState, apply_map, ranks
+
+
+@dataclass(frozen=True)
+class TopKConfig(KeepRateConfig):
+    """Keep the patch tokens the class token attends to most; the others are dropped. Needs no training.
+
+    keep_rate: share of the patch tokens present that each of `layers` keeps, rounded up; one number, or a list with
+        one number per entry of `layers`.
+    layers: 0-based layers that drop tokens, between their attention and their MLP.
+    """
+
+    method: ClassVar[str | None] = "topk"
+
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        kept = rounded_up_share(self.schedule().get(layer, 1.0), count)
+        return class_attention_cost(count, facts) if kept < count else 0
 
 
 def keep_best(scores: Tensor, count: int, fuse: bool = False) -> TokenMap:
@@ -41,11 +61,3 @@ class TopKReducer(Reducer):
             return state
         scores = view.class_attention().mean(dim=1)[:, state.num_prefix_tokens :]
         return apply_map(state, keep_best(scores, count, self.fuse))
-
-
-class EViTReducer(TopKReducer):
-    """Top-K, with the tokens not kept fused into one if the configuration says so."""
-
-    def __init__(self, facts: EncoderFacts, layer: int):
-        super().__init__(facts, layer)
-        self.fuse = facts.reduction.fuse

@@ -1,10 +1,12 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Merging: similar tokens become one. ToMe, LTMP.
+"""Learned thresholds: similar tokens merge, unimportant ones are pruned. LTMP.
 
 B images · N patch tokens, padded to the longest image · d features of a key
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,11 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .attention import AttentionView, full_precision
+from .checks import check_caps_fit, check_flag, checked_caps, is_number
+from .configuration_base import ReductionConfig
 from .encoders import EncoderFacts
 from .hooks import Reducer
+from .multiply_adds import similarity_cost
 from .tokens import (
     TokenMap,
     TokenState,
@@ -28,44 +33,63 @@ from .tokens import (
 )
 
 
-@torch.no_grad()
-def match_most_similar(keys: Tensor, size: Tensor | None, r: int, num_prefix_tokens: int) -> TokenMap:
-    """Merge the r patch tokens that are most like another: `keys` (B, N, d) float32, `size` (B, N) or None for ones.
+@dataclass(frozen=True)
+class LTMPConfig(ReductionConfig):
+    """Learned thresholds, merging and pruning, after "Learned Thresholds Token Merging and Pruning for Vision
+    Transformers". In every layer tokens merge whose similarity is above one threshold, and those are pruned whose
+    importance is not above another: 2 numbers per layer, learned or calibrated.
 
-    The sequence, prefix included, is dealt into two sets by even and odd position. Each token of the even set has
-    one best match in the odd set, by cosine; the r best pairs merge into their size-weighted mean, r being at most
-    half of N. Output order: the even tokens left over, then the odd ones.
+    merge, prune: whether each is done.
+    target: share of the multiply-adds to keep, which training aims at.
+    temperature: of the sigmoid whose slope the thresholds learn by (nothing is removed while they learn).
+    budget_weight: factor of the squared distance from `target` in the loss.
+    merge_threshold, prune_threshold: initial values, between 0 and 1. 1.0 merges nothing, 0.0 prunes nothing.
+    max_tokens: no image leaves a layer with more tokens, prefix tokens included: one number, or a list with one per
+        layer. The most important stay.
     """
-    batch, num_tokens, _ = keys.shape
-    r = min(r, num_tokens // 2)
-    even = slice(num_prefix_tokens % 2, None, 2)
-    odd = slice(1 - num_prefix_tokens % 2, None, 2)
-    keys = F.normalize(keys, dim=-1)
-    with full_precision(keys):
-        similarity, match = (keys[:, even] @ keys[:, odd].transpose(1, 2)).max(dim=-1)  # (B, N even)
-    best = similarity.argsort(dim=-1, descending=True, stable=True)[:, :r]
-    merged = torch.zeros_like(match, dtype=torch.bool).scatter(1, best, True)
-    num_left = match.shape[1] - r
-    target = torch.empty(batch, num_tokens, dtype=torch.long, device=keys.device)
-    target[:, even] = torch.where(merged, num_left + match, (~merged).cumsum(dim=1) - 1)
-    target[:, odd] = torch.arange(num_left, num_tokens - r, device=keys.device)
-    mass = torch.ones(target.shape, dtype=torch.float32, device=keys.device) if size is None else size
-    return merge(target, num_tokens - r, mass)
 
+    method: ClassVar[str | None] = "ltmp"
 
-class ToMeReducer(Reducer):
-    """Merges similar tokens after attention."""
+    merge: bool = True
+    prune: bool = True
+    target: float = 0.75
+    temperature: float = 0.1
+    budget_weight: float = 10.0
+    merge_threshold: float = 0.9
+    prune_threshold: float = 0.0
+    max_tokens: int | Sequence[int] | None = None
 
-    def __init__(self, facts: EncoderFacts, layer: int):
-        super().__init__(facts, layer)
-        self.r = facts.reduction.schedule(facts.num_hidden_layers)[layer]
-        self.prop_attn = facts.reduction.prop_attn
+    def __post_init__(self):
+        check_flag("LTMPConfig", "merge", self.merge)
+        check_flag("LTMPConfig", "prune", self.prune)
+        if not (self.merge or self.prune):
+            raise ValueError("LTMPConfig: with merge=False and prune=False nothing is left to do; set one to True.")
+        for name, low, high in (("target", 0, 1), ("merge_threshold", 0, 1), ("prune_threshold", 0, 1)):
+            value = getattr(self, name)
+            if not is_number(value) or not low <= value <= high:
+                raise ValueError(f"LTMPConfig: {name} must lie between {low} and {high}, got {value!r}.")
+        for name in ("temperature", "budget_weight"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 < value < float("inf"):
+                raise ValueError(f"LTMPConfig: {name} must be a number above 0, got {value!r}.")
+        for name in ("target", "merge_threshold", "prune_threshold", "temperature", "budget_weight"):
+            self._set(**{name: float(getattr(self, name))})
+        self._set(max_tokens=checked_caps("LTMPConfig", self.max_tokens, None, "layer"))
 
-    def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
-        if min(self.r, state.num_patch_tokens // 2) == 0:
-            return state
-        token_map = match_most_similar(view.patch_keys(), state.size, self.r, state.num_prefix_tokens)
-        return apply_map(state, token_map)
+    def cap(self, layer: int) -> int | None:
+        caps: Any = self.max_tokens
+        return caps[layer] if isinstance(caps, tuple) else caps
+
+    def check_fit(self, facts: EncoderFacts) -> None:
+        if isinstance(self.max_tokens, tuple) and len(self.max_tokens) != facts.num_hidden_layers:
+            raise ValueError(
+                f"LTMPConfig: a list max_tokens needs one value per layer, got {len(self.max_tokens)} values for "
+                f"{facts.num_hidden_layers} layers: {list(self.max_tokens)}."
+            )
+        check_caps_fit("LTMPConfig", "max_tokens", self.max_tokens, facts)
+
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        return similarity_cost(count, facts) if self.merge else 0
 
 
 class ThresholdDecision(NamedTuple):
@@ -166,9 +190,18 @@ class LTMPReducer(Reducer):
         self.prop_attn = self.settings.merge
         self.needs_received = self.settings.prune or self.max_tokens is not None
         if self.settings.merge:
-            self.merge_threshold = nn.Parameter(torch.tensor([float(self.settings.merge_threshold)]))
+            self.merge_threshold = _threshold(self.settings.merge_threshold)
         if self.settings.prune:
-            self.prune_threshold = nn.Parameter(torch.tensor([float(self.settings.prune_threshold)]))
+            self.prune_threshold = _threshold(self.settings.prune_threshold)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Thresholds go to another device with the model, but stay float32: a half type would round them."""
+        exact = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters(recurse=False):
+            if parameter.dtype != torch.float32 and not exact[name].is_meta:
+                parameter.data = exact[name].to(device=parameter.device, dtype=torch.float32)
+        return self
 
     def init_weights(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):
@@ -268,6 +301,10 @@ class LTMPReducer(Reducer):
     def auxiliary_loss(self, kept: Tensor, num_tokens: int) -> Tensor:
         share = budget_share(kept, num_tokens, self.hidden_size)
         return self.settings.budget_weight * (share - self.settings.target) ** 2
+
+
+def _threshold(value: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor([float(value)], dtype=torch.float32))
 
 
 def _positions(like: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""One way to say a budget: a method, the share of the multiply-adds to keep, and what the method needs for it."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .calibration import calibrate, load_pixel_values
+from .convert import reduce_tokens
+from .loading import check_decided, method_setting
+from .methods import find_method
+from .modeling.multiply_adds import check_share
+
+
+MOST_IMAGES = 128
+
+
+def reduce_to_share(
+    model: PreTrainedModel,
+    method: Any,
+    share: float | None,
+    images: Any,
+    image_processor: Any,
+    settings: dict[str, Any],
+) -> PreTrainedModel:
+    """`reduce_tokens` of a method by its name or configuration class."""
+    found = find_method(method)
+    if share is not None:
+        check_share(share)
+    if share is None and images is not None and found.prepare is None:
+        raise ValueError(f"{found.title} learns nothing from images without a share. Give one, or no images.")
+    # From the model as it was: one that runs this very setting would share what is learned with the new one.
+    model = reduce_tokens(model, None)
+    fitted = share is not None and found.at_share is None and found.fit_share is not None
+    setting = method_setting(model.config, found.name, None if fitted else share, settings)
+    if fitted:
+        check_decided(found, share, settings)
+    reason = found.why_not(setting)
+    if share is not None and reason is not None:
+        raise ValueError(
+            f"{found.title} at a share of {share}: {reason}. Its setting for that share is "
+            f"{found.config_class.__name__}.for_budget(model.config, {share})."
+        )
+    if share is not None and images is None and (found.prepare is not None or fitted):
+        raise ValueError(
+            f"{found.title} is fitted to a share of {share} on images, without labels: pass images=, a folder or "
+            "pixel values, and for a folder image_processor= (on the command line --images FOLDER)."
+        )
+    if images is not None and found.prepare is None and not fitted:
+        raise ValueError(f"{found.title} needs no images to keep a share of {share}. Leave images out.")
+    if fitted:
+        pixels = load_pixel_values(model, images, image_processor, MOST_IMAGES)
+        setting = found.fit_share(model, pixels, share, **settings)  # type: ignore[misc]
+    reduced = reduce_tokens(model, setting)
+    if images is not None and found.prepare is not None:
+        calibrate(reduced, images, getattr(setting, "target", None), image_processor=image_processor)
+    return reduced

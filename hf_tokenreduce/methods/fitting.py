@@ -1,0 +1,44 @@
+"""What methods have in common that learn from unlabelled images."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..modeling.encoders import encoder_of
+from ..modeling.multiply_adds import shares_kept
+from ..modes import evaluating
+from ..tasks import image_side
+
+
+@torch.no_grad()
+def share_on(model: PreTrainedModel, pixels: Tensor, batch_size: int = 64) -> float:
+    """The share of its encoder's multiply-adds that a reduced model keeps on images, on average."""
+    encoder = encoder_of(model)
+    with evaluating(model):
+        num_tokens = encoder.embed(pixels[:1]).shape[1]  # images may be of another size than the model's own
+        counts = torch.cat([image_side(model)(part).token_counts.cpu() for part in pixels.split(batch_size)])
+    return shares_kept(encoder.facts, counts, num_tokens, encoder.facts.reduction).mean().item()
+
+
+@contextmanager
+def before_acting(reducers: list[Any], hook: str, fit: Any) -> Iterator[None]:
+    """While a batch goes through the model, `fit(reducer, ...)` sees what each reducer's hook gets, just before it."""
+
+    def wrapped(reducer: Any, act: Any) -> Any:
+        def fit_and_act(*seen):
+            fit(reducer, *seen)
+            return act(*seen)
+
+        return fit_and_act
+
+    for reducer in reducers:
+        setattr(reducer, hook, wrapped(reducer, getattr(reducer, hook)))
+    try:
+        yield
+    finally:
+        for reducer in reducers:
+            delattr(reducer, hook)

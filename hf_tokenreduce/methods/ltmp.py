@@ -1,0 +1,197 @@
+"""LTMP, described, and how its thresholds are found without training."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.utils import logging
+
+from ..modeling.configuration_base import ReductionConfig
+from ..modeling.encoders import EncoderFacts, encoder_of
+from ..modeling.ltmp import LTMPConfig, decide_by_thresholds
+from ..modeling.multiply_adds import shares_kept
+from ..modeling.tokens import TokenState
+from ..tasks import image_side
+from .fitting import before_acting
+from .method import Method
+
+
+logger = logging.get_logger(__name__)
+
+
+@torch.no_grad()
+def fit_thresholds(
+    model: PreTrainedModel, pixels: Tensor, target: Any, *, merge_share: float = 0.8, tolerance: float = 0.005
+) -> float:
+    """Set the thresholds so that `target` of the multiply-adds is kept. Returns the share that is.
+
+    One number, the tokens that each layer removes of an average image, is searched; given it, a forward sets every
+    layer's thresholds to the quantiles of the scores that occur there.
+
+    merge_share: share of the removed tokens that merge, the rest is pruned; of no effect for a model that only does
+        one of the two.
+    tolerance: how close to the target is close enough.
+    """
+    if target is None:
+        raise ValueError("target is missing: the share of the multiply-adds to keep, such as 0.65.")
+    if not 0 < target <= 1:
+        raise ValueError(f"target is the share of multiply-adds to keep, above 0 and at most 1, got {target!r}.")
+    if not 0 <= merge_share <= 1:
+        raise ValueError(f"merge_share must lie between 0 and 1, got {merge_share!r}.")
+    settings = model.config.reduction
+    encoder = encoder_of(model)
+    reducers = encoder.reducers
+    num_tokens = encoder.embed(pixels).shape[1]  # these images may be of another size than the model's own
+    given = [(threshold, threshold.clone()) for reducer in reducers for threshold in reducer.parameters()]
+    merge_share = merge_share if settings.merge and settings.prune else float(settings.merge)
+
+    def share_when_removing(tokens: float) -> float:
+        def fit(reducer: Any, view: Any, state: TokenState) -> None:
+            _set_thresholds(reducer, view, state, tokens, merge_share)
+
+        with before_acting(reducers, "after_attention", fit):
+            counts = image_side(model)(pixels).token_counts.cpu()
+        return shares_kept(model.config, counts, num_tokens, settings).mean().item()
+
+    try:
+        least = share_when_removing(num_tokens)
+        if target < least - tolerance:
+            raise ValueError(
+                f"target={target} cannot be reached: removing all there is, {merge_share:.2f} of it by merging, keeps "
+                f"{least:.3f} of the multiply-adds. Give a higher target, or merge less: a lower merge_share."
+            )
+        low, high, removed = 0.0, float(num_tokens), 0.0
+        share = share_when_removing(removed)
+        if share < target - tolerance:
+            raise ValueError(
+                f"target={target} cannot be reached: max_tokens={settings.max_tokens} keeps {share:.3f} of the "
+                "multiply-adds at most. Give a lower target or a higher cap."
+            )
+        for _ in logging.tqdm(range(12), desc="calibrating thresholds", leave=False):
+            if abs(share - target) <= tolerance:
+                break
+            low, high = (removed, high) if share > target else (low, removed)
+            removed = (low + high) / 2
+            share = share_when_removing(removed)
+    except BaseException:
+        for threshold, value in given:
+            threshold.copy_(value)
+        raise
+    if abs(share - target) > tolerance:
+        logger.warning(f"The closest to target={target} that these images allow is {share:.3f}; more images may help.")
+    return share
+
+
+def _set_thresholds(reducer: Any, view: Any, state: Any, tokens: float, merge_share: float) -> None:
+    """So that the layer removes `tokens` of an average image."""
+    prefix, num_tokens = state.num_prefix_tokens, state.num_patch_tokens
+    valid = state.valid()
+    if valid is None:
+        valid = torch.ones(view.key.shape[0], num_tokens, dtype=torch.bool, device=view.key.device)
+    keys = view.patch_keys() if reducer.settings.merge else None
+    importance = torch.ones(valid.shape, device=valid.device) if view.received is None else view.received[:, prefix:]
+    to_merge, to_prune = (round(share * tokens * len(valid)) for share in (merge_share, 1 - merge_share))
+    threshold: Any = torch.inf
+    if reducer.settings.merge:
+        untouched = decide_by_thresholds(keys, importance, valid, torch.inf, -torch.inf, prefix)
+        distances = 1.0 - untouched.similarity[untouched.similarity > -torch.inf]
+        reducer.merge_threshold.fill_(1.0 - _cut(distances, to_merge))
+        threshold = reducer.merge_threshold.float()
+    if reducer.settings.prune:
+        merged = decide_by_thresholds(keys, importance, valid, threshold, -torch.inf, prefix)
+        stays = valid & (merged.receiver == torch.arange(num_tokens, device=valid.device))
+        reducer.prune_threshold.fill_(_cut(merged.importance[stays], to_prune))
+
+
+def _cut(values: Tensor, count: int) -> float:
+    """A number between 0 and 1 that has the `count` smallest values at or below it, halfway to the next."""
+    if count <= 0 or values.numel() == 0:
+        return 0.0
+    ascending = values.sort().values
+    if count >= values.numel():
+        return min(max(ascending[-1].item(), 0.0), 1.0)
+    return min(max((ascending[count - 1].item() + ascending[count].item()) / 2, 0.0), 1.0)
+
+
+class ClampThresholds(TrainerCallback):
+    """Keeps the thresholds between 0 and 1."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        for reducer in encoder_of(self.model).reducers:
+            for threshold in reducer.parameters():
+                threshold.clamp_(0, 1)
+
+
+def at_share(facts: EncoderFacts, share: float, **settings: Any) -> ReductionConfig:
+    return LTMPConfig(target=share, **settings)
+
+
+def learned_numbers(model: PreTrainedModel) -> dict[str, list[float]]:
+    reducers = [dict(reducer.named_parameters()) for reducer in encoder_of(model).reducers]
+    return {
+        label: [reducer[name].item() for reducer in reducers]
+        for name, label in (("merge_threshold", "merges above"), ("prune_threshold", "prunes up to"))
+        if name in reducers[0]
+    }
+
+
+THRESHOLDS = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 128,
+    "freeze_backbone": True,
+    "merge_learning_rate": 5e-3,
+    "prune_learning_rate": 5e-6,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "label_smoothing_factor": 0.1,
+    "optim": "sgd",
+}
+
+QUICK_THRESHOLDS = {**THRESHOLDS, "per_device_train_batch_size": 32, "prune_learning_rate": 2e-6}
+
+LTMP = Method(
+    LTMPConfig,
+    title="LTMP",
+    family="merging and pruning",
+    summary=(
+        "In every layer tokens merge whose similarity is above one learned threshold, and those are pruned whose "
+        "importance is below another. Every image keeps as many as pass. The settings hold the thresholds it starts "
+        "from; the learned ones, two per layer, are with the weights."
+    ),
+    paper="Learned Thresholds Token Merging and Pruning for Vision Transformers",
+    arxiv="2307.10780",
+    details=(
+        "In every layer tokens merge whose similarity is above one threshold. Those are pruned whose importance, "
+        "the attention they receive, is not above another threshold. Training masks tokens instead of removing "
+        "them. It learns two numbers per layer, pulled towards `target` by a loss on the multiply-adds kept. "
+        "`calibrate` finds thresholds without training."
+    ),
+    limits=(
+        "What it costs depends on the image. It needs the attention map of every layer, so its attention is slower "
+        "than that of the other methods."
+    ),
+    ours=(
+        "the even/odd split and the importance look at live tokens only, so that what is trained is what runs; an "
+        "image in which nothing merges keeps its order; caps; calibration"
+    ),
+    needs="images",
+    is_adaptive=lambda config: True,
+    at_share=at_share,
+    prepare=fit_thresholds,
+    # A small data set has few steps in its one epoch: smaller batches, and prune thresholds that move within them.
+    recipes={
+        "paper": THRESHOLDS,
+        "quick": QUICK_THRESHOLDS,
+        "demo": QUICK_THRESHOLDS,
+    },
+    callbacks=lambda model: [ClampThresholds(model)],
+    key_settings=("target",),
+    shown_settings=("merge", "prune", "max_tokens"),
+    learned_numbers=learned_numbers,
+)

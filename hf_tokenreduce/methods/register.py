@@ -1,0 +1,169 @@
+"""`register_method`: methods of others."""
+
+import ast
+import atexit
+import hashlib
+import importlib.util
+import inspect
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers.utils import cached_file
+
+from ..modeling import methods as travelling
+from ..modeling.configuration_base import ReductionConfig
+from ..modeling.hooks import Reducer
+from .method import Method
+
+
+ALLOWED = {"torch", "transformers", *sys.stdlib_module_names}
+
+
+def register_method(config_class: type[ReductionConfig], reducer_class: type[Reducer], method: Method) -> None:
+    """Add a method, which then works in `reduce_tokens`, `compare`, `show`, training and cards.
+
+    A model that runs it is saved with the method's file, and loads where neither this package nor that file is.
+
+    Args:
+        config_class: A frozen dataclass, subclass of `ReductionConfig`, with a `method` name that is not taken.
+        reducer_class: A subclass of `Reducer`, in the same file. That file imports torch, transformers and the
+            standard library, and of this package only `from hf_tokenreduce.modeling.<file> import <name>`; anything
+            else must stand inside `try:`.
+        method (`Method`): What the rest of the package reads of it.
+
+    Example:
+        >>> register_method(RandomConfig, RandomReducer, Method(RandomConfig, "Random", "pruning", "Drops any."))
+        >>> model = reduce_tokens(model, RandomConfig(keep_rate=0.7))
+    """
+    from . import METHODS
+
+    if str(getattr(config_class, "__module__", "")).startswith("transformers_modules."):
+        return  # in a published folder a file that registers itself has nothing to do: its classes are found there
+    name = getattr(config_class, "method", None)
+    if not (inspect.isclass(config_class) and issubclass(config_class, ReductionConfig)):
+        raise ValueError(f"config_class must be a dataclass that extends ReductionConfig, got {config_class!r}.")
+    if "__dataclass_fields__" not in vars(config_class):
+        raise ValueError(f"{config_class.__name__} is no dataclass itself: put @dataclass(frozen=True) above it.")
+    if without := [f.name for f in fields(config_class) if not f.init or f.default is f.default_factory is MISSING]:
+        raise ValueError(f"{config_class.__name__} has no default for {', '.join(without)}. Give every field one.")
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+        raise ValueError(
+            f"{config_class.__name__} needs a method name of small letters, digits, - and _, such as "
+            f'method: ClassVar[str | None] = "random". Got {name!r}.'
+        )
+    if name in METHODS or name in travelling.METHOD_CLASSES:
+        raise ValueError(f"There is a method {name!r} already. Choose another name than {', '.join(METHODS)}.")
+    if not (inspect.isclass(reducer_class) and issubclass(reducer_class, Reducer)):
+        raise ValueError(f"reducer_class must extend Reducer, got {reducer_class!r}.")
+    if not hasattr(Reducer, config_class.hook) or getattr(reducer_class, config_class.hook) is getattr(
+        Reducer, config_class.hook
+    ):
+        raise ValueError(
+            f"{config_class.__name__} says that it acts in {config_class.hook!r}, which {reducer_class.__name__} does "
+            "not override. Set hook: ClassVar[str] to the method of Reducer that it overrides."
+        )
+    if not isinstance(method, Method) or method.config_class is not config_class:
+        raise ValueError(f"method must be a Method that describes {config_class.__name__}, got {method!r}.")
+    if method.needs == "labels" and method.why_not(config_class()) is None:
+        raise ValueError(
+            f"{method.title} needs labels: why_not must say what is missing until it has learned from them."
+        )
+    _check_file(config_class, reducer_class)
+    travelling.METHOD_CLASSES[name] = travelling.MethodClasses(config_class, reducer_class)
+    METHODS[name] = method
+
+
+def _check_file(config_class: type, reducer_class: type) -> None:
+    """Whether the file of the method can travel to the Hub."""
+    module = sys.modules[config_class.__module__]
+    if reducer_class.__module__ != config_class.__module__ or not getattr(module, "__file__", None):
+        raise ValueError(
+            f"{config_class.__name__} and {reducer_class.__name__} must be in one file, which is saved with the model."
+        )
+    file = Path(str(module.__file__))
+    if (Path(travelling.__file__).parent / file.name).exists():
+        raise ValueError(f"A file {file.name} is saved with every model already. Give the method's file another name.")
+    if not file.stem.isidentifier():
+        raise ValueError(f"{file.name} is imported by its name where the model is loaded. Name it like a variable.")
+    if bad := sorted(set(_imports_that_stay_behind(file))):
+        raise ValueError(
+            f"{file.name} is saved with the model, so it can import torch, transformers and the standard library, and "
+            "`from hf_tokenreduce.modeling.<file> import <name>`. Put into `try:` with `except ImportError:`, or "
+            f"leave out: {', '.join(bad)}."
+        )
+
+
+def _imports_that_stay_behind(file: Path) -> Iterator[str]:
+    """Imports of what is not where the model is loaded, except those that a `try:` guards."""
+    tree = ast.parse(file.read_text())
+    guarded = {
+        node for block in ast.walk(tree) if isinstance(block, ast.Try) and block.handlers
+        for statement in block.body for node in ast.walk(statement)
+    }  # fmt: skip
+    for node in ast.walk(tree):
+        if node in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] not in ALLOWED]
+            yield from (f"import {name}" for name in names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            first = module.split(".")[0]
+            if not (first in ALLOWED or re.fullmatch(r"hf_tokenreduce\.modeling\.\w+", module)):
+                yield f"from {module} import ..."
+
+
+def register_from_folder(name: str | Path, revision: str | None = None) -> None:
+    """Register the method of others that a folder or Hub id brings along, to run it here. It is code: only with trust.
+
+    The file is what `write_extra_method` wrote, so its imports of the files beside it are turned back into the
+    package's. Where there is no such file, or the method is known, nothing happens.
+    """
+    from . import METHODS
+
+    where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    config, table = (cached_file(str(name), file, **where) for file in ("config.json", "extra_methods.py"))
+    values = json.loads(Path(config).read_text()) if config and table else {}
+    method = (values.get("reduction") or {}).get("method")
+    stem = re.search(r"^from \.(\w+) import", Path(table).read_text(), re.MULTILINE) if table else None
+    file = None if stem is None or method in METHODS else cached_file(str(name), f"{stem[1]}.py", **where)
+    if file is None:
+        return
+    module = _run(file)
+    if method in METHODS:  # it registered itself
+        return
+    if hasattr(module, "register"):
+        module.register()
+        return
+    found = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    configs = [value for value in found if inspect.isclass(value) and issubclass(value, ReductionConfig)]
+    reducers = [value for value in found if inspect.isclass(value) and issubclass(value, Reducer)]
+    chosen = next((config for config in configs if config.method == method), None)
+    if chosen is None or len(reducers) != 1:
+        raise ValueError(f"{Path(file).name} of {name} must define a configuration of {method!r} and one reducer.")
+    register_method(chosen, reducers[0], Method(chosen, str(method), "a method of others", ""))
+
+
+def _run(file: str) -> ModuleType:
+    own = "|".join(file.stem for file in Path(travelling.__file__).parent.glob("*.py"))
+    code = Path(file).read_text()
+    code = re.sub(rf"(?m)^(\s*)from \.({own}) import", r"\1from hf_tokenreduce.modeling.\2 import", code)
+    place = Path(tempfile.mkdtemp(prefix="tokenreduce-method-"))  # stays for models that are saved again
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    copy = place / Path(file).name
+    copy.write_text(code)
+    name = f"tokenreduce_method_{hashlib.sha256(code.encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, copy)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,135 @@
+"""SiT, described, and how its networks get a start without training."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..modeling.configuration_base import ReductionConfig
+from ..modeling.encoders import EncoderFacts, encoder_of, facts_of
+from ..modeling.multiply_adds import even_share
+from ..modeling.sit import SiTConfig, SiTReducer
+from ..modeling.tokens import TokenState
+from ..tasks import image_side
+from .fitting import before_acting
+from .method import QUICK_FINE_TUNE, Method, spread_layers
+from .token_decoder import reverse_modules
+
+
+def fit_slimming(model: PreTrainedModel, pixels: Tensor, target: Any = None, *, steps: int = 600) -> float:
+    """Teach the slimming networks, layer by layer, to pool neighbouring tokens: a start for training from which the
+    model can already be used. What it keeps is set by its `keep_rate`, so it takes no `target`.
+
+    steps: of 16 images each, per network.
+    """
+    if target is not None:
+        raise ValueError("SiTConfig(keep_rate=...) says what is kept: leave target out.")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    slimming = [reducer for reducer in encoder_of(model).reducers if reducer.num_slim is not None]
+    height, width = facts_of(model.config).grid
+    order = torch.tensor(_neighbours_together(0, height, 0, width, width), device=model.device)
+    with logging.tqdm(total=steps * len(slimming), desc="calibrating slimming", leave=False) as progress:
+
+        def teach(reducer: SiTReducer, state: TokenState) -> None:
+            _teach_pools(reducer, state, order, steps, progress)
+
+        with torch.no_grad(), before_acting(slimming, "after_layer", teach):
+            image_side(model)(pixels)
+    return even_share(model.config.reduction, model.config)
+
+
+def _teach_pools(reducer: SiTReducer, state: TokenState, order: Tensor, steps: int, progress: Any) -> None:
+    """Teach the network of one layer which tokens belong to each slim token: a part of the image, or, once the tokens
+    are slim, a run of them, for those of neighbouring parts stand beside each other."""
+    patches = state.hidden_states[:, state.num_prefix_tokens :].float()
+    count, slim = patches.shape[1], reducer.fc2.out_features
+    pool = torch.arange(count, device=patches.device) * slim // count
+    if count == len(order):
+        pool = torch.empty_like(pool).scatter(0, order, pool)
+    share = F.one_hot(pool, slim).float()
+    share = share / share.sum(dim=0)  # (N, K)
+    generator = torch.Generator().manual_seed(0)
+    student = copy.deepcopy(reducer).float().requires_grad_()  # in float32 whatever the model's type
+    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    with torch.enable_grad():
+        for _ in range(steps):
+            some = torch.randint(len(patches), (16,), generator=generator).to(patches.device)
+            loss = -(student.logits(patches[some]).log_softmax(dim=1) * share).sum(dim=1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update()
+    for parameter, value in zip(reducer.parameters(), student.parameters(), strict=True):
+        parameter.copy_(value)
+
+
+def _neighbours_together(top: int, bottom: int, left: int, right: int, width: int) -> list[int]:
+    """The patches of a part of the grid, halved again and again, so that those close in the list are close in it."""
+    height, across = bottom - top, right - left
+    if height * across <= 1:
+        return [top * width + left] * (height * across)
+    if height >= across:
+        middle = top + (height + 1) // 2
+        parts = (top, middle, left, right), (middle, bottom, left, right)
+    else:
+        middle = left + (across + 1) // 2
+        parts = (top, bottom, left, middle), (top, bottom, middle, right)
+    return [patch for part in parts for patch in _neighbours_together(*part, width)]
+
+
+def at_share(facts: EncoderFacts, share: float, **settings: Any) -> ReductionConfig:
+    """Shallow models slim earlier, or there would be nothing left to save."""
+    layers = spread_layers(facts, 5, 8, 9) if facts.num_hidden_layers >= 12 else spread_layers(facts, 2, 6)
+    return SiTConfig.for_budget(facts, share, **{"layers": layers, **settings})
+
+
+DISTILLED = {**QUICK_FINE_TUNE, "logits_weight": 2.0, "token_weight": 2.0}
+
+SIT = Method(
+    SiTConfig,
+    title="SiT",
+    family="slimming: soft mixtures",
+    summary=(
+        "After some layers a small network weighs the patch tokens into fewer ones. The mixtures are soft and were "
+        "learned."
+    ),
+    paper="Self-slimmed Vision Transformer",
+    arxiv="2111.12624",
+    details=(
+        "After each of `layers` a small network weighs the patch tokens into fewer ones, softly. It is learned "
+        "with the dense model as teacher of its logits, and of its tokens through a token decoder that exists only "
+        "while training. `calibrate` teaches the networks to pool neighbours first, because the initialisation of "
+        "the authors makes every slim token nearly the mean of all."
+    ),
+    limits="Without training it loses much accuracy; calibration is only a start.",
+    ours="the layers on 12-layer models; the calibrated start",
+    needs="images",
+    at_share=at_share,
+    prepare=fit_slimming,
+    recipes={
+        "paper": {
+            "num_train_epochs": 135,
+            "per_device_train_batch_size": 1024,
+            "learning_rate": 4e-4,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr": 1e-5},
+            "weight_decay": 0.05,
+            "optim": "adamw_torch",
+            "reverse_learning_rate_factor": 5.0,
+            "logits_weight": 2.0,
+            "token_weight": 2.0,
+        },
+        # Its networks learn more than a backbone has to: twice the epochs of the others.
+        "quick": {**DISTILLED, "num_train_epochs": 6, "learning_rate": 1e-4},
+        "demo": {**DISTILLED, "num_train_epochs": 2, "learning_rate": 5e-4},
+    },
+    token_decoder=reverse_modules,
+    any_image_size=False,
+)

@@ -1,0 +1,100 @@
+# Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
+"""The table of methods, and how a configuration is found in it."""
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .ats import ATSConfig, ATSReducer
+from .bat import BATConfig, BATReducer
+from .configuration_base import ReductionConfig
+from .dlvit import DLViTConfig, DLViTReducer
+from .encoders import EncoderFacts
+from .evit import EViTConfig, EViTReducer
+from .extra_methods import EXTRA_METHODS
+from .hooks import Reducer
+from .ltmp import LTMPConfig, LTMPReducer
+from .sit import SiTConfig, SiTReducer
+from .tome import ToMeConfig, ToMeReducer
+from .topk import TopKConfig, TopKReducer
+
+
+class MethodClasses(NamedTuple):
+    """config: its settings, a dataclass. reducer: what does it in a layer."""
+
+    config: type[ReductionConfig]
+    reducer: type[Reducer]
+
+
+# By the name that a configuration carries.
+METHOD_CLASSES: dict[str, MethodClasses] = {
+    str(classes.config.method): classes
+    for classes in (
+        MethodClasses(ToMeConfig, ToMeReducer),
+        MethodClasses(EViTConfig, EViTReducer),
+        MethodClasses(TopKConfig, TopKReducer),
+        MethodClasses(BATConfig, BATReducer),
+        MethodClasses(ATSConfig, ATSReducer),
+        MethodClasses(LTMPConfig, LTMPReducer),
+        MethodClasses(SiTConfig, SiTReducer),
+        MethodClasses(DLViTConfig, DLViTReducer),
+        *(MethodClasses(*classes) for classes in EXTRA_METHODS),
+    )
+}
+
+
+def write_extra_method(folder: str | Path, reduction: ReductionConfig | None) -> None:
+    """Put the file of a method of others into a saved folder, beside ours, so that it travels with the model."""
+    if reduction is None:
+        return
+    config, reducer = METHOD_CLASSES[str(reduction.method)]
+    module = sys.modules[config.__module__]
+    file = Path(str(module.__file__))
+    if file.parent == Path(__file__).parent:
+        return  # ours, or one that came with the folder this model was loaded from
+    code = re.sub(
+        r"^(\s*)from hf_tokenreduce\.modeling\.(\w+) import", r"\1from .\2 import", file.read_text(), flags=re.M
+    )
+    (Path(folder) / file.name).write_text(code)
+    (Path(folder) / "extra_methods.py").write_text(
+        f'"""The method that this model runs, which is not of hf_tokenreduce."""\n\n'
+        f"from .{file.stem} import {config.__name__}, {reducer.__name__}\n\n\n"
+        f"EXTRA_METHODS = (({config.__name__}, {reducer.__name__}),)\n"
+    )
+
+
+def build_reducer(facts: EncoderFacts, layer: int) -> Reducer:
+    """The reducer of one layer, by `facts.reduction`."""
+    if facts.reduction is None:
+        return Reducer(facts, layer)
+    facts.reduction.check_fit(facts)
+    return METHOD_CLASSES[facts.reduction.method].reducer(facts, layer)
+
+
+def parse_reduction(value: Any) -> ReductionConfig | None:
+    """A method configuration from one, from the dictionary form of one, or None for no reduction."""
+    if value is None:
+        return None
+    if is_dataclass(value) and not isinstance(value, type) and hasattr(value, "method"):
+        # Rebuilt even if it is one: a configuration made by another copy of this module is another class.
+        value = {"method": value.method, **asdict(value)}
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"reduction must be a method configuration such as ToMeConfig(r=13), its dictionary form such as "
+            f"{{'method': 'tome', 'r': 13}}, or None for no reduction, got {value!r}."
+        )
+    arguments = dict(value)
+    method = arguments.pop("method", None)
+    if not isinstance(method, str) or method not in METHOD_CLASSES:
+        raise ValueError(
+            f"Unknown reduction method {method!r}. The methods are: {', '.join(sorted(METHOD_CLASSES))}. Register "
+            "another one first, by register_method; from a model's folder tokenreduce takes it by --trust-remote-code."
+        )
+    known = [field.name for field in fields(METHOD_CLASSES[method].config)]
+    unknown = [name for name in arguments if name not in known]
+    if unknown:
+        raise ValueError(f"Unknown field {unknown} for the method {method!r}. Its fields are: {', '.join(known)}.")
+    return METHOD_CLASSES[method].config(**arguments)

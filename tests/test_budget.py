@@ -1,0 +1,104 @@
+"""A method and a share of the multiply-adds: what `reduce_tokens` makes of them, and what it refuses."""
+
+import pytest
+import torch
+from helpers import SIZES, tiny_images, tiny_model
+from PIL import Image
+from torch import nn
+from transformers import Dinov2Config, Dinov2Model
+
+from hf_tokenreduce import BATConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce.methods import METHODS, Method
+from hf_tokenreduce.methods.fitting import share_on
+
+
+def twelve(**values):
+    return tiny_model(num_hidden_layers=12, **values)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.needs != "labels"])
+@pytest.mark.parametrize("by", ["name", "class"])
+def test_every_method_keeps_the_share(name, by):
+    method, images = METHODS[name], tiny_images(8)
+    fitted = method.prepare is not None or method.at_share is None
+    asked = name if by == "name" else method.config_class
+    model = reduce_tokens(twelve(), asked, share=0.55, **({"images": images} if fitted else {}))
+    assert model.config.reduction.method == name
+    kept = share_on(model, images)
+    if name == "ltmp":  # its search stops beside the target
+        assert kept == pytest.approx(0.55, abs=0.03)
+    else:
+        assert 0.4 < kept <= 0.55
+
+
+def test_a_sampler_is_fitted_to_images_of_another_size():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 12, "image_size": 32}
+    model, images = Dinov2Model(Dinov2Config(**sizes)).eval(), tiny_images(4, size=64)
+    reduced = reduce_tokens(model, "ats", share=0.5, images=images)
+    more = reduced.config.reduction.num_tokens + 1
+    assert share_on(reduced, images) <= 0.5 < share_on(reduce_tokens(model, "ats", num_tokens=more), images)
+
+
+@pytest.mark.parametrize("name", ["ltmp", "sit"])
+def test_the_model_that_is_given_keeps_what_it_has_learned(name):
+    first = reduce_tokens(twelve(), name, share=0.7, images=tiny_images(4))
+    before = {key: value.clone() for key, value in first.state_dict().items()}
+    torch.manual_seed(5)
+    second = reduce_tokens(first, name, share=0.7, images=torch.randn(6, 3, 32, 32))
+    assert second.config.reduction == first.config.reduction
+    assert all(torch.equal(value, before[key]) for key, value in first.state_dict().items())
+    assert any(not torch.equal(value, before[key]) for key, value in second.state_dict().items())
+
+
+PIXELS = tiny_images(2)
+PICTURE = Image.new("RGB", (40, 40))
+REFUSED = [
+    (("tome",), {"share": 0}, "share is that of the multiply-adds"),
+    (("tome",), {"share": float("nan")}, "share is that of the multiply-adds"),
+    (("tome",), {"share": "0.5"}, "share is that of the multiply-adds"),
+    (("tome",), {"share": 0.01}, "cannot be reached"),
+    (("tome",), {"share": 0.5, "r": 4}, "A share of 0.5 decides r"),
+    (("tome",), {"share": 0.5, "images": PIXELS}, "needs no images"),
+    (("tome",), {"images": PIXELS}, "learns nothing from images"),
+    (("tome",), {"share": 0.5, "rr": 4}, "ToMeConfig has no rr"),
+    (("ats",), {"share": 0.5}, "pass images="),
+    (("ats",), {"share": 0.5, "images": PIXELS, "num_tokens": 9}, "decides num_tokens"),
+    (("ats",), {"share": 0.5, "images": PIXELS, "foo": 9}, "ATSConfig has no foo"),
+    (("ats",), {"share": 0.5, "images": PIXELS[0]}, "must be pixel values"),
+    (("ats",), {"share": 0.5, "images": PIXELS[:0]}, "must be pixel values"),
+    (("ats",), {"share": 0.01, "images": PIXELS}, "cannot be reached"),
+    (("ltmp",), {"share": 0.5}, "pass images="),
+    (("ltmp",), {"share": 0.5, "images": [PICTURE]}, "must be a folder or pixel values, got a list"),
+    (("ltmp",), {"share": 0.5, "images": "no/such/folder"}, "No images in"),
+    (("dlvit",), {"share": 0.5}, "its filter is not trained"),
+    (("tomme",), {"share": 0.5}, "no method 'tomme'"),
+    ((dict,), {"share": 0.5}, "no method <class 'dict'>"),
+    ((ToMeConfig(r=3),), {"share": 0.5}, r"share goes with a method's name .* not with ToMeConfig\(r=3"),
+    ((ToMeConfig(r=3),), {"images": PIXELS}, "images goes with a method's name"),
+    ((None,), {"image_processor": 3}, "image_processor goes with a method's name"),
+]
+
+
+@pytest.mark.parametrize(("given", "options", "message"), REFUSED, ids=[message for _, _, message in REFUSED])
+def test_what_cannot_be_is_refused(given, options, message):
+    with pytest.raises(ValueError, match=message):
+        reduce_tokens(twelve(), *given, **options)
+
+
+@pytest.mark.parametrize("model", [nn.DataParallel(tiny_model()), "facebook/deit-tiny-patch16-224"])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ValueError, match="reduce_tokens cannot reduce a"):
+        reduce_tokens(model, "tome", share=0.5)
+
+
+def test_a_filter_that_has_learned_takes_a_new_share():
+    model = reduce_tokens(twelve(), "dlvit", share=0.5, trained=True)
+    assert 0.4 < share_on(model, tiny_images(2)) <= 0.5
+
+
+def test_a_method_without_a_share_says_so(monkeypatch):
+    monkeypatch.setitem(METHODS, "bat", Method(BATConfig, "Without", "none", "Nothing."))
+    for options in ({}, {"images": PIXELS}):
+        with pytest.raises(ValueError, match="Without has no setting for a share"):
+            reduce_tokens(twelve(), "bat", share=0.5, **options)
