@@ -20,7 +20,11 @@ class Reducer(nn.Module):
     returns the state with the map applied (`apply_map`). It must not change the state it is given, nor keep anything
     between calls: gradient checkpointing runs layers twice. Learned parts are ordinary parameters and submodules of
     the reducer.
+
+    in_float32: names of its parameters that stay float32 when the model is loaded in a half type.
     """
+
+    in_float32: tuple[str, ...] = ()
 
     prop_attn = False
     """Whether attention in this layer counts a token once per patch it stands for."""

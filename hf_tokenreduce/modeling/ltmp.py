@@ -200,6 +200,8 @@ class LTMPReducer(Reducer):
         if self.settings.prune:
             self.prune_threshold = _threshold(self.settings.prune_threshold)
 
+    in_float32 = ("merge_threshold", "prune_threshold")
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Thresholds go to another device with the model, but stay float32: a half type would round them."""
         exact = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}

@@ -48,8 +48,6 @@ class TokenReduceMixin(_StockModel):
     kept_shares: (L,) what it was computed from: the mean share of the tokens that each layer passes on.
     """
 
-    _keep_in_fp32_modules_strict = ["merge_threshold", "prune_threshold"]
-
     def __init__(self, config, *inputs, **kwargs):
         # By name: from a folder, configuration and model are classes of two modules.
         if type(config).model_type != self.config_class.model_type:
@@ -70,6 +68,8 @@ class TokenReduceMixin(_StockModel):
         inject(encoder, encoder.facts, type(self).__name__.removeprefix(PREFIX) in READ_EVERY_PATCH)
         for reducer in encoder.reducers:
             self._initialize(reducer)
+            there = {name for name, _ in reducer.named_parameters()}
+            self._keep_in_fp32_modules_strict |= there & set(reducer.in_float32)
 
     def set_reduction(self, reduction) -> None:
         """Change the method in place.

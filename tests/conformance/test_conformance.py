@@ -77,6 +77,9 @@ SKIPPED = {
     "test_vision_axial_rope": "no axial RoPE layer",
 }
 
+# Except in these classes, where they have something to check: LTMP keeps its thresholds in float32.
+RUNS = r"Test\w+LTMP::test_keep_in_fp32_modules(_exist)?"
+
 # A test may also skip because of what the machine lacks.
 MISSING_HERE = (
     r"test requires (?:(?:multiple )?accelerators?|CUDA|MPS|Flash Attention.*|bitsandbytes.*|deepspeed|"
