@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .methods import METHODS
 from .modeling.encoders import encoder_of
 from .modes import evaluating
-from .pictures import IMAGE_SUFFIXES, read_picture
+from .pictures import is_image, read_picture
 from .tasks import image_side, main_output
 
 
@@ -98,7 +98,7 @@ def load_pixel_values(
             'image_processor(pictures, return_tensors="pt")["pixel_values"].'
         )
     folder = Path(images)
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = sorted(file for file in folder.rglob("*") if is_image(file))
     if not files:
         raise ValueError(f"No images in {folder}. Give a folder of images, with or without subfolders.")
     if image_processor is None:

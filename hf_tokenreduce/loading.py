@@ -13,6 +13,8 @@ from typing import Any
 import transformers
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -32,7 +34,7 @@ from .methods.register import register_from_folder
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, TYPE_PREFIX, facts_of, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
-from .pictures import IMAGE_SUFFIXES, read_picture
+from .pictures import IMAGE_SUFFIXES, is_image, read_picture
 from .tasks import task_of
 
 
@@ -139,7 +141,10 @@ def load_images(name: str, split: str | None = None, limit: int | None = None, *
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(found)}.")
     dataset = found[split]
     if labelled and not isinstance(dataset.features.get("label"), ClassLabel):
-        raise ValueError(f"{name} has no classes: make one folder per class, or name a data set with a label column.")
+        raise ValueError(
+            f"{name} has no classes: make one folder per class, at least two, or name a data set with a label column. "
+            "A metadata file among the images replaces the classes: move it away."
+        )
     return dataset if limit is None else dataset.select(spread(len(dataset), limit))
 
 
@@ -152,7 +157,12 @@ def load_bank(name: str, images: Dataset, limit: int | None = None) -> Dataset |
 
 
 def _load_splits(name: str) -> DatasetDict:
-    found = load_image_folder(name) if Path(name).is_dir() else load_dataset(name)
+    if Path(name).is_dir():
+        return load_image_folder(name)
+    try:
+        found = load_dataset(name)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise ValueError(f"{name!r} is no folder here, and the Hub gives no such data set: {error}") from error
     assert isinstance(found, DatasetDict)
     return found
 
@@ -167,8 +177,17 @@ def load_image_folder(name: str | Path) -> DatasetDict:
         parts = defaultdict(list)
         for path in inner:
             parts[SPLITS.get(path.name, re.sub(r"\W", "_", path.name))].append(path)
+    for split, paths in parts.items():
+        if not any(is_image(file) for path in paths for file in path.rglob("*")):
+            raise ValueError(
+                f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
+                f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."
+            )
     files = {split: [f"{glob.escape(str(path.resolve()))}/**" for path in paths] for split, paths in parts.items()}
-    return load_dataset("imagefolder", data_files=files)
+    try:
+        return load_dataset("imagefolder", data_files=files)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{folder} cannot be read as a folder of images: {error.__cause__ or error}") from error
 
 
 def _holds_folders_only(folder: Path) -> bool:
@@ -191,7 +210,7 @@ def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list
     for name in names:
         path = Path(name)
         inside = path.rglob("*") if path.is_dir() else [path]
-        found = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        found = sorted(file for file in inside if is_image(file))
         if not found:
             raise ValueError(
                 f"{name} is neither an image nor a folder of images ({', '.join(sorted(IMAGE_SUFFIXES))})."
@@ -257,3 +276,10 @@ def check_decided(method: Method, share: float | None, settings: dict[str, Any])
     both = sorted(set(settings) & set(method.key_settings))
     if both:
         raise ValueError(f"A share of {share} decides {', '.join(both)} of {method.title}. Give one of the two.")
+
+
+def image_names(dataset: Dataset, image_column: str = "image") -> list[str]:
+    """What to call each image of a data set: its file with the folder it is in, or its row."""
+    files = dataset.cast_column(image_column, ImageFeature(decode=False))[image_column]
+    paths = [Path(file["path"]) if file and file.get("path") else None for file in files]
+    return [f"row {row}" if path is None else "/".join(path.parts[-2:]) for row, path in enumerate(paths)]

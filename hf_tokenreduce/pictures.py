@@ -9,6 +9,18 @@ from PIL import Image, ImageOps
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
 
+def is_image(file: Path) -> bool:
+    """Whether a file is an image by its name. Those that begin with a dot are not: macOS leaves such beside others."""
+    if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith(".") or not file.is_file():
+        return False
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        name = file.name.encode(errors="surrogateescape")
+        raise ValueError(f"{file.parent} holds a file whose name is not UTF-8, {name!r}. Rename it.") from None
+    return True
+
+
 def as_rgb(picture: Image.Image) -> Image.Image:
     """Convert a picture to RGB. Of 16 bits a pixel the upper 8 are taken, where Pillow would clip: all but white."""
     if picture.mode.startswith("I") or picture.mode == "F":

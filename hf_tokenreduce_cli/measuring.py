@@ -21,6 +21,9 @@ from .options import (
 )
 
 
+ROWS = ("became_right", "became_wrong")
+
+
 @app.command(epilog="tokenreduce evaluate vit-tome data/val --dense google/vit-base-patch16-224")
 def evaluate(
     model: Model,
@@ -43,7 +46,7 @@ def evaluate(
     Models that compare images with texts (CLIP, SigLIP) classify by the names of the classes."""
     from hf_tokenreduce.evaluation import evaluate_model
     from hf_tokenreduce.evaluation.zero_shot import as_classifier
-    from hf_tokenreduce.loading import load_images, load_model, load_processor
+    from hf_tokenreduce.loading import image_names, load_images, load_model, load_processor
 
     reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
     images = load_images(data, split, limit)
@@ -64,7 +67,11 @@ def evaluate(
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        print_answer(report.to_dict(), as_json, f"{model} on {data}")
+        answer = report.to_dict()
+        if not as_json:  # rows as the names of their files
+            names = image_names(images)
+            answer |= {key: [names[row] for row in answer[key] or ()] for key in ROWS if answer.get(key) is not None}
+        print_answer(answer, as_json, f"{model} on {data}")
 
 
 @app.command(epilog="tokenreduce benchmark vit-tome vit-bat --images data/val --batch-size 1 --batch-size 32")

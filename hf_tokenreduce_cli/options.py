@@ -32,6 +32,8 @@ Share = Annotated[float | None, typer.Option(help="Of the multiply-adds to keep,
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in the folder.")]
 Settings = Annotated[str, typer.Option("--reduction-args", help="Further settings of the method, JSON.")]
 
+MOST_SHOWN = 48  # entries of a list
+
 
 @app.callback()
 def common(
@@ -47,13 +49,24 @@ def print_answer(answer: dict[str, Any], as_json: bool, title: str) -> None:
         return
     table = Table(title=title, show_header=False, title_justify="left")
     for key, value in answer.items():
+        text = _told(value)
         if value is None:
-            value = "depends on the image" if key in ("multiply_adds", "tokens_per_layer") else "none"
-        elif isinstance(value, dict):
-            value = ", ".join(f"{name}={entry}" for name, entry in value.items())
-        elif isinstance(value, list):
-            value = " ".join(map(str, value))
-        elif isinstance(value, int) and not isinstance(value, bool) and value >= 100_000:
-            value = f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.1f} M"
-        table.add_row(key.replace("_", " "), escape(str(value)))
+            text = "depends on the image" if key in ("multiply_adds", "tokens_per_layer") else "none"
+        table.add_row(key.replace("_", " "), escape(text))
     out.print(table)
+
+
+def _told(value: Any) -> str:
+    """A value as a person reads it: numbers of four digits, billions as G, an interval by its ends."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_told(entry)}" for name, entry in value.items())
+    if isinstance(value, tuple) and len(value) == 2:
+        return f"{_told(value[0])} to {_told(value[1])}"
+    if isinstance(value, (list, tuple)):
+        more = f" and {len(value) - MOST_SHOWN} more" if len(value) > MOST_SHOWN else ""
+        return " ".join(map(_told, value[:MOST_SHOWN])) + more
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if abs(value) >= 1e5:
+            return f"{value / 1e9:.2f} G" if abs(value) >= 1e9 else f"{value / 1e6:.1f} M"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return str(value)

@@ -105,7 +105,7 @@ def test_a_planted_pickle_is_never_opened(folder, tmp_path, alone):
     "name",
     [
         "optimizer.pt",
-        "training_args.bin",
+        "arguments.bin",
         "scheduler.PKL",
         "events.out.tfevents.1",
         "notes.txt",
@@ -263,7 +263,7 @@ def test_an_auto_map_that_points_elsewhere(folder, auto_class, reference):
         ({"intermediate_size": 1e400}, "intermediate_size"),
         ({"image_size": [32]}, "image_size"),
         ({"image_size": [16000, 16000], "patch_size": 1}, "16000 x 16000 patches"),
-        ({"patch_size": 64}, "patches"),
+        ({"patch_size": 64}, "no whole patch"),
         ({"patch_size": 0}, "patch_size"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps"),
         ({"hidden_act": "evil"}, "evil"),

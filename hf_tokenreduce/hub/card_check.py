@@ -21,7 +21,7 @@ def check_card(folder: Path, files: dict[str, int], config: Any) -> None:
     told = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|$", text, re.MULTILINE))
     there = {} if config.reduction is None else dict(settings_rows(config.reduction))
     different = sorted(name for name in {*told, *there} if told.get(name) != there.get(name))
-    others = [method.title for method in METHODS.values() if f"token reduction by {method.title} " in f"{text} "]
+    others = [method.title for method in METHODS.values() if re.search(rf"token reduction by {method.title}\b", text)]
     if others and method_of(config.reduction).title not in others:
         different.insert(0, "the method")
     if different:

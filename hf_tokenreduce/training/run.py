@@ -254,8 +254,9 @@ def class_names(dataset: Dataset, data_args: DataArguments) -> list[str]:
         dataset.features.get(data_args.image_column_name), ImageFeature
     ):
         raise ValueError(
-            f"The data needs columns {data_args.image_column_name!r} and {data_args.label_column_name!r}, the second "
-            f"with classes (one folder per class, or a ClassLabel). It has {short(dict(dataset.features), 300)}."
+            "The data has no classes: make one folder per class, at least two. It needs columns "
+            f"{data_args.image_column_name!r} and {data_args.label_column_name!r}, the second a ClassLabel. It has "
+            f"{short(dict(dataset.features), 300)}."
         )
     return feature.names
 

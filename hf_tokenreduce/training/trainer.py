@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -296,7 +297,12 @@ class TokenReduceTrainer(Trainer):
                     f"{folder} is a checkpoint of {found}, this model is reduced by {self._goal}. Resume with the "
                     "same setting, or begin anew in another output_dir."
                 )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {folder} are cut short or broken ({error}). Resume from an earlier checkpoint."
+            ) from error
         if self.args.token_weight:
             if not (folder / REVERSE_FILE).is_file():
                 raise ValueError(f"{folder} was trained without token_weight, so it has no way back. Begin anew.")
