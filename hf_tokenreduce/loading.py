@@ -178,7 +178,7 @@ def load_image_folder(name: str | Path) -> DatasetDict:
         for path in inner:
             parts[SPLITS.get(path.name, re.sub(r"\W", "_", path.name))].append(path)
     for split, paths in parts.items():
-        if not any(is_image(file) for path in paths for file in path.rglob("*")):
+        if not [file for path in paths for file in path.rglob("*") if is_image(file)]:  # which looks at every name
             raise ValueError(
                 f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."

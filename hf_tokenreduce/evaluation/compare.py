@@ -1,6 +1,8 @@
 """`compare`: one model, one data set, many settings: tables and a picture of what each costs and saves."""
 
 import json
+import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -21,7 +24,9 @@ from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import check_share
-from ..tasks import task_of_model
+from ..modes import evaluating
+from ..tasks import image_side, task_of_model
+from ..timing import seconds_of
 from .accuracy import evaluate_model
 from .comparison import Comparison, write_comparison
 from .compute import facts_on
@@ -127,6 +132,8 @@ def compare(
         return evaluate_model(one, dataset, processor, dense=beside, output_dir=where, **options)
 
     done = {row["key"]: row for row in read_lines(folder / "results.jsonl")}
+    if progress:
+        _tell_how_long(inside(dense), dataset, processor, image_column, batch_size, len(wanted) - len(done))
     dense_report: Any = None
     rows = []
     bar = logging.tqdm(wanted, desc="settings", disable=not progress)
@@ -165,6 +172,20 @@ def compare(
         comparison, f"{Path(config.name_or_path or type(inside(model)).__name__).name}, {len(dataset)} images"
     )
     return comparison
+
+
+def _tell_how_long(
+    model: PreTrainedModel, dataset: Dataset, processor: Any, image_column: str, batch_size: int, settings: int
+) -> None:
+    """Print about how long it will take, by the time of one batch through the dense model."""
+    begin = time.perf_counter()
+    pixels = sample_pixels(dataset, processor, image_column, batch_size).to(model.device)
+    reading = time.perf_counter() - begin
+    with evaluating(model), torch.no_grad():
+        computing = min(seconds_of(partial(image_side(model), pixels), model.device) for _ in range(2))
+    minutes = max(0, settings) * len(dataset) / len(pixels) * (reading + computing) / 60
+    told = f"{settings} settings on {len(dataset)} images: about {minutes:.0f} min at most, and the timing."
+    tqdm.write(told, sys.stderr)
 
 
 def facts_for(

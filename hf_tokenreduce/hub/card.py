@@ -162,9 +162,16 @@ def _body(
         ratio = even_share(reduction, config) if ratio is None else ratio
         tokens = even_counts(reduction, config) if tokens is None else tokens
     speedup = number(record, "speedup", 2)
+    lost = drop(record)
+    gains = lost is not None and lost.startswith("-")
+    lost = lost and lost.removeprefix("-")
     rows = [
         ("top-1", accuracy(record, "baseline_top1") or "", accuracy(record)),
-        ("points of top-1 lost", "", drop(record) if reduction else None),
+        (
+            f"points of top-1 {'gained' if gains else 'lost'}",
+            "",
+            lost and lost.removeprefix("-") if reduction else None,
+        ),
         ("multiply-adds of the encoder", "1", None if ratio is None or reduction is None else f"{ratio:.2f}"),
         ("images per second", "1", speedup if reduction else None),
     ]

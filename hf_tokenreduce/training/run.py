@@ -168,7 +168,8 @@ def origin(path: str) -> dict[str, Any]:
 
 
 def shown(command: Sequence[str]) -> str:
-    """A command that anyone may read."""
+    """A command that anyone may read: without secrets, and without where its folders are on this machine."""
+    command = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in command]
     return re.sub(r"(--\w*(?:token|key|secret|password)[ =])\S+", r"\1***", shlex.join(command))
 
 
@@ -254,7 +255,7 @@ def class_names(dataset: Dataset, data_args: DataArguments) -> list[str]:
         dataset.features.get(data_args.image_column_name), ImageFeature
     ):
         raise ValueError(
-            "The data has no classes: make one folder per class, at least two. It needs columns "
+            "The data has no classes: make one folder per class, at least two, and no metadata file. It needs columns "
             f"{data_args.image_column_name!r} and {data_args.label_column_name!r}, the second a ClassLabel. It has "
             f"{short(dict(dataset.features), 300)}."
         )
@@ -275,8 +276,8 @@ def load_model(model_args: ModelArguments, names: list[str]) -> tuple[Any, list[
         return model, [int(theirs[name]) for name in names], True
     if not model_args.ignore_mismatched_sizes:
         raise ValueError(
-            f"The data has {len(names)} classes, {names[:8]}, the model {len(theirs)}, {list(theirs)[:8]}. Rename the "
-            "class folders, or pass --ignore_mismatched_sizes for a new head."
+            f"The data has {len(names)} classes, {names[:8]}, the model {model.config.num_labels}, {list(theirs)[:8]}. "
+            "Rename the class folders, or pass --ignore_mismatched_sizes for a new head."
         )
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     path = model_args.model_name_or_path
