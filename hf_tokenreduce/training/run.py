@@ -276,8 +276,8 @@ def load_model(model_args: ModelArguments, names: list[str]) -> tuple[Any, list[
         return model, [int(theirs[name]) for name in names], True
     if not model_args.ignore_mismatched_sizes:
         raise ValueError(
-            f"The data has {len(names)} classes, {names[:8]}, the model {model.config.num_labels}, {list(theirs)[:8]}. "
-            "Rename the class folders, or pass --ignore_mismatched_sizes for a new head."
+            f"The data has {len(names)} classes, {names[:8]}, the model {model.config.num_labels}, "
+            f"{list(theirs)[:8]}. Rename the class folders, or pass --ignore_mismatched_sizes for a new head."
         )
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     path = model_args.model_name_or_path
