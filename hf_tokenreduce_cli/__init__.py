@@ -47,14 +47,22 @@ def _one_line(error: Exception) -> str:
     text = str(error)
     if "Original Traceback" in text:  # of a process that reads images: its last line says what happened
         text = text.strip().splitlines()[-1].removeprefix("ValueError: ")
-    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = (
-            f"The disk is full: {error.filename or 'nothing more'} could not be written. Free some space, try again."
-        )
+    elif _is_failed_writing(error):
+        text = f"A file could not be written ({text}). Free some space, or write elsewhere, and try again."
     return " ".join(text.split())
 
 
+def _is_failed_writing(error: Exception) -> bool:
+    """Whether the disk is full, or a file too large for it; safetensors and torch have errors of their own for it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    own = type(error).__name__ == "SafetensorError" or isinstance(error, RuntimeError)
+    return own and any(part in str(error) for part in ("I/O error", "PytorchStreamWriter failed"))
+
+
 def _is_for_the_user(error: Exception) -> bool:
+    if _is_failed_writing(error):
+        return True
     if isinstance(error, RuntimeError):
         from hf_tokenreduce.hub.publish import PublishError
 

@@ -246,3 +246,18 @@ def test_training_shows_a_line_per_epoch(call, place, tmp_path):
     assert code == 0 and "epoch 1 of 2: loss" in printed + errors and "epoch 2 of 2" in printed + errors
     assert "top-1" in printed + errors and "left" in printed + errors and "Saved to" in printed
     assert torch.accelerator.is_available() or "pin_memory" not in errors
+
+
+def test_a_disk_that_is_full_changes_nothing(call, place, tmp_path):
+    """Files of more than 100 kB cannot be written: configuration and code can, weights cannot."""
+    arguments = ["reduce", place / "model", "-r", "tome", "-o", tmp_path / "out", "--reduction-args"]
+    assert call(*arguments, '{"r": 2}')[0] == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    code += "from hf_tokenreduce_cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments), '{"r": 3}', "--overwrite"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and "could not be written" in run.stderr.splitlines()[-1], run.stderr
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
