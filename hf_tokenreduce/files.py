@@ -47,11 +47,13 @@ def refuse_other_settings(folder: Path, found: dict[str, Any], wanted: dict[str,
 
 
 CONFIG = "config.json"
-# Files of a saved model: of an earlier one in the same folder none may stay beside the new one's.
-OF_A_MODEL = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py", "*_config.json", "README.md",
-    "record.json", "token_map.png", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json",
+# Of a model that is replaced none of these may stay beside the new one's files.
+WEIGHTS_AND_SETTINGS = (
+    "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
+    "preprocessor_config.json", "processor_config.json", "generation_config.json", "tokenizer*.json", "vocab.json",
+    "merges.txt", "special_tokens_map.json",
 )  # fmt: skip
+TOLD_OF_IT = ("README.md", "record.json", "token_map.png")
 
 
 def check_new_folder(folder: str | Path, overwrite: bool = False, option: str = "--output-dir") -> Path:
@@ -75,12 +77,14 @@ def check_new_folder(folder: str | Path, overwrite: bool = False, option: str = 
 
 
 @contextmanager
-def model_folder(folder: str | Path) -> Iterator[Path]:
+def model_folder(folder: str | Path, with_card: bool = False) -> Iterator[Path]:
     """Give an empty folder to save a model in. At the end what is in it takes the place of the model in `folder`.
 
     `folder` never holds a mixture that loads: until the new model is whole the old one stays as it is; then its
     config.json goes first, and the new one comes last. If the work fails or is killed before, nothing has changed.
-    Files that are not a model's, such as checkpoints, stay.
+    Files that are not a model's, such as checkpoints and anybody's own code, stay.
+
+    with_card: also take away what was written about the old model.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -91,18 +95,18 @@ def model_folder(folder: str | Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        _replace_model(unfinished, folder)
+        _replace_model(unfinished, folder, with_card)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _replace_model(new: Path, folder: Path) -> None:
+def _replace_model(new: Path, folder: Path, with_card: bool) -> None:
     names = sorted(os.listdir(new), key=lambda name: name == CONFIG)
     folder.mkdir(exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)
-    for pattern in OF_A_MODEL:
-        for old in folder.glob(pattern):
-            if old.is_file():
+    if (folder / CONFIG).is_file():
+        (folder / CONFIG).unlink()
+        for pattern in WEIGHTS_AND_SETTINGS + (TOLD_OF_IT if with_card else ()):
+            for old in folder.glob(pattern):
                 old.unlink()
     for name in names:
         if (folder / name).is_dir():

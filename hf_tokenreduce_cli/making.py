@@ -54,7 +54,7 @@ def reduce(
     reason = method.why_not(reduced.config.reduction)
     if reason is not None:
         raise ValueError(f"{method.title} cannot reduce this checkpoint yet: {reason}.")
-    with model_folder(output_dir) as place:
+    with model_folder(output_dir, with_card=True) as place:
         reduced.save_pretrained(place)
         processor.save_pretrained(place)
     print_answer(describe_model(reduced, str(output_dir)), as_json, f"Saved to {output_dir}")
@@ -87,7 +87,7 @@ def calibrate(
         setting = setting if target is None else replace(setting, target=target)
         reduced, target = reduce_tokens(reduce_tokens(reduced, None), setting), setting.target
     kept = fit(reduced, images, target, image_processor=image_processor, max_images=max_images)
-    with model_folder(output_dir) as place:
+    with model_folder(output_dir, with_card=True) as place:
         reduced.save_pretrained(place)
         processor.save_pretrained(place)
     described = {**describe_model(reduced, str(output_dir)), "share_on_these_images": round(kept, 4)}

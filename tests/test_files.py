@@ -77,7 +77,7 @@ def test_a_folder_is_never_a_mixture(tmp_path, models):
     folder, seen, step = tmp_path / "model", [], 0
 
     def replace_by_copy():
-        with model_folder(folder) as place:
+        with model_folder(folder, with_card=True) as place:
             shutil.copytree(tmp_path / "new", place, dirs_exist_ok=True)
 
     while True:
@@ -85,19 +85,20 @@ def test_a_folder_is_never_a_mixture(tmp_path, models):
             shutil.rmtree(left, ignore_errors=True)
         shutil.copytree(tmp_path / "old", folder)
         (folder / "checkpoint-3").mkdir()
+        (folder / "my_own.py").touch()
         killed = killed_at(step, replace_by_copy)
         found = what_loads(folder)
         same = [name for name, logits in known.items() if found is not None and torch.equal(found, logits)]
         assert found is None or same, "a mixture loads"
         seen.append("".join(same))
-        assert (folder / "checkpoint-3").is_dir()
+        assert (folder / "checkpoint-3").is_dir() and (folder / "my_own.py").is_file()
         if not killed:
             break
         step += 1
     # First the old one, then none, at the end the new one.
     order = [name for index, name in enumerate(seen) if index == 0 or seen[index - 1] != name]
     assert order == ["old", "", "new"] and len(seen) > 20
-    assert set(os.listdir(folder)) == {*os.listdir(tmp_path / "new"), "checkpoint-3"}
+    assert set(os.listdir(folder)) == {*os.listdir(tmp_path / "new"), "checkpoint-3", "my_own.py"}
     killed_at(3, replace_by_copy)
     replace_by_copy()  # takes away what the killed ones left
     assert not list(tmp_path.glob(".model.*"))
@@ -193,3 +194,15 @@ def test_commands_killed_at_any_moment(tmp_path, models):
 def test_the_helper_of_this_file_kills(tmp_path):
     assert killed_at(0, lambda: os.mkdir(tmp_path / "a")) and not (tmp_path / "a").exists()
     assert not killed_at(1, lambda: os.mkdir(tmp_path / "b")) and Path(tmp_path / "b").is_dir()
+
+
+def test_a_folder_of_somebody_keeps_what_is_theirs(tmp_path, models):
+    """As where a training writes into the folder it is started in."""
+    theirs = {"README.md": "mine", "train.py": "print()", "data.bin": "x", "notes_config.json": "{}"}
+    for name, text in theirs.items():
+        (tmp_path / name).write_text(text)
+    for _ in range(2):
+        with model_folder(tmp_path) as place:
+            save(models[0], place)
+        assert {name: (tmp_path / name).read_text() for name in theirs} == theirs
+    assert what_loads(tmp_path) is not None
