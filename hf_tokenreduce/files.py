@@ -1,6 +1,5 @@
 """Files that are written whole or not at all, and folders that know the settings they were made with."""
 
-import glob
 import os
 import reprlib
 import shutil
@@ -47,6 +46,7 @@ def refuse_other_settings(folder: Path, found: dict[str, Any], wanted: dict[str,
 
 
 CONFIG = "config.json"
+UNFINISHED = ".{}.part"
 # Of a model that is replaced none of these may stay beside the new one's files.
 WEIGHTS_AND_SETTINGS = (
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
@@ -63,7 +63,7 @@ def check_new_folder(folder: str | Path, overwrite: bool = False, option: str = 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{option} {folder} is a file. Name a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not file.match(UNFINISHED.format("*")) for file in folder.iterdir()):
         if not overwrite:
             raise ValueError(
                 f"{option} {folder} is not empty. Name another folder, or pass --overwrite to replace the model there."
@@ -87,22 +87,24 @@ def model_folder(folder: str | Path, with_card: bool = False) -> Iterator[Path]:
     with_card: also take away what was written about the old model.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
-        if not _is_alive(left.name.split(".")[-2]):  # a process that was killed left it
+    was_there = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(UNFINISHED.format("*")):
+        if not _is_alive(left.name.split(".")[1]):  # a process that was killed left it
             shutil.rmtree(left, ignore_errors=True)
-    unfinished = folder.parent / f".{folder.name}.{os.getpid()}.part"
+    unfinished = folder / UNFINISHED.format(os.getpid())  # inside: beside the folder may be another file system
     unfinished.mkdir()
     try:
         yield unfinished
         _replace_model(unfinished, folder, with_card)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if not was_there and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _replace_model(new: Path, folder: Path, with_card: bool) -> None:
     names = sorted(os.listdir(new), key=lambda name: name == CONFIG)
-    folder.mkdir(exist_ok=True)
     if (folder / CONFIG).is_file():
         (folder / CONFIG).unlink()
         for pattern in WEIGHTS_AND_SETTINGS + (TOLD_OF_IT if with_card else ()):
