@@ -63,7 +63,7 @@ def check_new_folder(folder: str | Path, overwrite: bool = False, option: str = 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{option} {folder} is a file. Name a folder.")
-    if folder.is_dir() and any(not file.match(UNFINISHED.format("*")) for file in folder.iterdir()):
+    if folder.is_dir() and holds_something(folder):
         if not overwrite:
             raise ValueError(
                 f"{option} {folder} is not empty. Name another folder, or pass --overwrite to replace the model there."
@@ -74,6 +74,11 @@ def check_new_folder(folder: str | Path, overwrite: bool = False, option: str = 
                 "Name another folder."
             )
     return folder
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether a folder has files, besides what a killed process left unfinished."""
+    return any(not file.match(UNFINISHED.format("*")) for file in folder.iterdir())
 
 
 @contextmanager

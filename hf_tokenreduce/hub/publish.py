@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from ..files import UNFINISHED, model_folder
+from ..files import holds_something, model_folder
 from .check import CheckReport, check_folder, copy_files
 from .contents import one_line
 from .usage import loading
@@ -103,9 +103,7 @@ def publish(
 
 
 def _empty_folder(folder: Path) -> Path:
-    if folder.exists() and (
-        not folder.is_dir() or any(not file.match(UNFINISHED.format("*")) for file in folder.iterdir())
-    ):
+    if folder.exists() and (not folder.is_dir() or holds_something(folder)):
         raise ValueError(f"dry_run={str(folder)!r} is there already and not an empty folder. Name another one.")
     return folder
 
