@@ -135,7 +135,9 @@ class BatchTransform:
                 picture = decoded(image)
             except ValueError as error:
                 if self.on_error == "stop":
-                    raise ValueError(f"{error}. Repair it, or leave such images out: --on_error skip.") from error
+                    raise ValueError(
+                        f"{error}. Select the readable_rows of the dataset, or skip it (--on_error skip)."
+                    ) from error
                 logger.warning(f"{error}: left out")
                 continue
             pixel_values.append(self.transform(picture))
