@@ -263,7 +263,7 @@ def test_an_auto_map_that_points_elsewhere(folder, auto_class, reference):
         ({"intermediate_size": 1e400}, "intermediate_size"),
         ({"image_size": [32]}, "image_size"),
         ({"image_size": [16000, 16000], "patch_size": 1}, "16000 x 16000 patches"),
-        ({"patch_size": 64}, "no whole patch"),
+        ({"patch_size": 64}, "0 x 0 patches"),
         ({"patch_size": 0}, "patch_size"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps"),
         ({"hidden_act": "evil"}, "evil"),

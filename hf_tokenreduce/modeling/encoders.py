@@ -282,18 +282,16 @@ def facts_of(config: PreTrainedConfig | EncoderFacts) -> EncoderFacts:
             f"num_hidden_layers={inner.num_hidden_layers} and num_attention_heads={inner.num_attention_heads} must be "
             "at least 1. Look at config.json."
         )
-    if min(tower.patches(inner)) < 1:
-        raise ValueError(
-            f"image_size={inner.image_size} has no whole patch of patch_size={inner.patch_size}: there is "
-            "nothing to see. Look at config.json."
-        )
+    rows, columns = tower.patches(inner)
+    if min(rows, columns) < 1:
+        raise ValueError(f"config.json: its sizes make {rows} x {columns} patches, and there must be at least one.")
     return EncoderFacts(
         reduction=getattr(config, "reduction", None),
         hidden_size=inner.hidden_size,
         num_hidden_layers=inner.num_hidden_layers,
         num_attention_heads=inner.num_attention_heads,
         num_prefix_tokens=tower.num_prefix_tokens(inner),
-        grid=tower.patches(inner),
+        grid=(rows, columns),
         mlp_products=tower.mlp_products(inner),
         has_places=tower.layout.has_places,
     )
