@@ -144,7 +144,10 @@ def _row(method: Method) -> str:
 def _usage(method: Method) -> str:
     if method.needs == "labels":
         why = method.why_not(method.config_class())
-        return f"It needs {_needs(method)}. On a checkpoint as it is, {why}." if why else f"It needs {_needs(method)}."
+        start = (
+            f'```python\nstart = reduce_tokens(model, "{method.name}")  # reduces nothing until it has learned\n```'
+        )
+        return f"{start}\n\nIt needs {_needs(method)}. On a checkpoint as it is, {why}."
     if method.at_share is None and method.fit_share is None:
         return f"`reduce_tokens(model, {method.config_class.__name__}(...))` with its settings."
     fitted = method.prepare is not None or method.at_share is None
