@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 from accelerate import PartialState
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .answers import out, print_answer
 
 
 app = typer.Typer(
@@ -20,7 +21,6 @@ app = typer.Typer(
     help="Token reduction for the vision transformers of Hugging Face.",
     epilog="Start with: [bold]tokenreduce demo[/bold]. Of a command: [bold]tokenreduce reduce --help[/bold].",
 )
-out = Console()
 
 Model = Annotated[str, typer.Argument(help="A folder or a Hub id.", metavar="MODEL")]
 Data = Annotated[str, typer.Argument(help="An image folder, one folder per class, or a Hub data set.", metavar="DATA")]
@@ -73,7 +73,7 @@ def reduce(
         raise ValueError(f"{method.title} cannot reduce this checkpoint yet: {reason}.")
     reduced.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
-    _print(describe_model(reduced, str(output_dir)), as_json, f"Saved to {output_dir}")
+    print_answer(describe_model(reduced, str(output_dir)), as_json, f"Saved to {output_dir}")
 
 
 @app.command(
@@ -136,7 +136,9 @@ def inspect(model: Model, revision: Revision = None, trust_remote_code: Trust = 
     from .evaluation.compute import describe_model
     from .loading import load_model
 
-    _print(describe_model(load_model(model, revision, trust_remote_code, any_task=True)[0], model), as_json, model)
+    print_answer(
+        describe_model(load_model(model, revision, trust_remote_code, any_task=True)[0], model), as_json, model
+    )
 
 
 @app.command(epilog="tokenreduce evaluate vit-tome data/val --dense google/vit-base-patch16-224")
@@ -180,7 +182,7 @@ def evaluate(
     reduced = classifier(reduced, model, revision)
     report = evaluate_model(reduced, images, processor, dense=other, batch_size=batch_size, output_dir=output_dir)
     if PartialState().is_main_process:
-        _print(report.to_dict(), as_json, f"{model} on {data}")
+        print_answer(report.to_dict(), as_json, f"{model} on {data}")
 
 
 @app.command(epilog="tokenreduce benchmark vit-tome vit-bat --images data/val --batch-size 1 --batch-size 32")
@@ -408,25 +410,6 @@ def demo(
     from .demo.run import run_demo
 
     run_demo(output_dir, seed=seed)
-
-
-def _print(answer: dict[str, Any], as_json: bool, title: str) -> None:
-    """One answer: as JSON, or as a table of its entries."""
-    if as_json:
-        print(json.dumps(answer, indent=1, default=str))
-        return
-    table = Table(title=title, show_header=False, title_justify="left")
-    for key, value in answer.items():
-        if value is None:
-            value = "depends on the image" if key in ("multiply_adds", "tokens_per_layer") else "none"
-        elif isinstance(value, dict):
-            value = ", ".join(f"{name}={entry}" for name, entry in value.items())
-        elif isinstance(value, list):
-            value = " ".join(map(str, value))
-        elif isinstance(value, int) and not isinstance(value, bool) and value >= 100_000:
-            value = f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.1f} M"
-        table.add_row(key.replace("_", " "), escape(str(value)))
-    out.print(table)
 
 
 def main(arguments: list[str] | None = None) -> None:
