@@ -20,6 +20,10 @@ EVIT = Method(
     ours="equal scores go by index",
     at_share=by_keep_rate(EViTConfig, 3, 6, 9),
     recipes={"paper": {**FINE_TUNE, "keep_rate_warmup": 0.3}, "quick": QUICK_FINE_TUNE},
+    paper_recipe=(
+        "The schedule is that of its authors' fine-tuning of DeiT. Our own is the share of the steps over "
+        "which the keep rate falls (`keep_rate_warmup`)."
+    ),
     keep_rate_may_change=True,
     gathers_the_rest=True,
 )

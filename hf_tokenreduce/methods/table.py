@@ -16,6 +16,15 @@ HEADER = (
     "|---|---|---|---|---|",
 )
 NEEDS = {"nothing": "nothing", "images": "unlabelled images, or training", "labels": "labels, a filter, fine-tuning"}
+PAPER = (
+    "`--recipe paper` also turns on the strong augmentation, and its batch is that of all devices together. `quick` "
+    "is our own."
+)
+_TRAINED = {
+    "nothing": "`tokenreduce train MODEL -r {name} --recipe quick ...`",
+    "images": "`tokenreduce train MODEL -r {name} --recipe quick ...`",
+    "labels": "Once it has learned from labels, `tokenreduce train FOLDER --recipe quick ...`",
+}
 MADE = "<!-- Made by python -m hf_tokenreduce.methods docs. Change hf_tokenreduce/methods/ instead. -->"
 
 
@@ -73,7 +82,7 @@ def method_page(method: Method) -> str:
         ("## How it works", method.details),
         ("## Use it", _usage(method)),
         ("## Settings", _settings(method)),
-        ("## Train it", "" if method.needs == "labels" else _recipes(method)),
+        ("## Train it", _recipes(method)),
         ("## Limits", (method.limits + images).strip()),
         ("## Our own decisions", method.ours and method.ours[0].upper() + method.ours[1:] + "."),
     ]
@@ -187,9 +196,8 @@ def _recipes(method: Method) -> str:
         for key in keys
     ]  # fmt: skip
     head = [f"| argument | {' | '.join(named)} |", "|---" * (1 + len(named)) + "|"]
-    return "\n".join(
-        [f"`tokenreduce train MODEL -r {method.name} --recipe quick ...` takes these arguments:", "", *head, *rows]
-    )
+    command = _TRAINED[method.needs].format(name=method.name)
+    return "\n".join([f"{command} takes these arguments:", "", *head, *rows, "", PAPER, method.paper_recipe])
 
 
 def _value(value: Any) -> str:
