@@ -32,8 +32,9 @@ def write_whole(file: Path, content: str | bytes) -> None:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def refuse_other_settings(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def refuse_other_settings(folder: Path, found: Any, wanted: dict[str, Any]) -> None:
     """Raise a ValueError if a folder was made with other settings than are wanted now, and name those."""
+    found = found if isinstance(found, dict) else {}  # a file that somebody else wrote
     different = [name for name, value in wanted.items() if found.get(name) != value]
     if different:
         told = "; ".join(

@@ -140,7 +140,7 @@ def test_wrong_settings(attempt, message):
 
 @pytest.mark.parametrize("release", ["first", "later"])
 def test_a_varlen_kernel_gets_what_it_needs(monkeypatch, release):
-    """With a stand-in for the CUDA kernel that attends one packed sequence after the other. Its first release takes no
+    """A stand-in for the CUDA kernel attends one packed sequence after the other. Its first release takes no
     scale."""
     calls = []
 

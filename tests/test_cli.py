@@ -207,6 +207,17 @@ def test_debug_shows_where_an_error_came_from(place):
         main(["reduce", str(place / "model"), "-r", "tomme", "-o", "x", "--debug"])
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), AttributeError("a fault of ours"), KeyError("name")])
+def test_what_is_not_the_users_keeps_its_traceback(monkeypatch, place, error):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("hf_tokenreduce.loading.load_model", fails)
+    with pytest.raises(type(error)) as raised:
+        main(["inspect", str(place / "model")])
+    assert raised.value is error
+
+
 def test_the_same_command_gives_the_same_answer(call, place, reduced):
 
     first = answer(call, "evaluate", reduced, place / "photos", "--json")

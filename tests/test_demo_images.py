@@ -126,6 +126,9 @@ def test_folders_of_something_else(tmp_path):
     (tmp_path / "mine" / "photo.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"holds other files and no manifest\.json"):
         make_images(tmp_path / "mine", train=8, validation=8, size=32)
+    (tmp_path / "images" / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="made with other settings: version was None"):
+        make_images(tmp_path / "images", train=16, validation=8, size=32)
     (tmp_path / "images" / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="not what make_images wrote"):
         make_images(tmp_path / "images", train=16, validation=8, size=32)

@@ -67,7 +67,7 @@ def test_code_runs(page, place, monkeypatch, tmp_path):
             for line in code.replace("\\\n", " ").splitlines():
                 run_line(shlex.split(line, comments=True))
                 ran += 1
-    assert ran or page.stem in ("methods", "faq", "dlvit")
+    assert ran or page.stem in ("methods", "faq")
 
 
 def run_line(words):

@@ -81,7 +81,7 @@ def test_intervals_hold_the_median_as_often_as_they_say(repeats):
 
 
 def test_the_clock_is_read_around_a_forward_and_nothing_else(monkeypatch):
-    """With a clock that only goes on while a model runs, the speed-up is exactly that of the forwards."""
+    """The clock of this test goes on only while a model runs, so the speed-up is exactly that of the forwards."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 

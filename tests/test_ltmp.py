@@ -289,7 +289,7 @@ def test_a_threshold_of_one_merges_nothing_though_patches_are_the_same():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_thresholds_are_never_rounded(tmp_path, dtype):
-    """In bfloat16 the neighbours of 0.9 are 0.004 apart."""
+    """A bfloat16 would round a threshold: the numbers it has beside 0.9 are 0.004 apart."""
     model = reduce_tokens(tiny_model(), LTMPConfig(merge_threshold=0.9013, prune_threshold=0.00471)).to(dtype)
     exact = {"merge_threshold": 0.9013, "prune_threshold": 0.00471}
 

@@ -172,7 +172,8 @@ def test_half_precision(backbone, method, attention, dtype):
     if same.any():  # the median, for a token that was swapped and dropped later leaves no trace in the map
         assert error[same].median() < 1.5 * (half_dense.float() - dense).abs().max()
     assert dtype == torch.bfloat16 or same.sum() >= 5, same
-    assert torch.nn.functional.cosine_similarity(half.logits.float(), full.logits, dim=-1).mean() > 0.9
+    cosines = torch.nn.functional.cosine_similarity(half.logits.float(), full.logits, dim=-1)
+    assert cosines[:3].min() > 0.8 and cosines.mean() > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -21,6 +21,7 @@ from hf_tokenreduce import Method, ToMeConfig, calibrate, reduce_tokens, registe
 from hf_tokenreduce.hub import check_folder, write_card
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.methods import METHODS
+from hf_tokenreduce.methods.register import register_from_folder
 from hf_tokenreduce.modeling.configuration_base import ReductionConfig
 from hf_tokenreduce.modeling.hooks import Reducer
 from hf_tokenreduce.modeling.methods import METHOD_CLASSES
@@ -266,3 +267,32 @@ def test_an_upload_has_the_file(tables, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda *args: hub)
     model.save_pretrained(tmp_path / "saved", push_to_hub=True)
     assert "a_plain_method.py" in seen
+
+
+def test_a_look_at_the_files_alone_runs_no_code(tables, tmp_path, monkeypatch):
+    register_method(*written(tmp_path, monkeypatch))
+    save(reduce_tokens(tiny_model(), "plain"), tmp_path / "saved")
+    METHODS.pop("plain"), METHOD_CLASSES.pop("plain")
+    file = tmp_path / "saved" / "a_plain_method.py"
+    file.write_text(file.read_text() + f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    check_folder(tmp_path / "saved", load=False, trust_remote_code=True)
+    check_folder(tmp_path / "saved")
+    assert not (tmp_path / "ran").exists()
+    check_folder(tmp_path / "saved", trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", "null", '{"reduction": 7}', '{"reduction": {"method": ["plain"]}}', None]
+)
+def test_a_folder_without_a_method_is_left_to_the_loader(tmp_path, content):
+    """What is wrong with it is told there, as a ValueError."""
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+        (tmp_path / "extra_methods.py").write_text("from .a_plain_method import PlainConfig\n")
+    before = dict(METHODS)
+    register_from_folder(tmp_path)
+    register_from_folder(tmp_path / "nowhere")
+    assert before == METHODS
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_model(str(tmp_path / "nowhere"), trust_remote_code=True)

@@ -91,7 +91,7 @@ def check_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder. Save a model there first: model.save_pretrained(folder).")
-    if trust_remote_code:
+    if trust_remote_code and load:
         register_from_folder(folder)
     stock = _named_class(folder)
     of_audio = stock is not None and main_input_of(stock) == "input_values"

@@ -34,5 +34,9 @@ BAT = Method(
         },
         "quick": QUICK_FINE_TUNE,
     },
+    paper_recipe=(
+        "From the training logs of its authors: epochs, batch, learning rate with its end at 2e-6, weight "
+        "decay, no warm-up."
+    ),
     keep_rate_may_change=True,
 )

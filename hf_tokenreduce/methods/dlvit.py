@@ -53,5 +53,6 @@ DLVIT = Method(
     untrained=lambda facts, shares: [],
     learn_from_labels=learn_from_labels,
     why_not=why_not,
+    paper_recipe="Its authors published no schedule. All values are our own: those of EViT's fine-tuning of DeiT.",
     recipes={**RECIPES, "demo": {**QUICK_FINE_TUNE, "num_train_epochs": 1, "learning_rate": 2e-4}},
 )

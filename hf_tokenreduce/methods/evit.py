@@ -2,6 +2,7 @@
 
 from ..modeling.evit import EViTConfig
 from .method import FINE_TUNE, QUICK_FINE_TUNE, Method, by_keep_rate
+from .topk import KEPT, LIMITS
 
 
 EVIT = Method(
@@ -14,14 +15,15 @@ EVIT = Method(
     ),
     paper="Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations",
     arxiv="2202.07800",
-    details=(
-        "In each of `layers` the patch tokens that the class token attends to most are kept: a share `keep_rate` "
-        "of those present, rounded up. The others become one extra token, their sum weighted by attention."
-    ),
-    limits="An encoder without a class token is scored by the attention of the mean token, which is our own way.",
+    details=KEPT + "The others become one extra token, their sum weighted by attention.",
+    limits=LIMITS,
     ours="equal scores go by index",
     at_share=by_keep_rate(EViTConfig, 3, 6, 9),
     recipes={"paper": {**FINE_TUNE, "keep_rate_warmup": 0.3}, "quick": QUICK_FINE_TUNE},
+    paper_recipe=(
+        "The schedule is that of its authors' fine-tuning of DeiT. Our own is the share of the steps over "
+        "which the keep rate falls (`keep_rate_warmup`)."
+    ),
     keep_rate_may_change=True,
     gathers_the_rest=True,
 )

@@ -190,6 +190,10 @@ LTMP = Method(
         "quick": QUICK_THRESHOLDS,
         "demo": QUICK_THRESHOLDS,
     },
+    paper_recipe=(
+        "From the code of its authors: one epoch, the frozen backbone, SGD without momentum, batch, learning "
+        "rates, label smoothing. Our own: the constant learning rate and no limit on gradients."
+    ),
     callbacks=lambda model: [ClampThresholds(model)],
     key_settings=("target",),
     shown_settings=("merge", "prune", "max_tokens"),

@@ -61,6 +61,7 @@ class Method:
         why_not: Why a setting cannot run yet and what to do, or None.
         recipes: Arguments of `TokenReduceTrainingArguments`, by the name of the recipe: "paper", "quick", and "demo"
             where the demonstration's small model is trained.
+        paper_recipe: Where the values of the "paper" recipe are from, and which are a decision of this library.
         callbacks: What its training needs besides, given the model.
         token_decoder: Modules that bring its tokens back to all patches, to be compared with a teacher's; given the
             model.
@@ -90,6 +91,10 @@ class Method:
     learn_from_labels: Callable[..., Any] | None = None
     why_not: Callable[[Any], str | None] = lambda config: None
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: RECIPES)
+    paper_recipe: str = (
+        "All values are our own: this is the fine-tuning that the authors of EViT and BAT gave DeiT, so that methods "
+        "are compared on one schedule."
+    )
     callbacks: Callable[[PreTrainedModel], list[TrainerCallback]] = lambda model: []
     token_decoder: Callable[[PreTrainedModel], nn.ModuleDict] | None = None
     keep_rate_may_change: bool = False

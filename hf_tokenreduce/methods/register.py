@@ -129,13 +129,8 @@ def register_from_folder(name: str | Path, revision: str | None = None) -> None:
     """
     from . import METHODS
 
-    where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    config, table = (cached_file(str(name), file, **where) for file in ("config.json", "extra_methods.py"))
-    values = json.loads(Path(config).read_text()) if config and table else {}
-    method = (values.get("reduction") or {}).get("method")
-    stem = re.search(r"^from \.(\w+) import", Path(table).read_text(), re.MULTILINE) if table else None
-    file = None if stem is None or method in METHODS else cached_file(str(name), f"{stem[1]}.py", **where)
-    if file is None:
+    method, file = _method_and_file(str(name), revision)
+    if method is None or file is None or method in METHODS:
         return
     module = _run(file)
     if method in METHODS:  # it registered itself
@@ -150,6 +145,24 @@ def register_from_folder(name: str | Path, revision: str | None = None) -> None:
     if chosen is None or len(reducers) != 1:
         raise ValueError(f"{Path(file).name} of {name} must define a configuration of {method!r} and one reducer.")
     register_method(chosen, reducers[0], Method(chosen, str(method), "a method of others", ""))
+
+
+def _method_and_file(name: str, revision: str | None) -> tuple[str | None, str | None]:
+    """The method that a folder or Hub id names, and the file that `extra_methods.py` imports. What is not there, or
+    cannot be read, is None: loading the model says why."""
+    where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    try:
+        config, table = (cached_file(name, file, **where) for file in ("config.json", "extra_methods.py"))
+        if config is None or table is None:
+            return None, None
+        values = json.loads(Path(config).read_text())
+        found = re.search(r"^from \.(\w+) import", Path(table).read_text(), re.MULTILINE)
+        file = None if found is None else cached_file(name, f"{found[1]}.py", **where)
+    except (OSError, ValueError):
+        return None, None
+    reduction = values.get("reduction") if isinstance(values, dict) else None
+    method = reduction.get("method") if isinstance(reduction, dict) else None
+    return (method if isinstance(method, str) else None), file
 
 
 def _run(file: str) -> ModuleType:

@@ -16,6 +16,15 @@ HEADER = (
     "|---|---|---|---|---|",
 )
 NEEDS = {"nothing": "nothing", "images": "unlabelled images, or training", "labels": "labels, a filter, fine-tuning"}
+PAPER = (
+    "`--recipe paper` also turns on the strong augmentation, and its batch is that of all devices together. `quick` "
+    "is our own."
+)
+_TRAINED = {
+    "nothing": "`tokenreduce train MODEL -r {name} --recipe quick ...`",
+    "images": "`tokenreduce train MODEL -r {name} --recipe quick ...`",
+    "labels": "Once it has learned from labels, `tokenreduce train FOLDER --recipe quick ...`",
+}
 MADE = "<!-- Made by python -m hf_tokenreduce.methods docs. Change hf_tokenreduce/methods/ instead. -->"
 
 
@@ -73,7 +82,7 @@ def method_page(method: Method) -> str:
         ("## How it works", method.details),
         ("## Use it", _usage(method)),
         ("## Settings", _settings(method)),
-        ("## Train it", "" if method.needs == "labels" else _recipes(method)),
+        ("## Train it", _recipes(method)),
         ("## Limits", (method.limits + images).strip()),
         ("## Our own decisions", method.ours and method.ours[0].upper() + method.ours[1:] + "."),
     ]
@@ -144,7 +153,10 @@ def _row(method: Method) -> str:
 def _usage(method: Method) -> str:
     if method.needs == "labels":
         why = method.why_not(method.config_class())
-        return f"It needs {_needs(method)}. On a checkpoint as it is, {why}." if why else f"It needs {_needs(method)}."
+        start = (
+            f'```python\nstart = reduce_tokens(model, "{method.name}")  # reduces nothing until it has learned\n```'
+        )
+        return f"{start}\n\nIt needs {_needs(method)}. On a checkpoint as it is, {why}."
     if method.at_share is None and method.fit_share is None:
         return f"`reduce_tokens(model, {method.config_class.__name__}(...))` with its settings."
     fitted = method.prepare is not None or method.at_share is None
@@ -184,9 +196,8 @@ def _recipes(method: Method) -> str:
         for key in keys
     ]  # fmt: skip
     head = [f"| argument | {' | '.join(named)} |", "|---" * (1 + len(named)) + "|"]
-    return "\n".join(
-        [f"`tokenreduce train MODEL -r {method.name} --recipe quick ...` takes these arguments:", "", *head, *rows]
-    )
+    command = _TRAINED[method.needs].format(name=method.name)
+    return "\n".join([f"{command} takes these arguments:", "", *head, *rows, "", PAPER, method.paper_recipe])
 
 
 def _value(value: Any) -> str:

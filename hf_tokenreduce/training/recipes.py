@@ -1,7 +1,8 @@
-"""How each method is trained: its authors' way, and a short one for small data sets.
+"""How each method is trained: after its authors, and a short way for small data sets.
 
-The values are arguments of `TokenReduceTrainingArguments`; what is not named keeps its default. `AUGMENTATION` has
-arguments of `TrainTransform` and `Collator`: the papers' fine-tunes use the strong one.
+The values are arguments of `TokenReduceTrainingArguments`; what is not named keeps its default. `Method.paper_recipe`
+says which values are the authors' and which are ours. `AUGMENTATION` has arguments of `TrainTransform` and `Collator`:
+the papers' fine-tunes use the strong one.
 """
 
 from typing import Any
@@ -17,8 +18,18 @@ AUGMENTATION: dict[str, dict[str, Any]] = {
 
 
 def recipe(method: str, variant: str = "quick") -> dict[str, Any]:
-    """Arguments of `TokenReduceTrainingArguments` for a method: "paper", as its authors trained, or "quick", for small
-    data sets. `TokenReduceTrainingArguments("out", **{**recipe("bat"), "num_train_epochs": 5})` changes one.
+    """Give the arguments of `TokenReduceTrainingArguments` for a method.
+
+    Args:
+        method: Its name.
+        variant: "paper", after its authors as far as they published it (`METHODS[method].paper_recipe` says what is
+            ours), or "quick", for small data sets.
+
+    Returns:
+        `dict`: The arguments.
+
+    Example:
+        >>> arguments = TokenReduceTrainingArguments("out", **{**recipe("bat"), "num_train_epochs": 5})
     """
     if method not in METHODS:
         raise ValueError(f"There is no recipe for {method!r}. The methods are: {', '.join(METHODS)}.")
