@@ -1,5 +1,6 @@
 """Which file of a model's folder is at fault, in one line, when transformers cannot load it."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,20 +34,37 @@ def blaming(name: str, file: str, config: PreTrainedConfig | None = None) -> Ite
         why: Exception | str = error
         if config is not None:
             shapes = _shapes(config)
-            if isinstance(shapes, dict):
-                mismatch = _mismatch(Path(name), shapes)
-                if mismatch is None and "ignore_mismatched_sizes" in str(error):
-                    mismatch = "its tensors have other shapes than config.json asks for"
-                if mismatch is not None:
-                    file, why = "model.safetensors", mismatch
-                elif _was_in_our_code(error):
-                    raise
-            elif shapes is not None:
+            if isinstance(shapes, Exception):
                 why = shapes
+            elif "ignore_mismatched_sizes" in str(error):
+                file, why = "model.safetensors", "its tensors have other shapes than config.json asks for"
+            elif shapes is not None and _was_in_our_code(error):
+                raise
         raise ValueError(
             f"{file} of {name!r} cannot be used: {one_sentence(why)} Compare it with that of the model it was made "
             "of, or save or download the model again."
         ) from error
+
+
+def check_sizes(name: str, config: PreTrainedConfig) -> None:
+    """Raise a ValueError if a folder's weights cannot fit its configuration, before a model of that size is built.
+
+    A wrong size in config.json may ask for more memory than there is. Only weights that are here are looked at, and
+    none that are quantised: those have shapes of their own.
+    """
+    folder = Path(name)
+    if not any(folder.glob("*.safetensors")) or hasattr(config, "quantization_config"):
+        return
+    values = config.to_dict()
+    depths = [part.get("num_hidden_layers") for part in (values, *values.values()) if isinstance(part, dict)]
+    wanted = max((depth for depth in depths if isinstance(depth, int)), default=0)
+    layers = [int(number) for key in _weight_shapes(folder) for number in re.findall(r"\.(\d+)\.", key)]
+    if wanted > max(layers, default=-1) + 1:
+        raise ValueError(f"it has {max(layers, default=-1) + 1} layers, and {wanted} by config.json")
+    shapes = _shapes(config)
+    for key, found in _weight_shapes(folder).items() if isinstance(shapes, dict) else ():
+        if shapes.get(key, found) != found:
+            raise ValueError(f"{key} has the shape {found}, and {shapes[key]} by config.json")
 
 
 def one_sentence(error: BaseException | str, most: int = 200) -> str:
@@ -95,12 +113,10 @@ def _was_in_our_code(error: BaseException) -> bool:
     return False
 
 
-def _mismatch(folder: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """A tensor of a folder's weights that has another shape."""
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a folder's weights, read from their heads."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118
-                found = tuple(weights.get_slice(key).get_shape())
-                if shapes.get(key, found) != found:
-                    return f"{key} has the shape {found}, and {shapes[key]} by config.json"
-    return None
+            found.update({key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()})  # noqa: SIM118
+    return found

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .blame import architecture_of, blaming
+from .blame import architecture_of, blaming, check_sizes
 from .convert import stock_name
 from .methods import Method, find_method
 from .methods.register import register_from_folder
@@ -66,6 +66,8 @@ def load_model(
             config = AutoConfig.from_pretrained(name, **where)
             architecture = architecture_of(config) or "model that its config.json does not name"
         auto_class = _auto_class_of(name, config, architecture) if any_task else AutoModelForImageClassification
+        with blaming(name, "model.safetensors"):
+            check_sizes(name, config)
         with blaming(name, "config.json", config):
             model, found = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **where)
         takes_audio = model.main_input_name == "input_values"

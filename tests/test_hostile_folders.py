@@ -26,6 +26,8 @@ NAMED = {
         ({"hidden_size": 0}, "config.json"),
         ({"hidden_size": 48.5}, "hidden_size"),
         ({"hidden_size": 24}, "shape"),
+        ({"hidden_size": 60_000}, "shape"),  # of which there is no memory for
+        ({"num_hidden_layers": 60_000}, "layers"),
         ({"num_attention_heads": 0}, "config.json"),
         ({"num_attention_heads": 7}, "shape"),
         ({"hidden_act": "boom"}, "boom"),
