@@ -62,7 +62,9 @@ def check_sizes(name: str, config: PreTrainedConfig) -> None:
     if wanted > max(layers, default=-1) + 1:
         raise ValueError(f"it has {max(layers, default=-1) + 1} layers, and {wanted} by config.json")
     shapes = _shapes(config)
-    for key, found in _weight_shapes(folder).items() if isinstance(shapes, dict) else ():
+    if not isinstance(shapes, dict):
+        return
+    for key, found in _weight_shapes(folder).items():
         if shapes.get(key, found) != found:
             raise ValueError(f"{key} has the shape {found}, and {shapes[key]} by config.json")
 

@@ -58,7 +58,9 @@ def calibrate(
     pixels = load_pixel_values(model, images, image_processor, max_images)
     with evaluating(model):
         _check_finite(model, pixels)
-        return method.prepare(model, pixels, target, **options)
+        kept = method.prepare(model, pixels, target, **options)
+    model.config.calibrated_share = round(kept, 4)  # what a folder says of itself: the images are not in it
+    return kept
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and folders that know the settings they were made with."""
 
+import json
 import os
 import reprlib
 import shutil
@@ -30,6 +31,20 @@ def write_whole(file: Path, content: str | bytes) -> None:
     """Write a text, as it is, or bytes."""
     with whole(file) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def known_settings(file: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Read the settings that a folder was made with. Raise a ValueError if they are others than are wanted now, or if
+    the file is broken."""
+    try:
+        found = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}), so nobody knows with which settings {file.parent} was made. Delete "
+            "that folder, or give another one."
+        ) from error
+    refuse_other_settings(file.parent, found, wanted)
+    return found
 
 
 def refuse_other_settings(folder: Path, found: Any, wanted: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ def calibrate(
 ) -> None:
     """Fit what a reduced model learns from unlabelled images: LTMP's thresholds, SiT's networks."""
     from hf_tokenreduce.calibration import calibrate as fit
-    from hf_tokenreduce.convert import reduce_tokens
+    from hf_tokenreduce.convert import reduce_tokens, with_reduction
     from hf_tokenreduce.evaluation.compute import describe_model
     from hf_tokenreduce.files import check_new_folder, model_folder
     from hf_tokenreduce.loading import load_model, load_processor
@@ -85,13 +85,12 @@ def calibrate(
     setting = reduced.config.reduction if hasattr(reduced.config, "reduction") else None
     if setting is not None and hasattr(setting, "target"):
         setting = setting if target is None else replace(setting, target=target)
-        reduced, target = reduce_tokens(reduce_tokens(reduced, None), setting), setting.target
-    kept = fit(reduced, images, target, image_processor=image_processor, max_images=max_images)
+        reduced, target = with_reduction(reduce_tokens(reduced, None), setting), setting.target
+    fit(reduced, images, target, image_processor=image_processor, max_images=max_images)
     with model_folder(output_dir, with_card=True) as place:
         reduced.save_pretrained(place)
         processor.save_pretrained(place)
-    described = {**describe_model(reduced, str(output_dir)), "share_on_these_images": round(kept, 4)}
-    print_answer(described, as_json, f"Saved to {output_dir}")
+    print_answer(describe_model(reduced, str(output_dir)), as_json, f"Saved to {output_dir}")
 
 
 @app.command(

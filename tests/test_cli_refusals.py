@@ -18,6 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTImageProcessor
 
+from hf_tokenreduce import LTMPConfig, restore
+from hf_tokenreduce.evaluation.compute import describe_model
+from hf_tokenreduce.files import known_settings
+from hf_tokenreduce.loading import load_model
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -160,6 +165,13 @@ def test_a_model_is_replaced_only_when_asked(call, place, tmp_path):
     assert not (tmp_path / "out" / "README.md").exists()
 
 
+@pytest.mark.parametrize("content", ["", "{", '{"a": 1'])
+def test_a_broken_settings_file_is_named(tmp_path, content):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ValueError, match=r"settings\.json cannot be read .*give another one"):
+        known_settings(tmp_path / "settings.json", {"a": 1})
+
+
 def test_calibrate(call, place, tmp_path):
     code, _, errors = call(
         "reduce", place / "model", "-r", "ltmp", "--share", 0.8, "--images", place / "photos", "-o", tmp_path / "a"
@@ -169,8 +181,13 @@ def test_calibrate(call, place, tmp_path):
         "calibrate", tmp_path / "a", place / "photos", "--target", 0.6, "-o", tmp_path / "b", "--json"
     )
     found = json.loads(printed)
-    assert found["share_on_these_images"] == pytest.approx(0.6, abs=0.03) and found["settings"]["target"] == 0.6
+    assert found["share_when_calibrated"] == pytest.approx(0.6, abs=0.03) and found["settings"]["target"] == 0.6
     inspected = json.loads(call("inspect", tmp_path / "b", "--json")[1])
+    assert inspected["share_when_calibrated"] == found["share_when_calibrated"]
+    model = load_model(str(tmp_path / "b"))[0]
+    model.set_reduction(LTMPConfig())
+    assert describe_model(model, "b")["share_when_calibrated"] is None
+    assert not hasattr(restore(load_model(str(tmp_path / "b"))[0]).config, "calibrated_share")
     thresholds = load_file(tmp_path / "b" / "model.safetensors")
     assert inspected["learned"]["merges above"] == [
         round(thresholds[f"vit.layers.{layer}.reducer.merge_threshold"].item(), 4) for layer in range(12)

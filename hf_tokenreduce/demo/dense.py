@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.utils import logging
 
-from ..files import model_folder, refuse_other_settings, whole, write_whole
+from ..files import known_settings, model_folder, refuse_other_settings, whole, write_whole
 from ..modeling.encoders import encoder_of
 from .images import BOX, CLASSES, MANIFEST, SPLITS
 
@@ -77,9 +77,7 @@ def train_dense(
     }
     record = output_dir / RECORD
     if record.is_file():
-        found = json.loads(record.read_text())
-        refuse_other_settings(output_dir, found, settings)
-        return found
+        return known_settings(record, settings)
     size = settings["data"]["size"]
     if size % PATCH:
         raise ValueError(f"The images are {size} pixels wide, which patches of {PATCH} do not cover. Draw them anew.")

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..calibration import calibrate
 from ..convert import reduce_tokens, with_reduction
-from ..files import refuse_other_settings, whole, write_whole
+from ..files import known_settings, whole, write_whole
 from ..methods import DENSE, METHODS, find_method, method_of
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, facts_of
@@ -119,7 +119,7 @@ def compare(
     }
     if not (folder / "settings.json").is_file():
         write_whole(folder / "settings.json", json.dumps(settings, indent=1))
-    refuse_other_settings(folder, json.loads((folder / "settings.json").read_text()), settings)
+    known_settings(folder / "settings.json", settings)
 
     images = None
     if speed:

@@ -187,6 +187,7 @@ def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
         "method": None if reduction is None else reduction.method,
         "settings": None if reduction is None else reduction.to_dict(),
         "learned": {name: [round(value, 4) for value in values] for name, values in learned.items()} or None,
+        "share_when_calibrated": getattr(model.config, "calibrated_share", None),
         "dense_multiply_adds": round(dense_multiply_adds(model)),
         "multiply_adds": None,
         "tokens_per_layer": None,

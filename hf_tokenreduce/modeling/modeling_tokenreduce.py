@@ -87,6 +87,7 @@ class TokenReduceMixin(_StockModel):
 
     def _set_reduction(self, reduction) -> None:
         self.config.reduction = reduction
+        self.config.__dict__.pop("calibrated_share", None)  # it was that of another method, or of what it had learned
         encoder = encoder_of(self)
         for index, layer in enumerate(encoder.layers):
             like = next(layer.mlp.parameters())
