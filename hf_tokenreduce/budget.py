@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .calibration import calibrate, load_pixel_values
-from .convert import reduce_tokens
+from .convert import reduce_tokens, with_reduction
 from .loading import check_decided, method_setting
 from .methods import find_method
 from .modeling.multiply_adds import check_share
@@ -50,7 +50,8 @@ def reduce_to_share(
     if fitted:
         pixels = load_pixel_values(model, images, image_processor, MOST_IMAGES)
         setting = found.fit_share(model, pixels, share, **settings)  # type: ignore[misc]
-    reduced = reduce_tokens(model, setting)
-    if images is not None and found.prepare is not None:
-        calibrate(reduced, images, getattr(setting, "target", None), image_processor=image_processor)
+    if images is None or found.prepare is None:
+        return reduce_tokens(model, setting)
+    reduced = with_reduction(model, setting)
+    calibrate(reduced, images, getattr(setting, "target", None), image_processor=image_processor)
     return reduced

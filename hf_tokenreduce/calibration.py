@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from .methods import METHODS
 from .modeling.encoders import encoder_of
 from .modes import evaluating
-from .pictures import IMAGE_SUFFIXES, read_picture
+from .pictures import is_image, read_picture
+from .tasks import image_side, main_output
 
 
 def calibrate(
@@ -56,7 +57,22 @@ def calibrate(
         raise ValueError(f"{method.title} takes no {', '.join(unknown)} for calibration, only {', '.join(known)}.")
     pixels = load_pixel_values(model, images, image_processor, max_images)
     with evaluating(model):
-        return method.prepare(model, pixels, target, **options)
+        _check_finite(model, pixels)
+        kept = method.prepare(model, pixels, target, **options)
+    model.config.calibrated_share = round(kept, 4)  # what a folder says of itself: the images are not in it
+    return kept
+
+
+@torch.no_grad()
+def _check_finite(model: PreTrainedModel, pixels: Tensor) -> None:
+    if not pixels.isfinite().all():
+        raise ValueError("The images are not finite when they are prepared: look at the image processor's settings.")
+    first: Any = main_output(image_side(model)(pixels[:1]))
+    if not first.isfinite().all():
+        raise ValueError(
+            "What the model computes for the first image is not finite, so nothing can be fitted: its weights are "
+            "broken, or a half type overflows."
+        )
 
 
 def check_inputs(model: PreTrainedModel, inputs: Tensor) -> None:
@@ -84,7 +100,7 @@ def load_pixel_values(
             'image_processor(pictures, return_tensors="pt")["pixel_values"].'
         )
     folder = Path(images)
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = sorted(file for file in folder.rglob("*") if is_image(file))
     if not files:
         raise ValueError(f"No images in {folder}. Give a folder of images, with or without subfolders.")
     if image_processor is None:

@@ -1,6 +1,7 @@
 """`reduce_tokens` and `restore`: a loaded model with other classes around the same weights."""
 
-import copy
+from copy import copy as shallow_copy
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -8,10 +9,14 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, PREFIX, encoder_of, fixed_fields, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
+
+
+logger = logging.get_logger(__name__)
 
 
 def reduce_tokens(
@@ -21,13 +26,15 @@ def reduce_tokens(
     share: float | None = None,
     images: Any = None,
     image_processor: Any = None,
+    copy: bool = False,
     **settings: Any,
 ) -> PreTrainedModel:
     """Make a model that computes what `model` does on fewer tokens.
 
-    The result shares the weights of `model`, which stays usable and as it was; dtype, device and train or eval mode
-    are kept. Learned parts of a method are shared if `reduction` is what the model runs already; else they start
-    untrained.
+    The result shares the parameters of `model`, which stays usable and as it was; dtype, device and train or eval mode
+    are kept, and the result has a mode of its own. What changes a parameter in place, such as training or
+    `.to(torch.bfloat16)`, changes it in both, unless `copy=True`. Learned parts of a method are shared if `reduction`
+    is what the model runs already; else they start untrained.
 
     Args:
         model (`PreTrainedModel`): A model of transformers whose vision encoder can be reduced, such as a
@@ -39,6 +46,7 @@ def reduce_tokens(
         images (`Tensor`, `str` or `Path`, *optional*): Unlabelled images for methods that need them to be fitted to a
             share: pixel values, or a folder.
         image_processor: The model's, for a folder.
+        copy (`bool`): Give the result parameters of its own.
         settings: Further fields of the method's configuration.
 
     Returns:
@@ -50,6 +58,8 @@ def reduce_tokens(
         >>> reduced = reduce_tokens(model, "bat", share=0.65)
         >>> reduced = reduce_tokens(model, LTMPConfig, share=0.65, images="photos", image_processor=processor)
     """
+    if copy and stock_name(model) is not None:
+        model = deepcopy(model)
     by_name = isinstance(reduction, (str, type))
     if not by_name and (share is not None or settings or images is not None or image_processor is not None):
         given = [*(["share"] if share is not None else []), *settings, *(["images"] if images is not None else [])]
@@ -61,6 +71,15 @@ def reduce_tokens(
         from .budget import reduce_to_share
 
         return reduce_to_share(model, reduction, share, images, image_processor, settings)
+    reduced = with_reduction(model, reduction)
+    untrained = None if reduced.config.reduction is None else reduced.config.reduction.untrained()
+    if untrained is not None and not _runs(model, reduced.config.reduction):
+        logger.warning_once(untrained)
+    return reduced
+
+
+def with_reduction(model: PreTrainedModel, reduction: Any) -> PreTrainedModel:
+    """`reduce_tokens` by a setting, for callers that let the method learn what it needs themselves."""
     name = stock_name(model)
     if name is None:
         raise ValueError(
@@ -74,18 +93,20 @@ def reduce_tokens(
             f"This {name} is quantised, so its layers are no longer those that are reduced. Reduce it first, save it, "
             "then load the folder with quantization_config."
         )
-    is_reduced = type(model).__name__ != name
     reduced = _around_the_weights_of(model, reduced_model_class(getattr(transformers, name)))
-    reduced.set_reduction(reduction)
-    if is_reduced and _values(reduced.config.reduction) == _values(model.config.reduction):
+    reduced._set_reduction(reduction)
+    if _runs(model, reduced.config.reduction):
         for ours, theirs in zip(encoder_of(reduced).layers, encoder_of(model).layers, strict=True):
             ours.reducer = theirs.reducer
     return reduced
 
 
-def _values(reduction: Any) -> dict[str, Any] | None:
-    """What a setting says, whatever copy of its class it is of."""
-    return None if reduction is None else reduction.to_dict()
+def _runs(model: PreTrainedModel, reduction: ReductionConfig | None) -> bool:
+    """Whether a model is reduced by this very setting, whatever copy of its class either is of."""
+    if type(model).__name__ == stock_name(model):
+        return False
+    ours, theirs = (None if one is None else one.to_dict() for one in (reduction, model.config.reduction))
+    return ours == theirs
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
@@ -125,7 +146,7 @@ def stock_name(model: Any) -> str | None:
 
 def _convert_config(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     values = config.to_dict()
-    for name in ("model_type", "transformers_version", "reduction", "auto_map"):
+    for name in ("model_type", "transformers_version", "reduction", "auto_map", "calibrated_share"):
         values.pop(name, None)
     converted = config_class(**values)
     converted._attn_implementation = _attention_kernels(config)
@@ -155,7 +176,7 @@ def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedM
         containers.add(id(encoder.module.embeddings))
     _adopt(shell, model, containers)
     if hasattr(model, "generation_config"):
-        shell.generation_config = copy.deepcopy(model.generation_config)
+        shell.generation_config = deepcopy(model.generation_config)
     return shell
 
 
@@ -174,4 +195,14 @@ def _adopt(shell: nn.Module, model: nn.Module, containers: set[int]) -> None:
         if any(id(part) in containers for part in theirs.modules()):
             _adopt(child, theirs, containers)
         else:
-            setattr(shell, name, theirs)
+            setattr(shell, name, _own_modules(theirs))
+
+
+def _own_modules(module: nn.Module) -> nn.Module:
+    """A copy of a module and of those inside it that shares parameters and buffers, but not the train or eval mode."""
+    own = shallow_copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, dict):  # of parameters, of buffers, of hooks
+            own.__dict__[name] = value.copy()
+    own._modules = {name: child and _own_modules(child) for name, child in module._modules.items()}
+    return own

@@ -13,8 +13,9 @@ from typing import Any
 import transformers
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -26,13 +27,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .blame import architecture_of, blaming, check_sizes
 from .convert import stock_name
 from .methods import Method, find_method
 from .methods.register import register_from_folder
 from .modeling.configuration_base import ReductionConfig
-from .modeling.encoders import MODELS, PREFIX, TYPE_PREFIX, facts_of, what_can_be_reduced
+from .modeling.encoders import MODELS, TYPE_PREFIX, facts_of, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
-from .pictures import IMAGE_SUFFIXES, read_picture
+from .pictures import IMAGE_SUFFIXES, is_image, read_picture
 from .tasks import task_of
 
 
@@ -60,39 +62,44 @@ def load_model(
     if trust_remote_code:
         register_from_folder(name, revision)
     with no_progress_bars():
-        try:
-            auto_class: Any = AutoModelForImageClassification
-            if any_task:
-                auto_class = _auto_class_of(name, where)
+        with blaming(name, "config.json"):
+            config = AutoConfig.from_pretrained(name, **where)
+            architecture = architecture_of(config) or "model that its config.json does not name"
+        auto_class = _auto_class_of(name, config, architecture) if any_task else AutoModelForImageClassification
+        with blaming(name, "model.safetensors"):
+            check_sizes(name, config)
+        with blaming(name, "config.json", config):
             model, found = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **where)
-            takes_audio = model.main_input_name == "input_values"
+        takes_audio = model.main_input_name == "input_values"
+        with blaming(name, "preprocessor_config.json"):
             processor = (AutoFeatureExtractor if takes_audio else AutoImageProcessor).from_pretrained(name, **where)
-        except (OSError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{name!r} could not be loaded: {reason} It must be a folder with config.json, model.safetensors and "
-                "preprocessor_config.json, or the id of such a repository on the Hub."
-            ) from error
     if stock_name(model) is None:
         raise ValueError(f"{name!r} is a {type(model).__name__}. {what_can_be_reduced()}")
+    if hasattr(config, "reduction") and not config.model_type.startswith(TYPE_PREFIX):
+        raise ValueError(
+            f"config.json of {name!r} has a reduction, but its model_type {config.model_type!r} is not of a reduced "
+            "model, so it would do nothing. Take it out, and reduce the model: tokenreduce reduce."
+        )
     missing = set(found["missing_keys"])
     if any_task and missing and all(name.startswith("pooler.") for name in missing):
         # Many encoders were trained without one, such as DINO and MAE: better none than a random one.
         model.pooler, missing = None, set()
     if missing:
-        what = "its classifier" if not any_task or "Classification" in type(model).__name__ else "a part of it"
+        some = ", ".join(sorted(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        if all(part.split(".")[0] in ("classifier", "cls_classifier", "distillation_classifier") for part in missing):
+            raise ValueError(
+                f"{name!r} has no trained {some}: its classifier would be random. Train it first: tokenreduce train."
+            )
         raise ValueError(
-            f"{name!r} has no trained {', '.join(sorted(missing))}: {what} would be random. "
-            "Train it first: tokenreduce train."
+            f"model.safetensors of {name!r} lacks {some}, which config.json asks for: a part of the model would be "
+            "random. Save or download the model again, or train it first: tokenreduce train."
         )
     model.to(PartialState().device)
     return model.eval(), processor
 
 
-def _auto_class_of(name: str, where: dict[str, Any]) -> Any:
-    """The Auto class, or class, that loads the model which a configuration names."""
-    config = AutoConfig.from_pretrained(name, **where)
-    architecture = (config.architectures or ["model that its config.json does not name"])[0].removeprefix(PREFIX)
+def _auto_class_of(name: str, config: PreTrainedConfig, architecture: str) -> Any:
+    """Return the Auto class, or class, that loads the model which a configuration names."""
     if architecture not in MODELS:
         raise ValueError(f"{name!r} is a {architecture}. {what_can_be_reduced()}")
     task = task_of(architecture)
@@ -105,9 +112,10 @@ def _auto_class_of(name: str, where: dict[str, Any]) -> Any:
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """All that prepares a model's inputs, images and texts, in one processor."""
-    return AutoProcessor.from_pretrained(
-        name, revision=revision or "main", trust_remote_code=trust_remote_code or None
-    )
+    with blaming(name, "the processor's files"):
+        return AutoProcessor.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=trust_remote_code or None
+        )
 
 
 @contextmanager
@@ -135,7 +143,10 @@ def load_images(name: str, split: str | None = None, limit: int | None = None, *
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(found)}.")
     dataset = found[split]
     if labelled and not isinstance(dataset.features.get("label"), ClassLabel):
-        raise ValueError(f"{name} has no classes: make one folder per class, or name a data set with a label column.")
+        raise ValueError(
+            f"{name} has no classes: make one folder per class, at least two, or name a data set with a label column. "
+            "A metadata file among the images replaces the classes: move it away."
+        )
     return dataset if limit is None else dataset.select(spread(len(dataset), limit))
 
 
@@ -148,7 +159,12 @@ def load_bank(name: str, images: Dataset, limit: int | None = None) -> Dataset |
 
 
 def _load_splits(name: str) -> DatasetDict:
-    found = load_image_folder(name) if Path(name).is_dir() else load_dataset(name)
+    if Path(name).is_dir():
+        return load_image_folder(name)
+    try:
+        found = load_dataset(name)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise ValueError(f"{name!r} is no folder here, and the Hub gives no such data set: {error}") from error
     assert isinstance(found, DatasetDict)
     return found
 
@@ -163,8 +179,17 @@ def load_image_folder(name: str | Path) -> DatasetDict:
         parts = defaultdict(list)
         for path in inner:
             parts[SPLITS.get(path.name, re.sub(r"\W", "_", path.name))].append(path)
+    for split, paths in parts.items():
+        if not [file for path in paths for file in path.rglob("*") if is_image(file)]:  # which looks at every name
+            raise ValueError(
+                f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
+                f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."
+            )
     files = {split: [f"{glob.escape(str(path.resolve()))}/**" for path in paths] for split, paths in parts.items()}
-    return load_dataset("imagefolder", data_files=files)
+    try:
+        return load_dataset("imagefolder", data_files=files)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{folder} cannot be read as a folder of images: {error.__cause__ or error}") from error
 
 
 def _holds_folders_only(folder: Path) -> bool:
@@ -187,7 +212,7 @@ def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list
     for name in names:
         path = Path(name)
         inside = path.rglob("*") if path.is_dir() else [path]
-        found = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        found = sorted(file for file in inside if is_image(file))
         if not found:
             raise ValueError(
                 f"{name} is neither an image nor a folder of images ({', '.join(sorted(IMAGE_SUFFIXES))})."
@@ -253,3 +278,10 @@ def check_decided(method: Method, share: float | None, settings: dict[str, Any])
     both = sorted(set(settings) & set(method.key_settings))
     if both:
         raise ValueError(f"A share of {share} decides {', '.join(both)} of {method.title}. Give one of the two.")
+
+
+def image_names(dataset: Dataset, image_column: str = "image") -> list[str]:
+    """What to call each image of a data set: its file with the folder it is in, or its row."""
+    files = dataset.cast_column(image_column, ImageFeature(decode=False))[image_column]
+    paths = [Path(file["path"]) if file and file.get("path") else None for file in files]
+    return [f"row {row}" if path is None else "/".join(path.parts[-2:]) for row, path in enumerate(paths)]

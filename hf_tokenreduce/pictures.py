@@ -2,16 +2,42 @@
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
 
+def is_image(file: Path) -> bool:
+    """Whether a file is an image by its name. Those that begin with a dot are not: macOS leaves such beside others."""
+    if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith(".") or not file.is_file():
+        return False
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        name = file.name.encode(errors="surrogateescape")
+        raise ValueError(f"{file.parent} holds a file whose name is not UTF-8, {name!r}. Rename it.") from None
+    return True
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """Convert a picture to RGB. Of 16 bits a pixel the upper 8 are taken, where Pillow would clip: all but white."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture)
+        if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"a picture of mode {picture.mode!r} has no known range of values. Save it with 8 or 16 bits a pixel"
+            )
+        picture = Image.fromarray((values // 257).astype(np.uint8))
+    # By way of RGBA, which spares Pillow's warning about transparent palettes.
+    return picture.convert("RGBA" if "transparency" in picture.info else "RGB").convert("RGB")
+
+
 def read_picture(file: str | Path) -> Image.Image:
-    """Upright, in RGB."""
+    """Read an image file, upright and in RGB."""
     try:
         with Image.open(file) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return as_rgb(ImageOps.exif_transpose(picture))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} cannot be read as an image ({error}). Remove it or replace it.") from error

@@ -20,11 +20,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .convert import reduce_tokens, restore
+from .guard import Guard
 from .loading import load_model
 from .methods import METHODS, Method
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import encoder_of, facts_of
 from .modeling.multiply_adds import multiply_adds
+from .pictures import as_rgb
 from .timing import in_turns
 from .visualization import seen_images, token_maps
 from .visualization.drawing import draw_layer, resized_to_cells
@@ -33,6 +35,7 @@ from .visualization.drawing import draw_layer, resized_to_cells
 PUBLISHED = "as published"
 MAX_PIXELS = 50_000_000
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+MORE_THAN_THE_FILE = 2**16  # bytes of a request
 REPEATS = 5
 TOP = 5
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -106,7 +109,7 @@ class SideBySide:
     @torch.no_grad()
     def __call__(self, image: Image.Image, method: str, budget: float = 0.65, *, size: int = 384) -> Answer:
         """budget: the share of the multiply-adds to keep. size: of the pictures, about."""
-        pixels = self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"].to(self.dense.device)
+        pixels = self.processor(as_rgb(image), return_tensors="pt")["pixel_values"].to(self.dense.device)
         if method == PUBLISHED and self.published is not None:
             reduced = self.published
         else:
@@ -165,6 +168,8 @@ def load_side_by_side(
 
 def read_image(file: str | Path, *, max_upload_mb: float = 10) -> Image.Image:
     """An uploaded file, upright and in RGB; its size is judged by its header, before a pixel is decoded."""
+    if Path(file).stat().st_size == 0:
+        raise ValueError("The file is empty. Give an image.")
     if Path(file).stat().st_size > max_upload_mb * 1024**2:
         raise ValueError(f"The file is larger than {max_upload_mb} MB. Give a smaller one.")
     try:
@@ -176,7 +181,7 @@ def read_image(file: str | Path, *, max_upload_mb: float = 10) -> Image.Image:
                         f"The image has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 10**6} "
                         "megapixels. Give a smaller one."
                     )
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return as_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise ValueError(f"The image has more than {MAX_PIXELS // 10**6} megapixels. Give a smaller one.") from error
     except (OSError, SyntaxError) as error:  # Pillow's parsers raise either on a broken file
@@ -231,6 +236,8 @@ def build_app(
                     buttons=["fullscreen"],
                     height=300,
                 )
+                # The file is read by us, so that what cannot be read gets a reason.
+                image.preprocess = lambda payload: None if payload is None else payload.path
                 method = gr.Dropdown(methods, value=methods[0], label="Method")
                 budget = gr.Slider(
                     0.4,
@@ -291,6 +298,8 @@ def serve(
         raise ValueError(f"max_upload_mb must be above 0, got {max_upload_mb}.")
     gr = _gradio()
     app = build_app(folder_or_id, revision=revision, trust_remote_code=trust_remote_code, max_upload_mb=max_upload_mb)
+    limit = int(max_upload_mb * 1024**2)
+    guard = _middleware(Guard, hosts=LOOPBACK if host in LOOPBACK else None, most_bytes=limit + MORE_THAN_THE_FILE)
     if host not in LOOPBACK:
         logger.warning(f"The page listens on {host}: whoever reaches port {port} of this computer can use it.")
     try:
@@ -299,9 +308,10 @@ def serve(
             server_port=port,
             inbrowser=open_browser,
             share=False,
-            max_file_size=int(max_upload_mb * 1024**2),
+            max_file_size=limit,
             # Fonts of the reader's computer: the page fetches nothing from elsewhere.
             theme=gr.themes.Soft(font=["Helvetica", "Arial", "sans-serif"], font_mono=["Courier", "monospace"]),
+            app_kwargs={"middleware": [guard]},
             footer_links=[],
             run_history=False,
             ssr_mode=False,
@@ -350,6 +360,12 @@ def report(answer: Answer) -> str:
         f"<div style='display:flex;gap:3px;max-width:720px'>{bars}</div>"
         f"<p><small>{escape(setting)}</small></p>"
     )
+
+
+def _middleware(*args: Any, **options: Any) -> Any:
+    from starlette.middleware import Middleware  # which comes with Gradio
+
+    return Middleware(*args, **options)
 
 
 def _plain(text: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from helpers import SHARED
 from transformers.utils import logging
 
-from hf_tokenreduce.cli import main
+from hf_tokenreduce_cli import main
 
 
 torch.set_num_threads(1)

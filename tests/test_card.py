@@ -11,10 +11,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from task_models import CASES, save_case
 from test_hub import saved
+from transformers import ViTImageProcessor
 
-from hf_tokenreduce import ATSConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce import ATSConfig, EViTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.evaluation.accuracy import wilson_interval
-from hf_tokenreduce.hub import model_card, write_card, write_cards
+from hf_tokenreduce.hub import check_folder, model_card, write_card, write_cards
 from hf_tokenreduce.hub.card_text import merge_metadata, sections
 from hf_tokenreduce.methods import METHODS as DESCRIBED
 from hf_tokenreduce.modeling.methods import METHOD_CLASSES
@@ -429,3 +430,21 @@ def test_what_scores_tokens_is_called_by_its_name(tmp_path):
     model.save_pretrained(tmp_path)
     method = part(model_card(tmp_path), "method")
     assert "that the mean of all tokens attends to least" in method and "class token" not in method
+
+
+def test_a_card_of_another_model_is_not_published(tmp_path):
+    """As `reduce` over a folder with a card would leave it."""
+    folder = tmp_path / "model"
+    reduce_tokens(tiny_model(), ToMeConfig(r=4)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    write_card(folder)
+    assert check_folder(folder, load=False).ok
+    for setting, what in ((ToMeConfig(r=5), "r"), (EViTConfig(layers=(1,)), "the method")):
+        reduce_tokens(tiny_model(), setting).save_pretrained(folder)
+        report = check_folder(folder, load=False)
+        assert (
+            not report.ok
+            and f"README.md tells of another model than config.json: they differ in {what}" in (report.errors[0])
+        )
+    (folder / "README.md").write_text("# A card of its owner, about ToMe")
+    assert check_folder(folder, load=False).ok

@@ -11,10 +11,10 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from hf_tokenreduce import ATSConfig, reduce_tokens
-from hf_tokenreduce.cli import app, main
 from hf_tokenreduce.loading import load_model, load_pictures
 from hf_tokenreduce.methods import METHODS
 from hf_tokenreduce.methods.fitting import share_on
+from hf_tokenreduce_cli import app, main
 
 
 COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)

@@ -132,7 +132,7 @@ def test_depth_changed_after_the_reduction_was_set():
 
 
 def test_models_we_do_not_have():
-    with pytest.raises(ValueError, match=r"BertModel.*ViTModel.*DeiTForImageClassificationWithTeacher"):
+    with pytest.raises(ValueError, match=r"BertModel.*ViT, DeiT, .*encoders\.md"):
         reduce_tokens(BertModel(BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1)), ToMeConfig())
     with pytest.raises(ValueError, match="ViTForMaskedImageModeling"):
         reduce_tokens(ViTForMaskedImageModeling(ViTConfig(**SIZES)), ToMeConfig(r=1))
@@ -210,7 +210,7 @@ def test_the_configuration_of_another_class():
         TokenReduceViTForImageClassification(ViTConfig(**SIZES))
     with pytest.raises(ValueError, match=r"takes a TokenReduceViTConfig, got a TokenReduceDeiTConfig"):
         TokenReduceViTForImageClassification(TokenReduceDeiTConfig(**SIZES))
-    with pytest.raises(ValueError, match="at least one layer"):
+    with pytest.raises(ValueError, match="num_hidden_layers=0"):
         TokenReduceViTForImageClassification(TokenReduceViTConfig(**{**SIZES, "num_hidden_layers": 0}))
 
 

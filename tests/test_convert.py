@@ -5,8 +5,9 @@ import torch
 from helpers import BACKBONES, enable_checkpointing, tiny_images, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import ViTForImageClassification
+from transformers.utils import logging
 
-from hf_tokenreduce import EViTConfig, LTMPConfig, ToMeConfig, reduce_tokens, restore
+from hf_tokenreduce import EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens, restore
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -152,3 +153,51 @@ def test_layers_are_not_split_over_devices(backbone):
     model = reduce_tokens(tiny_model(backbone), ToMeConfig(r=5))
     assert type(model.base_model.layers[0]).__name__ in model._no_split_modules
     assert type(model.base_model.embeddings).__name__ in model._no_split_modules
+
+
+def test_modes_are_each_models_own():
+    stock = tiny_model(hidden_dropout_prob=0.5)
+    expected = stock(tiny_images()).logits
+    reduced = reduce_tokens(stock, ToMeConfig(r=3)).train()
+    assert reduced.training and all(module.training for module in reduced.modules())
+    assert not any(module.training for module in stock.modules())
+    assert torch.equal(stock(tiny_images()).logits, expected)
+    assert not torch.equal(reduced(tiny_images()).logits, reduced(tiny_images()).logits)  # dropout is at work
+    again = reduce_tokens(reduced, EViTConfig(layers=(1,)))
+    assert again.training and not again.eval().training and reduced.training
+
+
+def test_parameters_are_shared_unless_copied():
+    stock = tiny_model()
+    shared, own = reduce_tokens(stock, ToMeConfig(r=3)), reduce_tokens(stock, ToMeConfig(r=3), copy=True)
+    by_name = reduce_tokens(stock, "tome", r=3, copy=True)
+    assert torch.equal(shared(tiny_images()).logits, own(tiny_images()).logits)
+    kept = dict(stock.named_parameters())
+    assert all(kept[name] is parameter for name, parameter in shared.named_parameters())
+    for model in (own, by_name):
+        assert not any(kept[name] is parameter for name, parameter in model.named_parameters())
+        model.to(torch.bfloat16)
+        assert stock.dtype == shared.dtype == torch.float32
+    reduced = reduce_tokens(tiny_model(), LTMPConfig())
+    other = reduce_tokens(reduced, LTMPConfig(), copy=True)
+    other.vit.layers[0].reducer.merge_threshold.data.fill_(0.1)
+    assert reduced.vit.layers[0].reducer.merge_threshold.item() != pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [(LTMPConfig(), "is not `target` yet"), (SiTConfig(layers=(1,)), "random")]
+)
+def test_what_has_to_learn_first_says_so(caplog, setting, message):
+    type(logging.get_logger()).warning_once.cache_clear()
+    with caplog.at_level("WARNING", "hf_tokenreduce"):
+        model = reduce_tokens(tiny_model(), setting)
+        assert message in caplog.text and "calibrate(model, images" in caplog.text
+        caplog.clear()
+        reduce_tokens(model, setting)  # with what that model has learned
+        reduce_tokens(tiny_model(), setting.method, images=tiny_images(4), share=0.6)
+        reduce_tokens(tiny_model(), ToMeConfig())
+    assert not caplog.text
+    type(logging.get_logger()).warning_once.cache_clear()
+    with caplog.at_level("WARNING", "hf_tokenreduce"):
+        model.set_reduction(setting)
+    assert message in caplog.text

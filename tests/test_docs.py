@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from task_models import CASES
 from transformers import ViTImageProcessor
 
 from hf_tokenreduce import reduce_tokens
-from hf_tokenreduce.cli import main
 from hf_tokenreduce.families import families_table
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.methods import METHODS
 from hf_tokenreduce.methods.table import method_page, methods_page, methods_table
+from hf_tokenreduce_cli import main
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_runs(page, place, monkeypatch, tmp_path):
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     names = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
     if page.parent.name == "methods":  # which take up where the README begins

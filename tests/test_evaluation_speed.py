@@ -121,7 +121,7 @@ def test_an_oracle_that_cuts_nothing_is_the_dense_model(backbone, hook):
         oracle.lengths = [40, 30, 20, 10]
         seen = []
         handles = [layer.mlp.fc1.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
-                   for layer in stock.base_model.layers]  # fmt: skip
+                   for layer in oracle.model.base_model.layers]  # fmt: skip
         assert oracle(images).shape == (2, 5)
     for handle in handles:
         handle.remove()

@@ -18,7 +18,6 @@ from PIL import Image
 from transformers import PreTrainedModel, ViTImageProcessor
 
 from hf_tokenreduce import Method, ToMeConfig, calibrate, reduce_tokens, register_method
-from hf_tokenreduce.cli import main
 from hf_tokenreduce.hub import check_folder, write_card
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.methods import METHODS
@@ -27,6 +26,7 @@ from hf_tokenreduce.modeling.configuration_base import ReductionConfig
 from hf_tokenreduce.modeling.hooks import Reducer
 from hf_tokenreduce.modeling.methods import METHOD_CLASSES
 from hf_tokenreduce.visualization import token_maps
+from hf_tokenreduce_cli import main
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

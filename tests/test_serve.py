@@ -261,6 +261,58 @@ def test_an_upload_that_is_too_large(page):
     assert getattr(caught.value, "code", 413) == 413
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:7860"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": ""}, 403),
+        ({"Origin": "http://localhost:1234"}, 200),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_other_pages_of_the_web_are_not_answered(page, headers, status):
+    """A name that is made to lead to this computer, and a page that asks from elsewhere."""
+    request = urllib.request.Request(page + "config", headers=headers)
+    try:
+        answer = urllib.request.urlopen(request, timeout=20)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        assert answer.status == status
+        if status != 200:
+            assert "evil" not in str(answer.headers)
+
+
+def test_many_files_at_once_are_too_large(page):
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + b"0" * 400_000 + b"\r\n"
+    request = urllib.request.Request(
+        page + "gradio_api/upload", 5 * part + b"--x--", {"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    with pytest.raises((urllib.error.HTTPError, urllib.error.URLError)) as caught:
+        urllib.request.urlopen(request, timeout=20).close()
+    assert getattr(caught.value, "code", 413) == 413
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "The file is empty"), (b"no image at all", "not an image that can be read"), ("huge", "50 megapixels")],
+)
+def test_what_is_no_image_is_told(page, tmp_path, content, message):
+    client_module = pytest.importorskip("gradio_client")
+    client = client_module.Client(page, verbose=False)
+    file = tmp_path / "given.png"
+    if content == "huge":
+        huge_png(file, 20_000, 20_000)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(client_module.exceptions.AppError, match=message):
+        client.predict(client_module.handle_file(file), "EViT", 0.6, api_name="/compare")
+
+
 class Browser:
     """A page of headless Chromium, told what to do by its DevTools protocol."""
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.utils import logging
 
-from ..files import refuse_other_settings, whole, write_whole
+from ..files import known_settings, model_folder, refuse_other_settings, whole, write_whole
 from ..modeling.encoders import encoder_of
 from .images import BOX, CLASSES, MANIFEST, SPLITS
 
@@ -77,17 +77,16 @@ def train_dense(
     }
     record = output_dir / RECORD
     if record.is_file():
-        found = json.loads(record.read_text())
-        refuse_other_settings(output_dir, found, settings)
-        return found
+        return known_settings(record, settings)
     size = settings["data"]["size"]
     if size % PATCH:
         raise ValueError(f"The images are {size} pixels wide, which patches of {PATCH} do not cover. Draw them anew.")
     output_dir.mkdir(parents=True, exist_ok=True)
     model = _new_model(size, seed)
     seconds = _train(model, train, output_dir / UNFINISHED, settings, progress)
-    model.eval().save_pretrained(output_dir)
-    _processor(size).save_pretrained(output_dir)
+    with model_folder(output_dir) as place:
+        model.eval().save_pretrained(place)
+        _processor(size).save_pretrained(place)
     result = {**settings, "top1": _top1(model, validation), "seconds": round(seconds, 1)}
     write_whole(record, json.dumps(result, indent=2) + "\n")
     (output_dir / UNFINISHED).unlink(missing_ok=True)

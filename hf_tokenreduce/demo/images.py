@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 from transformers.utils import logging
 
-from ..files import refuse_other_settings, whole, write_whole
+from ..files import known_settings, whole, write_whole
 
 
 CLASSES = ("cross", "disc", "ring", "square", "star", "triangle")
@@ -96,11 +96,7 @@ def draw(split: str, name: str, index: int, *, size: int = 96, seed: int = 0) ->
 def _claim(folder: Path, settings: dict[str, object]) -> None:
     file = folder / MANIFEST
     if file.is_file():
-        try:
-            found = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not what make_images wrote. Give another folder.") from error
-        refuse_other_settings(folder, found, settings)
+        known_settings(file, settings)
         return
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files and no {MANIFEST}. Give a new or empty folder.")

@@ -18,9 +18,9 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor, set_seed
 
 from ..calibration import calibrate
-from ..convert import reduce_tokens
+from ..convert import with_reduction
 from ..evaluation import benchmark, evaluate_model, pareto_plot
-from ..files import write_whole
+from ..files import model_folder, write_whole
 from ..hub import write_card
 from ..loading import no_progress_bars, spread
 from ..methods import METHODS, Method
@@ -80,17 +80,14 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
     models: dict[str, PreTrainedModel] = {"dense": dense}
     for number, (name, method) in enumerate(METHODS.items(), start=1):
         target = folder / name
-        if not (target / "model.safetensors").is_file():
+        if not (target / "config.json").is_file():
             _say(f"   {number} of {len(METHODS)}: {method.title}" + (", trained" if "demo" in method.recipes else ""))
             set_seed(seed)
-            reduced = reduce_tokens(copy.deepcopy(dense), _setting(method, dense))
+            reduced = with_reduction(copy.deepcopy(dense), _setting(method, dense))
             reduced = _prepared(method, reduced, training, processor, work / name)
-            with tempfile.TemporaryDirectory(dir=folder) as unfinished, no_progress_bars():
-                reduced.save_pretrained(unfinished)
-                processor.save_pretrained(unfinished)
-                target.mkdir(exist_ok=True)
-                for file in sorted(Path(unfinished).iterdir(), key=lambda file: file.suffix == ".safetensors"):
-                    os.replace(file, target / file.name)  # the weights come last: with them the folder is whole
+            with model_folder(target) as place, no_progress_bars():
+                reduced.save_pretrained(place)
+                processor.save_pretrained(place)
         with no_progress_bars():
             models[name] = AutoModelForImageClassification.from_pretrained(target).eval()
 

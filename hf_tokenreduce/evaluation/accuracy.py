@@ -1,6 +1,7 @@
 """`evaluate_model`: accuracy on labelled images beside the model before reduction, image by image."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,9 +179,21 @@ def paired_bootstrap(right: np.ndarray, was_right: np.ndarray, seed: int = 0) ->
     return float(low), float(high)
 
 
+def check_finite(outputs: Tensor, rows: Sequence[int], what: str = "model") -> None:
+    """Raise a ValueError that names the first image for which the numbers are not finite: they would rank anyhow."""
+    broken = ~outputs.flatten(1).isfinite().all(dim=1)
+    if broken.any():
+        row = rows[int(broken.nonzero()[0, 0])]
+        raise ValueError(
+            f"What the {what} computes for row {row} of the data set is not finite. Its weights are broken, the image "
+            "processor is (image_std of 0?), or a half type overflows: load it in float32."
+        )
+
+
 def _record(model: Any, dense: Any, rows: list[int], pixel_values: Tensor) -> Progress:
     pixel_values = pixel_values.to(model.device)
     output = model(pixel_values)
+    check_finite(output.logits, rows)
     ranked = output.logits.topk(min(5, output.logits.shape[-1]), dim=-1).indices
     counts = output.get("token_counts")
     if counts is None:
@@ -189,6 +202,7 @@ def _record(model: Any, dense: Any, rows: list[int], pixel_values: Tensor) -> Pr
     record = {"rows": rows, "ranked": ranked.tolist(), "tokens": counts.tolist()}
     if dense is not None:
         logits = dense(pixel_values.to(dense.device)).logits
+        check_finite(logits, rows, "dense model")
         record["dense"] = logits.argmax(dim=-1).tolist()
     return record
 

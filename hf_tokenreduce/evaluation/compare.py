@@ -1,6 +1,8 @@
 """`compare`: one model, one data set, many settings: tables and a picture of what each costs and saves."""
 
 import json
+import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,18 +12,21 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..calibration import calibrate
-from ..convert import reduce_tokens
-from ..files import refuse_other_settings, whole, write_whole
+from ..convert import reduce_tokens, with_reduction
+from ..files import known_settings, whole, write_whole
 from ..methods import DENSE, METHODS, find_method, method_of
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import check_share
-from ..tasks import task_of_model
+from ..modes import evaluating
+from ..tasks import image_side, task_of_model
+from ..timing import seconds_of
 from .accuracy import evaluate_model
 from .comparison import Comparison, write_comparison
 from .compute import facts_on
@@ -114,7 +119,7 @@ def compare(
     }
     if not (folder / "settings.json").is_file():
         write_whole(folder / "settings.json", json.dumps(settings, indent=1))
-    refuse_other_settings(folder, json.loads((folder / "settings.json").read_text()), settings)
+    known_settings(folder / "settings.json", settings)
 
     images = None
     if speed:
@@ -127,6 +132,8 @@ def compare(
         return evaluate_model(one, dataset, processor, dense=beside, output_dir=where, **options)
 
     done = {row["key"]: row for row in read_lines(folder / "results.jsonl")}
+    if progress:
+        _tell_how_long(inside(dense), dataset, processor, image_column, batch_size, len(wanted) - len(done))
     dense_report: Any = None
     rows = []
     bar = logging.tqdm(wanted, desc="settings", disable=not progress)
@@ -165,6 +172,20 @@ def compare(
         comparison, f"{Path(config.name_or_path or type(inside(model)).__name__).name}, {len(dataset)} images"
     )
     return comparison
+
+
+def _tell_how_long(
+    model: PreTrainedModel, dataset: Dataset, processor: Any, image_column: str, batch_size: int, settings: int
+) -> None:
+    """Print about how long it will take, by the time of one batch through the dense model."""
+    begin = time.perf_counter()
+    pixels = sample_pixels(dataset, processor, image_column, batch_size).to(model.device)
+    reading = time.perf_counter() - begin
+    with evaluating(model), torch.no_grad():
+        computing = min(seconds_of(partial(image_side(model), pixels), model.device) for _ in range(2))
+    minutes = max(0, settings) * len(dataset) / len(pixels) * (reading + computing) / 60
+    told = f"{settings} settings on {len(dataset)} images: about {minutes:.0f} min at most, and the timing."
+    tqdm.write(told, sys.stderr)
 
 
 def facts_for(
@@ -303,7 +324,7 @@ def _is_of_features(model: Any, bank: Dataset | None) -> bool:
 
 
 def _reduced(model: Any, reduction: ReductionConfig | None) -> Any:
-    return converted(model, lambda one: reduce_tokens(one, reduction).eval())
+    return converted(model, lambda one: with_reduction(one, reduction).eval())
 
 
 def _digest(dataset: Dataset, image_column: str, label_column: str) -> str:

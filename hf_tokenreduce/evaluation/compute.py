@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..methods import method_of
 from ..modeling.encoders import EncoderFacts, encoder_of, facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share, multiply_adds
@@ -171,6 +172,7 @@ def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
     encoder = encoder_of(model)
     facts = encoder.facts
     reduction = facts.reduction
+    learned = method_of(reduction).learned_numbers(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokens = facts.num_tokens
     described: dict[str, Any] = {
@@ -184,6 +186,8 @@ def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
         "megabytes": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6, 1),
         "method": None if reduction is None else reduction.method,
         "settings": None if reduction is None else reduction.to_dict(),
+        "learned": {name: [round(value, 4) for value in values] for name, values in learned.items()} or None,
+        "share_when_calibrated": getattr(model.config, "calibrated_share", None),
         "dense_multiply_adds": round(dense_multiply_adds(model)),
         "multiply_adds": None,
         "tokens_per_layer": None,

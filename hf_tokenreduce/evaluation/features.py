@@ -18,7 +18,7 @@ from ..modeling.encoders import encoder_of
 from ..modeling.tokens import unmerge
 from ..modes import evaluating
 from ..tasks import image_side, task_of_model
-from .accuracy import costs_of, paired_bootstrap, wilson_interval
+from .accuracy import check_finite, costs_of, paired_bootstrap, wilson_interval
 from .compute import tokens_entering
 from .reading import batches, check_data, sample_pixels
 from .resume import Processes, Progress, Records, digest_of_data, digest_of_model
@@ -291,6 +291,7 @@ def _extract(
 def _record(model: PreTrainedModel, dense: PreTrainedModel | None, rows: list[int], pixel_values: Tensor) -> Progress:
     output = image_side(model)(pixel_values, output_patch_map=True)
     pooled = pooled_features(model, output)
+    check_finite(pooled, rows)
     record = {"rows": rows, "pooled": list(map(_encoded, pooled.cpu())), "tokens": output.token_counts.tolist()}
     if dense is not None:
         theirs = image_side(dense)(pixel_values, output_patch_map=True)

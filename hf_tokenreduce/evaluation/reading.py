@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..loading import spread
+from ..pictures import as_rgb
 
 
 def batches(
@@ -53,7 +54,7 @@ class _Reader(torch.utils.data.Dataset):
         photos = []
         for row in rows:
             try:
-                photos.append(self.dataset[row][self.image_column].convert("RGB"))
+                photos.append(as_rgb(self.dataset[row][self.image_column]))
             except Exception as error:  # Pillow raises whatever its parsers trip over
                 raise ValueError(
                     f"Row {row} of the data set holds no readable image in its column {self.image_column!r} "

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ..files import refuse_other_settings, write_whole
+from ..files import known_settings, write_whole
 
 
 Progress = dict[str, Any]
@@ -67,7 +67,7 @@ class Records:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(known, json.dumps(settings, indent=1))
         processes.wait()
-        refuse_other_settings(self.folder, json.loads(known.read_text()), settings)
+        known_settings(known, settings)
         for part in sorted(self.folder.glob("part-*.jsonl")):
             for record in read_lines(part):
                 self._take(record)

@@ -1,6 +1,5 @@
 """Model cards, filled from the configuration in a folder and the record of its run. What is unknown is left out."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..methods import DENSE, METHODS, Method, method_of
 from ..modeling.encoders import facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share
+from .card_check import settings_rows
 from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, split
 from .configuration import check_config, main_input_of, tower_of
 from .contents import one_line
@@ -162,9 +162,16 @@ def _body(
         ratio = even_share(reduction, config) if ratio is None else ratio
         tokens = even_counts(reduction, config) if tokens is None else tokens
     speedup = number(record, "speedup", 2)
+    lost = drop(record)
+    gains = lost is not None and lost.startswith("-")
+    lost = lost and lost.removeprefix("-")
     rows = [
         ("top-1", accuracy(record, "baseline_top1") or "", accuracy(record)),
-        ("points of top-1 lost", "", drop(record) if reduction else None),
+        (
+            f"points of top-1 {'gained' if gains else 'lost'}",
+            "",
+            lost and lost.removeprefix("-") if reduction else None,
+        ),
         ("multiply-adds of the encoder", "1", None if ratio is None or reduction is None else f"{ratio:.2f}"),
         ("images per second", "1", speedup if reduction else None),
     ]
@@ -174,7 +181,7 @@ def _body(
         intro=f"{what or f'{kind}, not reduced'}, made with hf_tokenreduce.",
         method=method,
         picture=next((name for name in PICTURES if folder is not None and (folder / name).is_file()), None),
-        settings=[] if reduction is None else _settings(reduction),
+        settings=[] if reduction is None else settings_rows(reduction),
         results=[row for row in rows if row[2] is not None],
         has_baseline=reduction is not None,
         conditions=_conditions(record, speedup if reduction else None),
@@ -202,10 +209,6 @@ def _prefix(config: Any) -> str:
         return ", the class token included"
     more = "the distillation token" if count == 2 else f"{count - 1} registers"
     return f", the class token and {more} included"
-
-
-def _settings(reduction: Any) -> list[tuple[str, str]]:
-    return [(name, f"`{json.dumps(value)}`") for name, value in reduction.to_dict().items() if name != "method"]
 
 
 def _conditions(record: Record, speedup: str | None) -> str:

@@ -19,6 +19,7 @@ from ..methods.register import register_from_folder
 from ..modeling.encoders import PREFIX, encoder_config
 from ..tasks import MAIN_OUTPUTS, Task
 from . import fresh
+from .card_check import check_card
 from .configuration import (
     check_config,
     main_input_of,
@@ -29,7 +30,7 @@ from .configuration import (
     task_of_config,
     tower_of,
 )
-from .contents import differing_code, list_files, one_line, read_json
+from .contents import LEFT_BY_TRAINING, differing_code, list_files, one_line, read_json
 from .processing import check_processor
 from .weights import check_weights
 
@@ -98,7 +99,9 @@ def check_folder(
         what = "spectrograms (n, frames, bins)" if of_audio else "pixel values (n, C, H, W)"
         raise ValueError(f"images must be {what} with n above 0, got {tuple(images.shape)}.")
     files, errors, others = list_files(folder, None if stock is None else takes_texts(stock))
-    warnings: list[str] = []
+    left = [other for other in others if LEFT_BY_TRAINING.fullmatch(other.split()[0])]
+    others = [other for other in others if other not in left]
+    warnings = [f"Left out, as training leaves it: {other.split()[0]}" for other in left]
     if skip_others:
         warnings += [f"Left out: {other}" for other in others]
     else:
@@ -109,6 +112,7 @@ def check_folder(
             config = check_config(folder)
             check_processor(folder, files, of_audio)
             check_weights(folder, files, config)
+            check_card(folder, files, config)
         except ValueError as error:
             errors.append(str(error))
     for name in differing_code(folder, files):

@@ -33,6 +33,10 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 PICTURE = re.compile(r"images/[\w-][\w.-]*\.png")
 PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
+# What a training of this library leaves in its folder, which is left out without asking.
+LEFT_BY_TRAINING = re.compile(
+    r"\.\d+\.part/|checkpoint-\d+/|runs/|training_args\.bin|trainer_state\.json|(all|train|eval)_results\.json|reverse_slimming\.safetensors"
+)
 NEVER_UPLOADED = {".git", ".cache", "__pycache__"}
 JSON_BYTES = 2**26
 

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import holds_something, model_folder
 from .check import CheckReport, check_folder, copy_files
 from .contents import one_line
 from .usage import loading
@@ -79,7 +80,8 @@ def publish(
         report = check_folder(folder, load=load, skip_others=skip_others, trust_remote_code=trust_remote_code)
     report.raise_for_errors()
     if target is not None:
-        copy_files(folder, report.files, target)
+        with model_folder(target) as place:
+            copy_files(folder, report.files, place)
         return PublishResult(repo_id, report.files, str(target), None, None, report)
 
     endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
@@ -101,7 +103,7 @@ def publish(
 
 
 def _empty_folder(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or holds_something(folder)):
         raise ValueError(f"dry_run={str(folder)!r} is there already and not an empty folder. Name another one.")
     return folder
 

@@ -39,6 +39,10 @@ class ReductionConfig:
     def check_fit(self, facts: EncoderFacts) -> None:
         """Raise a `ValueError` if this reduction cannot run in an encoder with these facts."""
 
+    def untrained(self) -> str | None:
+        """What a model that starts with this setting has yet to learn, and how. None: nothing."""
+        return None
+
     def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
         """Of `count` patch tokens that enter a layer, how many leave it. Adaptive methods cannot say."""
         raise ValueError(
@@ -103,6 +107,10 @@ class KeepRateConfig(ReductionConfig):
 
     def check_fit(self, facts: EncoderFacts) -> None:
         check_layers_fit(type(self).__name__, self.layers, facts.num_hidden_layers)
+
+    def untrained(self) -> str | None:
+        """What a model that starts with this setting has yet to learn, and how. None: nothing."""
+        return None
 
     def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
         return rounded_up_share(self.schedule().get(layer, 1.0), count)

@@ -4,6 +4,7 @@
 A family is one entry of `TOWERS`. All other code asks `facts_of` for numbers and `encoder_of` for modules.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -276,13 +277,21 @@ def facts_of(config: PreTrainedConfig | EncoderFacts) -> EncoderFacts:
     if not isinstance(config, PreTrainedConfig):
         return config  # facts already, from a folder of another copy of this module
     inner, tower = _tower_config(config)
+    if inner.num_hidden_layers < 1 or inner.num_attention_heads < 1:
+        raise ValueError(
+            f"num_hidden_layers={inner.num_hidden_layers} and num_attention_heads={inner.num_attention_heads} must be "
+            "at least 1. Look at config.json."
+        )
+    rows, columns = tower.patches(inner)
+    if min(rows, columns) < 1:
+        raise ValueError(f"config.json: its sizes make {rows} x {columns} patches, and there must be at least one.")
     return EncoderFacts(
         reduction=getattr(config, "reduction", None),
         hidden_size=inner.hidden_size,
         num_hidden_layers=inner.num_hidden_layers,
         num_attention_heads=inner.num_attention_heads,
         num_prefix_tokens=tower.num_prefix_tokens(inner),
-        grid=tower.patches(inner),
+        grid=(rows, columns),
         mlp_products=tower.mlp_products(inner),
         has_places=tower.layout.has_places,
     )
@@ -322,7 +331,8 @@ def _tower_config(config: Any) -> tuple[Any, Tower]:
 
 
 def what_can_be_reduced() -> str:
-    return f"What can be reduced is: {', '.join(MODELS)}. {PAGE} says how to add a family."
+    families = dict.fromkeys(re.sub(r"(Vision)?(Model|For|Backbone)\w*$", "", name) for name in MODELS)
+    return f"What can be reduced is: {', '.join(families)}. {PAGE} lists the classes, and says how to add a family."
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,12 @@ class LTMPConfig(ReductionConfig):
             )
         check_caps_fit("LTMPConfig", "max_tokens", self.max_tokens, facts)
 
+    def untrained(self) -> str | None:
+        return (
+            "LTMP starts with the thresholds of its configuration, and what it keeps is not `target` yet. Fit them to "
+            "images, hf_tokenreduce.calibrate(model, images, target), or train them."
+        )
+
     def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
         return similarity_cost(count, facts) if self.merge else 0
 

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_tokenreduce import EXTRA_OUTPUTS, reduced_config_class
@@ -26,6 +26,8 @@ from .methods import build_reducer, write_extra_method
 
 
 _StockModel: Any = nn.Module  # the mixin is only used in front of a stock model, whose methods it extends
+
+logger = logging.get_logger(__name__)
 
 
 class TokenReduceMixin(_StockModel):
@@ -78,7 +80,14 @@ class TokenReduceMixin(_StockModel):
         Args:
             reduction: A method configuration, its dictionary form, or None.
         """
+        self._set_reduction(reduction)
+        untrained = None if self.config.reduction is None else self.config.reduction.untrained()
+        if untrained is not None:
+            logger.warning_once(untrained)
+
+    def _set_reduction(self, reduction) -> None:
         self.config.reduction = reduction
+        self.config.__dict__.pop("calibrated_share", None)  # it was that of another method, or of what it had learned
         encoder = encoder_of(self)
         for index, layer in enumerate(encoder.layers):
             like = next(layer.mlp.parameters())

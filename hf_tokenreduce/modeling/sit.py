@@ -63,6 +63,12 @@ class SiTConfig(KeepRateConfig):
     def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
         return self.slim_tokens(facts).get(layer, count)
 
+    def untrained(self) -> str | None:
+        return (
+            "SiT's networks are random, so the model is of no use yet. Fit them to images, "
+            "hf_tokenreduce.calibrate(model, images), or train them."
+        )
+
     def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
         slim, width = self.slim_tokens(facts).get(layer, 0), facts.hidden_size
         return count * (width // 2 * (width + slim) + slim * width) if slim else 0

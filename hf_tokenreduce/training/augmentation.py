@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
+from ..pictures import as_rgb
+
 
 logger = logging.get_logger(__name__)
 
@@ -130,13 +132,15 @@ class BatchTransform:
         pixel_values, kept = [], []
         for index, image in enumerate(batch[self.image_column_name]):
             try:
-                decoded = _decoded(image)
+                picture = decoded(image)
             except ValueError as error:
                 if self.on_error == "stop":
-                    raise ValueError(f"{error}. Select the readable_rows of the dataset, or skip it.") from error
+                    raise ValueError(
+                        f"{error}. Select the readable_rows of the dataset, or skip it (--on_error skip)."
+                    ) from error
                 logger.warning(f"{error}: left out")
                 continue
-            pixel_values.append(self.transform(decoded))
+            pixel_values.append(self.transform(picture))
             kept.append(index)
         if self.label_column_name is None:
             return {"pixel_values": pixel_values}
@@ -155,7 +159,7 @@ def readable_rows(dataset: Dataset, image_column_name: str = "image") -> list[in
     readable = []
     for index, row in enumerate(logging.tqdm(encoded, desc="Reading the images", unit=" images")):
         try:
-            _decoded(row[image_column_name])
+            decoded(row[image_column_name])
             readable.append(index)
         except ValueError as error:
             logger.warning(f"Row {index}: {error}")
@@ -230,13 +234,12 @@ class Collator:
 def _rgb(image: Image.Image, image_processor: BaseImageProcessor) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith(("I", "F")):  # Pillow would clip at 255: a 16-bit photograph turns white
-        raise ValueError(f"An image of mode {image.mode!r} has more than 8 bits a pixel: scale it to 8 bits before.")
+    if image.mode.startswith("I") or image.mode == "F":
+        return as_rgb(image)
     if image_processor.do_convert_rgb:  # in its own way: some put what is transparent on white
         as_it_is = image_processor(image, **POINTWISE, do_rescale=False, do_normalize=False).pixel_values[0]
         return Image.fromarray(np.ascontiguousarray(np.asarray(as_it_is).transpose(1, 2, 0)))
-    # By way of RGBA, which spares Pillow's warning about transparent palettes.
-    return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+    return as_rgb(image)
 
 
 def _output_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
@@ -268,8 +271,8 @@ def _look_up(table: np.ndarray, values: np.ndarray) -> np.ndarray:
     return found
 
 
-def _decoded(image: Any) -> Image.Image:
-    """Decoded as `datasets` does it, to the last byte; or a `ValueError` that says which image is unreadable."""
+def decoded(image: Any) -> Image.Image:
+    """Decode an image as `datasets` does it, to the last byte; a `ValueError` says which image is unreadable."""
     name = image.get("path") or f"{len(image.get('bytes') or b'')} bytes" if isinstance(image, dict) else image
     try:
         if image is None:

@@ -27,12 +27,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..convert import reduce_tokens, stock_name
-from ..files import refuse_other_settings, write_whole
+from ..files import known_settings, write_whole
 from ..methods import method_of
 from ..modeling.encoders import MODELS, encoder_of, facts_of
 from ..modeling.hooks import Reducer
 from ..modeling.tokens import TokenMap, TokenState, apply_map
 from ..modes import evaluating
+from ..pictures import as_rgb
 
 
 CLASSIFIERS = tuple(name for name in MODELS if "ForImageClassification" in name)
@@ -128,7 +129,7 @@ def make_labels(
         _prepare(folder, {**wanted, "images_per_part": images_per_part})
     if processes:
         processes.wait_for_everyone()
-    settings = _read_settings(folder, wanted)
+    settings = known_settings(folder / "settings.json", wanted)
 
     def measure(some: list[int]) -> dict[str, np.ndarray]:
         read: dict[int, Any] = {}
@@ -175,14 +176,14 @@ def make_labels(
         write_whole(folder / "settings.json", json.dumps(settings, indent=2))
     if processes:
         processes.wait_for_everyone()
-    made = _read_settings(folder, wanted)["labels"]
+    made = known_settings(folder / "settings.json", wanted)["labels"]
     return Labelling(made["images"], made["skipped"], computed, made["share_kept"])
 
 
 def read_image(dataset: Any, row: int, image_column_name: str) -> Image.Image:
     """RGB. A `ValueError` names the row that cannot be read."""
     try:
-        return dataset[row][image_column_name].convert("RGB")
+        return as_rgb(dataset[row][image_column_name])
     except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"Row {row} of the data set holds no readable image in its column {image_column_name!r} ({error}). "
@@ -393,12 +394,6 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     if not (folder / "settings.json").exists():
         write_whole(folder / "settings.json", json.dumps(settings, indent=2))
-
-
-def _read_settings(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    settings = json.loads((folder / "settings.json").read_text())
-    refuse_other_settings(folder, settings, wanted)
-    return settings
 
 
 def _as_bytes(name: str, tensor: Tensor) -> tuple[bytes, Any]:

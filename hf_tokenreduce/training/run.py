@@ -18,18 +18,27 @@ import torch
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets import Image as ImageFeature
 from peft import LoraConfig, get_peft_model
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, set_seed
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    ProgressCallback,
+    set_seed,
+)
 from transformers.utils import logging
 
 from ..calibration import calibrate
-from ..convert import reduce_tokens, restore
+from ..convert import reduce_tokens, restore, with_reduction
+from ..files import write_whole
+from ..hub.contents import short
 from ..loading import folder_split, method_setting, parse_settings, spread
 from ..methods import METHODS
 from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.multiply_adds import shares_kept
 from ..timing import in_turns
 from .arguments import TokenReduceTrainingArguments
-from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
+from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, decoded, readable_rows
+from .progress import EpochLines
 from .recipes import AUGMENTATION, recipe
 from .trainer import TokenReduceTrainer
 
@@ -65,8 +74,18 @@ class DataArguments:
     on_error: str = field(default="stop", metadata={"help": "At an unreadable image: stop, or skip it."})
 
 
-def main(arguments: list[str] | None = None, command: Sequence[str] | None = None) -> None:
-    """arguments: of the command line, by default this process's own; command: what the record says was called."""
+def main(
+    arguments: list[str] | None = None, command: Sequence[str] | None = None
+) -> tuple[dict[str, Any], str] | None:
+    """Train, evaluate, save the model and a record of how it came about.
+
+    Args:
+        arguments: Of the command line, by default this process's own.
+        command: What the record says was called.
+
+    Returns:
+        The record, and the folder; None in other processes than the first.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = command or ("python", "examples/run_image_classification.py", *arguments)
     model_args, data_args, args = parse(arguments)
@@ -102,8 +121,11 @@ def main(arguments: list[str] | None = None, command: Sequence[str] | None = Non
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
         teacher_model=model_args.teacher_model,
     )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(EpochLines)
     sample = validation.select(spread(len(validation), 256))[data_args.image_column_name]
-    pixels = torch.stack([EvalTransform(processor)(image) for image in sample])
+    pixels = torch.stack([EvalTransform(processor)(decoded(image)) for image in sample])
     baseline = evaluate_dense(dense, trainer) if knows_classes else None
     begin = time.perf_counter()
     if args.num_train_epochs:
@@ -127,8 +149,9 @@ def main(arguments: list[str] | None = None, command: Sequence[str] | None = Non
             "top1": 100 * metrics["eval_accuracy"],
             "baseline_top1": baseline,
         }
-        (Path(args.output_dir) / "record.json").write_text(json.dumps(record, indent=1))
-        print(json.dumps(record, indent=1))
+        write_whole(Path(args.output_dir) / "record.json", json.dumps(record, indent=1))
+        return record, args.output_dir
+    return None
 
 
 def origin(path: str) -> dict[str, Any]:
@@ -145,7 +168,8 @@ def origin(path: str) -> dict[str, Any]:
 
 
 def shown(command: Sequence[str]) -> str:
-    """A command that anyone may read."""
+    """A command that anyone may read: without secrets, and without where its folders are on this machine."""
+    command = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in command]
     return re.sub(r"(--\w*(?:token|key|secret|password)[ =])\S+", r"\1***", shlex.join(command))
 
 
@@ -175,10 +199,18 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
         devices = int(os.environ.get("WORLD_SIZE", 1))
         defaults["per_device_train_batch_size"] = max(1, defaults["per_device_train_batch_size"] // devices)
         parser.set_defaults(augmentation="strong")
-    parser.set_defaults(**defaults, remove_unused_columns=False)
+    # Trainer would hide its bar where messages are hidden, and warn of pinned memory where there is no device.
+    parser.set_defaults(**defaults, remove_unused_columns=False, disable_tqdm=False, logging_strategy="epoch")
+    parser.set_defaults(dataloader_pin_memory=torch.accelerator.is_available())
     if known.lora:
         parser.set_defaults(freeze_backbone=False)
     model_args, data_args, args = parser.parse_args_into_dataclasses(arguments)
+    for option in ("share", "reduction_args"):
+        if known.reduction is None and getattr(known, option) != parser.get_default(option):
+            raise ValueError(f"--{option} says how a method is set, and there is none. Give one: --reduction tome.")
+    for option in ("max_train_samples", "max_eval_samples"):
+        if getattr(known, option) is not None and getattr(known, option) < 1:
+            raise ValueError(f"--{option} must be at least 1, got {getattr(known, option)}. Leave it out to take all.")
     if model_args.lora and args.freeze_backbone:
         raise ValueError("--lora adapts the backbone, --freeze_backbone keeps it as it is. Leave one of them out.")
     return model_args, data_args, args
@@ -207,9 +239,10 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset, li
     parts = []
     for part, most in ((train, data_args.max_train_samples), (validation, data_args.max_eval_samples)):
         part = part.shuffle(seed=seed).select(range(min(most, len(part)))) if most else part
+        # Decoded by our transforms: `datasets` would raise whatever Pillow does, without the name of the file.
+        part = part.cast_column(data_args.image_column_name, ImageFeature(decode=False))
         if data_args.on_error == "skip":
-            raw = part.cast_column(data_args.image_column_name, ImageFeature(decode=False))
-            readable = readable_rows(raw, data_args.image_column_name)
+            readable = readable_rows(part, data_args.image_column_name)
             logger.warning(f"{len(part) - len(readable)} of {len(part)} images cannot be read and are left out.")
             part = part.select(readable)
         parts.append(part)
@@ -218,10 +251,13 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset, li
 
 def class_names(dataset: Dataset, data_args: DataArguments) -> list[str]:
     feature = dataset.features.get(data_args.label_column_name)
-    if not isinstance(feature, ClassLabel) or data_args.image_column_name not in dataset.features:
+    if not isinstance(feature, ClassLabel) or not isinstance(
+        dataset.features.get(data_args.image_column_name), ImageFeature
+    ):
         raise ValueError(
-            f"The data needs columns {data_args.image_column_name!r} and {data_args.label_column_name!r}, the second "
-            f"with classes (one folder per class, or a ClassLabel). It has {dict(dataset.features)}."
+            "The data has no classes: make one folder per class, at least two, and no metadata file. It needs columns "
+            f"{data_args.image_column_name!r} and {data_args.label_column_name!r}, the second a ClassLabel. It has "
+            f"{short(dict(dataset.features), 300)}."
         )
     return feature.names
 
@@ -240,8 +276,8 @@ def load_model(model_args: ModelArguments, names: list[str]) -> tuple[Any, list[
         return model, [int(theirs[name]) for name in names], True
     if not model_args.ignore_mismatched_sizes:
         raise ValueError(
-            f"The data has {len(names)} classes, {names[:8]}, the model {len(theirs)}, {list(theirs)[:8]}. Rename the "
-            "class folders, or pass --ignore_mismatched_sizes for a new head."
+            f"The data has {len(names)} classes, {names[:8]}, the model {model.config.num_labels}, "
+            f"{list(theirs)[:8]}. Rename the class folders, or pass --ignore_mismatched_sizes for a new head."
         )
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     path = model_args.model_name_or_path
@@ -263,10 +299,10 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
             "with these settings, then train the model it writes, without --reduction."
         )
     setting = method_setting(dense.config, model_args.reduction, model_args.share, settings)
-    model = reduce_tokens(dense, setting)
+    model = with_reduction(dense, setting)
     if method is not None and method.prepare is not None:
         photos = train.shuffle(seed=0).select(range(min(100, len(train))))[data_args.image_column_name]
-        pixels = torch.stack([EvalTransform(processor)(photo) for photo in photos])
+        pixels = torch.stack([EvalTransform(processor)(decoded(photo)) for photo in photos])
         calibrate(model, pixels, getattr(setting, "target", None))
     return model
 

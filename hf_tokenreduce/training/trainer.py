@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 from transformers.utils import logging
 
 from ..convert import restore
+from ..files import model_folder
 from ..methods import METHODS, method_of
 from ..methods.token_decoder import restore_hidden_states
 from ..modeling.encoders import encoder_config, encoder_of, facts_of
@@ -278,13 +280,12 @@ class TokenReduceTrainer(Trainer):
         if reverse is not None:
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             state_dict = {name: value for name, value in state_dict.items() if REVERSE not in name.split(".")}
-        with self._at_its_goal():
-            super()._save(output_dir, state_dict)
-        if reverse is not None and self.args.should_save:
-            folder = Path(self.args.output_dir if output_dir is None else output_dir)
-            save_file(
-                {name: value.contiguous() for name, value in reverse.state_dict().items()}, folder / REVERSE_FILE
-            )
+        with self._at_its_goal(), model_folder(self.args.output_dir if output_dir is None else output_dir) as place:
+            super()._save(str(place), state_dict)
+            if reverse is not None and self.args.should_save:
+                save_file(
+                    {name: value.contiguous() for name, value in reverse.state_dict().items()}, place / REVERSE_FILE
+                )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -296,7 +297,12 @@ class TokenReduceTrainer(Trainer):
                     f"{folder} is a checkpoint of {found}, this model is reduced by {self._goal}. Resume with the "
                     "same setting, or begin anew in another output_dir."
                 )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {folder} are cut short or broken ({error}). Resume from an earlier checkpoint."
+            ) from error
         if self.args.token_weight:
             if not (folder / REVERSE_FILE).is_file():
                 raise ValueError(f"{folder} was trained without token_weight, so it has no way back. Begin anew.")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..modeling.encoders import encoder_of
-from ..pictures import read_picture
+from ..pictures import as_rgb, read_picture
 from .drawing import draw_layer, resized_to_cells, seen_images
 from .maps import TokenMaps, checked_layers, token_maps
 
@@ -99,7 +99,7 @@ def prepare_images(images: Images, processor: Any, names: Sequence[str] | None) 
     for index, image in enumerate(images):
         if isinstance(image, Image.Image):
             found.append(f"image {index}")
-            picture = image.convert("RGB")
+            picture = as_rgb(image)
         else:
             found.append(Path(image).stem)
             picture = read_picture(image)

@@ -1,0 +1,124 @@
+"""Which file of a model's folder is at fault, in one line, when transformers cannot load it."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+
+from .modeling.encoders import MODELS, PREFIX
+
+
+@contextmanager
+def blaming(name: str, file: str, config: PreTrainedConfig | None = None) -> Iterator[None]:
+    """Turn what is raised while a file of a folder or Hub id is read into a ValueError that names the file.
+
+    config: of a model that is being built. What transformers' own class takes is not the configuration's fault, and
+        if the weights fit it, not the user's: that error is raised as it is.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{name!r} could not be loaded: {one_sentence(error)} It must be a folder with config.json, "
+            "model.safetensors and preprocessor_config.json, or the id of such a repository on the Hub."
+        ) from error
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise
+        why: Exception | str = error
+        if config is not None:
+            shapes = _shapes(config)
+            if isinstance(shapes, Exception):
+                why = shapes
+            elif "ignore_mismatched_sizes" in str(error):
+                file, why = "model.safetensors", "its tensors have other shapes than config.json asks for"
+            elif shapes is not None and _was_in_our_code(error):
+                raise
+        raise ValueError(
+            f"{file} of {name!r} cannot be used: {one_sentence(why)} Compare it with that of the model it was made "
+            "of, or save or download the model again."
+        ) from error
+
+
+def check_sizes(name: str, config: PreTrainedConfig) -> None:
+    """Raise a ValueError if a folder's weights cannot fit its configuration, before a model of that size is built.
+
+    A wrong size in config.json may ask for more memory than there is. Only weights that are here are looked at, and
+    none that are quantised: those have shapes of their own.
+    """
+    folder = Path(name)
+    if not any(folder.glob("*.safetensors")) or hasattr(config, "quantization_config"):
+        return
+    values = config.to_dict()
+    depths = [part.get("num_hidden_layers") for part in (values, *values.values()) if isinstance(part, dict)]
+    wanted = max((depth for depth in depths if isinstance(depth, int)), default=0)
+    layers = [int(number) for key in _weight_shapes(folder) for number in re.findall(r"\.(\d+)\.", key)]
+    if wanted > max(layers, default=-1) + 1:
+        raise ValueError(f"it has {max(layers, default=-1) + 1} layers, and {wanted} by config.json")
+    shapes = _shapes(config)
+    if not isinstance(shapes, dict):
+        return
+    for key, found in _weight_shapes(folder).items():
+        if shapes.get(key, found) != found:
+            raise ValueError(f"{key} has the shape {found}, and {shapes[key]} by config.json")
+
+
+def one_sentence(error: BaseException | str, most: int = 200) -> str:
+    """An error's message on one line, with its kind where that says more."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, (str, ValueError, OSError, SafetensorError)):
+        text = f"{type(error).__name__}: {text}"
+    text = text if len(text) <= most else text[:most] + "..."
+    return text if text.endswith((".", "!")) else text + "."
+
+
+def architecture_of(config: PreTrainedConfig) -> str | None:
+    """The stock class that a configuration names, or whose reduced form it names. None: it names none."""
+    names = config.architectures
+    if not names:
+        return None
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ValueError(f"architectures must be a list with the name of a class, got {names!r}")
+    return names[0].removeprefix(PREFIX)
+
+
+def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]] | Exception | None:
+    """The shapes of the parameters that transformers' own class has by a configuration, or why it has none. None: it
+    is no class that can be reduced."""
+    name = architecture_of(config)
+    if name not in MODELS:
+        return None
+    stock: Any = getattr(transformers, name)
+    ours = ("model_type", "reduction", "auto_map")
+    try:
+        values = {key: value for key, value in config.to_dict().items() if key not in ours}
+        with torch.device("meta"):
+            model = stock(stock.config_class(**values, attn_implementation=config._attn_implementation))
+    except Exception as error:
+        return error
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _was_in_our_code(error: BaseException) -> bool:
+    """Whether our models were at work when it was raised: then it is a fault of ours."""
+    place, modeling = error.__traceback__, str(Path(__file__).parent / "modeling")
+    while place is not None:
+        if place.tb_frame.f_code.co_filename.startswith(modeling):
+            return True
+        place = place.tb_next
+    return False
+
+
+def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a folder's weights, read from their heads."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            found.update({key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()})  # noqa: SIM118
+    return found

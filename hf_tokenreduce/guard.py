@@ -1,0 +1,60 @@
+"""What the page does not answer: other web pages that reach it through the reader's browser, and endless requests."""
+
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+
+class Guard:
+    """ASGI middleware that refuses requests before the page sees them.
+
+    hosts: the names under which the page may be asked for, and from which pages may ask it. A page of the web whose
+        name is made to lead here (DNS rebinding) sends its own name. None: any, for a page that is open to others.
+    most_bytes: of one request's body, all its files together.
+    """
+
+    def __init__(self, app: Any, hosts: tuple[str, ...] | None, most_bytes: int):
+        self.app, self.hosts, self.most_bytes = app, hosts, most_bytes
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        for header in (b"host", b"origin"):
+            given = headers.get(header)
+            if self.hosts is not None and given is not None and _name_in(given) not in self.hosts:
+                await _refuse(scope, send, 403, f"This page does not answer {header.decode()} {given!r}.")
+                return
+        length = headers.get(b"content-length", "0")
+        if not length.isdigit() or int(length) > self.most_bytes:
+            await _refuse(
+                scope, send, 413, f"A request may have {self.most_bytes:,} bytes. Give fewer, smaller files."
+            )
+            return
+        received = 0
+
+        async def counted() -> Any:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return {"type": "http.disconnect"} if received > self.most_bytes else message
+
+        await self.app(scope, counted, send)
+
+
+def _name_in(given: str) -> str | None:
+    """The name in a Host or an Origin, without scheme and port."""
+    try:
+        return urlsplit(given if "//" in given else f"//{given}").hostname
+    except ValueError:
+        return None
+
+
+async def _refuse(scope: dict[str, Any], send: Any, status: int, message: str) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps({"error": message}).encode()})

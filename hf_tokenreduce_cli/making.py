@@ -1,0 +1,162 @@
+"""Commands that make models: reduce, train; and that say what there is: methods, inspect."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .options import (
+    Json,
+    Method,
+    Model,
+    Overwrite,
+    Revision,
+    Settings,
+    Share,
+    Trust,
+    app,
+    out,
+    print_answer,
+)
+
+
+@app.command(epilog="tokenreduce reduce google/vit-base-patch16-224 -r tome --share 0.65 -o vit-tome")
+def reduce(
+    model: Model,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The new folder.")],
+    reduction: Method = "tome",
+    share: Share = None,
+    reduction_args: Settings = "{}",
+    overwrite: Overwrite = False,
+    images: Annotated[str | None, typer.Option(help="Unlabelled images, for methods that are fitted on them.")] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Reduce a checkpoint and save it, weights and code: a folder that loads anywhere."""
+    from hf_tokenreduce.budget import reduce_to_share
+    from hf_tokenreduce.evaluation.compute import describe_model
+    from hf_tokenreduce.files import check_new_folder, model_folder
+    from hf_tokenreduce.loading import load_model, load_processor, parse_settings
+    from hf_tokenreduce.methods import find_method
+
+    check_new_folder(output_dir, overwrite)
+    method, settings = find_method(reduction), parse_settings(reduction_args)
+    if method.prepare is not None and images is None:
+        raise ValueError(f"{method.title} starts from images, without labels: pass --images FOLDER, or train it.")
+    dense, image_processor = load_model(model, revision, trust_remote_code, any_task=True)
+    processor = load_processor(model, revision, trust_remote_code)
+    reduced = reduce_to_share(dense, reduction, share, images, image_processor, settings)
+    reason = method.why_not(reduced.config.reduction)
+    if reason is not None:
+        raise ValueError(f"{method.title} cannot reduce this checkpoint yet: {reason}.")
+    with model_folder(output_dir, with_card=True) as place:
+        reduced.save_pretrained(place)
+        processor.save_pretrained(place)
+    print_answer(describe_model(reduced, str(output_dir)), as_json, f"Saved to {output_dir}")
+
+
+@app.command(epilog="tokenreduce calibrate vit-ltmp photos --target 0.65 -o vit-ltmp-65")
+def calibrate(
+    model: Model,
+    images: Annotated[str, typer.Argument(help="A folder of images; labels are not needed.", metavar="IMAGES")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The new folder.")],
+    target: Annotated[float | None, typer.Option(help="Share of the multiply-adds to keep, as of LTMP.")] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="The most images that are looked at.")] = 128,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Fit what a reduced model learns from unlabelled images: LTMP's thresholds, SiT's networks."""
+    from hf_tokenreduce.calibration import calibrate as fit
+    from hf_tokenreduce.convert import reduce_tokens, with_reduction
+    from hf_tokenreduce.evaluation.compute import describe_model
+    from hf_tokenreduce.files import check_new_folder, model_folder
+    from hf_tokenreduce.loading import load_model, load_processor
+
+    check_new_folder(output_dir, overwrite)
+    reduced, image_processor = load_model(model, revision, trust_remote_code, any_task=True)
+    processor = load_processor(model, revision, trust_remote_code)
+    setting = reduced.config.reduction if hasattr(reduced.config, "reduction") else None
+    if setting is not None and hasattr(setting, "target"):
+        setting = setting if target is None else replace(setting, target=target)
+        reduced, target = with_reduction(reduce_tokens(reduced, None), setting), setting.target
+    fit(reduced, images, target, image_processor=image_processor, max_images=max_images)
+    with model_folder(output_dir, with_card=True) as place:
+        reduced.save_pretrained(place)
+        processor.save_pretrained(place)
+    print_answer(describe_model(reduced, str(output_dir)), as_json, f"Saved to {output_dir}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="tokenreduce train google/vit-base-patch16-224 --train-dir data/train --validation-dir data/val "
+    "-r bat --share 0.65 -o out --ignore_mismatched_sizes --learning_rate 1e-4",
+)
+def train(
+    context: typer.Context,
+    model: Model,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The trained model, its checkpoints.")],
+    train_dir: Annotated[Path | None, typer.Option(help="Class folders. Or: --dataset_name ID.")] = None,
+    validation_dir: Annotated[Path | None, typer.Option(help="Class folders; else a part of training.")] = None,
+    reduction: Annotated[str | None, typer.Option("--reduction", "-r", help="Default: the model as it is.")] = None,
+    share: Share = None,
+    reduction_args: Settings = "{}",
+    recipe: Annotated[str, typer.Option(help="quick or paper: what is not given here.")] = "quick",
+    epochs: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per device and step.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune by the method's recipe. Any argument of transformers' TrainingArguments may follow."""
+    from hf_tokenreduce.training.run import main as run
+
+    arguments = ["--model_name_or_path", model, "--output_dir", str(output_dir), "--recipe", recipe]
+    for name, value in (
+        ("train_dir", train_dir),
+        ("validation_dir", validation_dir),
+        ("reduction", reduction),
+        ("share", share),
+        ("num_train_epochs", epochs),
+        ("per_device_train_batch_size", batch_size),
+        ("resume_from_checkpoint", resume),
+    ):
+        if value is not None:
+            arguments += [f"--{name}", str(value)]
+    if reduction_args != "{}":
+        arguments += ["--reduction_args", reduction_args]
+    found = run([*arguments, *context.args], command=("tokenreduce", *context.obj))
+    if found is not None:
+        record, folder = found
+        print_answer(record, as_json, f"Saved to {folder}")
+
+
+@app.command(epilog="tokenreduce methods")
+def methods(as_json: Json = False) -> None:
+    """List the methods: what they are called, what they do with tokens, and what they need first."""
+    from hf_tokenreduce.methods.table import methods_rows
+
+    found = methods_rows()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table(*found[0])
+    for row in found:
+        table.add_row(*map(escape, row.values()))
+    out.print(table)
+
+
+@app.command(epilog="tokenreduce inspect vit-tome")
+def inspect(model: Model, revision: Revision = None, trust_remote_code: Trust = False, as_json: Json = False) -> None:
+    """Say what a folder or Hub id is: backbone, method, settings, tokens per layer, multiply-adds, size."""
+    from hf_tokenreduce.evaluation.compute import describe_model
+    from hf_tokenreduce.loading import load_model
+
+    print_answer(
+        describe_model(load_model(model, revision, trust_remote_code, any_task=True)[0], model), as_json, model
+    )

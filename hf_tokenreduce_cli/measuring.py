@@ -1,0 +1,210 @@
+"""Commands that measure and show models: evaluate, benchmark, compare, show."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import (
+    Batch,
+    Data,
+    Json,
+    Limit,
+    Model,
+    Revision,
+    Split,
+    Trust,
+    app,
+    out,
+    print_answer,
+)
+
+
+ROWS = ("became_right", "became_wrong")
+
+
+@app.command(epilog="tokenreduce evaluate vit-tome data/val --dense google/vit-base-patch16-224")
+def evaluate(
+    model: Model,
+    data: Data,
+    dense: Annotated[str | None, typer.Option(help="To compare with. Default: the model without reduction.")] = None,
+    class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
+    prompt: Annotated[list[str], typer.Option(help="Zero-shot: 'a photo of a {}'; again.")] = [],  # noqa: B006
+    split: Split = None,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="Keeps results; an interrupted run goes on.")
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Accuracy on labelled images beside the dense model's, with intervals; what flipped; multiply-adds.
+
+    Models that compare images with texts (CLIP, SigLIP) classify by the names of the classes."""
+    from hf_tokenreduce.evaluation import evaluate_model
+    from hf_tokenreduce.evaluation.zero_shot import as_classifier
+    from hf_tokenreduce.loading import image_names, load_images, load_model, load_processor
+
+    reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    images = load_images(data, split, limit)
+
+    def classifier(loaded: Any, name: str, revision: str | None) -> Any:
+        return as_classifier(
+            loaded, lambda: load_processor(name, revision, trust_remote_code), images, class_names, prompt
+        )
+
+    other = None
+    if dense is not None:
+        other, others = load_model(dense, trust_remote_code=trust_remote_code, any_task=True)
+        if others.to_dict() != processor.to_dict():
+            raise ValueError(f"{dense} takes images that are prepared otherwise than those of {model}.")
+        other = classifier(other, dense, None)
+    reduced = classifier(reduced, model, revision)
+    report = evaluate_model(reduced, images, processor, dense=other, batch_size=batch_size, output_dir=output_dir)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        answer = report.to_dict()
+        if not as_json:  # rows as the names of their files
+            names = image_names(images)
+            answer |= {key: [names[row] for row in answer[key] or ()] for key in ROWS if answer.get(key) is not None}
+        print_answer(answer, as_json, f"{model} on {data}")
+
+
+@app.command(epilog="tokenreduce benchmark vit-tome vit-bat --images data/val --batch-size 1 --batch-size 32")
+def benchmark(
+    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids, of one size.", metavar="MODELS...")],
+    images: Annotated[str, typer.Option(help="A folder of images.")],
+    batch_size: Annotated[list[int], typer.Option(help="May be given again.")] = [1, 32],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="May be given again.")] = ["float32"],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="Of every model in turn.")] = 15,
+    threads: Annotated[int | None, typer.Option(help="Of the processor.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    compile_models: Annotated[bool, typer.Option("--compile", help="torch.compile what can be.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the report here, JSON.")] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Time and memory beside the dense model and the ideal, in one run, and where the time goes."""
+    import torch
+
+    from hf_tokenreduce.evaluation import benchmark as measure
+    from hf_tokenreduce.loading import load_model, load_pictures
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA device here.")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    last = [name.rstrip("/").split("/")[-1] for name in models]
+    named = last if len(set(last)) == len(last) else models
+    loaded = {
+        name: load_model(model, revision, trust_remote_code, any_task=True)
+        for name, model in zip(named, models, strict=True)
+    }
+    processor = next(iter(loaded.values()))[1]
+    pixels = processor(load_pictures([images], 2 * max(batch_size))[0], return_tensors="pt")["pixel_values"]
+    report = measure(
+        {name: model for name, (model, _) in loaded.items()},
+        pixels,
+        batch_sizes=batch_size,
+        dtypes=dtype,
+        repeats=repeats,
+        threads=threads,
+        device=device,
+        compile=compile_models,
+    )
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
+    if output is not None:
+        report.save(output)
+
+
+@app.command(epilog="tokenreduce compare facebook/deit-tiny-patch16-224 data/val --share 0.65 -o comparison")
+def compare(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="Class folders, a Hub data set, or any images.", metavar="DATA")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Table, picture; resumes there.")],
+    share: Annotated[list[float], typer.Option(help="Multiply-adds to keep; again.")] = [0.8, 0.65, 0.5],  # noqa: B006
+    reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this name or JSON; again.")] = [],  # noqa: B006
+    class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
+    prompt: Annotated[list[str], typer.Option(help="Zero-shot: 'photo of a {}'; again.")] = [],  # noqa: B006
+    calibration_images: Annotated[int, typer.Option(min=1, help="LTMP and SiT start from them.")] = 100,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
+    split: Split = None,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Try every untrained method at some budgets: a table, and a picture of quality against cost.
+
+    Quality is accuracy; without a classifier, cosines to the dense model's features and the accuracy of nearest
+    neighbours. CLIP and SigLIP classify if --prompt or --class-names is given."""
+    from hf_tokenreduce.evaluation import compare as measure
+    from hf_tokenreduce.evaluation.features import TASKS as FEATURE_TASKS
+    from hf_tokenreduce.evaluation.zero_shot import as_classifier, check_typed
+    from hf_tokenreduce.loading import load_bank, load_images, load_model, load_processor, parse_settings
+    from hf_tokenreduce.tasks import task_of_model
+
+    dense, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    check_typed(dense, class_names, prompt)
+    of_features = task_of_model(dense).name in FEATURE_TASKS and class_names is None and not prompt
+    images = load_images(data, split, limit, labelled=not of_features)
+    bank = load_bank(data, images, limit) if of_features else None
+    if not of_features:
+        dense = as_classifier(
+            dense, lambda: load_processor(model, revision, trust_remote_code), images, class_names, prompt
+        )
+    found = measure(
+        dense,
+        images,
+        processor,
+        [parse_settings(text) if text.lstrip().startswith("{") else text for text in reduction] or None,
+        shares=share,
+        output_dir=output_dir,
+        bank=bank,
+        batch_size=batch_size,
+        calibration_images=calibration_images,
+        speed=speed,
+    )
+    print(json.dumps(found.rows, indent=1) if as_json else found.to_markdown())
+    if not as_json:
+        out.print(f"The same, and pareto.png, are in {output_dir}.")
+
+
+@app.command(epilog="tokenreduce show vit-tome photos -o tokens.html")
+def show(
+    model: Model,
+    images: Annotated[list[str], typer.Argument(help="Images, or folders of them.", metavar="IMAGES...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A page (.html) or a picture (.png).")],
+    layer: Annotated[list[int] | None, typer.Option(help="From 0; may be given again.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Of the images, evenly spread.")] = 16,
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """What the method did to images: kept, merged, dropped, layer by layer, and how many tokens each image took."""
+    from hf_tokenreduce.convert import restore
+    from hf_tokenreduce.loading import load_model, load_pictures
+    from hf_tokenreduce.visualization import token_map_grid, write_page
+
+    if output.suffix not in (".html", ".png"):
+        raise ValueError(f"--output must end in .html or .png, got {output}.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    if getattr(reduced.config, "reduction", None) is None:
+        raise ValueError(f"{model} is not reduced, so there is nothing to show. Reduce it: tokenreduce reduce --help.")
+    pictures, names = load_pictures(images, limit)
+    if output.suffix == ".png":
+        token_map_grid(reduced, pictures, processor, layer, names=names).save(output)
+    else:
+        write_page(
+            reduced, pictures, processor, output, dense=restore(reduced), names=names, layers=layer, title=title
+        )
+    out.print(f"Written to {output}.")

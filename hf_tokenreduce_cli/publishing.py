@@ -1,0 +1,109 @@
+"""Commands that bring models to others: card, publish, serve, demo."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .options import (
+    Json,
+    Model,
+    Revision,
+    Trust,
+    app,
+    out,
+)
+
+
+@app.command(epilog="tokenreduce card vit-tome --base-model google/vit-base-patch16-224 --base-license apache-2.0")
+def card(
+    folder: Annotated[Path, typer.Argument(help="A saved model, or records with --records.")],
+    base_model: Annotated[str | None, typer.Option(help="Hub id of what it was made of.")] = None,
+    base_license: Annotated[str | None, typer.Option(help="Of those weights, such as apache-2.0.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub id of the data it was trained on.")] = None,
+    repo_id: Annotated[str | None, typer.Option(help="Where it will be published: namespace/name.")] = None,
+    records: Annotated[Path | None, typer.Option(help="Instead: a card for every record here, into FOLDER.")] = None,
+) -> None:
+    """Write the model card, README.md, from the folder's settings and record. What its owner wrote stays."""
+    from hf_tokenreduce.hub import write_card, write_cards
+
+    names = {"base_model": base_model, "base_license": base_license, "dataset": dataset, "repo_id": repo_id}
+    written = [write_card(folder, **names)] if records is None else write_cards(records, folder, **names)
+    for path in written:
+        out.print(f"Written: {path}")
+
+
+@app.command(epilog="tokenreduce publish vit-tome your-name/vit-tome --dry-run upload")
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A saved model with its processor.")],
+    repo_id: Annotated[str, typer.Argument(help="namespace/name on the Hub.", metavar="REPO_ID")],
+    dry_run: Annotated[Path | None, typer.Option(help="Send nothing; put what would be sent here.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made now.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of writing.")] = False,
+    skip_others: Annotated[bool, typer.Option("--skip-others", help="Leave out files that do not belong.")] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Check a folder in a fresh process without this package, list what goes up, and upload it."""
+    from hf_tokenreduce.hub import check_folder
+    from hf_tokenreduce.hub import publish as upload
+
+    report = check_folder(folder, skip_others=skip_others, trust_remote_code=trust_remote_code)
+    report.raise_for_errors()
+    if not as_json:
+        table = Table("file", "size", title=f"To {repo_id}", title_justify="left")
+        for name, size in report.files.items():
+            table.add_row(escape(name), f"{size / 1000:.1f} kB")
+        out.print(table)
+        for warning in report.warnings:
+            out.print(f"[yellow]{escape(warning)}[/yellow]")
+    found = upload(folder, repo_id, private=private, create_pr=create_pr, dry_run=dry_run, report=report)
+    if as_json:
+        answer = {
+            "files": found.files,
+            "url": found.url,
+            "revision": found.revision,
+            "pull_request": found.pull_request,
+        }
+        print(json.dumps(answer, indent=1))
+        return
+    out.print(f"{'Written to' if dry_run else 'Uploaded:'} {found.pull_request or found.url}")
+    print(found.snippet)
+
+
+@app.command(epilog="tokenreduce serve vit-tome")
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="127.0.0.1: this computer alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The page listens there.")] = 7860,
+    max_upload_mb: Annotated[float, typer.Option(help="Of one image.")] = 10,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """A page to try a checkpoint: drop an image, pick a method and a budget, see it beside the dense model."""
+    from hf_tokenreduce.serve import serve as run
+
+    run(
+        model,
+        host=host,
+        port=port,
+        max_upload_mb=max_upload_mb,
+        open_browser=open_browser,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command(epilog="tokenreduce demo --output-dir demo")
+def demo(
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Output; resumes there.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of images and training.")] = 0,
+) -> None:
+    """Draw images, train a small ViT, reduce it by every method: table, pictures, pages, folders. No downloads."""
+    from hf_tokenreduce.demo.run import run_demo
+
+    run_demo(output_dir, seed=seed)

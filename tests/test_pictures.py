@@ -1,0 +1,70 @@
+"""Reading pictures: one reader for all rooms, right for 16 bits a pixel, and clear about what cannot be read."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessor
+
+from hf_tokenreduce.calibration import load_pixel_values
+from hf_tokenreduce.evaluation.reading import sample_pixels
+from hf_tokenreduce.loading import load_image_folder, load_pictures
+from hf_tokenreduce.pictures import as_rgb, read_picture
+from hf_tokenreduce.serve import read_image
+from hf_tokenreduce.training.augmentation import EvalTransform, TrainTransform
+from hf_tokenreduce.visualization.composing import prepare_images
+
+
+@pytest.fixture
+def grey(tmp_path):
+    """A folder with a ramp of 8 bits, and the same of 16 bits."""
+    ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
+    for name, picture in (("8", Image.fromarray(ramp)), ("16", Image.fromarray(ramp.astype(np.uint16) * 257))):
+        (tmp_path / name / "class").mkdir(parents=True)
+        picture.save(tmp_path / name / "class" / "ramp.png")
+    assert Image.open(tmp_path / "16" / "class" / "ramp.png").mode.startswith("I")
+    return tmp_path
+
+
+def test_sixteen_bits_are_scaled_in_every_room(grey):
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    rooms = {
+        "show": lambda folder: load_pictures([str(folder)], 9)[0][0],
+        "calibrate": lambda folder: load_pixel_values(_OnCpu(), folder, processor, 9),
+        "evaluate": lambda folder: sample_pixels(load_image_folder(folder)["train"], processor, "image", 9),
+        "page": lambda folder: read_image(folder / "class" / "ramp.png"),
+        "draw": lambda folder: prepare_images([Image.open(folder / "class" / "ramp.png")], processor, None)[0],
+        "validate": lambda folder: EvalTransform(processor)(Image.open(folder / "class" / "ramp.png")),
+        "train": lambda folder: seeded(TrainTransform(processor), Image.open(folder / "class" / "ramp.png")),
+    }
+    for name, read in rooms.items():
+        eight, sixteen = (np.asarray(read(grey / bits)) for bits in ("8", "16"))
+        assert np.array_equal(eight, sixteen) and len(np.unique(eight)) > 8, name
+
+
+class _OnCpu:
+    device = torch.device("cpu")
+
+
+def seeded(transform, picture):
+    torch.manual_seed(0)
+    return transform(picture)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"])
+def test_usual_modes_are_pillows(mode):
+    picture = Image.effect_noise((9, 7), 90).convert("RGB").convert("RGB" if mode in ("LAB", "HSV") else mode)
+    assert as_rgb(picture).mode == "RGB" and as_rgb(picture).size == (9, 7)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [Image.new("F", (4, 4), 0.5), Image.new("I", (4, 4), 70_000), Image.new("I", (4, 4), -1)],
+    ids=["float", "large", "negative"],
+)
+def test_values_without_a_known_range_are_refused(tmp_path, picture):
+    with pytest.raises(ValueError, match="no known range of values"):
+        as_rgb(picture)
+    picture.save(tmp_path / "odd.tif")
+    with pytest.raises(ValueError, match=r"odd\.tif cannot be read"):
+        read_picture(tmp_path / "odd.tif")
