@@ -51,7 +51,7 @@ def fit_thresholds(
             _set_thresholds(reducer, view, state, tokens, merge_share)
 
         with before_acting(reducers, "after_attention", fit):
-            counts = image_side(model)(pixels).token_counts.cpu()
+            counts = image_side(model)(pixels, output_patch_map=True).token_counts.cpu()  # so that all layers act
         return shares_kept(model.config, counts, num_tokens, settings).mean().item()
 
     try:

@@ -39,7 +39,7 @@ def fit_slimming(model: PreTrainedModel, pixels: Tensor, target: Any = None, *, 
             _teach_pools(reducer, state, order, steps, progress)
 
         with torch.no_grad(), before_acting(slimming, "after_layer", teach):
-            image_side(model)(pixels)
+            image_side(model)(pixels, output_patch_map=True)  # so that all layers act
     return even_share(model.config.reduction, model.config)
 
 

@@ -19,7 +19,16 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_tokenreduce import EXTRA_OUTPUTS, reduced_config_class
-from .encoders import MODELS, PREFIX, READ_EVERY_PATCH, TAKE_MEAN_LOSS, TYPE_PREFIX, auto_classes_of, encoder_of
+from .encoders import (
+    MODELS,
+    PREFIX,
+    READ_EVERY_PATCH,
+    READ_PREFIX_ALONE,
+    TAKE_MEAN_LOSS,
+    TYPE_PREFIX,
+    auto_classes_of,
+    encoder_of,
+)
 from .hooks import Reducer
 from .layers import RECORDER, Encoded, Recorder, inject
 from .methods import build_reducer, write_extra_method
@@ -156,7 +165,7 @@ class TokenReduceMixin(_StockModel):
         outer = RECORDER.get()
         if outer is not None:  # this is the model inside one with a head
             return stock_forward(self, *args, return_dict=True, **kwargs), outer.encoded
-        recorder = Recorder(output_patch_map)
+        recorder = Recorder(output_patch_map, type(self).__name__.removeprefix(PREFIX) in READ_PREFIX_ALONE)
         token = RECORDER.set(recorder)
         try:
             output = stock_forward(self, *args, return_dict=True, **kwargs)

@@ -121,6 +121,15 @@ def merge(target: Tensor, num_tokens: int | tuple[int, ...], mass: Tensor) -> To
     return TokenMap(target, num_tokens, mass / follow(target, totals, fill=1.0))
 
 
+def prefix_alone(state: TokenState) -> TokenMap:
+    """The map that leaves no patch token."""
+    if state.lengths is None:
+        return TokenMap(None, 0)
+    images = len(state.lengths)
+    dropped = torch.full((images, state.num_patch_tokens), -1, device=state.hidden_states.device)
+    return TokenMap(dropped, (0,) * images)
+
+
 def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
     """Move everything a state knows of its tokens."""
     if state.patch_weights is not None:
