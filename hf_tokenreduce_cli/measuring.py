@@ -81,7 +81,7 @@ def benchmark(
     batch_size: Annotated[list[int], typer.Option(help="May be given again.")] = [1, 32],  # noqa: B006
     dtype: Annotated[list[str], typer.Option(help="May be given again.")] = ["float32"],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="Of every model in turn.")] = 15,
-    threads: Annotated[int | None, typer.Option(help="Of the processor.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     compile_models: Annotated[bool, typer.Option("--compile", help="torch.compile what can be.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the report here, JSON.")] = None,

@@ -1,4 +1,4 @@
-"""Every example runs, on tiny data, as a user would run it."""
+"""Every example and benchmark runs, on tiny data, as a user would run it."""
 
 import json
 import os
@@ -19,16 +19,18 @@ from hf_tokenreduce.training.run import DataArguments, name_of_validation
 from hf_tokenreduce.training.run import main as run_training
 
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+HERE = Path(__file__).resolve().parents[1]
+EXAMPLES = HERE / "examples"
 
 
 @pytest.fixture
 def run(capsys):
-    """An example by its `main`, which reads the arguments of its command line; returns what it printed."""
+    """An example or a benchmark by its `main`, which reads the arguments of its command line; returns what it printed."""
 
     def run(name, *arguments):
         capsys.readouterr()
-        runpy.run_path(str(EXAMPLES / name))["main"]([str(argument) for argument in arguments])
+        file = next(folder / name for folder in (EXAMPLES, HERE / "benchmarks") if (folder / name).is_file())
+        runpy.run_path(str(file))["main"]([str(argument) for argument in arguments])
         return capsys.readouterr().out
 
     return run

@@ -7,7 +7,7 @@ d features per head. Of packed tokens there is one "image" of all rows, (1, H, s
 
 import inspect
 import math
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -141,8 +141,10 @@ def split_heads(rows: Tensor, head_dim: int) -> Tensor:
     return rows.view(*rows.shape[:2], -1, head_dim).transpose(1, 2)
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
+def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which float32 tensors stay float32, also under autocast."""
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 

@@ -100,7 +100,7 @@ class Passage(NamedTuple):
 
     shown: Tensor
     state: TokenState
-    counts: tuple[Tensor, ...] = ()
+    counts: tuple[Any, ...] = ()
     kept: tuple[Tensor, ...] = ()
 
 
@@ -205,7 +205,7 @@ class ReducedLayer(nn.Module):
             kwargs["for_prefix"] = True
         output = super().__call__(passage.shown, *passage.state, attention_mask=attention_mask, **kwargs)
         state = TokenState(*output[1:])
-        counts = self._counts_of_papers(passage.state) if for_prefix else state.counts()
+        counts = self._counts_of_papers(passage.state) if for_prefix else _counts(state)
         kept = passage.kept
         if state.mask is not None:
             kept = (*kept, F.pad(state.mask, (state.num_prefix_tokens, 0), value=1.0).mean())
@@ -220,12 +220,11 @@ class ReducedLayer(nn.Module):
             return False  # they would have no gradient
         return not any(module._forward_hooks for module in self.modules())  # else somebody looks at more
 
-    def _counts_of_papers(self, state: TokenState) -> Tensor:
-        """(B,) long, the tokens that would leave a layer of which all are read."""
+    def _counts_of_papers(self, state: TokenState) -> Any:
+        """The tokens that would leave the layer if all of it were read."""
         if state.lengths is not None:
-            return state.counts()
-        left = state.num_prefix_tokens + self.reducer.leaving(state.num_patch_tokens)
-        return torch.full_like(state.counts(), left)
+            return _counts(state)
+        return state.num_prefix_tokens + self.reducer.leaving(state.num_patch_tokens)
 
     def forward(
         self,
@@ -332,7 +331,7 @@ class ReducedLayer(nn.Module):
             if recorder.track_patches and state.patch_map is not None:
                 patch_map = torch.where(state.patch_map < 0, -1, state.patch_map + state.num_prefix_tokens)
             encoded = Encoded(
-                torch.stack(passage.counts, dim=1),
+                _stack_counts(passage.counts, state),
                 patch_map,
                 state.patch_weights if recorder.track_patches else None,
                 state.last_states if recorder.track_patches else None,
@@ -342,6 +341,26 @@ class ReducedLayer(nn.Module):
             )
             recorder.encoded.append(encoded)
         return self._result(state)
+
+
+def _counts(state: TokenState) -> Any:
+    """The tokens of each image: one number, one per image, or (B,) where they are a tensor's, and need its device."""
+    if state.mask is not None:
+        return state.num_prefix_tokens + (state.mask > 0.5).sum(dim=1)
+    return state.hidden_states.shape[1] if state.lengths is None else state.lengths
+
+
+def _stack_counts(counts: tuple[Any, ...], state: TokenState) -> Tensor:
+    """(B, L) long, of the counts of the layers. Numbers are collected and become one tensor at the end: a small
+    operation for each layer takes longer than it computes."""
+    device = state.hidden_states.device
+    batch = len(state.hidden_states) if state.lengths is None else len(state.lengths)
+    if any(isinstance(count, Tensor) for count in counts):
+        return torch.stack(list(counts), dim=1)
+    if not any(isinstance(count, tuple) for count in counts):
+        return torch.tensor(counts, device=device).repeat(batch, 1)
+    rows = [count if isinstance(count, tuple) else (count,) * batch for count in counts]
+    return torch.tensor(rows, device=device).T
 
 
 class FilledNorm(nn.Module):

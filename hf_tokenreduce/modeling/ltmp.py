@@ -254,12 +254,13 @@ class LTMPReducer(Reducer):
             valid = torch.ones(shape, dtype=torch.bool, device=state.hidden_states.device)
         decision = self._decide(view, state, valid)
         counts = tuple((decision.target.amax(dim=1) + 1).tolist())
-        if sum(counts) == int(valid.sum()):
+        before = valid.numel() if state.lengths is None else sum(state.lengths) - len(counts) * state.num_prefix_tokens
+        if sum(counts) == before:
             return state  # no image loses a token
         if not self.settings.merge:
             return apply_map(state, TokenMap(decision.target, counts))
         size = torch.ones(valid.shape, device=valid.device) if state.size is None else state.size
-        return apply_map(state, merge(decision.target, counts, size))
+        return apply_map(state, merge(decision.target, counts, size, mass_is_size=True))
 
     def _mask(self, view: AttentionView, state: TokenState, mask: Tensor, rank: Tensor) -> TokenState:
         # The decision is made on live tokens in the order they have when the others are removed, the rest behind them.
@@ -280,7 +281,11 @@ class LTMPReducer(Reducer):
             receiver = order.gather(1, decision.receiver).gather(1, back)
             merged = receiver != _positions(receiver)
             size = torch.ones_like(similarity) if state.size is None else state.size
-            means = move(state.hidden_states, merge(receiver, receiver.shape[1], size), state.num_prefix_tokens)
+            means = move(
+                state.hidden_states,
+                merge(receiver, receiver.shape[1], size, keeps_all=True),
+                state.num_prefix_tokens,
+            )
             origin = state.origin
             if origin is not None:
                 inherited = representatives(origin, state.size, receiver, receiver.shape[1], order=back)
