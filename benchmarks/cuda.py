@@ -173,8 +173,8 @@ def compiled(bench: Bench) -> Iterator[Task]:
             "graphs": made["stats"]["unique_graphs"],
         }
 
-    for mode in (None, "reduce-overhead"):
-        for name in ("dense", *EVEN):
+    for mode in (None,) if bench.smoke else (None, "reduce-overhead"):
+        for name in ("dense", "tome") if bench.smoke else ("dense", *EVEN):
             yield f"{name}, {mode or 'default'}", lambda n=name, m=mode: compare(n, m)
 
 
@@ -236,7 +236,7 @@ def speed(bench: Bench) -> Iterator[Task]:
             dtypes=("bfloat16",),
             repeats=bench.repeats,
             compile=compile,
-            breakdown=not compile,
+            breakdown=not compile and not bench.smoke,  # a profile takes seconds on a CPU
             suggest=False,
             progress=False,
         )
@@ -316,8 +316,7 @@ def table(found: dict[str, Any]) -> str:
             lines += ["| | model | ms | over dense | of the oracle | peak over dense |", "|---|---|---|---|---|---|"]
             for row in rows:
                 for one in row.get("found", ()):
-                    oracle, memory = (f"{one[key]:.2f}" if one[key] else "" for key in ("oracle_share",
-                                                                                        "memory_over_dense"))  # fmt: skip
+                    oracle, memory = (_short(one[key] or "") for key in ("oracle_share", "memory_over_dense"))
                     low, high = one["speedup_interval"]
                     lines.append(
                         f"| {row['key']} | {one['name']} | {one['p50_ms']:.2f} | {one['speedup']:.2f} "

@@ -143,7 +143,7 @@ def keep_diverse(
         centre = density_peaks(_pick(features, inattentive).float(), num_clusters)
         receiver = receiver.scatter(1, inattentive, inattentive.gather(1, centre))
     stays = receiver == torch.arange(num_tokens, device=scores.device)
-    place = stays.cumsum(dim=1) - 1
+    place = (stays.cumsum(dim=1) - 1).clamp(min=0)  # of numbers that are not finite no token may stay
     keeps_all = num_clusters > 0 or num_attentive == num_tokens
     target = (
         place.gather(1, receiver)

@@ -355,12 +355,12 @@ def _stack_counts(counts: tuple[Any, ...], state: TokenState) -> Tensor:
     operation for each layer takes longer than it computes."""
     device = state.hidden_states.device
     batch = len(state.hidden_states) if state.lengths is None else len(state.lengths)
-    if any(isinstance(count, Tensor) for count in counts):
+    if state.mask is not None:
         return torch.stack(list(counts), dim=1)
     if not any(isinstance(count, tuple) for count in counts):
         return torch.tensor(counts, device=device).repeat(batch, 1)
     rows = [count if isinstance(count, tuple) else (count,) * batch for count in counts]
-    return torch.tensor(rows, device=device).T
+    return torch.tensor(list(zip(*rows, strict=True)), device=device)
 
 
 class FilledNorm(nn.Module):
