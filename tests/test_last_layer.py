@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, family_inputs, family_model
 from helpers import BACKBONES, METHODS, ONE_OF_EACH, enable_checkpointing, reduce_tiny, tiny_images, tiny_model
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_tokenreduce import SiTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.evaluation.compute import dense_multiply_adds, measured_multiply_adds, total_multiply_adds
@@ -143,3 +144,20 @@ def test_it_is_counted_and_papers_number_beside_it(method):
     assert ours.tolist() == measured_multiply_adds(model, images).tolist()
     assert (ours < papers).all() and (papers <= dense_multiply_adds(stock)).all()
     assert total_multiply_adds(stock).item() == dense_multiply_adds(stock)
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "bat", "sit", "dlvit-share", None])
+def test_compiled(method):
+    torch._dynamo.reset()
+    stock = tiny_model()
+    model = reduce_tokens(stock, None) if method is None else reduce_tiny(stock, METHODS[method][0])
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for seed in (2, 3):
+            images = tiny_images(seed=seed)
+            ours, theirs = compiled(images), model(images)
+            torch.testing.assert_close(ours.logits, theirs.logits)
+            assert torch.equal(ours.token_counts, theirs.token_counts)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()

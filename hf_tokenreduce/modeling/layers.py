@@ -354,12 +354,11 @@ def _stack_counts(counts: tuple[Any, ...], state: TokenState) -> Tensor:
     """(B, L) long, of the counts of the layers. Numbers are collected and become one tensor at the end: a small
     operation for each layer takes longer than it computes."""
     device = state.hidden_states.device
-    batch = len(state.hidden_states) if state.lengths is None else len(state.lengths)
     if state.mask is not None:
         return torch.stack(list(counts), dim=1)
     if not any(isinstance(count, tuple) for count in counts):
-        return torch.tensor(counts, device=device).repeat(batch, 1)
-    rows = [count if isinstance(count, tuple) else (count,) * batch for count in counts]
+        return torch.tensor(counts, device=device).repeat(state.num_images, 1)
+    rows = [count if isinstance(count, tuple) else (count,) * state.num_images for count in counts]
     return torch.tensor(list(zip(*rows, strict=True)), device=device)
 
 

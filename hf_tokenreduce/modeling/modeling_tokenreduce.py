@@ -44,7 +44,9 @@ class TokenReduceMixin(_StockModel):
 
     `forward` takes what the stock model's takes, and `output_patch_map`. Its output has besides the stock model's:
 
-    token_counts: long (B, L), the tokens that leave each layer, prefix tokens included.
+    token_counts: long (B, L), the tokens that leave each layer, prefix tokens included. A classifier that reads prefix
+        tokens alone computes no more of its last layer, unless `output_patch_map=True`; then what a method would leave
+        there stands here if it is the same of every image, else what entered.
     patch_map: long (B, N0), for each patch the row of the token that holds it, prefix tokens counted, -1 if it was
         dropped. Only with `output_patch_map=True`. Where a model's readers want all patches, hidden states have a row
         per patch already; else `unmerge(last_hidden_state, patch_map)` gives them one.

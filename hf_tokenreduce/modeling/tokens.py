@@ -50,6 +50,11 @@ class TokenState(NamedTuple):
     last_states: Tensor | None = None
 
     @property
+    def num_images(self) -> int:
+        """B"""
+        return self.hidden_states.shape[0] if self.lengths is None else len(self.lengths)
+
+    @property
     def num_patch_tokens(self) -> int:
         """N: of every image if even, of the longest if packed."""
         length = self.hidden_states.shape[1] if self.lengths is None else max(self.lengths)
