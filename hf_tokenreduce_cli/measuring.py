@@ -84,6 +84,9 @@ def benchmark(
     threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     compile_models: Annotated[bool, typer.Option("--compile", help="torch.compile what can be.")] = False,
+    suggest: Annotated[
+        bool, typer.Option(help="Look for a setting that is faster than dense where one is not.")
+    ] = True,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the report here, JSON.")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -118,6 +121,7 @@ def benchmark(
         threads=threads,
         device=device,
         compile=compile_models,
+        suggest=suggest,
     )
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
     if output is not None:
