@@ -167,7 +167,9 @@ def attend(
     """
     if query_lengths is None:
         pairs = None if pair_bias is None else pair_bias.whole()
-        return _attend_evenly(attention, query, key, value, _logit_bias(key_bias, pairs), **kwargs)
+        by_sdpa = attention.config._attn_implementation == "sdpa" and not kwargs.get("output_attentions")  # it warns
+        attend_to_all = _attend_by_sdpa if by_sdpa else _attend_evenly
+        return attend_to_all(attention, query, key, value, _logit_bias(key_bias, pairs), **kwargs)
     if key_lengths is None:
         batch, length = key.shape[0], key.shape[2]
         key, value = _pack_heads(key), _pack_heads(value)
@@ -319,7 +321,7 @@ def _attend_evenly(
 def _attend_by_sdpa(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """What transformers' interface does for "sdpa", without its copy and checks: called once per image they add up."""
+    """What transformers' interface does for "sdpa", without its copy and checks, which add up over layers and images."""
     mask = None if bias is None else _as_mask(bias, query.dtype)
     dropout = attention.attention_dropout if attention.training else 0.0
     output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=attention.scaling)

@@ -213,8 +213,10 @@ class ReducedLayer(nn.Module):
         return self._leave(passage) if self.role.is_last else passage
 
     def _is_for_prefix(self, state: TokenState) -> bool:
+        if not self.role.is_last or state.mask is not None:
+            return False
         recorder = RECORDER.get()
-        if not self.role.is_last or recorder is None or not recorder.reads_prefix_alone or state.mask is not None:
+        if recorder is None or not recorder.reads_prefix_alone:
             return False
         if self.training and any(parameter.requires_grad for parameter in self.reducer.parameters()):
             return False  # they would have no gradient
