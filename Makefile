@@ -8,7 +8,7 @@ SUPPORTED := 5.19.0 5.24.0
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-conformance scan-families check format clean
+.PHONY: demo test test-slow test-conformance scan-families bench-cuda check format clean
 
 demo: $(INSTALLED)  ## draw images, train a small ViT, reduce it by every method; a report in demo/
 	$(BIN)/tokenreduce demo --output-dir demo
@@ -18,6 +18,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow
+
+# Of the environment that is active, because its torch must be one for CUDA, which .venv does not have.
+bench-cuda:  ## everything on one CUDA device, in at most 8 minutes: benchmarks/results/cuda-*.md
+	PYTHONPATH=. $(PYTHON) benchmarks/cuda.py
 
 scan-families: $(INSTALLED)  ## whether every family's entry fits its stock classes, in the oldest and the newest transformers
 	for version in $(SUPPORTED); do \

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .convert import stock_name
-from .modeling.encoders import auto_classes_of, what_can_be_reduced
+from .modeling.encoders import PREFIX, READ_PREFIX_ALONE, auto_classes_of, what_can_be_reduced
 
 
 class Task(NamedTuple):
@@ -75,6 +75,14 @@ class ImageSide(nn.Module):
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
         model: Any = self.model
         return model.get_image_features(pixel_values, **options)
+
+
+def all_layers_act(model: PreTrainedModel) -> dict[str, Any]:
+    """Options of a forward in which the last layer reduces too, although nobody reads its patches. Then the counts of
+    tokens are those that papers speak of, also by a method that decides for each image."""
+    name = type(model).__name__
+    alone = name.startswith(PREFIX) and name.removeprefix(PREFIX) in READ_PREFIX_ALONE
+    return {"output_patch_map": True} if alone else {}
 
 
 def image_side(model: PreTrainedModel) -> nn.Module:

@@ -81,9 +81,12 @@ def benchmark(
     batch_size: Annotated[list[int], typer.Option(help="May be given again.")] = [1, 32],  # noqa: B006
     dtype: Annotated[list[str], typer.Option(help="May be given again.")] = ["float32"],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="Of every model in turn.")] = 15,
-    threads: Annotated[int | None, typer.Option(help="Of the processor.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     compile_models: Annotated[bool, typer.Option("--compile", help="torch.compile what can be.")] = False,
+    suggest: Annotated[
+        bool, typer.Option(help="Look for a setting that is faster than dense where one is not.")
+    ] = True,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the report here, JSON.")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -118,6 +121,7 @@ def benchmark(
         threads=threads,
         device=device,
         compile=compile_models,
+        suggest=suggest,
     )
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
     if output is not None:

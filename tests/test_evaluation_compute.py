@@ -76,7 +76,8 @@ def small(**changes):
 def test_papers_figures_of_deit_small():
     model = small()
     assert dense_multiply_adds(model) / 1e9 == pytest.approx(4.6, abs=0.05)
-    assert total_multiply_adds(model, reduction=ToMeConfig(r=13)).item() / 1e9 == pytest.approx(2.7, abs=0.05)
+    found = total_multiply_adds(model, reduction=ToMeConfig(r=13), as_in_papers=True)
+    assert found.item() / 1e9 == pytest.approx(2.7, abs=0.05)
 
 
 class Logits(nn.Module):
@@ -104,4 +105,5 @@ def test_fvcore_counts_the_same_on_deit_small(monkeypatch, reduction):
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     products = {name: count for name, count in analysis.by_operator().items() if name != "layer_norm"}
     assert set(products) <= {"conv", "linear", "matmul", "addmm", "bmm"}, products
-    assert sum(products.values()) == total_multiply_adds(model).item()
+    # It looks by hooks, so the last layer is computed as a whole.
+    assert sum(products.values()) == total_multiply_adds(model, as_in_papers=True).item()

@@ -1,23 +1,38 @@
 """The benchmark: its arithmetic by a clock that the tests set, its oracle, where it says time goes."""
 
+import itertools
+import json
 import time
 
 import pytest
 import torch
 from helpers import BACKBONES, METHODS, reduce_tiny, tiny_images, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig, ViTModel
 
-from hf_tokenreduce import ATSConfig, EViTConfig, LTMPConfig, ToMeConfig, reduce_tokens, restore
+from hf_tokenreduce import (
+    ATSConfig,
+    DLViTConfig,
+    EViTConfig,
+    LTMPConfig,
+    SiTConfig,
+    ToMeConfig,
+    reduce_tokens,
+    restore,
+)
 from hf_tokenreduce.evaluation import BenchmarkReport, benchmark, combine, speed
 from hf_tokenreduce.evaluation.breakdown import PARTS, breakdown
 from hf_tokenreduce.evaluation.memory import peak_memory
 from hf_tokenreduce.evaluation.oracle import SliceOracle
+from hf_tokenreduce.evaluation.paying import weaker_first
 from hf_tokenreduce.evaluation.speed import _ratio
 from hf_tokenreduce.modeling import tokens, tome
+from hf_tokenreduce.modeling.encoders import facts_of
+from hf_tokenreduce.modeling.multiply_adds import even_share
 
 
-QUICK = {"breakdown": False, "memory": False, "progress": False, "warmup": 1}
+QUICK = {"breakdown": False, "memory": False, "suggest": False, "progress": False, "warmup": 1}
 
 
 class FakeClock:
@@ -46,14 +61,15 @@ def test_ratios_are_those_of_the_clock():
     assert clock.calls == 4 * 5 * 2
     for batch_size in (1, 2):
         row = report.row("tome", batch_size)
-        counts = [65 - 7 * layer for layer in (1, 2, 3, 4)]
+        counts = [58, 51, 44, 1]  # in the last layer, of the class token alone
         assert row.speedup == pytest.approx(4 * 65 / sum(counts))
         assert row.speedup_interval == pytest.approx((row.speedup, row.speedup))
         assert row.oracle_share == 1.0 and row.over_padded is None
         assert row.tokens == {"mean": 37.0, "min": 37.0, "max": 37.0}
         assert row.p50_ms == row.p95_ms == 1000 * sum(counts) * 48 * batch_size
         assert row.images_per_second == pytest.approx(1 / (sum(counts) * 48))
-        assert report.row("dense", batch_size).speedup == report.row("same", batch_size).speedup == 1.0
+        assert report.row("dense", batch_size).speedup == 1.0
+        assert report.row("same", batch_size).speedup == 4 * 65 / (3 * 65 + 1)
 
 
 def test_intervals_are_of_ratios_within_a_repeat():
@@ -224,6 +240,64 @@ def test_compiled_models_are_compared_with_the_compiled_dense_one(monkeypatch):
     report = benchmark(models, tiny_images(2), batch_sizes=[2], repeats=1, compile=True, **QUICK)
     assert [row.compiled for row in report.rows] == [True, True, False]
     assert compiled == ["ViTForImageClassification", "TokenReduceViTForImageClassification", "SliceOracle"]
+
+
+class WorkClock(TorchDispatchMode):
+    """Seconds by what is done: so much for each operation, and a little for each number that comes of it."""
+
+    def __init__(self, per_operation):
+        super().__init__()
+        self.per_operation, self.seconds = per_operation, 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        numbers = result.numel() if isinstance(result, torch.Tensor) else 0
+        self.seconds += self.per_operation + 1e-6 * numbers
+        return result
+
+    def __call__(self, call):
+        self.seconds = 0.0
+        with self:
+            call()
+        return self.seconds
+
+
+def test_what_does_not_pay_is_said_with_the_nearest_that_does():
+    models = {
+        "tome": reduce_tokens(tiny_model(), ToMeConfig(r=2)),
+        "evit": reduce_tokens(tiny_model(), EViTConfig(layers=(1, 2))),
+    }
+    options = {**QUICK, "suggest": True, "oracle": False, "batch_sizes": [1], "repeats": 6}
+    cheap = benchmark(models, tiny_images(1), timer=WorkClock(1e-9), **options)
+    assert (
+        all(row.pays and row.nearest is None for row in cheap.rows if row.method) and "pay" not in cheap.to_markdown()
+    )
+    report = benchmark(models, tiny_images(1), timer=WorkClock(1e-3), **options)
+    row = report.row("tome")
+    assert not row.pays and f"tome does not pay on this device at batch 1 in float32: {row.speedup:.2f} x dense" in (
+        report.to_markdown()
+    )
+    found = benchmark({"tome": models["tome"]}, tiny_images(1), timer=WorkClock(3e-5), **options)
+    setting, speedup = found.row("tome").nearest
+    assert setting["method"] == "tome" and speedup > 1 and json.dumps(setting) in found.to_markdown()
+    again = reduce_tokens(tiny_model(), setting)
+    assert benchmark({"tome": again}, tiny_images(1), timer=WorkClock(3e-5), **options).row("tome").pays
+    assert BenchmarkReport.from_dict(json.loads(json.dumps(found.to_dict()))).to_markdown() == found.to_markdown()
+
+
+def test_settings_that_are_tried_take_less_and_less():
+    facts = facts_of(ViTConfig())
+    for setting in (
+        ToMeConfig.for_budget(facts, 0.8),
+        EViTConfig.for_budget(facts, 0.8),
+        DLViTConfig(keep_rate=0.8, trained=True),
+    ):
+        shares = [even_share(one, facts) for one in weaker_first(setting, facts)]
+        assert len(shares) > 5 and 0.25 < shares[-1] < 0.35 and 0.7 < shares[0] < 0.81
+        assert all(later < share + 0.005 for share, later in itertools.pairwise(shares))
+    first = next(weaker_first(ToMeConfig.for_budget(facts, 0.8), facts))
+    assert [layer for layer, r in enumerate(first.r) if r] == [3, 6, 9] and 0.79 < even_share(first, facts) <= 0.8
+    assert not list(weaker_first(LTMPConfig(), facts)) and not list(weaker_first(SiTConfig(), facts))
 
 
 def report_of(**settings):

@@ -1,4 +1,4 @@
-"""Every example runs, on tiny data, as a user would run it."""
+"""Every example and benchmark runs, on tiny data, as a user would run it."""
 
 import json
 import os
@@ -19,16 +19,18 @@ from hf_tokenreduce.training.run import DataArguments, name_of_validation
 from hf_tokenreduce.training.run import main as run_training
 
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+HERE = Path(__file__).resolve().parents[1]
+EXAMPLES = HERE / "examples"
 
 
 @pytest.fixture
 def run(capsys):
-    """An example by its `main`, which reads the arguments of its command line; returns what it printed."""
+    """An example or a benchmark by its `main`, which reads its command line; returns what it printed."""
 
     def run(name, *arguments):
         capsys.readouterr()
-        runpy.run_path(str(EXAMPLES / name))["main"]([str(argument) for argument in arguments])
+        file = next(folder / name for folder in (EXAMPLES, HERE / "benchmarks") if (folder / name).is_file())
+        runpy.run_path(str(file))["main"]([str(argument) for argument in arguments])
         return capsys.readouterr().out
 
     return run
@@ -231,3 +233,28 @@ def trains_as_one(model, data, tmp_path, method):
     one, both = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(both[name], value, rtol=0, atol=1e-5)
+
+
+def test_what_is_for_a_cuda_device_runs_on_the_cpu(tmp_path):
+    """All of its parts, in their own processes; a run that was stopped goes on, and what fails is told."""
+    script = [sys.executable, str(HERE / "benchmarks" / "cuda.py"), "--smoke", "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Failed: nothing." in done.stdout, done.stdout + done.stderr
+    found = json.loads((tmp_path / "cuda-smoke.json").read_text())
+    rows = {part: {row["key"]: row["found"] for row in rows} for part, rows in found["parts"].items()}
+    assert all(
+        one["error"] < (1e-4 if "float32" in key else 0.05) for key, one in rows["correct"].items() if "error" in one
+    )
+    assert all(one["error"] == 0 and one["graphs"] == 1 for one in rows["compiled"].values())
+    assert all(one["waits"] <= one["layers"] for one in rows["waits"].values())
+    assert [rows["waits"][name]["waits"] for name in ("tome", "dlvit-even", "dlvit")] == [0, 0, 1]
+    assert {row["name"] for row in rows["speed"]["tiny, batch 3, eager"]} >= {"dense", "tome", "ltmp"}
+    table = (tmp_path / "cuda-smoke.md").read_text()
+    assert "| tiny, batch 1, eager | ats |" in table and "- tome, float32: error" in table
+
+    part = tmp_path / "cuda-smoke.parts" / "weighing.jsonl"
+    lines = part.read_text().splitlines()
+    part.write_text(lines[1] + "\n" + json.dumps({"key": "a", "failed": "ValueError: no"}) + "\n")
+    again = subprocess.run([*script, "--part", "weighing"], env=environment)
+    assert again.returncode == 0 and len(part.read_text().splitlines()) == 3

@@ -181,7 +181,9 @@ def test_half_precision(backbone, method, attention, dtype):
 def test_off_is_off_in_half_precision(backbone, method, dtype):
     stock = tiny_model(backbone).to(dtype)
     model = reduce_tokens(stock, METHODS[method][1])
-    ours, theirs = model(tiny_images()).logits, stock(tiny_images()).logits
+    ours, theirs = model(tiny_images(), output_patch_map=True).logits, stock(tiny_images()).logits
+    # The last layer of the prefix alone rounds in other places.
+    assert (model(tiny_images()).logits - ours).abs().max() < 0.02 * theirs.abs().max()
     if method in ("ltmp", "ltmp-prune", "ltmp-capped"):  # their attention is not the stock kernel: they need its map
         exact = tiny_model(backbone)(tiny_images()).logits
         assert (ours - exact).abs().max() < 2 * (theirs - exact).abs().max()

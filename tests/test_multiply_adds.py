@@ -16,11 +16,14 @@ from hf_tokenreduce import (
     ToMeConfig,
     TopKConfig,
 )
+from hf_tokenreduce.modeling.encoders import encoder_of
 from hf_tokenreduce.modeling.multiply_adds import even_counts, even_share, multiply_adds
 
 
-def counted(model, images):
-    """Of the encoder, by torch's counter; and the output."""
+def counted(model, images, whole=True):
+    """Of the encoder, by torch's counter, its last layer as a whole as papers count it; and the output."""
+    if whole:  # who looks at a layer sees all of it
+        encoder_of(model).layers[-1].register_forward_hook(lambda *seen: None)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         output = model(images)
     heads = 2 if hasattr(model, "cls_classifier") else 1
@@ -33,6 +36,10 @@ def counted(model, images):
 def test_they_are_those_counted(backbone, method):
     model = reduce_tiny(tiny_model(backbone, attn_implementation="eager"), METHODS[method][0])
     num_tokens = model.config.num_prefix_tokens + NUM_PATCHES
+    for image in tiny_images(2).split(1):
+        alone, output = counted(model, image, whole=False)
+        ours = multiply_adds(model.config, output.token_counts, num_tokens, model.config.reduction, for_prefix=True)
+        assert ours.item() == alone
     for image in tiny_images(2).split(1):
         theirs, output = counted(model, image)
         ours = multiply_adds(model.config, output.token_counts, num_tokens, model.config.reduction)

@@ -61,7 +61,7 @@ def test_both_sides_are_what_the_models_compute(method):
     with torch.no_grad():
         pixels = pixel_values(photo())
         dense = model(pixels).logits.softmax(-1)[0]
-        output = reduce_tokens(model, answer.reduction)(pixels)
+        output = reduce_tokens(model, answer.reduction)(pixels, output_patch_map=True)
     for side, expected in ((answer.dense, dense), (answer.reduced, output.logits.softmax(-1)[0])):
         assert [p for _, p in side.predictions] == pytest.approx(
             expected.sort(descending=True).values.tolist(), abs=1e-5
@@ -85,7 +85,7 @@ def test_as_published(setting):
     assert comparison.methods() == [PUBLISHED, *UNTRAINED]
     answer = comparison(photo(), PUBLISHED)
     with torch.no_grad():
-        expected = published(pixel_values(photo()))
+        expected = published(pixel_values(photo()), output_patch_map=True)
         dense = labelled_model()(pixel_values(photo())).logits.softmax(-1)[0]
     assert answer.reduction == setting and answer.reduced.tokens == expected.token_counts[0].tolist()
     best = expected.logits.softmax(-1).max().item()

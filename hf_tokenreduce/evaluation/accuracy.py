@@ -16,7 +16,7 @@ from ..convert import restore, stock_name
 from ..modeling.encoders import facts_of
 from ..modeling.multiply_adds import shares_kept
 from ..modes import evaluating
-from ..tasks import task_of
+from ..tasks import all_layers_act, task_of
 from .compute import summary, tokens_entering, total_multiply_adds
 from .reading import batches, check_data, sample_pixels
 from .resume import Progress, Records, digest_of_data, digest_of_model, launched_processes
@@ -192,7 +192,7 @@ def check_finite(outputs: Tensor, rows: Sequence[int], what: str = "model") -> N
 
 def _record(model: Any, dense: Any, rows: list[int], pixel_values: Tensor) -> Progress:
     pixel_values = pixel_values.to(model.device)
-    output = model(pixel_values)
+    output = model(pixel_values, **all_layers_act(model))
     check_finite(output.logits, rows)
     ranked = output.logits.topk(min(5, output.logits.shape[-1]), dim=-1).indices
     counts = output.get("token_counts")

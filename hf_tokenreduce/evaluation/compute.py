@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..methods import method_of
-from ..modeling.encoders import EncoderFacts, encoder_of, facts_of
+from ..modeling.encoders import PREFIX, READ_PREFIX_ALONE, EncoderFacts, encoder_of, facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share, multiply_adds
 from ..modes import evaluating
@@ -48,7 +48,12 @@ def measured_multiply_adds(model: PreTrainedModel, pixel_values: Tensor, *, prog
 
 
 def total_multiply_adds(
-    model: PreTrainedModel, token_counts: Tensor | None = None, reduction: Any = None, num_tokens: int | None = None
+    model: PreTrainedModel,
+    token_counts: Tensor | None = None,
+    reduction: Any = None,
+    num_tokens: int | None = None,
+    *,
+    as_in_papers: bool = False,
 ) -> Tensor:
     """The same by arithmetic: nothing runs. (B,) float64.
 
@@ -57,8 +62,11 @@ def total_multiply_adds(
     reduction: a method configuration or its dictionary form, instead of the one the model has. So a dense model
         answers what it would cost, before anything is reduced.
     num_tokens: that enter the model, prefix tokens included. None: those of an image of the model's own size.
+    as_in_papers: count the whole last layer. By default a reduced classifier that reads prefix tokens alone is counted
+        as it computes: without queries, output projection and MLP of the patches there.
     """
     facts = facts_of(model.config)
+    is_dense = reduction is None and not type(model).__name__.startswith(PREFIX)
     reduction = parse_reduction(facts.reduction if reduction is None else reduction)
     if num_tokens is None:
         num_tokens = facts.num_tokens
@@ -68,7 +76,9 @@ def total_multiply_adds(
             token_counts = torch.tensor([even_counts(reduction, facts)])
         else:
             token_counts = torch.full((1, facts.num_hidden_layers), num_tokens)
-    encoder = multiply_adds(facts, token_counts.cpu(), num_tokens, reduction)
+    alone = type(model).__name__.removeprefix(PREFIX) in READ_PREFIX_ALONE
+    for_prefix = alone and not is_dense and not as_in_papers
+    encoder = multiply_adds(facts, token_counts.cpu(), num_tokens, reduction, for_prefix)
     return encoder + outside_multiply_adds(model, num_tokens - facts.num_prefix_tokens)
 
 
@@ -199,6 +209,7 @@ def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
     except ValueError:  # adaptive: both depend on the image
         return described
     described["multiply_adds"] = round(total_multiply_adds(model).item())
+    described["multiply_adds_as_in_papers"] = round(total_multiply_adds(model, as_in_papers=True).item())
     # Of the encoder, as everywhere; patch embedding and head are in the numbers above.
     described["share"] = 1.0 if reduction is None else round(even_share(reduction, facts), 4)
     return described

@@ -41,6 +41,9 @@ class _Cut(Reducer):
     def _first(self) -> TokenMap:
         return TokenMap(None, self.oracle[0].lengths[self.layer] - self.prefix)
 
+    def leaving(self, count: int) -> int:
+        return self.oracle[0].lengths[self.layer] - self.prefix
+
     def before_encoder(self, state: TokenState) -> TokenState:
         return apply_map(state, self._first()) if self.hook == "before_encoder" else state
 

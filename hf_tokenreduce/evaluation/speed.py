@@ -23,6 +23,7 @@ from ..timing import seconds_of
 from .breakdown import breakdown
 from .memory import peak_memory
 from .oracle import SliceOracle
+from .paying import nearest_that_pays
 from .speed_report import BenchmarkReport, SpeedRow
 
 
@@ -45,6 +46,7 @@ def benchmark(
     oracle: bool = True,
     breakdown: bool = True,
     memory: bool = True,
+    suggest: bool = True,
     progress: bool = True,
     timer: Timer | None = None,
 ) -> BenchmarkReport:
@@ -60,6 +62,7 @@ def benchmark(
     oracle: also time the slice oracle of each reduced model: the dense model cut, for free, to the mean number of
         tokens that each layer leaves of this batch; where images differ also to the most ("padded").
     breakdown, memory: also measure where the time goes, and the peak memory of a forward.
+    suggest: where a model is not faster than dense, look for the nearest setting of its method that is.
     timer: runs what it is given, once, and returns the seconds that took. None: CUDA events or the clock.
     """
     _check(models, pixel_values, batch_sizes, repeats, warmup)
@@ -88,6 +91,8 @@ def benchmark(
                     for row in rows:
                         row.dtype = dtype_name
                     _measure_more(rows, ready, dense_name, _batches(images, batch_size, 1)[0], breakdown, memory)
+                    if suggest and not compile:
+                        _suggest(rows, ready, dense_name, _batches(images, batch_size, repeats), repeats, times)
                     report.rows += rows
     return report
 
@@ -188,6 +193,19 @@ def _measure_more(
     for row in rows:
         if row.peak_memory_mib is not None and dense:
             row.memory_over_dense = row.peak_memory_mib / dense
+
+
+def _suggest(
+    rows: list[SpeedRow],
+    ready: dict[str, PreTrainedModel],
+    dense_name: str,
+    batches: list[Tensor],
+    repeats: int,
+    times: Timer,
+) -> None:
+    for row in rows:
+        if row.method is not None and not row.pays:
+            row.nearest = nearest_that_pays(ready[row.name], ready[dense_name], batches, repeats, times, _ratio)
 
 
 def _ratio(above: list[float], below: list[float]) -> tuple[float, tuple[float, float]]:

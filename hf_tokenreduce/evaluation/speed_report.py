@@ -28,6 +28,7 @@ class SpeedRow:
         the oracle cut to the longest image of the batch over the model's, for methods that keep different numbers
     peak_memory_mib: above what the model and the images take
     breakdown: see `hf_tokenreduce.evaluation.breakdown`
+    nearest: of a row that does not pay, the nearest setting of its method that was found to, and its speed-up
     """
 
     name: str
@@ -47,6 +48,12 @@ class SpeedRow:
     peak_memory_mib: float | None = None
     memory_over_dense: float | None = None
     breakdown: dict[str, float] | None = None
+    nearest: tuple[dict[str, Any], float] | None = None
+
+    @property
+    def pays(self) -> bool:
+        """Whether it is faster than dense, by more than the noise."""
+        return self.speedup_interval[0] > 1
 
 
 @dataclass
@@ -114,6 +121,7 @@ class BenchmarkReport:
                 _cell(row.memory_over_dense),
             ]
             lines.append("| " + " | ".join(cells) + " |")
+        lines += self._what_does_not_pay()
         with_parts = [row for row in self.rows if row.breakdown is not None]
         if with_parts:
             parts = [*PARTS[::-1], "other"]
@@ -124,6 +132,26 @@ class BenchmarkReport:
                 cells = [row.name, str(row.batch_size), row.dtype, *(f"{100 * shares[part]:.0f}" for part in parts)]
                 lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+    def _what_does_not_pay(self) -> list[str]:
+        lines = []
+        for row in self.rows:
+            if row.method is None or row.pays:
+                continue
+            paying = [other.batch_size for other in self.rows if (other.name, other.dtype) == (row.name, row.dtype)
+                      and other.pays]  # fmt: skip
+            advice = "Use the dense model here."
+            if row.nearest is not None:
+                setting, speedup = row.nearest
+                advice = f"The nearest setting of its method that does: {json.dumps(setting)}, {speedup:.2f} x dense."
+            elif paying:
+                nearest = min(paying, key=lambda size: abs(size - row.batch_size))
+                advice = f"Use the dense model here; at batch {nearest} it pays."
+            lines.append(
+                f"- {row.name} does not pay on this device at batch {row.batch_size} in {row.dtype}: "
+                f"{row.speedup:.2f} x dense. {advice}"
+            )
+        return ["", *lines] if lines else []
 
 
 def combine(reports: Iterable[BenchmarkReport | Mapping[str, Any]]) -> BenchmarkReport:

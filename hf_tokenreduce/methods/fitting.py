@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..modeling.encoders import encoder_of
 from ..modeling.multiply_adds import shares_kept
 from ..modes import evaluating
-from ..tasks import image_side
+from ..tasks import all_layers_act, image_side
 
 
 @torch.no_grad()
@@ -20,7 +20,8 @@ def share_on(model: PreTrainedModel, pixels: Tensor, batch_size: int = 64) -> fl
     encoder = encoder_of(model)
     with evaluating(model):
         num_tokens = encoder.embed(pixels[:1]).shape[1]  # images may be of another size than the model's own
-        counts = torch.cat([image_side(model)(part).token_counts.cpu() for part in pixels.split(batch_size)])
+        run, options = image_side(model), all_layers_act(model)
+        counts = torch.cat([run(part, **options).token_counts.cpu() for part in pixels.split(batch_size)])
     return shares_kept(encoder.facts, counts, num_tokens, encoder.facts.reduction).mean().item()
 
 

@@ -12,7 +12,7 @@ from ..modeling.encoders import EncoderFacts, encoder_of
 from ..modeling.ltmp import LTMPConfig, decide_by_thresholds
 from ..modeling.multiply_adds import shares_kept
 from ..modeling.tokens import TokenState
-from ..tasks import image_side
+from ..tasks import all_layers_act, image_side
 from .fitting import before_acting
 from .method import Method
 
@@ -51,7 +51,7 @@ def fit_thresholds(
             _set_thresholds(reducer, view, state, tokens, merge_share)
 
         with before_acting(reducers, "after_attention", fit):
-            counts = image_side(model)(pixels).token_counts.cpu()
+            counts = image_side(model)(pixels, **all_layers_act(model)).token_counts.cpu()
         return shares_kept(model.config, counts, num_tokens, settings).mean().item()
 
     try:

@@ -14,7 +14,7 @@ from ..modeling.encoders import EncoderFacts, encoder_of, facts_of
 from ..modeling.multiply_adds import even_share
 from ..modeling.sit import SiTConfig, SiTReducer
 from ..modeling.tokens import TokenState
-from ..tasks import image_side
+from ..tasks import all_layers_act, image_side
 from .fitting import before_acting
 from .method import QUICK_FINE_TUNE, Method, spread_layers
 from .token_decoder import reverse_modules
@@ -39,7 +39,7 @@ def fit_slimming(model: PreTrainedModel, pixels: Tensor, target: Any = None, *, 
             _teach_pools(reducer, state, order, steps, progress)
 
         with torch.no_grad(), before_acting(slimming, "after_layer", teach):
-            image_side(model)(pixels)
+            image_side(model)(pixels, **all_layers_act(model))
     return even_share(model.config.reduction, model.config)
 
 

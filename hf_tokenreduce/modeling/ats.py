@@ -88,19 +88,24 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
     smallest sum above 0 to 1, each pick the token whose sum is nearest (of equals the first); a token picked twice
     is kept once. Kept tokens come in ascending order of score. Of more than `max_kept`, those of highest score stay.
     """
-    num_tokens = scores.shape[1]
-    valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    num_tokens, tiny = scores.shape[1], torch.finfo(torch.float32).tiny
     scores = scores.nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max / 1e6)
-    order = scores.masked_fill(~valid, torch.inf).argsort(dim=1, stable=True)  # padding last
-    counts = valid.sum(dim=1, keepdim=True)
-    real = _all_places(scores) < counts
-    tiny = torch.finfo(torch.float32).tiny
-    scores = scores / scores.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True).clamp(min=tiny)
-    sums = scores.gather(1, order).masked_fill(~real, 0.0).cumsum(dim=1)
-    sums = sums.cummax(dim=1).values  # summed in parallel, one may be a rounding below the one before
-    lowest = sums[:, :1]
-    sums = (sums - lowest) / (sums.gather(1, (counts - 1).clamp(min=0)) - lowest).clamp(min=tiny)
-    sums = sums.masked_fill(~real, torch.inf)
+    if valid is None:
+        order = scores.argsort(dim=1, stable=True)
+        shares = (scores / scores.sum(dim=1, keepdim=True).clamp(min=tiny)).gather(1, order)
+    else:  # padding comes last, and takes no part
+        order = scores.masked_fill(~valid, torch.inf).argsort(dim=1, stable=True)
+        counts = valid.sum(dim=1, keepdim=True)
+        real = _all_places(scores) < counts
+        total = scores.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True)
+        shares = (scores / total.clamp(min=tiny)).gather(1, order).masked_fill(~real, 0.0)
+    sums = shares.cumsum(dim=1).cummax(dim=1).values  # summed in parallel, one may be a rounding below the one before
+    lowest, highest = sums[:, :1], sums[:, -1:]
+    if valid is not None:
+        highest = sums.gather(1, (counts - 1).clamp(min=0))
+    sums = (sums - lowest) / (highest - lowest).clamp(min=tiny)
+    if valid is not None:
+        sums = sums.masked_fill(~real, torch.inf)
 
     first = sums.masked_fill(sums <= 0, torch.inf).amin(dim=1, keepdim=True).clamp(max=1.0)
     points = torch.arange(num_points, device=scores.device) / max(num_points - 1, 1)
@@ -109,7 +114,9 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
     upper = sums.gather(1, above)
     lower = sums.gather(1, (above - 1).clamp(min=0))
     picked = torch.searchsorted(sums, torch.where(points - lower <= upper - points, lower, upper))
-    kept = torch.zeros_like(real).scatter(1, picked.clamp(max=num_tokens - 1), True) & real
+    kept = torch.zeros_like(order, dtype=torch.bool).scatter(1, picked.clamp(max=num_tokens - 1), True)
+    if valid is not None:
+        kept &= real
     if max_kept is not None:
         kept &= kept.flip(1).cumsum(dim=1).flip(1) <= max_kept
     place = torch.where(kept, kept.cumsum(dim=1) - 1, -1)

@@ -7,7 +7,7 @@ d features per head. Of packed tokens there is one "image" of all rows, (1, H, s
 
 import inspect
 import math
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -141,8 +141,10 @@ def split_heads(rows: Tensor, head_dim: int) -> Tensor:
     return rows.view(*rows.shape[:2], -1, head_dim).transpose(1, 2)
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
+def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which float32 tensors stay float32, also under autocast."""
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -165,7 +167,9 @@ def attend(
     """
     if query_lengths is None:
         pairs = None if pair_bias is None else pair_bias.whole()
-        return _attend_evenly(attention, query, key, value, _logit_bias(key_bias, pairs), **kwargs)
+        by_sdpa = attention.config._attn_implementation == "sdpa" and not kwargs.get("output_attentions")  # it warns
+        attend_to_all = _attend_by_sdpa if by_sdpa else _attend_evenly
+        return attend_to_all(attention, query, key, value, _logit_bias(key_bias, pairs), **kwargs)
     if key_lengths is None:
         batch, length = key.shape[0], key.shape[2]
         key, value = _pack_heads(key), _pack_heads(value)
@@ -317,7 +321,7 @@ def _attend_evenly(
 def _attend_by_sdpa(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """What transformers' interface does for "sdpa", without its copy and checks: called once per image they add up."""
+    """What transformers' interface does for "sdpa", without its copy and checks, which add up over layers and images."""
     mask = None if bias is None else _as_mask(bias, query.dtype)
     dropout = attention.attention_dropout if attention.training else 0.0
     output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=attention.scaling)

@@ -143,9 +143,16 @@ def keep_diverse(
         centre = density_peaks(_pick(features, inattentive).float(), num_clusters)
         receiver = receiver.scatter(1, inattentive, inattentive.gather(1, centre))
     stays = receiver == torch.arange(num_tokens, device=scores.device)
-    target = torch.where(receiver < 0, -1, (stays.cumsum(dim=1) - 1).gather(1, receiver.clamp(min=0)))
+    place = (stays.cumsum(dim=1) - 1).clamp(min=0)  # of numbers that are not finite no token may stay
+    keeps_all = num_clusters > 0 or num_attentive == num_tokens
+    target = (
+        place.gather(1, receiver)
+        if keeps_all
+        else torch.where(receiver < 0, -1, place.gather(1, receiver.clamp(min=0)))
+    )
     mass = scores.clamp(min=torch.finfo(torch.float32).tiny)
-    return merge(target, num_attentive - num_fused + num_clusters, mass if size is None else mass * size)
+    mass = mass if size is None else mass * size
+    return merge(target, num_attentive - num_fused + num_clusters, mass, keeps_all=keeps_all)
 
 
 class BATReducer(Reducer):

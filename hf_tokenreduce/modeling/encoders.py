@@ -213,6 +213,12 @@ COMPOSITES = ("LlavaModel", "LlavaForConditionalGeneration", "DepthAnythingForDe
 # Their heads read every patch for itself, so a dropped patch keeps its last state.
 READ_EVERY_PATCH = (*COMPOSITES, "Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone")
 
+# Their heads read the prefix tokens alone, so no patch has to leave the last layer.
+READ_PREFIX_ALONE = (
+    "ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher",
+    "ViTMSNForImageClassification", "ASTForAudioClassification",
+)  # fmt: skip
+
 # Their stock forward takes the mean over the batch whatever Trainer says of how many items there are in all.
 TAKE_MEAN_LOSS = ("CLIPForImageClassification", "SiglipForImageClassification", "BeitForImageClassification")
 

@@ -35,6 +35,7 @@ class Reducer(nn.Module):
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__()
         self.built_for = facts.reduction
+        self._facts, self._layer = facts, layer
 
     def init_weights(self) -> None:
         """Give parameters of the reducer itself their initial values, by `transformers.initialization`. Those of
@@ -54,6 +55,13 @@ class Reducer(nn.Module):
 
     def after_layer(self, state: TokenState) -> TokenState:
         return state
+
+    def leaving(self, count: int) -> int:
+        """Of `count` patch tokens, how many this layer would leave; all of them if that depends on the image."""
+        try:
+            return count if self.built_for is None else self.built_for.leaving(self._layer, count, self._facts)
+        except ValueError:
+            return count
 
     def auxiliary_loss(self, kept: Tensor, num_tokens: int) -> Tensor:
         """A method's own loss in training, asked of the first layer's reducer when a method masks tokens instead of

@@ -27,6 +27,7 @@ from .tokens import (
     move,
     on_grid,
     pad,
+    prefix_alone,
     representatives,
     start,
     unpad,
@@ -55,10 +56,15 @@ class Encoded(NamedTuple):
 
 
 class Recorder:
-    """Collects the `Encoded` of the encoder runs of a forward."""
+    """Collects the `Encoded` of the encoder runs of a forward.
 
-    def __init__(self, track_patches: bool):
+    track_patches: whether the patch map is asked for
+    reads_prefix_alone: whether nobody reads what patches leave the last layer with
+    """
+
+    def __init__(self, track_patches: bool, reads_prefix_alone: bool):
         self.track_patches = track_patches
+        self.reads_prefix_alone = reads_prefix_alone and not track_patches
         self.encoded: list[Encoded] = []
 
 
@@ -94,7 +100,7 @@ class Passage(NamedTuple):
 
     shown: Tensor
     state: TokenState
-    counts: tuple[Tensor, ...] = ()
+    counts: tuple[Any, ...] = ()
     kept: tuple[Tensor, ...] = ()
 
 
@@ -142,6 +148,7 @@ class ReducedAttention(nn.Module):
         reducer: Reducer,
         rotary: Rotary | None = None,
         pair_bias: PairBias | None = None,
+        for_prefix: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None, AttentionView, TokenMap | None]:
         content = split_heads(self.k_proj(hidden_states), self.head_dim)
@@ -156,7 +163,7 @@ class ReducedAttention(nn.Module):
         view = AttentionView(
             self, hidden_states, key, value, key_bias, prefix, lengths, content=content, pair_bias=pair_bias
         )
-        selected = reducer.select_queries(view, state)
+        selected = prefix_alone(state) if for_prefix else reducer.select_queries(view, state)
         rows, query_lengths = hidden_states, lengths
         if selected is not None:
             rows, query_lengths = move(hidden_states, selected, prefix, lengths), selected.lengths(prefix)
@@ -171,7 +178,7 @@ class ReducedAttention(nn.Module):
             mask = F.pad(state.mask, (prefix, 0), value=1.0)
             output, weights, received = attend_masked(self, query, key, value, key_bias, mask, pair_bias)
             view = view._replace(received=received)
-        elif reducer.needs_received:
+        elif reducer.needs_received and not for_prefix:
             output, weights, received = attend_with_map(self, query, key, value, key_bias, lengths, pair_bias)
             view = view._replace(received=received)
         else:
@@ -181,7 +188,11 @@ class ReducedAttention(nn.Module):
 
 class ReducedLayer(nn.Module):
     """The stock layer with its reducer's hooks. Called, it takes and returns a `Passage`, except that the first layer
-    of all takes embedded tokens, and the last returns what the encoder's readers want."""
+    of all takes embedded tokens, and the last returns what the encoder's readers want.
+
+    If those read the prefix tokens alone, the last layer computes these alone, from the keys and values of all tokens:
+    the same numbers, without queries, output projection and MLP of patches. Then its reducer has nothing to do.
+    """
 
     layout: ClassVar[Layout]
     role: Role
@@ -189,26 +200,55 @@ class ReducedLayer(nn.Module):
 
     def __call__(self, hidden_states: Any, attention_mask: Tensor | None = None, **kwargs) -> Any:
         passage = hidden_states if isinstance(hidden_states, Passage) else self._enter(hidden_states)
+        for_prefix = self._is_for_prefix(passage.state)
+        if for_prefix:
+            kwargs["for_prefix"] = True
         output = super().__call__(passage.shown, *passage.state, attention_mask=attention_mask, **kwargs)
         state = TokenState(*output[1:])
+        counts = self._counts_of_papers(passage.state) if for_prefix else _counts(state)
         kept = passage.kept
         if state.mask is not None:
             kept = (*kept, F.pad(state.mask, (state.num_prefix_tokens, 0), value=1.0).mean())
-        passage = Passage(output[0], state, (*passage.counts, state.counts()), kept)
+        passage = Passage(output[0], state, (*passage.counts, counts), kept)
         return self._leave(passage) if self.role.is_last else passage
 
+    def _is_for_prefix(self, state: TokenState) -> bool:
+        if not self.role.is_last or state.mask is not None:
+            return False
+        recorder = RECORDER.get()
+        if recorder is None or not recorder.reads_prefix_alone:
+            return False
+        if self.training and any(parameter.requires_grad for parameter in self.reducer.parameters()):
+            return False  # they would have no gradient
+        return not any(module._forward_hooks for module in self.modules())  # else somebody looks at more
+
+    def _counts_of_papers(self, state: TokenState) -> Any:
+        """The tokens that would leave the layer if all of it were read."""
+        if state.lengths is not None:
+            return _counts(state)
+        return state.num_prefix_tokens + self.reducer.leaving(state.num_patch_tokens)
+
     def forward(
-        self, shown: Tensor, *state_fields: Any, attention_mask: Tensor | None = None, **kwargs
+        self,
+        shown: Tensor,
+        *state_fields: Any,
+        attention_mask: Tensor | None = None,
+        for_prefix: bool = False,
+        **kwargs,
     ) -> LayerOutput:
         # Where a stock model is traced it makes an attention_mask that masks nothing. One that masks was refused.
-        state = self._attention_block(TokenState(*state_fields), attention_mask, **kwargs)
+        state = self._attention_block(TokenState(*state_fields), attention_mask, for_prefix, **kwargs)
         hidden_states = state.hidden_states
         branch = self.mlp(getattr(self, self.layout.norm_after)(hidden_states))  # type: ignore[operator]
         hidden_states = hidden_states + self._through(self.layout.after_mlp, branch, state.lengths)
-        state = self.reducer.after_layer(state._replace(hidden_states=hidden_states))
+        state = state._replace(hidden_states=hidden_states)
+        if not for_prefix:
+            state = self.reducer.after_layer(state)
         return LayerOutput(self._shown(state), *state)
 
-    def _attention_block(self, state: TokenState, attention_mask: Tensor | None, **kwargs) -> TokenState:
+    def _attention_block(
+        self, state: TokenState, attention_mask: Tensor | None, for_prefix: bool, **kwargs
+    ) -> TokenState:
         # A method of its own, so that keys and values are freed before the MLP needs its memory.
         layout = self.layout
         rotary = None
@@ -218,14 +258,15 @@ class ReducedLayer(nn.Module):
         if layout.pair_bias is not None:
             pair_bias = self._pair_bias(state, attention_mask, **kwargs)
             kwargs = {name: kwargs[name] for name in kwargs if name not in ("resolution", "interpolate_pos_encoding")}
+        rows = getattr(self, layout.norm_before)(state.hidden_states)
         output, _, view, selected = getattr(self, layout.attention)(
-            getattr(self, layout.norm_before)(state.hidden_states), state, self.reducer, rotary, pair_bias, **kwargs
+            rows, state, self.reducer, rotary, pair_bias, for_prefix, **kwargs
         )
         if selected is not None:
             state = apply_map(state, selected)
         branch = self._through(layout.after_attention, output, state.lengths)
         state = state._replace(hidden_states=state.hidden_states + branch)
-        return self.reducer.after_attention(view, state)
+        return state if for_prefix else self.reducer.after_attention(view, state)
 
     def _through(self, names: tuple[str, ...], branch: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
         for name in names:
@@ -292,7 +333,7 @@ class ReducedLayer(nn.Module):
             if recorder.track_patches and state.patch_map is not None:
                 patch_map = torch.where(state.patch_map < 0, -1, state.patch_map + state.num_prefix_tokens)
             encoded = Encoded(
-                torch.stack(passage.counts, dim=1),
+                _stack_counts(passage.counts, state),
                 patch_map,
                 state.patch_weights if recorder.track_patches else None,
                 state.last_states if recorder.track_patches else None,
@@ -302,6 +343,25 @@ class ReducedLayer(nn.Module):
             )
             recorder.encoded.append(encoded)
         return self._result(state)
+
+
+def _counts(state: TokenState) -> Any:
+    """The tokens of each image: one number, one per image, or (B,) where they are a tensor's, and need its device."""
+    if state.mask is not None:
+        return state.num_prefix_tokens + (state.mask > 0.5).sum(dim=1)
+    return state.hidden_states.shape[1] if state.lengths is None else state.lengths
+
+
+def _stack_counts(counts: tuple[Any, ...], state: TokenState) -> Tensor:
+    """(B, L) long, of the counts of the layers. Numbers are collected and become one tensor at the end: a small
+    operation for each layer takes longer than it computes."""
+    device = state.hidden_states.device
+    if state.mask is not None:
+        return torch.stack(list(counts), dim=1)
+    if not any(isinstance(count, tuple) for count in counts):
+        return torch.tensor(counts, device=device).repeat(state.num_images, 1)
+    rows = [count if isinstance(count, tuple) else (count,) * state.num_images for count in counts]
+    return torch.tensor(list(zip(*rows, strict=True)), device=device)
 
 
 class FilledNorm(nn.Module):

@@ -117,13 +117,14 @@ class ThresholdDecision(NamedTuple):
 def decide_by_thresholds(
     keys: Tensor | None,
     importance: Tensor,
-    valid: Tensor,
+    valid: Tensor | None,
     merge_threshold: Tensor | float,
     prune_threshold: Tensor | float,
     num_prefix_tokens: int,
     max_kept: int | None = None,
 ) -> ThresholdDecision:
-    """Merge what is similar, then prune what is unimportant: `keys` (B, N, d), `importance` (B, N), `valid` (B, N).
+    """Merge what is similar, then prune what is unimportant: `keys` (B, N, d), `importance` (B, N), `valid` (B, N),
+    None if there is no padding.
 
     The sequence of an image, prefix included, is dealt into two sets by even and odd position. An even token goes
     into its best match of the odd set if their cosine is above `merge_threshold`; several may go into one. Output
@@ -131,9 +132,9 @@ def decide_by_thresholds(
     Output order: even tokens left over, then odd ones; an image in which nothing merges keeps its order. Without keys
     nothing merges.
     """
-    batch, num_tokens = valid.shape
-    natural = torch.arange(num_tokens, device=valid.device)
-    similarity = torch.full((batch, num_tokens), -torch.inf, device=valid.device)
+    batch, num_tokens = importance.shape
+    natural = torch.arange(num_tokens, device=importance.device)
+    similarity = torch.full((batch, num_tokens), -torch.inf, device=importance.device)
     receiver = natural.repeat(batch, 1)
     sequence = receiver
     if keys is not None and num_tokens > 1:
@@ -141,32 +142,35 @@ def decide_by_thresholds(
         odd = slice(1 - num_prefix_tokens % 2, None, 2)
         keys = F.normalize(keys, dim=-1)
         with full_precision(keys):
-            out = torch.zeros_like(similarity).masked_fill(~valid, -torch.inf)[:, None, odd]  # no match in padding
-            best, match = torch.baddbmm(out, keys[:, even], keys[:, odd].transpose(1, 2)).max(dim=-1)  # (B, N even)
+            products = torch.bmm(keys[:, even], keys[:, odd].transpose(1, 2))
+            if valid is not None:  # no match in padding
+                products = products.masked_fill(~valid[:, None, odd], -torch.inf)
+            best, match = products.max(dim=-1)  # (B, N even)
         best = best.clamp(max=1.0)  # whatever the rounding, a threshold of 1 merges nothing
-        similarity[:, even] = best.masked_fill(~valid[:, even], -torch.inf)
+        similarity[:, even] = best if valid is None else best.masked_fill(~valid[:, even], -torch.inf)
         merges = similarity > merge_threshold
         receiver = receiver.clone()
         receiver[:, even] = torch.where(merges[:, even], natural[odd][match], natural[even])
         dealt = torch.cat([natural[even], natural[odd]])
         sequence = torch.where(merges.any(dim=1, keepdim=True), dealt, natural)
 
-    importance = importance.masked_fill(~valid, -torch.inf)
+    if valid is not None:
+        importance = importance.masked_fill(~valid, -torch.inf)
     importance = torch.full_like(importance, -torch.inf).scatter_reduce(1, receiver, importance, "amax")
     if num_prefix_tokens == 0:  # an image without any token could not go on: its most important one stays
         first = importance.masked_fill(receiver != natural, -torch.inf).argmax(dim=1, keepdim=True)
         importance = importance.scatter(1, first, torch.inf)
-    stays = valid & (receiver == natural) & (importance > prune_threshold)
+    stays = (receiver == natural) & (importance > prune_threshold)
+    if valid is not None:
+        stays &= valid
     if max_kept is not None:
         stays &= ranks(importance.masked_fill(~stays, -torch.inf)) < max_kept
     place = torch.empty_like(sequence).scatter(1, sequence, stays.gather(1, sequence).cumsum(dim=1) - 1)
     target = torch.where(stays, place, -1).gather(1, receiver)
-    return ThresholdDecision(
-        torch.where(valid, target, -1),
-        receiver,
-        similarity,
-        importance.gather(1, receiver).masked_fill(~valid, -torch.inf),
-    )
+    importance = importance.gather(1, receiver)
+    if valid is not None:
+        target, importance = torch.where(valid, target, -1), importance.masked_fill(~valid, -torch.inf)
+    return ThresholdDecision(target, receiver, similarity, importance)
 
 
 def budget_share(kept: Tensor, num_tokens: int, hidden_size: int) -> Tensor:
@@ -228,10 +232,10 @@ class LTMPReducer(Reducer):
             return self._mask(view, state, state.mask, state.rank)
         return self._remove(view, state)
 
-    def _decide(self, view: AttentionView, state: TokenState, valid: Tensor, order: Tensor | None = None):
+    def _decide(self, view: AttentionView, state: TokenState, valid: Tensor | None, order: Tensor | None = None):
         prefix = state.num_prefix_tokens
         keys = view.patch_keys().detach() if self.settings.merge else None
-        importance = torch.ones(valid.shape, device=valid.device)
+        importance = torch.ones(state.num_images, state.num_patch_tokens, device=view.key.device)
         if view.received is not None:
             importance = view.received[:, prefix:]
         if order is not None:
@@ -248,18 +252,17 @@ class LTMPReducer(Reducer):
         )
 
     def _remove(self, view: AttentionView, state: TokenState) -> TokenState:
-        valid = state.valid()
-        if valid is None:
-            shape = state.hidden_states.shape[0], state.num_patch_tokens
-            valid = torch.ones(shape, dtype=torch.bool, device=state.hidden_states.device)
-        decision = self._decide(view, state, valid)
+        decision = self._decide(view, state, state.valid())
         counts = tuple((decision.target.amax(dim=1) + 1).tolist())
-        if sum(counts) == int(valid.sum()):
+        entering = decision.target.numel()
+        if state.lengths is not None:
+            entering = sum(state.lengths) - len(counts) * state.num_prefix_tokens
+        if sum(counts) == entering:
             return state  # no image loses a token
         if not self.settings.merge:
             return apply_map(state, TokenMap(decision.target, counts))
-        size = torch.ones(valid.shape, device=valid.device) if state.size is None else state.size
-        return apply_map(state, merge(decision.target, counts, size))
+        size = torch.ones(decision.target.shape, device=view.key.device) if state.size is None else state.size
+        return apply_map(state, merge(decision.target, counts, size, mass_is_size=True))
 
     def _mask(self, view: AttentionView, state: TokenState, mask: Tensor, rank: Tensor) -> TokenState:
         # The decision is made on live tokens in the order they have when the others are removed, the rest behind them.
@@ -280,7 +283,11 @@ class LTMPReducer(Reducer):
             receiver = order.gather(1, decision.receiver).gather(1, back)
             merged = receiver != _positions(receiver)
             size = torch.ones_like(similarity) if state.size is None else state.size
-            means = move(state.hidden_states, merge(receiver, receiver.shape[1], size), state.num_prefix_tokens)
+            means = move(
+                state.hidden_states,
+                merge(receiver, receiver.shape[1], size, keeps_all=True),
+                state.num_prefix_tokens,
+            )
             origin = state.origin
             if origin is not None:
                 inherited = representatives(origin, state.size, receiver, receiver.shape[1], order=back)

@@ -19,7 +19,16 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_tokenreduce import EXTRA_OUTPUTS, reduced_config_class
-from .encoders import MODELS, PREFIX, READ_EVERY_PATCH, TAKE_MEAN_LOSS, TYPE_PREFIX, auto_classes_of, encoder_of
+from .encoders import (
+    MODELS,
+    PREFIX,
+    READ_EVERY_PATCH,
+    READ_PREFIX_ALONE,
+    TAKE_MEAN_LOSS,
+    TYPE_PREFIX,
+    auto_classes_of,
+    encoder_of,
+)
 from .hooks import Reducer
 from .layers import RECORDER, Encoded, Recorder, inject
 from .methods import build_reducer, write_extra_method
@@ -35,7 +44,9 @@ class TokenReduceMixin(_StockModel):
 
     `forward` takes what the stock model's takes, and `output_patch_map`. Its output has besides the stock model's:
 
-    token_counts: long (B, L), the tokens that leave each layer, prefix tokens included.
+    token_counts: long (B, L), the tokens that leave each layer, prefix tokens included. A classifier that reads prefix
+        tokens alone computes no more of its last layer, unless `output_patch_map=True`; then what a method would leave
+        there stands here if it is the same of every image, else what entered.
     patch_map: long (B, N0), for each patch the row of the token that holds it, prefix tokens counted, -1 if it was
         dropped. Only with `output_patch_map=True`. Where a model's readers want all patches, hidden states have a row
         per patch already; else `unmerge(last_hidden_state, patch_map)` gives them one.
@@ -156,7 +167,7 @@ class TokenReduceMixin(_StockModel):
         outer = RECORDER.get()
         if outer is not None:  # this is the model inside one with a head
             return stock_forward(self, *args, return_dict=True, **kwargs), outer.encoded
-        recorder = Recorder(output_patch_map)
+        recorder = Recorder(output_patch_map, type(self).__name__.removeprefix(PREFIX) in READ_PREFIX_ALONE)
         token = RECORDER.set(recorder)
         try:
             output = stock_forward(self, *args, return_dict=True, **kwargs)

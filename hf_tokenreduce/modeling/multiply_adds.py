@@ -17,13 +17,19 @@ from .encoders import EncoderFacts, facts_of
 
 
 def multiply_adds(
-    config: PreTrainedConfig | EncoderFacts, token_counts: Tensor, num_tokens: int, reduction: Any = None
+    config: PreTrainedConfig | EncoderFacts,
+    token_counts: Tensor,
+    num_tokens: int,
+    reduction: Any = None,
+    for_prefix: bool = False,
 ) -> Tensor:
     """Multiply-adds of the encoder for each image: (B,) float64.
 
     token_counts: long (B, L), the tokens that leave each layer, as a reduced model returns them
     num_tokens: tokens that enter the model, prefix tokens included
     reduction: the method configuration that left these counts. None: a dense model.
+    for_prefix: count the last layer as it is computed where nobody reads its patches: the method has nothing to do
+        there, and queries, output projection and MLP are those of prefix tokens. By default as papers count.
     """
     facts = facts_of(config)
     width = facts.hidden_size
@@ -32,7 +38,8 @@ def multiply_adds(
     entering[:, 0] = num_tokens
     own = torch.zeros(len(leaving), dtype=torch.float64, device=leaving.device)
     if reduction is not None:
-        for layer, counts in enumerate((entering - facts.num_prefix_tokens).unbind(dim=1)):
+        acting = leaving.shape[1] - (for_prefix and (reduction.hook != "before_encoder" or leaving.shape[1] > 1))
+        for layer, counts in enumerate((entering - facts.num_prefix_tokens).unbind(dim=1)[:acting]):
             different, which = counts.unique(return_inverse=True)
             costs = [reduction.own_multiply_adds(layer, int(count), facts) for count in different.tolist()]
             own += torch.tensor(costs, dtype=torch.float64, device=own.device)[which]
@@ -41,6 +48,9 @@ def multiply_adds(
         entering[:, 0] = leaving[:, 0]
     queries = leaving if hook == "select_queries" else entering
     through_mlp = entering if hook == "after_layer" else leaving
+    if for_prefix:
+        queries, through_mlp = queries.clone(), through_mlp.clone()
+        queries[:, -1] = through_mlp[:, -1] = facts.num_prefix_tokens
     attention = 2 * (entering + queries) * width**2 + 2 * queries * entering * width
     return own + (attention + through_mlp * facts.mlp_products).sum(dim=1)
 

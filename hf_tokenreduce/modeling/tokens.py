@@ -50,20 +50,15 @@ class TokenState(NamedTuple):
     last_states: Tensor | None = None
 
     @property
+    def num_images(self) -> int:
+        """B"""
+        return self.hidden_states.shape[0] if self.lengths is None else len(self.lengths)
+
+    @property
     def num_patch_tokens(self) -> int:
         """N: of every image if even, of the longest if packed."""
         length = self.hidden_states.shape[1] if self.lengths is None else max(self.lengths)
         return length - self.num_prefix_tokens
-
-    def counts(self) -> Tensor:
-        """(B,) long, the tokens of each image, prefix tokens included."""
-        device = self.hidden_states.device
-        if self.lengths is not None:
-            return torch.tensor(self.lengths, device=device)
-        batch, length, _ = self.hidden_states.shape
-        if self.mask is not None:
-            return self.num_prefix_tokens + (self.mask > 0.5).sum(dim=1)
-        return torch.full((batch,), length, dtype=torch.long, device=device)
 
     def valid(self) -> Tensor | None:
         """(B, N) bool, which patch tokens are not padding. None: all."""
@@ -80,14 +75,20 @@ class TokenMap(NamedTuple):
     num_tokens: M if the same for every image (the result is even), else the number for each (the result is packed)
     weight: (B, N), factor each token enters its output token with. None: every output token is one input token as
         it was.
+    size: (B, M), how many patches each output token stands for, where whoever made the map knows it.
+    keeps_all: whether no token is dropped, nor is there padding, so that no target is -1.
+
+    A number for each image of a batch of one is the same number for every image: its result is even.
     """
 
     target: Tensor | None
     num_tokens: int | tuple[int, ...]
     weight: Tensor | None = None
+    size: Tensor | None = None
+    keeps_all: bool = False
 
     def lengths(self, num_prefix_tokens: int) -> tuple[int, ...] | None:
-        if not isinstance(self.num_tokens, tuple):
+        if not isinstance(self.num_tokens, tuple) or len(self.num_tokens) == 1:
             return None
         return tuple(num_prefix_tokens + count for count in self.num_tokens)
 
@@ -115,10 +116,31 @@ def start(
     )
 
 
-def merge(target: Tensor, num_tokens: int | tuple[int, ...], mass: Tensor) -> TokenMap:
-    """Every output token is the mean of the tokens that go into it, weighted by their `mass` (B, N)."""
-    totals = sum_by_target(mass, target, _widest(num_tokens))
-    return TokenMap(target, num_tokens, mass / follow(target, totals, fill=1.0))
+def merge(
+    target: Tensor,
+    num_tokens: int | tuple[int, ...],
+    mass: Tensor,
+    *,
+    mass_is_size: bool = False,
+    keeps_all: bool = False,
+) -> TokenMap:
+    """Every output token is the mean of the tokens that go into it, weighted by their `mass` (B, N).
+
+    mass_is_size: the mass of a token is the number of patches it stands for, so its sums are the new sizes.
+    keeps_all: no target is -1.
+    """
+    totals = sum_by_target(mass, target, _widest(num_tokens), keeps_all)
+    weight = mass / (totals.gather(1, target) if keeps_all else follow(target, totals, fill=1.0))
+    return TokenMap(target, num_tokens, weight, totals if mass_is_size else None, keeps_all)
+
+
+def prefix_alone(state: TokenState) -> TokenMap:
+    """The map that leaves no patch token."""
+    if state.lengths is None:
+        return TokenMap(None, 0)
+    images = len(state.lengths)
+    dropped = torch.full((images, state.num_patch_tokens), -1, device=state.hidden_states.device)
+    return TokenMap(dropped, (0,) * images)
 
 
 def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
@@ -128,16 +150,15 @@ def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
             "A map cannot move tokens that are mixtures of patches (SiT): what each patch weighs in them would be "
             "wrong afterwards. Let SiT reduce after all other methods."
         )
-    target, num_tokens, weight = token_map
+    target, num_tokens, weight, size, keeps_all = token_map
     if target is None:
         return _keep_first(state, num_tokens)
-    size, patch_map, origin = state.size, state.patch_map, state.origin
+    patch_map, origin = state.patch_map, state.origin
     if origin is not None:
-        origin = representatives(origin, size, target, _widest(num_tokens))
-    if weight is not None and size is None:
-        size = torch.ones(target.shape, dtype=torch.float32, device=target.device)
-    if size is not None:
-        size = sum_by_target(size, target, _widest(num_tokens))
+        origin = representatives(origin, state.size, target, _widest(num_tokens))
+    if size is None and (state.size is not None or weight is not None):
+        sizes = torch.ones(target.shape, device=target.device) if state.size is None else state.size
+        size = sum_by_target(sizes, target, _widest(num_tokens), keeps_all)
     if patch_map is not None:
         patch_map = follow(patch_map, target, fill=-1)
     return state._replace(
@@ -306,6 +327,10 @@ def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tup
     """
     if token_map.target is None:
         return rows[:, : num_prefix_tokens + _widest(token_map.num_tokens)]
+    if token_map.keeps_all and token_map.weight is not None and lengths is None:
+        return _merge_evenly(
+            rows, token_map.target, _widest(token_map.num_tokens), token_map.weight, num_prefix_tokens
+        )
     target = _with_prefix(token_map.target, num_prefix_tokens)
     batch, length = target.shape
     flat = rows.flatten(0, 1)
@@ -330,16 +355,32 @@ def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tup
     return sums[:-1].view(shape).to(rows.dtype)
 
 
+def _merge_evenly(rows: Tensor, target: Tensor, num_tokens: int, weight: Tensor, num_prefix_tokens: int) -> Tensor:
+    """`move` where no token is dropped and the result is even, which needs a third of the operations: of a single
+    image these take longer than what they compute."""
+    batch, _, width = rows.shape
+    length = num_prefix_tokens + num_tokens
+    slot = target + num_prefix_tokens
+    if batch > 1:
+        slot = slot + _even_starts(batch, length, rows.device)
+    weighted = rows[:, num_prefix_tokens:] * weight[..., None]
+    sums = weighted.new_zeros(batch * length, width).index_add_(0, slot.flatten(), weighted.flatten(0, 1))
+    moved = sums.view(batch, length, width)
+    if num_prefix_tokens:
+        moved[:, :num_prefix_tokens] = rows[:, :num_prefix_tokens]
+    return moved.to(rows.dtype)
+
+
 def pad(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Packed rows (1, sum of lengths, ...) -> (B, longest, ...), zeros at the end of shorter images."""
-    real = _real(lengths, rows.device)
-    padded = rows.new_zeros(real.numel(), *rows.shape[2:])
-    return padded.index_copy(0, real.flatten().nonzero().squeeze(1), rows[0]).unflatten(0, real.shape)
+    shape = (len(lengths), max(lengths))
+    padded = rows.new_zeros(shape[0] * shape[1], *rows.shape[2:])
+    return padded.index_copy(0, _places_in_padded(lengths, rows.device), rows[0]).unflatten(0, shape)
 
 
 def unpad(padded: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """(B, longest, ...) -> packed (1, sum of lengths, ...)"""
-    return padded.flatten(0, 1).index_select(0, _real(lengths, padded.device).flatten().nonzero().squeeze(1))[None]
+    return padded.flatten(0, 1).index_select(0, _places_in_padded(lengths, padded.device))[None]
 
 
 def follow(index: Tensor, values: Tensor, fill: float) -> Tensor:
@@ -349,8 +390,10 @@ def follow(index: Tensor, values: Tensor, fill: float) -> Tensor:
     return torch.where(index < 0, fill, values.gather(1, index.clamp(min=0)))
 
 
-def sum_by_target(values: Tensor, target: Tensor, num_tokens: int) -> Tensor:
-    """(B, N) -> (B, M), the sum over the tokens that go into each output token."""
+def sum_by_target(values: Tensor, target: Tensor, num_tokens: int, keeps_all: bool = False) -> Tensor:
+    """(B, N) -> (B, M), the sum over the tokens that go into each output token. keeps_all: no target is -1."""
+    if keeps_all:
+        return values.new_zeros(target.shape[0], num_tokens).scatter_add(1, target, values)
     sums = values.new_zeros(target.shape[0], num_tokens + 1)
     return sums.scatter_add(1, torch.where(target < 0, num_tokens, target), values)[:, :-1]
 
@@ -367,6 +410,18 @@ def _widest(num_tokens: int | tuple[int, ...]) -> int:
 
 def _real(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+def _places_in_padded(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(sum of lengths,) long, where each packed row stands among the rows of all images padded to the longest.
+
+    The device is never asked for a number, such as how many places there are, so the host does not wait for it.
+    """
+    total, longest = sum(lengths), max(lengths)
+    starts = accumulate(lengths[:-1], initial=0)
+    shifts = [image * longest - start for image, start in enumerate(starts)]
+    each, counts = torch.tensor([shifts, lengths], device=device).unbind()
+    return torch.arange(total, device=device) + each.repeat_interleave(counts, output_size=total)
 
 
 def _even_starts(batch: int, length: int, device: torch.device) -> Tensor:

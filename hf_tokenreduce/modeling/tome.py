@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from .attention import AttentionView, full_precision
-from .checks import check_flag, is_integer, is_number, is_sequence
+from .checks import check_flag, check_layers_fit, is_integer, is_number, is_sequence
 from .configuration_base import ReductionConfig
 from .encoders import EncoderFacts, facts_of
 from .hooks import Reducer
@@ -82,16 +82,30 @@ class ToMeConfig(ReductionConfig):
         return similarity_cost(count, facts) if self.leaving(layer, count, facts) < count else 0
 
     @classmethod
-    def for_budget(cls, config: PreTrainedConfig | EncoderFacts, share: float, **settings: Any) -> "ToMeConfig":
-        """One r, or a list of r + 1 in the first layers and r in the others."""
+    def for_budget(
+        cls,
+        config: PreTrainedConfig | EncoderFacts,
+        share: float,
+        *,
+        layers: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> "ToMeConfig":
+        """One r, or a list of r + 1 in the first layers and r in the others.
+
+        layers: 0-based layers that merge, at more tokens each, so that fewer layers spend time on it. None: all.
+        """
         facts = facts_of(config)
-        layers = facts.num_hidden_layers
+        places = range(facts.num_hidden_layers) if layers is None else sorted(set(layers))
+        check_layers_fit("ToMeConfig", places, facts.num_hidden_layers)
 
         def merging(total: int) -> "ToMeConfig":
-            r, more = divmod(total, layers)
-            return cls(r=[r + 1] * more + [r] * (layers - more) if more else r, **settings)
+            r, more = divmod(total, len(places))
+            if layers is None and not more:
+                return cls(r=r, **settings)
+            at = {layer: r + (order < more) for order, layer in enumerate(places)}
+            return cls(r=[at.get(layer, 0) for layer in range(facts.num_hidden_layers)], **settings)
 
-        most = layers * (facts.num_patches // 2)
+        most = len(places) * (facts.num_patches // 2)
         return merging(most - largest_within(share, most, lambda spared: even_share(merging(most - spared), facts)))
 
 
@@ -109,15 +123,15 @@ def match_most_similar(keys: Tensor, size: Tensor | None, r: int, num_prefix_tok
     odd = slice(1 - num_prefix_tokens % 2, None, 2)
     keys = F.normalize(keys, dim=-1)
     with full_precision(keys):
-        similarity, match = (keys[:, even] @ keys[:, odd].transpose(1, 2)).max(dim=-1)  # (B, N even)
-    best = similarity.argsort(dim=-1, descending=True, stable=True)[:, :r]
-    merged = torch.zeros_like(match, dtype=torch.bool).scatter(1, best, True)
+        similarity, match = torch.bmm(keys[:, even], keys[:, odd].transpose(1, 2)).max(dim=-1)  # (B, N even)
+    best = similarity.sort(dim=-1, descending=True, stable=True).indices[:, :r]
+    left = torch.ones_like(match, dtype=torch.bool).scatter(1, best, False)
     num_left = match.shape[1] - r
     target = torch.empty(batch, num_tokens, dtype=torch.long, device=keys.device)
-    target[:, even] = torch.where(merged, num_left + match, (~merged).cumsum(dim=1) - 1)
+    target[:, even] = torch.where(left, left.cumsum(dim=1) - 1, match + num_left)
     target[:, odd] = torch.arange(num_left, num_tokens - r, device=keys.device)
     mass = torch.ones(target.shape, dtype=torch.float32, device=keys.device) if size is None else size
-    return merge(target, num_tokens - r, mass)
+    return merge(target, num_tokens - r, mass, mass_is_size=True, keeps_all=True)
 
 
 class ToMeReducer(Reducer):

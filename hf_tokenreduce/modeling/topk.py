@@ -43,7 +43,7 @@ def keep_best(scores: Tensor, count: int, fuse: bool = False) -> TokenMap:
     kept = rank < count
     if not fuse:
         return TokenMap(torch.where(kept, rank, -1), count)
-    return TokenMap(rank.clamp(max=count), count + 1, torch.where(kept, 1.0, scores))
+    return TokenMap(rank.clamp(max=count), count + 1, torch.where(kept, 1.0, scores), keeps_all=True)
 
 
 class TopKReducer(Reducer):

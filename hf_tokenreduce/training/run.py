@@ -35,6 +35,7 @@ from ..loading import folder_split, method_setting, parse_settings, spread
 from ..methods import METHODS
 from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.multiply_adds import shares_kept
+from ..tasks import all_layers_act
 from ..timing import in_turns
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, decoded, readable_rows
@@ -345,7 +346,7 @@ def describe(model: Any, pixels: torch.Tensor, repeats: int = 7, batch_size: int
     """What the model saves: by arithmetic on all images, and by the clock on some, in turns with the dense one."""
     model = model.cpu().eval()
     plain = restore(model).eval()
-    counts = torch.cat([model(part).token_counts for part in pixels.split(batch_size)])
+    counts = torch.cat([model(part, **all_layers_act(model)).token_counts for part in pixels.split(batch_size)])
     batch = pixels[spread(len(pixels), batch_size)]
     reduction = model.config.reduction
     share = shares_kept(model.config, counts, facts_of(model.config).num_tokens, reduction).mean().item()

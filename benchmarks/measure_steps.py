@@ -1,6 +1,6 @@
 """What a training step costs by the adaptive methods, beside a dense forward and backward of the same batch.
 
-    python examples/measure_steps.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGES
+    python benchmarks/measure_steps.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGES
 
 LTMP trains on masked tokens, so it saves nothing then; ATS really drops them. Medians of steps taken in turn.
 """
@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
     pixels = processor(load_pictures([args.data_dir], args.batch_size)[0], return_tensors="pt")["pixel_values"]
     labels = torch.arange(len(pixels)) % dense.config.num_labels
     settings = {"dense": None, "ATS": ATSConfig(), "LTMP": LTMPConfig(), "LTMP, frozen backbone": LTMPConfig()}
-    models = {name: reduce_tokens(copy.deepcopy(dense), setting) for name, setting in settings.items()}
+    models = {name: copy.deepcopy(dense) for name in settings}
+    for name, setting in settings.items():
+        if setting is not None:
+            models[name] = reduce_tokens(models[name], setting)
     for name, model in models.items():
         if "LTMP" in name:
             calibrate(model, pixels, 0.65)

@@ -1,6 +1,6 @@
 """How well the cheap labellers of DL-ViT rank the patches of an image as the exact one does, and what each costs.
 
-    python examples/compare_labellers.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGE_FOLDER
+    python benchmarks/compare_labellers.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGE_FOLDER
 
 Spearman's correlation between the deltas of each and of the exact labeller with the same mask, image by image, then
 the mean. 8 images of 224 pixels take about a minute with a tiny model on two cores.

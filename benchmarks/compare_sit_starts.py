@@ -1,6 +1,6 @@
 """What a calibrated start is worth to SiT: the same short training from random and from calibrated slimming networks.
 
-    python examples/compare_sit_starts.py --model_name_or_path FOLDER_OR_HUB_ID \
+    python benchmarks/compare_sit_starts.py --model_name_or_path FOLDER_OR_HUB_ID \
         --train_dir IMAGES --validation_dir IMAGES
 
 Both starts see the same batches in the same order, with plain cross-entropy; images are only resized. Prints top-1 on

@@ -1,6 +1,6 @@
 """How BAT best splits what it keeps into attentive tokens, fused ones and clusters: top-1 without training.
 
-    python examples/sweep_bat.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGE_FOLDER --output_dir FOLDER
+    python benchmarks/sweep_bat.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGE_FOLDER --output_dir FOLDER
 
 For every keep rate, all pairs of a cluster share and a fuse share; beside them Top-K and EViT, which hand on the same
 number of tokens (EViT one more, its fused one). A run that was stopped goes on where it was. 1,000 images of 224
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     top1 = {key: row["top1"] for key, row in zip(settings, found.rows[1:], strict=True)}
 
     lines = [f"# BAT without training: {name}, {len(images)} images, top-1 %", ""]
-    lines += ["By `examples/sweep_bat.py`" + (" `--no_prop_attn`." if args.no_prop_attn else "."), ""]
+    lines += ["By `benchmarks/sweep_bat.py`" + (" `--no_prop_attn`." if args.no_prop_attn else "."), ""]
     for rate in args.keep_rates:
         lines += [f"keep rate {rate}: Top-K {top1[rate, 'topk']:.1f}, EViT {top1[rate, 'evit']:.1f}", ""]
         lines.append("| cluster share | " + " | ".join(f"fuse share {fused}" for fused in args.fuse_shares) + " |")

@@ -1,6 +1,6 @@
 """How exactly the promises hold on real weights and photographs: an image alone and in a batch, trained and run.
 
-    python examples/measure_differences.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGES
+    python benchmarks/measure_differences.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGES
 
 Takes 14 photographs (7 at the least), prints the largest differences of logits and whether the same tokens were kept.
 Half a minute.

@@ -1,0 +1,73 @@
+"""Which settings pay: a reduction that is slower than the dense model on this device is of no use there."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..convert import with_reduction
+from ..methods import method_of
+from ..modeling.configuration_base import ReductionConfig
+from ..modeling.encoders import EncoderFacts, encoder_of
+from ..modeling.multiply_adds import even_share
+from ..tasks import image_side
+
+
+STEP = 0.05  # of the share from one setting that is tried to the next
+LEAST_SHARE = 0.3  # below this nobody has kept the accuracy
+
+
+def weaker_first(reduction: ReductionConfig, facts: EncoderFacts) -> Iterator[ReductionConfig]:
+    """Settings of the same method that take less time, the nearest first: the same share of the multiply-adds by fewer
+    layers that reduce, where the method has them all, then lower and lower shares.
+
+    None where a setting alone does not decide what is kept: what has learned for one setting cannot be given another.
+    """
+    method = method_of(reduction)
+    if method.at_share is None or method.is_adaptive(reduction) or method.prepare is not None:
+        return
+    kept = {one.name: getattr(reduction, one.name) for one in fields(reduction) if one.name not in method.key_settings}
+    layers = facts.num_hidden_layers
+    few = tuple(sorted({layers // 4, layers // 2, 3 * layers // 4}))
+    share = even_share(reduction, facts)
+    while share > LEAST_SHARE:
+        for options in ({"layers": few}, {}) if "layers" not in kept else ({},):
+            try:
+                setting = method.at_share(facts, share, **{**kept, **options})
+            except (ValueError, TypeError):  # out of reach in so few layers, or not to be chosen by layers
+                continue
+            if setting != reduction:
+                yield setting
+        share -= STEP
+
+
+def nearest_that_pays(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: Sequence[Tensor],
+    repeats: int,
+    times: Callable[[Callable[[], Any]], float],
+    ratio: Callable[[list[float], list[float]], tuple[float, tuple[float, float]]],
+) -> tuple[dict[str, Any], float] | None:
+    """The nearest setting of a model's method that is faster than the dense model, and how many times. None: none of
+    those that could be tried.
+
+    times: runs what it is given, once, and returns the seconds that took
+    ratio: of two lists of seconds, the median and its interval
+    """
+    for setting in weaker_first(model.config.reduction, encoder_of(model).facts):
+        candidate = with_reduction(dense, setting).eval()
+        runs = (image_side(dense), image_side(candidate))
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for repeat in range(-1, repeats):
+            for run, spent in zip(runs, seconds, strict=True):
+                images = batches[max(repeat, 0) % len(batches)]
+                taken = times(lambda run=run, images=images: run(images))  # type: ignore[misc]
+                if repeat >= 0:
+                    spent.append(taken)
+        speedup, (low, _) = ratio(*seconds)
+        if low > 1:
+            return setting.to_dict(), speedup
+    return None
