@@ -167,7 +167,8 @@ def attend(
     """
     if query_lengths is None:
         pairs = None if pair_bias is None else pair_bias.whole()
-        by_sdpa = attention.config._attn_implementation == "sdpa" and not kwargs.get("output_attentions")  # it warns
+        # Theirs warns whoever asks it for attentions.
+        by_sdpa = attention.config._attn_implementation == "sdpa" and not kwargs.get("output_attentions")
         attend_to_all = _attend_by_sdpa if by_sdpa else _attend_evenly
         return attend_to_all(attention, query, key, value, _logit_bias(key_bias, pairs), **kwargs)
     if key_lengths is None:
