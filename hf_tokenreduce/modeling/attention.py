@@ -322,7 +322,7 @@ def _attend_evenly(
 def _attend_by_sdpa(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """What transformers' interface does for "sdpa", without its copy and checks, which add up over layers and images."""
+    """What transformers does for "sdpa", without its copy and checks, which add up over layers and images."""
     mask = None if bias is None else _as_mask(bias, query.dtype)
     dropout = attention.attention_dropout if attention.training else 0.0
     output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=attention.scaling)
