@@ -327,7 +327,8 @@ def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tup
     """
     if token_map.target is None:
         return rows[:, : num_prefix_tokens + _widest(token_map.num_tokens)]
-    if token_map.keeps_all and token_map.weight is not None and lengths is None:
+    even = lengths is None and token_map.lengths(num_prefix_tokens) is None
+    if even and token_map.keeps_all and token_map.weight is not None:
         return _merge_evenly(
             rows, token_map.target, _widest(token_map.num_tokens), token_map.weight, num_prefix_tokens
         )
