@@ -6,6 +6,7 @@ import transformers
 
 from .calibration import calibrate
 from .convert import reduce_tokens, restore
+from .deploy import export
 from .methods import Method, register_method
 from .modeling.ats import ATSConfig
 from .modeling.bat import BATConfig
@@ -49,6 +50,7 @@ __all__ = [
     "TokenReduceViTModel",
     "TopKConfig",
     "calibrate",
+    "export",
     "load_thresholds",
     "reduce_tokens",
     "register_method",

@@ -1,4 +1,4 @@
-"""Commands that bring models to others: card, publish, serve, demo."""
+"""Commands that bring models to others: card, publish, export, serve, demo."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,12 @@ from rich.table import Table
 from .options import (
     Json,
     Model,
+    Overwrite,
     Revision,
     Trust,
     app,
     out,
+    print_answer,
 )
 
 
@@ -34,6 +36,28 @@ def card(
     written = [write_card(folder, **names)] if records is None else write_cards(records, folder, **names)
     for path in written:
         out.print(f"Written: {path}")
+
+
+@app.command(epilog="tokenreduce export vit-tome -o vit-tome-onnx --format onnx")
+def export(
+    model: Model,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The new folder.")],
+    format: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
+    images: Annotated[
+        str | None, typer.Option(help="A folder of images to check the graph on. Default: noise.")
+    ] = None,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model as a graph for ONNX Runtime or OpenVINO, and check it there against PyTorch."""
+    from hf_tokenreduce.deploy import export as write
+    from hf_tokenreduce.loading import load_model
+
+    loaded, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    found = write(loaded, output_dir, image_processor=processor, format=format, images=images, overwrite=overwrite)
+    print_answer(found, as_json, f"Saved to {output_dir}")
 
 
 @app.command(epilog="tokenreduce publish vit-tome your-name/vit-tome --dry-run upload")

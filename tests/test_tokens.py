@@ -15,16 +15,19 @@ def maps(draw, batch=2, min_tokens=1):
     """Any hard map: (map, number of tokens it takes). Every output token has at least one input token."""
     num_tokens = draw(st.integers(min_tokens, 12))
     num_outputs = draw(st.integers(1, num_tokens))
+    keeps_all = draw(st.booleans())
     rows = []
     for _ in range(batch):
         order = draw(st.permutations(range(num_tokens)))
         row = [0] * num_tokens
         for position, token in enumerate(order):
-            row[token] = position if position < num_outputs else draw(st.integers(-1, num_outputs - 1))
+            row[token] = (
+                position if position < num_outputs else draw(st.integers(0 if keeps_all else -1, num_outputs - 1))
+            )
         rows.append(row)
     target = torch.tensor(rows)
     if draw(st.booleans()):
-        return merge(target, num_outputs, torch.rand(target.shape) + 0.1)
+        return merge(target, num_outputs, torch.rand(target.shape) + 0.1, keeps_all=keeps_all)
     one_each = torch.tensor([[value if row.index(value) == i else -1 for i, value in enumerate(row)] for row in rows])
     return TokenMap(one_each, num_outputs)
 
@@ -52,6 +55,32 @@ def test_moving_is_a_matrix_product_on_patches_and_leaves_the_prefix(token_map, 
     moved = move(state.hidden_states, token_map, prefix)
     assert torch.equal(moved[:, :prefix], state.hidden_states[:, :prefix])
     torch.testing.assert_close(moved[:, prefix:], dense(token_map).transpose(1, 2) @ state.hidden_states[:, prefix:])
+
+
+@given(maps(), st.integers(0, 3), st.booleans())
+def test_what_a_map_says_of_itself_changes_nothing(token_map, prefix, sized):
+    state = states(token_map, prefix)
+    if sized:
+        state = state._replace(size=torch.randint(1, 5, token_map.target.shape).float())
+    if token_map.weight is not None:
+        mass = torch.ones(token_map.target.shape) if state.size is None else state.size
+        token_map = merge(
+            token_map.target, token_map.num_tokens, mass, mass_is_size=True, keeps_all=token_map.keeps_all
+        )
+    ours, theirs = apply_map(state, token_map), apply_map(state, token_map._replace(size=None, keeps_all=False))
+    torch.testing.assert_close(ours.hidden_states, theirs.hidden_states)
+    assert (ours.size is None) == (theirs.size is None) and torch.equal(ours.patch_map, theirs.patch_map)
+    if ours.size is not None:
+        torch.testing.assert_close(ours.size, theirs.size)
+
+
+@given(maps(batch=1), st.integers(1, 3))
+def test_a_number_for_each_of_one_image_is_even(token_map, prefix):
+    state = states(token_map, prefix)
+    one = apply_map(state, token_map._replace(num_tokens=(token_map.num_tokens,)))
+    even = apply_map(state, token_map)
+    assert one.lengths is None and torch.equal(one.hidden_states, even.hidden_states)
+    assert torch.equal(one.patch_map, even.patch_map)
 
 
 @given(maps(), st.integers(1, 3))

@@ -176,5 +176,5 @@ class BATReducer(Reducer):
 
 def _pick(rows: Tensor, index: Tensor) -> Tensor:
     """(B, N, D) at (B, M) -> (B, M, D)"""
-    flat = index + torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]
+    flat = index + torch.arange(rows.shape[0], device=rows.device)[:, None] * rows.shape[1]
     return rows.reshape(-1, rows.shape[2]).index_select(0, flat.flatten()).view(*index.shape, -1)

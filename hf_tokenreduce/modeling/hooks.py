@@ -18,7 +18,9 @@ class Reducer(nn.Module):
     Every layer owns one reducer, built with the facts of the encoder, its reduction among them, and its own 0-based
     index; `before_encoder` is asked of the first layer's. A hook decides, with a pure function, on a `TokenMap`, and
     returns the state with the map applied (`apply_map`). It must not change the state it is given, nor keep anything
-    between calls: gradient checkpointing runs layers twice. Learned parts are ordinary parameters and submodules of
+    between calls: gradient checkpointing runs layers twice. Where a classifier reads the prefix tokens alone, its last
+    layer computes no patches, so the hooks of that layer's reducer are not asked, unless somebody looks (see
+    `ReducedLayer`). Learned parts are ordinary parameters and submodules of
     the reducer.
 
     in_float32: names of its parameters that stay float32 when the model is loaded in a half type.

@@ -194,7 +194,7 @@ def representatives(
     order = _positions(target, count) if order is None else order
     weight = order if size is None else size.round().long() * count + order
     slot = torch.where(target < 0, num_tokens, target)
-    heaviest = weight.new_full((len(target), num_tokens + 1), -1).scatter_reduce(1, slot, weight, "amax")
+    heaviest = weight.new_full((target.shape[0], num_tokens + 1), -1).scatter_reduce(1, slot, weight, "amax")
     chosen = torch.where(heaviest.gather(1, slot) == weight, slot, num_tokens)
     return torch.zeros_like(heaviest).scatter(1, chosen, origin)[:, :-1]
 
@@ -293,7 +293,7 @@ def _rows_at(rows: Tensor, index: Tensor) -> Tensor:
     """(B, N, D) at (B, M), where -1 reads any row: (B, M, D)"""
     if rows.shape[1] == 0:
         return rows.new_zeros(*index.shape, rows.shape[2])
-    flat = _even_starts(len(rows), rows.shape[1], rows.device) + index.clamp(min=0)
+    flat = _even_starts(rows.shape[0], rows.shape[1], rows.device) + index.clamp(min=0)
     return rows.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape, -1)
 
 
@@ -327,7 +327,8 @@ def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tup
     """
     if token_map.target is None:
         return rows[:, : num_prefix_tokens + _widest(token_map.num_tokens)]
-    if token_map.keeps_all and token_map.weight is not None and lengths is None:
+    even = lengths is None and token_map.lengths(num_prefix_tokens) is None
+    if even and token_map.keeps_all and token_map.weight is not None:
         return _merge_evenly(
             rows, token_map.target, _widest(token_map.num_tokens), token_map.weight, num_prefix_tokens
         )
