@@ -277,12 +277,17 @@ def test_what_does_not_pay_is_said_with_the_nearest_that_does():
     assert not row.pays and f"tome does not pay on this device at batch 1 in float32: {row.speedup:.2f} x dense" in (
         report.to_markdown()
     )
-    found = benchmark({"tome": models["tome"]}, tiny_images(1), timer=WorkClock(3e-5), **options)
+    # Of the prices of an operation there is one at which this setting does not pay, and another one does.
+    for price in (3e-4, 1e-4, 3e-5, 2e-5, 1e-5, 5e-6):
+        found = benchmark({"tome": models["tome"]}, tiny_images(1), timer=WorkClock(price), **options)
+        if found.row("tome").nearest is not None:
+            break
     setting, speedup = found.row("tome").nearest
+    assert not found.row("tome").pays
     assert setting["method"] == "tome" and speedup > 1 and json.dumps(setting) in found.to_markdown()
     again = reduce_tokens(tiny_model(), setting)
-    assert benchmark({"tome": again}, tiny_images(1), timer=WorkClock(3e-5), **options).row("tome").pays
-    assert BenchmarkReport.from_dict(json.loads(json.dumps(found.to_dict()))).to_markdown() == found.to_markdown()
+    assert benchmark({"tome": again}, tiny_images(1), timer=WorkClock(price), **options).row("tome").pays
+    assert BenchmarkReport.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 def test_settings_that_are_tried_take_less_and_less():

@@ -249,12 +249,13 @@ def test_what_is_for_a_cuda_device_runs_on_the_cpu(tmp_path):
     assert all(one["error"] == 0 and one["graphs"] == 1 for one in rows["compiled"].values())
     assert all(one["waits"] <= one["layers"] for one in rows["waits"].values())
     assert [rows["waits"][name]["waits"] for name in ("tome", "dlvit-even", "dlvit")] == [0, 0, 1]
-    assert {row["name"] for row in rows["speed"]["tiny, batch 3, eager"]} >= {"dense", "tome", "ltmp"}
+    assert {row["name"] for row in rows["speed"]["tiny, batch 3, eager"]} == {"dense", "tome", "ats"}
     table = (tmp_path / "cuda-smoke.md").read_text()
-    assert "| tiny, batch 1, eager | ats |" in table and "- tome, float32: error" in table
+    assert "| tiny, batch 3, eager | ats |" in table and "- tome, float32: error" in table
 
     part = tmp_path / "cuda-smoke.parts" / "weighing.jsonl"
-    lines = part.read_text().splitlines()
-    part.write_text(lines[1] + "\n" + json.dumps({"key": "a", "failed": "ValueError: no"}) + "\n")
-    again = subprocess.run([*script, "--part", "weighing"], env=environment)
-    assert again.returncode == 0 and len(part.read_text().splitlines()) == 3
+    known, left = part.read_text(), json.dumps({"key": "a", "failed": "ValueError: no"}) + "\n"
+    for before, after in ((known, known), (left, None)):  # what is there is not done again, what is missing is
+        part.write_text(before)
+        assert subprocess.run([*script, "--part", "weighing"], env=environment).returncode == 0
+        assert part.read_text() == after or (after is None and len(part.read_text().splitlines()) == 2)

@@ -84,6 +84,8 @@ class BenchmarkReport:
             row.speedup_interval = tuple(row.speedup_interval)  # type: ignore[assignment]
             if row.oracle_share_interval is not None:
                 row.oracle_share_interval = tuple(row.oracle_share_interval)  # type: ignore[assignment]
+            if row.nearest is not None:
+                row.nearest = tuple(row.nearest)  # type: ignore[assignment]
         return cls(dict(values["settings"]), rows)
 
     def save(self, path: str | Path) -> None:
