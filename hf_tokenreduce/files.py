@@ -67,7 +67,7 @@ UNFINISHED = ".{}.part"
 WEIGHTS_AND_SETTINGS = (
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
     "preprocessor_config.json", "processor_config.json", "generation_config.json", "tokenizer*.json", "vocab.json",
-    "merges.txt", "special_tokens_map.json",
+    "merges.txt", "special_tokens_map.json", "model.onnx*", "openvino_model.*", "export.json",
 )  # fmt: skip
 TOLD_OF_IT = ("README.md", "record.json", "token_map.png")
 

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor
 
 from hf_tokenreduce import LTMPConfig, ToMeConfig, deploy, export, reduce_tokens
+from hf_tokenreduce.files import model_folder
 from hf_tokenreduce.loading import load_pictures
 from hf_tokenreduce_cli import main
 
@@ -82,6 +83,20 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     exec(code, {})
     pixels = processor(load_pictures(["photo.jpg"], 1)[0], return_tensors="pt").pixel_values
     assert capsys.readouterr().out.strip() == model.config.id2label[model(pixels).logits.argmax().item()]
+
+
+def test_no_graph_of_another_model_stays(tmp_path):
+    model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
+    with model_folder(tmp_path) as place:
+        for name in ("config.json", "model.onnx", "model.onnx.data", "openvino_model.xml", "openvino_model.bin"):
+            (place / name).write_text("{}")
+    export(model, tmp_path, overwrite=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "README.md",
+        "config.json",
+        "export.json",
+        "model.onnx",
+    ]
 
 
 def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):

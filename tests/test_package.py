@@ -47,6 +47,7 @@ def test_public_names():
             "TokenReduceViTForImageClassification",
             "TokenReduceViTModel",
             "calibrate",
+            "export",
             "load_thresholds",
             "reduce_tokens",
             "register_method",
