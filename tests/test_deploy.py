@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, family_model
 from helpers import BASES, METHODS, reduce_tiny, tiny_images, tiny_model
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessor
+from transformers import ASTFeatureExtractor, AutoConfig, AutoImageProcessor, ViTImageProcessor
 
-from hf_tokenreduce import LTMPConfig, ToMeConfig, deploy, export, reduce_tokens
+from hf_tokenreduce import DLViTConfig, EViTConfig, LTMPConfig, ToMeConfig, deploy, export, reduce_tokens
 from hf_tokenreduce.files import model_folder
 from hf_tokenreduce.loading import load_pictures
 from hf_tokenreduce_cli import main
@@ -55,6 +56,19 @@ def test_a_graph_computes_what_the_model_computes(tmp_path, format, method):
     assert AutoImageProcessor.from_pretrained(tmp_path / "graph").size["height"] == 32
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(tmp_path, family, reduced):
+    model = family_model(family)
+    model = reduce_tokens(model, EViTConfig(keep_rate=0.6, layers=(1,))) if reduced else model
+    if "backbone" in family or family.startswith("llava") or (family == "mae" and not reduced):
+        with pytest.raises(ValueError, match=f"A {type(model).__name__} cannot be exported: "):
+            export(model, tmp_path / "graph")
+        return
+    assert export(model, tmp_path / "graph")["largest_difference"] < 1e-5
+
+
 def test_features_of_an_encoder_and_a_half_type(tmp_path):
     model = reduce_tokens(tiny_model("vit", BASES), ToMeConfig(r=7)).to(torch.bfloat16)
     found = export(model, tmp_path / "graph")
@@ -83,6 +97,15 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     exec(code, {})
     pixels = processor(load_pictures(["photo.jpg"], 1)[0], return_tensors="pt").pixel_values
     assert capsys.readouterr().out.strip() == model.config.id2label[model(pixels).logits.argmax().item()]
+
+
+def test_the_readme_of_sounds_runs(tmp_path, capsys):
+    model = reduce_tokens(family_model("ast"), ToMeConfig(r=7))
+    processor = ASTFeatureExtractor(num_mel_bins=64, max_length=64)
+    export(model, tmp_path / "graph", image_processor=processor, format="openvino")
+    exec((tmp_path / "graph" / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
+    heard = processor(np.zeros(16000, dtype=np.float32), sampling_rate=16000, return_tensors="pt").input_values
+    assert capsys.readouterr().out.strip() == model.config.id2label[model(heard).logits.argmax().item()]
 
 
 def test_no_graph_of_another_model_stays(tmp_path):
@@ -115,6 +138,15 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"needs onnxscript: pip install 'hf-tokenreduce\[onnx\]'"):
         export(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_numbers_that_are_not_finite_are_no_agreement(tmp_path):
+    model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
+    model.classifier.bias.data[0] = torch.nan
+    with pytest.raises(RuntimeError, match="differs from the model by nan"):
+        export(model, tmp_path / "graph")
+    with pytest.raises(ValueError, match="DL-ViT cannot be exported yet: its filter is not trained"):
+        export(reduce_tokens(tiny_model(), DLViTConfig(keep_rate=0.5)), tmp_path / "graph")
 
 
 def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypatch):

@@ -21,7 +21,10 @@ from hf_tokenreduce.modeling.multiply_adds import even_counts, even_share, multi
 
 
 def counted(model, images, whole=True):
-    """Of the encoder, by torch's counter, its last layer as a whole as papers count it; and the output."""
+    """Count the encoder's multiply-adds with torch's counter. By default the last layer is whole, as papers count.
+
+    Returns their mean over the images, and the output.
+    """
     if whole:  # who looks at a layer sees all of it
         encoder_of(model).layers[-1].register_forward_hook(lambda *seen: None)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

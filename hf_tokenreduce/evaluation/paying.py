@@ -1,5 +1,6 @@
 """Which settings pay: a reduction that is slower than the dense model on this device is of no use there."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -16,27 +17,28 @@ from ..tasks import image_side
 
 
 STEP = 0.05  # of the share from one setting that is tried to the next
-LEAST_SHARE = 0.3  # below this nobody has kept the accuracy
+LEAST_SHARE = 0.3  # lower ones are not tried
 
 
 def weaker_first(reduction: ReductionConfig, facts: EncoderFacts) -> Iterator[ReductionConfig]:
     """Settings of the same method that take less time, the nearest first: the same share of the multiply-adds by fewer
     layers that reduce, where the method has them all, then lower and lower shares.
 
-    None where a setting alone does not decide what is kept: what has learned for one setting cannot be given another.
+    There are none where a setting alone does not decide what is kept, or where networks have learned for one setting.
     """
     method = method_of(reduction)
     if method.at_share is None or method.is_adaptive(reduction) or method.prepare is not None:
         return
     kept = {one.name: getattr(reduction, one.name) for one in fields(reduction) if one.name not in method.key_settings}
     layers = facts.num_hidden_layers
+    takes_layers = "layers" in inspect.signature(method.at_share).parameters  # which all of them reduce by default
     few = tuple(sorted({layers // 4, layers // 2, 3 * layers // 4}))
     share = even_share(reduction, facts)
     while share > LEAST_SHARE:
-        for options in ({"layers": few}, {}) if "layers" not in kept else ({},):
+        for options in ({"layers": few}, {}) if takes_layers else ({},):
             try:
-                setting = method.at_share(facts, share, **{**kept, **options})
-            except (ValueError, TypeError):  # out of reach in so few layers, or not to be chosen by layers
+                setting = method.at_share(facts, share, **kept, **options)
+            except ValueError:  # out of reach, at the latest in so few layers
                 continue
             if setting != reduction:
                 yield setting

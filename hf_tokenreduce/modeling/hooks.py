@@ -59,7 +59,7 @@ class Reducer(nn.Module):
         return state
 
     def leaving(self, count: int) -> int:
-        """Of `count` patch tokens, how many this layer would leave; all of them if that depends on the image."""
+        """Say how many of `count` patch tokens this layer would leave: all of them if that depends on the image."""
         try:
             return count if self.built_for is None else self.built_for.leaving(self._layer, count, self._facts)
         except ValueError:

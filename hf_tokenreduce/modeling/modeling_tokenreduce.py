@@ -30,8 +30,9 @@ from .encoders import (
     encoder_of,
 )
 from .hooks import Reducer
-from .layers import RECORDER, Encoded, Recorder, inject
+from .layers import inject
 from .methods import build_reducer, write_extra_method
+from .recording import RECORDER, Encoded, Recorder
 
 
 _StockModel: Any = nn.Module  # the mixin is only used in front of a stock model, whose methods it extends
