@@ -76,6 +76,8 @@ def small(**changes):
 def test_papers_figures_of_deit_small():
     model = small()
     assert dense_multiply_adds(model) / 1e9 == pytest.approx(4.6, abs=0.05)
+    saved = 1 - total_multiply_adds(reduce_tokens(model, None)).item() / dense_multiply_adds(model)
+    assert saved == pytest.approx(0.07, abs=0.002)  # by the last layer of the class token alone, as the pages say
     found = total_multiply_adds(model, reduction=ToMeConfig(r=13), as_in_papers=True)
     assert found.item() / 1e9 == pytest.approx(2.7, abs=0.05)
 
