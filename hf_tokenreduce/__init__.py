@@ -6,7 +6,7 @@ import transformers
 
 from .calibration import calibrate
 from .convert import reduce_tokens, restore
-from .deploy import export
+from .deploy import export, load_exported
 from .methods import Method, register_method
 from .modeling.ats import ATSConfig
 from .modeling.bat import BATConfig
@@ -51,6 +51,7 @@ __all__ = [
     "TopKConfig",
     "calibrate",
     "export",
+    "load_exported",
     "load_thresholds",
     "reduce_tokens",
     "register_method",

@@ -123,7 +123,9 @@ class AttentionView(NamedTuple):
 
     def patch_keys(self) -> Tensor:
         """The keys of the patch tokens, averaged over the heads: (B, N, d) float32."""
-        keys = (self.key if self.content is None else self.content).mean(dim=1, dtype=torch.float32)
+        keys = self.key if self.content is None else self.content
+        # In the order in which they lie, so that no runtime makes a copy in another order.
+        keys = keys.transpose(1, 2).mean(dim=2, dtype=torch.float32)
         if self.lengths is not None:
             keys = pad(keys, self.lengths)
         return keys[:, self.num_prefix_tokens :]

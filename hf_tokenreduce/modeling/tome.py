@@ -127,11 +127,20 @@ def match_most_similar(keys: Tensor, size: Tensor | None, r: int, num_prefix_tok
     best = similarity.sort(dim=-1, descending=True, stable=True).indices[:, :r]
     left = torch.ones_like(match, dtype=torch.bool).scatter(1, best, False)
     num_left = match.shape[1] - r
-    target = torch.empty(batch, num_tokens, dtype=torch.long, device=keys.device)
-    target[:, even] = torch.where(left, left.cumsum(dim=1) - 1, match + num_left)
-    target[:, odd] = torch.arange(num_left, num_tokens - r, device=keys.device)
+    of_even = torch.where(left, left.cumsum(dim=1) - 1, match + num_left)
+    of_odd = torch.arange(num_left, num_tokens - r, device=keys.device).expand(batch, -1)
+    target = _dealt_back(of_odd, of_even) if num_prefix_tokens % 2 else _dealt_back(of_even, of_odd)
     mass = torch.ones(target.shape, dtype=torch.float32, device=keys.device) if size is None else size
     return merge(target, num_tokens - r, mass, mass_is_size=True, keeps_all=True)
+
+
+def _dealt_back(first: Tensor, second: Tensor) -> Tensor:
+    """Numbers of every other token, (B, N first) from the first token on and (B, N second) from the second, as those
+    of all: (B, N). They are joined, because runtimes take longer to write into a tensor."""
+    count = first.shape[1] + second.shape[1]
+    if count % 2:
+        second = F.pad(second, (0, 1))
+    return torch.stack([first, second], dim=2).flatten(1)[:, :count]
 
 
 class ToMeReducer(Reducer):
