@@ -21,6 +21,7 @@ from .options import (
 )
 
 
+RUNTIME = "eager, compiled, onnx, openvino or openvino-int8."
 ROWS = ("became_right", "became_wrong")
 
 
@@ -83,7 +84,7 @@ def benchmark(
     repeats: Annotated[int, typer.Option(min=1, help="Of every model in turn.")] = 15,
     threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    compile_models: Annotated[bool, typer.Option("--compile", help="torch.compile what can be.")] = False,
+    runtime: Annotated[list[str], typer.Option(help=RUNTIME + " May be given again.")] = ["eager"],  # noqa: B006
     suggest: Annotated[
         bool, typer.Option(help="Look for a setting that is faster than dense where one is not.")
     ] = True,
@@ -111,7 +112,8 @@ def benchmark(
         for name, model in zip(named, models, strict=True)
     }
     processor = next(iter(loaded.values()))[1]
-    pixels = processor(load_pictures([images], 2 * max(batch_size))[0], return_tensors="pt")["pixel_values"]
+    count = max(2 * max(batch_size), 128 if "openvino-int8" in runtime else 0)
+    pixels = processor(load_pictures([images], count)[0], return_tensors="pt")["pixel_values"]
     report = measure(
         {name: model for name, (model, _) in loaded.items()},
         pixels,
@@ -120,7 +122,7 @@ def benchmark(
         repeats=repeats,
         threads=threads,
         device=device,
-        compile=compile_models,
+        runtimes=runtime,
         suggest=suggest,
     )
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())

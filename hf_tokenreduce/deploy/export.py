@@ -101,9 +101,10 @@ def export(
             }
             if int8:
                 assert given is not None
-                quantize(place / FORMATS[format].file, given)
+                fitted = _inputs(model, given, -(-len(given) // (batch_size or 1)) * (batch_size or 1))
+                quantize(place / FORMATS[format].file, fitted, batch_size)
                 del found["largest_difference"]
-                found |= _compare_classes(whole, given, format, place, batch_size)
+                found |= _compare_classes(whole, fitted, len(given), format, place, batch_size)
             stock = restore(model) if type(model).__name__.startswith(PREFIX) else model
             config = copy.deepcopy(stock.config)
             config.architectures = [type(stock).__name__]
@@ -207,15 +208,13 @@ def _compare(whole: Outputs, inputs: Tensor, format: str, place: Path, batch_siz
 
 
 def _compare_classes(
-    whole: Outputs, images: Tensor, format: str, place: Path, batch_size: int | None
+    whole: Outputs, images: Tensor, count: int, format: str, place: Path, batch_size: int | None
 ) -> dict[str, Any]:
-    """Say how far 8 bits are from float32 on the images they were fitted to."""
+    """Say how far 8 bits are from float32 on the images they were fitted to, the first `count` of the images."""
     run = FORMATS[format].open(place, None, None, "float32")
-    size = batch_size or 1
-    parts = [part for part in images.split(size) if len(part) == size]
-    if not parts:
-        parts = [_inputs(whole.side, images, size)]
-    theirs, ours = torch.cat([run(part)[0] for part in parts]), torch.cat([whole.main(part) for part in parts])
+    parts = images.split(batch_size or 1)
+    theirs = torch.cat([run(part)[0] for part in parts])[:count]
+    ours = torch.cat([whole.main(part) for part in parts])[:count]
     if not theirs.isfinite().all():
         raise RuntimeError("In 8 bits the model gives numbers that are not finite. Nothing was written.")
     if theirs.ndim == 2:

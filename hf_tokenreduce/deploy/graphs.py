@@ -141,6 +141,8 @@ def _translations() -> dict[Any, Any]:
 def _open_onnx(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
+    # Else its threads wait busily for the next call, and slow whatever runs in between.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     session = runtime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ PACKAGES = ("nncf",)
 MOST_IMAGES = 300
 
 
-def quantize(graph_file: Path, inputs: Tensor) -> None:
-    """Replace a graph by one of 8 bits, whose ranges come from inputs (n, ...).
+def quantize(graph_file: Path, inputs: Tensor, batch_size: int | None = None) -> None:
+    """Replace a graph by one of 8 bits, whose ranges come from inputs (n, ...), as many at once as the graph takes.
 
     Products without weights stay in float: those of attention, and those by which methods compare and choose tokens.
     So do the networks by which a method decides.
@@ -24,12 +23,14 @@ def quantize(graph_file: Path, inputs: Tensor) -> None:
     nncf, openvino = importlib.import_module("nncf"), importlib.import_module("openvino")
     graph = openvino.Core().read_model(graph_file)
     in_float = [node.get_friendly_name() for node in graph.get_ops() if _stays_in_float(node)]
+    size = batch_size or 1
+    parts = [part for part in inputs[:MOST_IMAGES].split(size) if len(part) == size]
     with quietly():
         small = nncf.quantize(
             graph,
-            nncf.Dataset(list(_one_by_one(inputs))),
+            nncf.Dataset([part.float().cpu().numpy() for part in parts]),
             model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=min(len(inputs), MOST_IMAGES),
+            subset_size=len(parts),
             ignored_scope=nncf.IgnoredScope(names=in_float, validate=False),
         )
     # Beside it first: the graph that was read still looks into its file.
@@ -46,7 +47,3 @@ def _stays_in_float(node: Any) -> bool:
     return node.get_friendly_name().startswith(REDUCER) or not any(
         source.get_type_name() == "Constant" for source in sources
     )
-
-
-def _one_by_one(inputs: Tensor) -> Iterator[Any]:
-    return (one[None].float().cpu().numpy() for one in inputs)
