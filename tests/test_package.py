@@ -48,6 +48,7 @@ def test_public_names():
             "TokenReduceViTModel",
             "calibrate",
             "export",
+            "load_exported",
             "load_thresholds",
             "reduce_tokens",
             "register_method",
