@@ -11,6 +11,7 @@ from .methods import Method, register_method
 from .modeling.ats import ATSConfig
 from .modeling.bat import BATConfig
 from .modeling.configuration_tokenreduce import TokenReduceDeiTConfig, TokenReduceViTConfig
+from .modeling.diffrate import DiffRateConfig
 from .modeling.dlvit import DLViTConfig
 from .modeling.encoders import MODELS, PREFIX, auto_classes_of
 from .modeling.evit import EViTConfig
@@ -23,6 +24,9 @@ from .modeling.modeling_tokenreduce import (
     TokenReduceViTModel,
     reduced_model_class,
 )
+from .modeling.pitome import PiToMeConfig
+from .modeling.ppt import PPTConfig
+from .modeling.shift import ShiftConfig
 from .modeling.sit import SiTConfig
 from .modeling.tokens import unmerge
 from .modeling.tome import ToMeConfig
@@ -36,9 +40,13 @@ __all__ = [
     "ATSConfig",
     "BATConfig",
     "DLViTConfig",
+    "DiffRateConfig",
     "EViTConfig",
     "LTMPConfig",
     "Method",
+    "PPTConfig",
+    "PiToMeConfig",
+    "ShiftConfig",
     "SiTConfig",
     "ToMeConfig",
     "TokenReduceDeiTConfig",

@@ -176,6 +176,7 @@ def test_the_folder_holds_what_it_needs_and_nothing_else(tmp_path):
         "encoders",
         "hooks",
         "layers",
+        "matching",
         "recording",
     }
     modeling |= {"modeling_tokenreduce", "multiply_adds", "tokens", "methods", "extra_methods"}

@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 from .ats import ATSConfig, ATSReducer
 from .bat import BATConfig, BATReducer
 from .configuration_base import ReductionConfig
+from .diffrate import DiffRateConfig, DiffRateReducer
 from .dlvit import DLViTConfig, DLViTReducer
 from .encoders import EncoderFacts
 from .evit import EViTConfig, EViTReducer
 from .extra_methods import EXTRA_METHODS
 from .hooks import Reducer
 from .ltmp import LTMPConfig, LTMPReducer
+from .pitome import PiToMeConfig, PiToMeReducer
+from .ppt import PPTConfig, PPTReducer
+from .shift import ShiftConfig, ShiftReducer
 from .sit import SiTConfig, SiTReducer
 from .tome import ToMeConfig, ToMeReducer
 from .topk import TopKConfig, TopKReducer
@@ -41,6 +45,10 @@ METHOD_CLASSES: dict[str, MethodClasses] = {
         MethodClasses(LTMPConfig, LTMPReducer),
         MethodClasses(SiTConfig, SiTReducer),
         MethodClasses(DLViTConfig, DLViTReducer),
+        MethodClasses(PiToMeConfig, PiToMeReducer),
+        MethodClasses(DiffRateConfig, DiffRateReducer),
+        MethodClasses(PPTConfig, PPTReducer),
+        MethodClasses(ShiftConfig, ShiftReducer),
         *(MethodClasses(*classes) for classes in EXTRA_METHODS),
     )
 }

@@ -1,0 +1,31 @@
+"""DiffRate, described."""
+
+from ..modeling.diffrate import DiffRateConfig
+from .method import Method
+
+
+DIFFRATE = Method(
+    DiffRateConfig,
+    title="DiffRate",
+    family="pruning and merging",
+    summary=(
+        "In every layer the tokens that the class token attends to least are dropped, and the next ones merge into "
+        "what is most like them among the others. How many of both is a number for each layer."
+    ),
+    paper="DiffRate: Differentiable Compression Rate for Efficient Vision Transformers",
+    arxiv="2305.17997",
+    details=(
+        "Patch tokens are ordered by class attention. Of the `r` that go, the share `prune_share` that comes last is "
+        "dropped, and each of the others goes into the remaining token whose hidden state is most like its own, by "
+        "cosine. The new token is their plain mean. Attention adds the logarithm of a token's size to its logits "
+        "(`prop_attn`). The authors learn the two numbers of each layer with labels; here they are settings, `r` and "
+        "`prune_share`, each one number or a list with one per layer."
+    ),
+    limits=(
+        "A layer removes at most half of the patch tokens that are present. An encoder without a class token is "
+        "scored by the attention of the mean token, which is our own way."
+    ),
+    ours="the numbers of each layer, which the authors learn with labels; equal scores go by index",
+    at_share=DiffRateConfig.for_budget,
+    key_settings=("r",),
+)
