@@ -16,6 +16,7 @@ from .modeling.dlvit import DLViTConfig
 from .modeling.encoders import MODELS, PREFIX, auto_classes_of
 from .modeling.evit import EViTConfig
 from .modeling.ltmp import LTMPConfig
+from .modeling.mctf import MCTFConfig
 from .modeling.modeling_tokenreduce import (
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,
@@ -43,6 +44,7 @@ __all__ = [
     "DiffRateConfig",
     "EViTConfig",
     "LTMPConfig",
+    "MCTFConfig",
     "Method",
     "PPTConfig",
     "PiToMeConfig",

@@ -21,6 +21,7 @@ from hf_tokenreduce import (
     DLViTConfig,
     EViTConfig,
     LTMPConfig,
+    MCTFConfig,
     PiToMeConfig,
     PPTConfig,
     ShiftConfig,
@@ -87,10 +88,11 @@ METHODS = {
     "pitome": (PiToMeConfig(r=[7, 0, 5, 0]), PiToMeConfig(r=0)),
     "diffrate": (DiffRateConfig(r=8, prune_share=[0.2, 0.0, 1.0, 0.5]), DiffRateConfig(r=(0, -1.0), prune_share=1)),
     "ppt": (PPTConfig(r=15, layers=(0, 2), threshold=4e-4), PPTConfig(r=0, layers=(1,))),
+    "mctf": (MCTFConfig(r=7), MCTFConfig(r=0)),
     "shift": (ShiftConfig(keep_rate=[0.6, 0.5], layers=(0, 2)), ShiftConfig(keep_rate=1.0, layers=(0, 2))),
 }
 # Methods that are made of parts which others here hold everywhere, and the one backbone in which each is held.
-NEWER = {"pitome": "deit", "diffrate": "vit", "ppt": "deit-teacher", "shift": "vit"}
+NEWER = {"pitome": "deit", "diffrate": "vit", "ppt": "deit-teacher", "mctf": "vit", "shift": "vit"}
 ADAPTIVE = [name for name in METHODS if name.startswith(("ats", "ltmp")) or name in ("dlvit", "dlvit-capped")]
 # The row of each method that the package has: a new one must have a row of its name.
 ONE_OF_EACH = [name for name in DESCRIBED if METHODS[name]]

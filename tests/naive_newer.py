@@ -21,13 +21,14 @@ class Step:
     positions: of the patch tokens, behind the prefix; sizes: by position, the patches each stands for
     """
 
-    def __init__(self, layer, depth, x, groups, keys, class_attention, values, prefix):
+    def __init__(self, layer, depth, x, groups, keys, class_attention, received, values, prefix):
         self.layer, self.depth, self.prefix = layer, depth, prefix
         self.positions = list(range(prefix, len(x)))
         self.sizes = {i: len(groups[i - prefix]) for i in self.positions}
         self.keys = nn.functional.normalize(keys.detach().float(), dim=-1)
         self.rows = nn.functional.normalize(x.detach().float(), dim=-1)
         self.attention = class_attention.detach().float().tolist()
+        self.received = received.detach().float().tolist()
         self.value_lengths = values.detach().float().norm(dim=-1).tolist()
 
     def cosine(self, i: int, j: int) -> float:
@@ -51,7 +52,9 @@ def naive_newer(model: nn.Module, image: torch.Tensor, reduction: dict) -> Naive
     x = embeddings(image.to(embeddings.patch_embeddings.projection.weight.dtype)[None])[0]
     groups = [[patch] for patch in range(num_patches)]
     by_size = reduction.get("prop_attn", False)
-    decide = {"pitome": by_energy, "diffrate": by_rates, "ppt": by_variance}.get(reduction["method"])
+    decide = {"pitome": by_energy, "diffrate": by_rates, "ppt": by_variance, "mctf": by_criteria}.get(
+        reduction["method"]
+    )
 
     token_counts, sizes, hidden_states = [], [], []
     for index, layer in enumerate(body.layers):
@@ -61,7 +64,8 @@ def naive_newer(model: nn.Module, image: torch.Tensor, reduction: dict) -> Naive
         x = x + out
         if decide is not None:
             values = layer.attention.v_proj(normed)
-            step = Step(index, len(body.layers), x, groups, keys, class_attention, values, prefix)
+            received = attention_received(layer.attention, normed, key_sizes)
+            step = Step(index, len(body.layers), x, groups, keys, class_attention, received, values, prefix)
             families, weights = decide(step, reduction)
             x, groups = bring_together(x, groups, families, weights, prefix)
         moved = layer.mlp(layer.layernorm_after(x))
@@ -77,6 +81,19 @@ def naive_newer(model: nn.Module, image: torch.Tensor, reduction: dict) -> Naive
         for patch in group:
             patch_map[patch] = position
     return NaiveResult(classify(model, body.layernorm(x)), token_counts, patch_map, sizes, hidden_states)
+
+
+def attention_received(attention: nn.Module, x: torch.Tensor, key_sizes: list[int] | None) -> torch.Tensor:
+    """What each token receives of every token's attention, on average over these and the heads."""
+    heads = attention.num_attention_heads
+    queries, keys = wide(attention.q_proj(x)), wide(attention.k_proj(x))
+    total = 0
+    for q, k in zip(queries.chunk(heads, dim=-1), keys.chunk(heads, dim=-1), strict=True):
+        scores = q @ k.T / math.sqrt(q.shape[-1])
+        if key_sizes is not None:
+            scores = scores + torch.log(torch.tensor(key_sizes, dtype=torch.float32))
+        total = total + torch.softmax(scores, dim=-1).mean(dim=0)
+    return total / heads
 
 
 def bring_together(x, groups, families: Families, weights: dict[int, float], prefix: int):
@@ -155,6 +172,32 @@ def by_variance(step: Step, reduction: dict):
     going = sorted(evens, key=lambda i: (-matches[i][0], i))[:r]
     stay = [[i] for i in evens if i not in going]
     return stay + [[odd, *[i for i in going if matches[i][1] == odd]] for odd in odds], step.sizes
+
+
+def by_criteria(step: Step, reduction: dict):
+    """MCTF. What a token of the second set received goes with it into one of the first."""
+    r = removed_in(reduction, step.layer, len(step.positions), step.depth)
+    masses = {i: step.received[i] * step.sizes[i] for i in step.positions}
+    if r == 0:
+        return [[i] for i in step.positions], masses
+    least = min(step.received[i] for i in step.positions), min(step.sizes.values())
+
+    def worth(i: int) -> float:
+        informative = (least[0] / step.received[i]) ** reduction["informativeness_weight"]
+        return informative * (least[1] / step.sizes[i]) ** reduction["size_weight"]
+
+    def best(sources: list[int], receivers: list[int], count: int) -> dict[int, int]:
+        found = {}
+        for i in sources:
+            weights = [(step.cosine(i, j) + 1) / 2 * worth(i) * worth(j) for j in receivers]
+            found[i] = max(weights), receivers[weights.index(max(weights))]
+        return {i: found[i][1] for i in sorted(sources, key=lambda i: (-found[i][0], i))[:count]}
+
+    evens, odds = ([i for i in step.positions if i % 2 == parity] for parity in (0, 1))
+    there = best(evens, odds, r - r // 2)
+    back = best(odds, [i for i in evens if i not in there], r // 2)
+    into = back | {i: back.get(target, target) for i, target in there.items()}
+    return in_natural_order(step, into), masses
 
 
 def rate_of(reduction: dict, layer: int) -> Fraction:

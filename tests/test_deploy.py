@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, family_model
-from helpers import BASES, METHODS, reduce_tiny, tiny_images, tiny_model
+from helpers import BASES, METHODS, NEWER, reduce_tiny, tiny_images, tiny_model
 from PIL import Image
 from transformers import ASTFeatureExtractor, AutoConfig, AutoImageProcessor, ViTImageProcessor
 
@@ -35,10 +35,19 @@ def run_openvino(folder, images):
 RUN = {"onnx": run_onnx, "openvino": run_openvino}
 
 
+NEWER_GRAPHS = [("onnx", "ppt"), ("openvino", "mctf")]
+OTHERS = [(format, name) for name in NEWER for format in RUN if (format, name) not in NEWER_GRAPHS]
+
+
 @pytest.mark.parametrize(
     ("format", "method"),
-    [*[("onnx", name) for name in ("tome", "evit", "topk", "sit", "dlvit-share", None)], ("openvino", "bat")],
-)  # fmt: skip
+    [
+        *[("onnx", name) for name in ("tome", "evit", "topk", "sit", "dlvit-share", None)],
+        ("openvino", "bat"),
+        *NEWER_GRAPHS,
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS],
+    ],
+)
 def test_a_graph_computes_what_the_model_computes(tmp_path, format, method):
     stock = tiny_model()
     model = stock if method is None else reduce_tiny(stock, METHODS[method][0])

@@ -232,7 +232,7 @@ def test_patch_maps_agree_with_counts(backbone, method):
     for patch_map, length in zip(output.patch_map, output.token_counts[:, -1].tolist(), strict=True):
         held = patch_map[patch_map >= 0]
         assert set(held.tolist()) == set(range(prefix, length))
-        if method.startswith("tome") or method in ("bat", "bat-clusters", "evit", "ltmp-merge", "pitome"):
+        if method.startswith("tome") or method in ("bat", "bat-clusters", "evit", "ltmp-merge", "pitome", "mctf"):
             assert len(held) == NUM_PATCHES
 
 

@@ -10,6 +10,7 @@ from .diffrate import DIFFRATE
 from .dlvit import DLVIT
 from .evit import EVIT
 from .ltmp import LTMP
+from .mctf import MCTF
 from .method import Method, spread_layers
 from .pitome import PITOME
 from .ppt import PPT
@@ -22,7 +23,8 @@ from .topk import TOPK
 
 # By name, in the order in which tables and pictures show them.
 METHODS: dict[str, Method] = {
-    method.name: method for method in (TOME, EVIT, TOPK, BAT, SIT, DLVIT, ATS, LTMP, PITOME, DIFFRATE, PPT, SHIFT)
+    method.name: method
+    for method in (TOME, EVIT, TOPK, BAT, SIT, DLVIT, ATS, LTMP, PITOME, DIFFRATE, PPT, MCTF, SHIFT)
 }
 
 # What a model does that reduces nothing.

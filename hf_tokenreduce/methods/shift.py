@@ -6,7 +6,7 @@ from .method import Method, by_keep_rate
 
 SHIFT = Method(
     ShiftConfig,
-    title="Representation shift",
+    title="Shift",
     family="pruning",
     summary=(
         "After some layers only the patch tokens stay that the layer's MLP has moved furthest. It needs neither a "

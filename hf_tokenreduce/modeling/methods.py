@@ -18,6 +18,7 @@ from .evit import EViTConfig, EViTReducer
 from .extra_methods import EXTRA_METHODS
 from .hooks import Reducer
 from .ltmp import LTMPConfig, LTMPReducer
+from .mctf import MCTFConfig, MCTFReducer
 from .pitome import PiToMeConfig, PiToMeReducer
 from .ppt import PPTConfig, PPTReducer
 from .shift import ShiftConfig, ShiftReducer
@@ -48,6 +49,7 @@ METHOD_CLASSES: dict[str, MethodClasses] = {
         MethodClasses(PiToMeConfig, PiToMeReducer),
         MethodClasses(DiffRateConfig, DiffRateReducer),
         MethodClasses(PPTConfig, PPTReducer),
+        MethodClasses(MCTFConfig, MCTFReducer),
         MethodClasses(ShiftConfig, ShiftReducer),
         *(MethodClasses(*classes) for classes in EXTRA_METHODS),
     )
