@@ -27,6 +27,7 @@ from .modeling.modeling_tokenreduce import (
 )
 from .modeling.pitome import PiToMeConfig
 from .modeling.ppt import PPTConfig
+from .modeling.protected import ProtectedConfig
 from .modeling.shift import ShiftConfig
 from .modeling.sit import SiTConfig
 from .modeling.tokens import unmerge
@@ -48,6 +49,7 @@ __all__ = [
     "Method",
     "PPTConfig",
     "PiToMeConfig",
+    "ProtectedConfig",
     "ShiftConfig",
     "SiTConfig",
     "ToMeConfig",

@@ -24,6 +24,7 @@ from hf_tokenreduce import (
     MCTFConfig,
     PiToMeConfig,
     PPTConfig,
+    ProtectedConfig,
     ShiftConfig,
     SiTConfig,
     ToMeConfig,
@@ -90,9 +91,17 @@ METHODS = {
     "ppt": (PPTConfig(r=15, layers=(0, 2), threshold=4e-4), PPTConfig(r=0, layers=(1,))),
     "mctf": (MCTFConfig(r=7), MCTFConfig(r=0)),
     "shift": (ShiftConfig(keep_rate=[0.6, 0.5], layers=(0, 2)), ShiftConfig(keep_rate=1.0, layers=(0, 2))),
+    "protected": (ProtectedConfig(keep_rate=[0.75, 0.4], layers=(0, 2)), ProtectedConfig(keep_rate=1.0, layers=(1,))),
 }
 # Methods that are made of parts which others here hold everywhere, and the one backbone in which each is held.
-NEWER = {"pitome": "deit", "diffrate": "vit", "ppt": "deit-teacher", "mctf": "vit", "shift": "vit"}
+NEWER = {
+    "pitome": "deit",
+    "diffrate": "vit",
+    "ppt": "deit-teacher",
+    "mctf": "vit",
+    "shift": "vit",
+    "protected": "deit",
+}
 ADAPTIVE = [name for name in METHODS if name.startswith(("ats", "ltmp")) or name in ("dlvit", "dlvit-capped")]
 # The row of each method that the package has: a new one must have a row of its name.
 ONE_OF_EACH = [name for name in DESCRIBED if METHODS[name]]

@@ -21,14 +21,18 @@ class Step:
     positions: of the patch tokens, behind the prefix; sizes: by position, the patches each stands for
     """
 
-    def __init__(self, layer, depth, x, groups, keys, class_attention, received, values, prefix):
+    def __init__(self, layer, depth, x, groups, keys, class_rows, received, values, prefix):
         self.layer, self.depth, self.prefix = layer, depth, prefix
         self.positions = list(range(prefix, len(x)))
         self.sizes = {i: len(groups[i - prefix]) for i in self.positions}
         self.keys = nn.functional.normalize(keys.detach().float(), dim=-1)
         self.rows = nn.functional.normalize(x.detach().float(), dim=-1)
-        self.attention = class_attention.detach().float().tolist()
+        self.attention = (sum(class_rows) / len(class_rows)).detach().float().tolist()
         self.received = received.detach().float().tolist()
+        self.of_heads = [
+            (row.detach().float().tolist(), part.detach().float().norm(dim=-1).tolist())
+            for row, part in zip(class_rows, values.chunk(len(class_rows), dim=-1), strict=True)
+        ]
         self.value_lengths = values.detach().float().norm(dim=-1).tolist()
 
     def cosine(self, i: int, j: int) -> float:
@@ -52,20 +56,26 @@ def naive_newer(model: nn.Module, image: torch.Tensor, reduction: dict) -> Naive
     x = embeddings(image.to(embeddings.patch_embeddings.projection.weight.dtype)[None])[0]
     groups = [[patch] for patch in range(num_patches)]
     by_size = reduction.get("prop_attn", False)
-    decide = {"pitome": by_energy, "diffrate": by_rates, "ppt": by_variance, "mctf": by_criteria}.get(
-        reduction["method"]
-    )
+    decide = {
+        "pitome": by_energy,
+        "diffrate": by_rates,
+        "ppt": by_variance,
+        "mctf": by_criteria,
+        "protected": by_importance,
+    }.get(reduction["method"])
 
     token_counts, sizes, hidden_states = [], [], []
     for index, layer in enumerate(body.layers):
         normed = layer.layernorm_before(x)
         key_sizes = [1] * prefix + [len(group) for group in groups] if by_size else None
-        out, keys, class_attention = attend(layer.attention, normed, key_sizes)
+        out, keys, _ = attend(layer.attention, normed, key_sizes)
         x = x + out
         if decide is not None:
             values = layer.attention.v_proj(normed)
-            received = attention_received(layer.attention, normed, key_sizes)
-            step = Step(index, len(body.layers), x, groups, keys, class_attention, received, values, prefix)
+            maps = attention_maps(layer.attention, normed, key_sizes)
+            received = sum(weights.mean(dim=0) for weights in maps) / len(maps)
+            class_rows = [weights[0] for weights in maps]
+            step = Step(index, len(body.layers), x, groups, keys, class_rows, received, values, prefix)
             families, weights = decide(step, reduction)
             x, groups = bring_together(x, groups, families, weights, prefix)
         moved = layer.mlp(layer.layernorm_after(x))
@@ -83,17 +93,16 @@ def naive_newer(model: nn.Module, image: torch.Tensor, reduction: dict) -> Naive
     return NaiveResult(classify(model, body.layernorm(x)), token_counts, patch_map, sizes, hidden_states)
 
 
-def attention_received(attention: nn.Module, x: torch.Tensor, key_sizes: list[int] | None) -> torch.Tensor:
-    """What each token receives of every token's attention, on average over these and the heads."""
-    heads = attention.num_attention_heads
+def attention_maps(attention: nn.Module, x: torch.Tensor, key_sizes: list[int] | None) -> list[torch.Tensor]:
+    """How much each token attends to each, a map for every head."""
+    heads, maps = attention.num_attention_heads, []
     queries, keys = wide(attention.q_proj(x)), wide(attention.k_proj(x))
-    total = 0
     for q, k in zip(queries.chunk(heads, dim=-1), keys.chunk(heads, dim=-1), strict=True):
         scores = q @ k.T / math.sqrt(q.shape[-1])
         if key_sizes is not None:
             scores = scores + torch.log(torch.tensor(key_sizes, dtype=torch.float32))
-        total = total + torch.softmax(scores, dim=-1).mean(dim=0)
-    return total / heads
+        maps.append(torch.softmax(scores, dim=-1))
+    return maps
 
 
 def bring_together(x, groups, families: Families, weights: dict[int, float], prefix: int):
@@ -198,6 +207,31 @@ def by_criteria(step: Step, reduction: dict):
     back = best(odds, [i for i in evens if i not in there], r // 2)
     into = back | {i: back.get(target, target) for i, target in there.items()}
     return in_natural_order(step, into), masses
+
+
+def by_importance(step: Step, reduction: dict):
+    """Protected merging."""
+    count = len(step.positions)
+    rate = rate_of(reduction, step.layer) if step.layer in reduction["layers"] else 1
+    removed = count - math.ceil(rate * count)
+    if removed == 0:
+        return [[i] for i in step.positions], step.sizes
+    importance = dict.fromkeys(step.positions, 0.0)
+    for row, lengths in step.of_heads:
+        total = sum(row[i] * lengths[i] for i in step.positions)
+        for i in step.positions:
+            importance[i] += row[i] * lengths[i] / total
+    order = sorted(step.positions, key=lambda i: (-importance[i], i))
+    num_protected = math.floor(Fraction(str(reduction["protect_share"])) * count)
+    num_dropped = math.floor(Fraction(str(reduction["drop_share"])) * removed + Fraction(1, 2))
+    while removed - num_dropped > max(count - num_protected - num_dropped, 0) // 2:
+        num_dropped += 1  # too few can merge
+    movable, dropped = sorted(order[num_protected : count - num_dropped]), order[count - num_dropped :]
+    sources = movable[1::2]
+    receivers = [i for i in step.positions if i not in sources and i not in dropped]
+    matches = {i: step.likest(i, receivers, step.rows) for i in sources}
+    going = sorted(sources, key=lambda i: (-matches[i][0], i))[: removed - num_dropped]
+    return in_natural_order(step, {i: matches[i][1] for i in going}, dropped), step.sizes
 
 
 def rate_of(reduction: dict, layer: int) -> Fraction:

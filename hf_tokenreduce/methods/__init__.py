@@ -14,6 +14,7 @@ from .mctf import MCTF
 from .method import Method, spread_layers
 from .pitome import PITOME
 from .ppt import PPT
+from .protected import PROTECTED
 from .register import register_method
 from .shift import SHIFT
 from .sit import SIT
@@ -24,7 +25,7 @@ from .topk import TOPK
 # By name, in the order in which tables and pictures show them.
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (TOME, EVIT, TOPK, BAT, SIT, DLVIT, ATS, LTMP, PITOME, DIFFRATE, PPT, MCTF, SHIFT)
+    for method in (TOME, EVIT, TOPK, BAT, SIT, DLVIT, ATS, LTMP, PITOME, DIFFRATE, PPT, MCTF, SHIFT, PROTECTED)
 }
 
 # What a model does that reduces nothing.

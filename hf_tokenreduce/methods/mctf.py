@@ -15,10 +15,10 @@ MCTF = Method(
     paper="Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision Transformers",
     arxiv="2403.10030",
     details=(
-        "The weight of a pair is the cosine of its keys, moved to between 0 and 1, times two criteria for each of both: "
-        "how little attention it receives from all tokens, and for how few patches it stands. Half of the `r` tokens go "
-        "from the first half of the tokens into the second, then the other half the other way. The new token is their "
-        "mean, weighted by attention received times size."
+        "The weight of a pair is the cosine of its keys, moved to between 0 and 1, times two criteria for each of "
+        "both: how little attention it receives from all tokens, and for how few patches it stands. Half of the `r` "
+        "tokens go from the first half of the tokens into the second, then the other half the other way. The new "
+        "token is their mean, weighted by attention received times size."
     ),
     limits=(
         "A layer merges at most half of the patch tokens that are present. It needs the attention map of every layer "

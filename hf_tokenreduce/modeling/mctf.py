@@ -22,9 +22,9 @@ from .tome import ToMeConfig
 
 @dataclass(frozen=True)
 class MCTFConfig(ToMeConfig):
-    """Token merging by several criteria, after "Multi-criteria Token Fusion with One-step-ahead Attention for Efficient
-    Vision Transformers". Tokens merge that are similar, receive little attention and stand for few patches. Needs no
-    training, gains by it.
+    """Token merging by several criteria, after "Multi-criteria Token Fusion with One-step-ahead Attention for
+    Efficient Vision Transformers". Tokens merge that are similar, receive little attention and stand for few patches.
+    Needs no training, gains by it.
 
     informativeness_weight: exponent of the criterion of attention received. 0 leaves it out.
     size_weight: exponent of the criterion of size. 0 leaves it out.

@@ -21,6 +21,7 @@ from .ltmp import LTMPConfig, LTMPReducer
 from .mctf import MCTFConfig, MCTFReducer
 from .pitome import PiToMeConfig, PiToMeReducer
 from .ppt import PPTConfig, PPTReducer
+from .protected import ProtectedConfig, ProtectedReducer
 from .shift import ShiftConfig, ShiftReducer
 from .sit import SiTConfig, SiTReducer
 from .tome import ToMeConfig, ToMeReducer
@@ -51,6 +52,7 @@ METHOD_CLASSES: dict[str, MethodClasses] = {
         MethodClasses(PPTConfig, PPTReducer),
         MethodClasses(MCTFConfig, MCTFReducer),
         MethodClasses(ShiftConfig, ShiftReducer),
+        MethodClasses(ProtectedConfig, ProtectedReducer),
         *(MethodClasses(*classes) for classes in EXTRA_METHODS),
     )
 }
