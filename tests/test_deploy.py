@@ -35,7 +35,7 @@ def run_openvino(folder, images):
 RUN = {"onnx": run_onnx, "openvino": run_openvino}
 
 
-NEWER_GRAPHS = [("onnx", "ppt"), ("openvino", "mctf")]
+NEWER_GRAPHS = [("onnx", "protected"), ("openvino", "mctf")]
 OTHERS = [(format, name) for name in NEWER for format in RUN if (format, name) not in NEWER_GRAPHS]
 
 

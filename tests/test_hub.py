@@ -101,6 +101,7 @@ def same(ours, theirs):
         ("deit", "ltmp"),
         ("deit", "sit"),
         ("deit-teacher", "tome"),
+        ("vit", "protected"),
     ],
 )
 def test_loads_without_the_package_and_survives_another_save(tmp_path, backbone, method):
