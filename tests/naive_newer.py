@@ -218,9 +218,8 @@ def by_importance(step: Step, reduction: dict):
         return [[i] for i in step.positions], step.sizes
     importance = dict.fromkeys(step.positions, 0.0)
     for row, lengths in step.of_heads:
-        total = sum(row[i] * lengths[i] for i in step.positions)
         for i in step.positions:
-            importance[i] += row[i] * lengths[i] / total
+            importance[i] += row[i] * lengths[i]
     order = sorted(step.positions, key=lambda i: (-importance[i], i))
     num_protected = math.floor(Fraction(str(reduction["protect_share"])) * count)
     num_dropped = math.floor(Fraction(str(reduction["drop_share"])) * removed + Fraction(1, 2))

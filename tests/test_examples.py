@@ -70,6 +70,46 @@ def test_sweep_of_bat(tmp_path, deep, model_and_images, run):
     assert len((tmp_path / "sweep" / "deep" / "results.jsonl").read_text().splitlines()) == 5  # and the dense model
 
 
+def test_table_of_training_free_methods(tmp_path, deep, model_and_images, run):
+    _, images = model_and_images
+    arguments = [
+        "--models",
+        deep,
+        "--data_dir",
+        images,
+        "--output_dir",
+        tmp_path / "table",
+        "--methods",
+        "tome",
+        "ats",
+    ]
+    arguments += ["--repeats", 1, "--speed_batch_size", 2]
+    run("training_free_table.py", *arguments, "--shares", 0.6, 0.001)
+    file = tmp_path / "table" / "training-free-odd.json"
+    first = json.loads(file.read_text())
+    rows = {(row["method"], row["share"]): row for row in first["results"]}
+    assert list(rows) == [(None, 1.0), ("tome", 0.6), ("ats", 0.6), ("tome", 0.001), ("ats", 0.001)]
+    assert first["settings"]["images"] == 4 and 0.5 < rows["tome", 0.6]["kept"] <= 0.6
+    drop = rows[None, 1.0]["top1"] - rows["tome", 0.6]["top1"]
+    low, high = rows["tome", 0.6]["drop_interval"]
+    assert rows["tome", 0.6]["drop"] == drop and low <= drop <= high
+    assert "cannot be reached" in rows["tome", 0.001]["left_out"]
+    assert str(tmp_path) not in file.read_text()
+
+    pytest.importorskip("onnxruntime")
+    first["results"][1]["top1"] = 12.3  # what is there is not measured again
+    file.write_text(json.dumps(first))
+    printed = run("training_free_table.py", *arguments, "--shares", 0.6, "--speed")
+    found = json.loads(file.read_text())
+    assert found["results"] == first["results"] and "| ToMe | 12.3 (" in printed
+    assert found["speed"][0]["eager"].keys() == {"tome", "ats"} and found["speed"][0]["onnxruntime"].keys() == {"tome"}
+    assert printed.count("onnxruntime") == 1 and printed.count(", eager") == 2
+    Image.new("RGB", (9, 9)).save(images / "validation" / "cat" / "more.png")
+    Image.new("RGB", (9, 9)).save(images / "validation" / "cat" / "one_more.png")
+    with pytest.raises(ValueError, match="images was 4, now 5"):
+        run("training_free_table.py", *arguments)
+
+
 def test_starts_of_sit(model_and_images, run):
     model, images = model_and_images
     folders = ["--train_dir", images / "validation", "--validation_dir", images / "validation"]

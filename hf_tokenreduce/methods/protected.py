@@ -13,9 +13,9 @@ PROTECTED = Method(
         "similar ones merge and the least important ones are dropped."
     ),
     details=(
-        "The importance of a patch token is the attention of the class token to it times the length of its value, as "
-        "shares in each head, summed over the heads. The share `protect_share` of the highest importance is "
-        "protected. Of the tokens that a layer removes, the share `drop_share` of the lowest importance is dropped. "
+        "The importance of a patch token is the attention of the class token to it times the length of its value, in "
+        "each head, summed over the heads. The share `protect_share` of the highest importance is protected. Of the "
+        "tokens that a layer removes, the share `drop_share` of the lowest importance is dropped. "
         "Every second of the tokens between is a source; the sources whose hidden state is most like that of another "
         "token go into it, protected ones too. The new token is the mean, weighted by size, and attention adds the "
         "logarithm of a token's size to its logits (`prop_attn`)."

@@ -10,7 +10,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .ats import significance
 from .attention import AttentionView
 from .checks import check_flag, is_number
 from .configuration_base import KeepRateConfig
@@ -117,8 +116,7 @@ class ProtectedReducer(Reducer):
         leaving = rounded_up_share(self.keep_rate, count)
         if leaving == count:
             return state
-        attention, norms = view.class_attention().detach(), view.value_norms().detach()
-        importance = significance(attention[:, :, prefix:], norms[:, :, prefix:], "per_head")
+        importance = (view.class_attention() * view.value_norms()).detach().sum(dim=1)[:, prefix:]
         features = state.hidden_states[:, prefix:].detach()
         return apply_map(
             state, merge_unprotected(importance, features, state.size, self.built_for.split(count, leaving))
