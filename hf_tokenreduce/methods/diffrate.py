@@ -1,7 +1,17 @@
 """DiffRate, described."""
 
+from typing import Any
+
+from ..modeling.configuration_base import ReductionConfig
 from ..modeling.diffrate import DiffRateConfig
-from .method import Method
+from ..modeling.encoders import EncoderFacts
+from .method import Method, spread_layers
+
+
+def at_share(facts: EncoderFacts, share: float, **settings: Any) -> ReductionConfig:
+    """From the third of twelve layers on: what the class token attends to before says little of what matters."""
+    layers = spread_layers(facts, *range(2, 12))
+    return DiffRateConfig.for_budget(facts, share, **{"layers": layers, **settings})
 
 
 DIFFRATE = Method(
@@ -19,13 +29,17 @@ DIFFRATE = Method(
         "dropped, and each of the others goes into the remaining token whose hidden state is most like its own, by "
         "cosine. The new token is their plain mean. Attention adds the logarithm of a token's size to its logits "
         "(`prop_attn`). The authors learn the two numbers of each layer with labels; here they are settings, `r` and "
-        "`prune_share`, each one number or a list with one per layer."
+        "`prune_share`, each one number or a list with one per layer. For a share of the multiply-adds the same number "
+        "goes in every layer from the third of twelve on."
     ),
     limits=(
         "A layer removes at most half of the patch tokens that are present. An encoder without a class token is "
         "scored by the attention of the mean token, which is our own way."
     ),
-    ours="the numbers of each layer, which the authors learn with labels; equal scores go by index",
-    at_share=DiffRateConfig.for_budget,
+    ours=(
+        "the numbers of each layer, which the authors learn with labels: the first layers remove nothing, a fifth of "
+        "what goes is dropped (chosen on photographs); equal scores go by index"
+    ),
+    at_share=at_share,
     key_settings=("r",),
 )

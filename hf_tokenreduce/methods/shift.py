@@ -18,7 +18,10 @@ SHIFT = Method(
         "The score of a token is the length of what the MLP of the layer adds to it. A share `keep_rate` of the patch "
         "tokens present, rounded up, goes on to the next layer; the others are dropped."
     ),
-    limits="The layer that scores is computed whole, so the saving begins with the next one.",
+    limits=(
+        "The layer that scores is computed whole, so the saving begins with the next one. Without training it is weak: "
+        "on ImageNet's DeiT-Tiny and ViT-Tiny it loses more than dropping patches at random."
+    ),
     ours="the layers; equal scores go by index",
     at_share=by_keep_rate(ShiftConfig, 3, 6, 9),
     keep_rate_may_change=True,
