@@ -1,5 +1,6 @@
 """DiffRate, described."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..modeling.configuration_base import ReductionConfig
@@ -8,10 +9,12 @@ from ..modeling.encoders import EncoderFacts
 from .method import Method, spread_layers
 
 
-def at_share(facts: EncoderFacts, share: float, **settings: Any) -> ReductionConfig:
-    """From the third of twelve layers on: what the class token attends to before says little of what matters."""
-    layers = spread_layers(facts, *range(2, 12))
-    return DiffRateConfig.for_budget(facts, share, **{"layers": layers, **settings})
+def at_share(
+    facts: EncoderFacts, share: float, *, layers: Sequence[int] | None = None, **settings: Any
+) -> ReductionConfig:
+    """By default from the third of twelve layers on: what the class token attends to before says little."""
+    layers = spread_layers(facts, *range(2, 12)) if layers is None else layers
+    return DiffRateConfig.for_budget(facts, share, layers=layers, **settings)
 
 
 DIFFRATE = Method(
@@ -29,8 +32,8 @@ DIFFRATE = Method(
         "dropped, and each of the others goes into the remaining token whose hidden state is most like its own, by "
         "cosine. The new token is their plain mean. Attention adds the logarithm of a token's size to its logits "
         "(`prop_attn`). The authors learn the two numbers of each layer with labels; here they are settings, `r` and "
-        "`prune_share`, each one number or a list with one per layer. For a share of the multiply-adds the same number "
-        "goes in every layer from the third of twelve on."
+        "`prune_share`, each one number or a list with one per layer. For a share of the multiply-adds the same "
+        "number goes in every layer from the third of twelve on."
     ),
     limits=(
         "A layer removes at most half of the patch tokens that are present. An encoder without a class token is "

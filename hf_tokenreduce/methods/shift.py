@@ -19,8 +19,8 @@ SHIFT = Method(
         "tokens present, rounded up, goes on to the next layer; the others are dropped."
     ),
     limits=(
-        "The layer that scores is computed whole, so the saving begins with the next one. Without training it is weak: "
-        "on ImageNet's DeiT-Tiny and ViT-Tiny it loses more than dropping patches at random."
+        "The layer that scores is computed whole, so the saving begins with the next one. Without training it is "
+        "weak: on ImageNet's DeiT-Tiny and ViT-Tiny it loses more than dropping patches at random."
     ),
     ours="the layers; equal scores go by index",
     at_share=by_keep_rate(ShiftConfig, 3, 6, 9),
