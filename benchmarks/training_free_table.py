@@ -4,8 +4,10 @@
     python benchmarks/training_free_table.py --models FOLDER_OR_HUB_ID ... --data_dir IMAGE_FOLDER --speed
 
 For each model and each share of the multiply-adds every method gets its own setting for that share. All see the same
-images. Accuracy stands beside that of the dense model on them: the drop, with a paired interval of 95 %. Defaults of
-our own methods were chosen on the even rows of the data set, so by default the odd rows are evaluated. Methods that
+images. Accuracy stands beside that of the dense model on them: the drop, with a paired interval of 95 %. Beside it
+stand two numbers that vary less from one set of images to another: the share of the images that get the dense model's
+class, and the mean divergence (Kullback-Leibler, in nats) of the probabilities from the dense model's. Defaults of our
+own methods were chosen on the even rows of the data set, so by default the odd rows are evaluated. Methods that
 learn from images without labels see rows that are not evaluated (with `--rows all`, some of them).
 
 `--speed` times what the table has: eager in PyTorch, all settings of a share in turn with the dense model, and as
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_tokenreduce import export
 from hf_tokenreduce.budget import reduce_to_share
@@ -43,6 +46,7 @@ from hf_tokenreduce.tasks import all_layers_act
 
 
 ROWS = {"odd": slice(1, None, 2), "even": slice(0, None, 2), "all": slice(None)}
+BEST: dict[str, Any] = {"top1": max, "agreement": max, "divergence": min}
 TO_LEARN = 100  # images without labels, for the methods that learn from them
 
 
@@ -101,10 +105,10 @@ def measure_model(name: str, dataset: Any, args: argparse.Namespace, found: dict
         learns = described.prepare is not None or described.at_share is None
         return reduce_to_share(dense, method, share, unlabelled if learns else None, processor, {}).eval()
 
-    right: np.ndarray | None = None
+    logits: Tensor | None = None
     for method, share in missing:
-        if right is None:
-            right = predictions(dense, pixels, args.batch_size)[0] == labels
+        if logits is None:
+            logits = run(dense, pixels, args.batch_size)[0]
         row: dict[str, Any] = {"model": short, "method": method, "share": share}
         began = time.perf_counter()
         try:
@@ -112,7 +116,7 @@ def measure_model(name: str, dataset: Any, args: argparse.Namespace, found: dict
         except ValueError as error:
             row["left_out"] = str(error)
         else:
-            row |= accuracy_row(model, pixels, labels, right, args.batch_size)
+            row |= accuracy_row(model, pixels, labels, logits, args.batch_size)
         found["results"].append(row)
         write_whole(file, json.dumps(found, indent=1) + "\n")
         print(
@@ -129,20 +133,18 @@ def measure_model(name: str, dataset: Any, args: argparse.Namespace, found: dict
 
 
 @torch.no_grad()
-def predictions(model: Any, pixels: Tensor, batch_size: int) -> tuple[np.ndarray, Tensor | None]:
-    """The class of each image, and the tokens that leave each layer, of a reduced model."""
+def run(model: Any, pixels: Tensor, batch_size: int) -> tuple[Tensor, Tensor | None]:
+    """The logits of each image, and the tokens that leave each layer, of a reduced model."""
     outputs = [model(part, **all_layers_act(model)) for part in pixels.split(batch_size)]
-    classes = torch.cat([output.logits.argmax(dim=-1) for output in outputs])
     counts = [output.get("token_counts") for output in outputs]
-    return classes.numpy(), None if counts[0] is None else torch.cat(counts)
+    return torch.cat([output.logits for output in outputs]), None if counts[0] is None else torch.cat(counts)
 
 
-def accuracy_row(
-    model: Any, pixels: Tensor, labels: np.ndarray, was_right: np.ndarray, batch_size: int
-) -> dict[str, Any]:
-    """Accuracies and their differences are in percent, intervals are of 95 %."""
-    classes, counts = predictions(model, pixels, batch_size)
-    right = classes == labels
+def accuracy_row(model: Any, pixels: Tensor, labels: np.ndarray, dense: Tensor, batch_size: int) -> dict[str, Any]:
+    """Accuracies and their differences are in percent, intervals are of 95 %. dense: the dense model's logits"""
+    logits, counts = run(model, pixels, batch_size)
+    classes, theirs = logits.argmax(dim=-1).numpy(), dense.argmax(dim=-1).numpy()
+    right, was_right = classes == labels, theirs == labels
     row: dict[str, Any] = {
         "top1": round(100 * float(right.mean()), 2),
         "top1_interval": [round(value, 2) for value in wilson_interval(int(right.sum()), len(right))],
@@ -155,9 +157,18 @@ def accuracy_row(
     return row | {
         "drop": round(100 * float(was_right.mean() - right.mean()), 2),
         "drop_interval": [round(low, 2), round(high, 2)],
+        "agreement": round(100 * float((classes == theirs).mean()), 2),
+        "divergence": round(divergence(dense, logits), 5),
         "kept": round(shares_kept(model.config, counts, num_tokens, reduction).mean().item(), 4),
         "settings": reduction.to_dict(),
     }
+
+
+def divergence(dense: Tensor, reduced: Tensor) -> float:
+    """The mean over images of how far the probabilities are from the dense model's, in nats."""
+    return F.kl_div(
+        reduced.log_softmax(dim=-1), dense.log_softmax(dim=-1), log_target=True, reduction="batchmean"
+    ).item()
 
 
 def speed_of(dense: Any, models: dict[str, Any], pixels: Tensor, args: argparse.Namespace) -> dict[str, Any]:
@@ -214,7 +225,8 @@ def to_markdown(found: dict[str, Any]) -> str:
     lines = ["# Training-free methods at equal multiply-adds", ""]
     lines += [
         f"Top-1 in percent on {settings['images']} images ({settings['rows']} rows of the data set); in parentheses "
-        "the drop from the dense model with its paired interval of 95 %. Bold: the lowest drop of the share. By "
+        "the drop from the dense model with its paired interval of 95 %; then the percent of the images that get the "
+        "dense model's class, and the mean divergence from its probabilities in nats. Bold: the best of the share. By "
         "`benchmarks/training_free_table.py`.",
         "",
     ]
@@ -226,23 +238,30 @@ def to_markdown(found: dict[str, Any]) -> str:
         lines += [f"## {model}", "", f"Dense: {dense['top1']:.1f}.", ""]
         lines.append("| method | " + " | ".join(f"at {share}" for share in shares) + " |")
         lines.append("|---" * (1 + len(shares)) + "|")
+        done = {share: [row for (_, at), row in rows.items() if at == share and "drop" in row] for share in shares}
         best = {
-            share: max(row.get("top1", 0.0) for (method, at), row in rows.items() if at == share and method)
+            share: {name: choose(row[name] for row in done[share]) for name, choose in BEST.items()}
             for share in shares
+            if done[share]
         }
         for method in dict.fromkeys(method for method, _ in rows if method is not None):
-            cells = [_cell(rows.get((method, share)), best[share], speeds.get(share)) for share in shares]
+            cells = [_cell(rows.get((method, share)), best.get(share, {}), speeds.get(share)) for share in shares]
             lines.append(f"| {METHODS[method].title} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any] | None, best: float, speed: dict[str, Any] | None) -> str:
+def _cell(row: dict[str, Any] | None, best: dict[str, float], speed: dict[str, Any] | None) -> str:
     if row is None or "top1" not in row:
         return "cannot keep so little" if row else ""
-    top1 = f"**{row['top1']:.1f}**" if row["top1"] == best else f"{row['top1']:.1f}"
+    shown = {
+        "top1": f"{row['top1']:.1f}",
+        "agreement": f"{row['agreement']:.1f}",
+        "divergence": f"{row['divergence']:.3f}",
+    }
+    shown = {name: f"**{text}**" if row[name] == best[name] else text for name, text in shown.items()}
     low, high = row["drop_interval"]
-    text = f"{top1} ({row['drop']:.1f}: {low:.1f} to {high:.1f})"
+    text = f"{shown['top1']} ({row['drop']:.1f}: {low:.1f} to {high:.1f}), {shown['agreement']}, {shown['divergence']}"
     times = [
         f"{speed[way][row['method']][0]:.2f} times as fast, {way}"
         for way in ("eager", "onnxruntime")

@@ -92,6 +92,7 @@ def test_table_of_training_free_methods(tmp_path, deep, model_and_images, run):
     drop = rows[None, 1.0]["top1"] - rows["tome", 0.6]["top1"]
     low, high = rows["tome", 0.6]["drop_interval"]
     assert rows["tome", 0.6]["drop"] == drop and low <= drop <= high
+    assert rows["tome", 0.6]["agreement"] in (0, 25, 50, 75, 100) and rows["tome", 0.6]["divergence"] > 0
     assert "cannot be reached" in rows["tome", 0.001]["left_out"]
     assert str(tmp_path) not in file.read_text()
 
