@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .attention import AttentionView
 from .checks import is_number, is_sequence
 from .encoders import EncoderFacts
 from .hooks import Reducer
-from .matching import best_matches, map_into, pick
+from .matching import into_most_similar, map_into
 from .multiply_adds import class_attention_cost, rounded_half_up
 from .tokens import TokenMap, TokenState, apply_map
 from .tome import ToMeConfig
@@ -78,14 +77,14 @@ def prune_and_merge(scores: Tensor, features: Tensor, num_dropped: int, num_merg
     Every output token is the plain mean of what goes into it. Output order: that of the tokens which stay.
     """
     count = scores.shape[1]
-    leaving = count - num_dropped - num_merged
+    leaving, last = count - num_dropped - num_merged, count - num_dropped
     best_first = scores.argsort(dim=1, descending=True, stable=True)
-    receivers, sources = best_first[:, :leaving], best_first[:, leaving : leaving + num_merged]
-    receiver = torch.full_like(best_first, -1).scatter(1, receivers, receivers)
+    receiver = torch.arange(count, device=scores.device).repeat(len(scores), 1)
     if num_merged:
-        directions = F.normalize(features.float(), dim=-1)
-        _, match = best_matches(pick(directions, sources), pick(directions, receivers), 0)
-        receiver = receiver.scatter(1, sources, receivers.gather(1, match))
+        sources, receivers = best_first[:, leaving:last], best_first[:, :leaving]
+        receiver, _ = into_most_similar(features.float(), sources, receivers, num_merged)
+    if num_dropped:
+        receiver = receiver.scatter(1, best_first[:, last:], -1)
     return map_into(receiver, leaving, torch.ones_like(scores), keeps_all=num_dropped == 0)
 
 
