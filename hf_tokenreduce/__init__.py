@@ -11,10 +11,12 @@ from .methods import Method, register_method
 from .modeling.ats import ATSConfig
 from .modeling.bat import BATConfig
 from .modeling.configuration_tokenreduce import TokenReduceDeiTConfig, TokenReduceViTConfig
+from .modeling.diffrate import DiffRateConfig
 from .modeling.dlvit import DLViTConfig
 from .modeling.encoders import MODELS, PREFIX, auto_classes_of
 from .modeling.evit import EViTConfig
 from .modeling.ltmp import LTMPConfig
+from .modeling.mctf import MCTFConfig
 from .modeling.modeling_tokenreduce import (
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,
@@ -23,6 +25,10 @@ from .modeling.modeling_tokenreduce import (
     TokenReduceViTModel,
     reduced_model_class,
 )
+from .modeling.pitome import PiToMeConfig
+from .modeling.ppt import PPTConfig
+from .modeling.protected import ProtectedConfig
+from .modeling.shift import ShiftConfig
 from .modeling.sit import SiTConfig
 from .modeling.tokens import unmerge
 from .modeling.tome import ToMeConfig
@@ -36,9 +42,15 @@ __all__ = [
     "ATSConfig",
     "BATConfig",
     "DLViTConfig",
+    "DiffRateConfig",
     "EViTConfig",
     "LTMPConfig",
+    "MCTFConfig",
     "Method",
+    "PPTConfig",
+    "PiToMeConfig",
+    "ProtectedConfig",
+    "ShiftConfig",
     "SiTConfig",
     "ToMeConfig",
     "TokenReduceDeiTConfig",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, family_model
-from helpers import ADAPTIVE, BASES, METHODS, reduce_tiny, tiny_images, tiny_model
+from helpers import ADAPTIVE, BASES, METHODS, NEWER, reduce_tiny, tiny_images, tiny_model
 from PIL import Image
 from transformers import ASTFeatureExtractor, AutoConfig, AutoImageProcessor, ViTImageProcessor
 
@@ -25,7 +25,9 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
+NEWER_GRAPHS = [("onnx", "protected"), ("openvino", "mctf")]
 SLOW = [("onnx", "evit"), ("onnx", "topk"), ("onnx", "dlvit"), ("onnx", None), ("openvino", "ats"), ("torch", "tome")]
+SLOW += [(format, name) for name in NEWER for format in ("onnx", "openvino") if (format, name) not in NEWER_GRAPHS]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,8 @@ SLOW = [("onnx", "evit"), ("onnx", "topk"), ("onnx", "dlvit"), ("onnx", None), (
     [
         *[("onnx", name) for name in ("tome", "sit", "dlvit-share", "ats")],
         *[("openvino", "bat"), ("openvino", "ltmp"), ("torch", "ltmp")],
-        *[pytest.param(*row, marks=pytest.mark.slow) for row in SLOW],
+        *NEWER_GRAPHS,
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
     ],
 )
 def test_a_graph_computes_what_the_model_computes(tmp_path, format, method):

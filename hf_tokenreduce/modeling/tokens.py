@@ -35,6 +35,8 @@ class TokenState(NamedTuple):
         heaviest, of equals the last. None: no layer asks for positions.
     last_states: (B, N0, D), for each dropped patch the last hidden state of the token that held it. None: not asked
         for.
+    shift: (B, N) float32, how far the MLP of a layer has moved each token; between that MLP and the layer's end only,
+        for reducers with `needs_shift`.
     """
 
     hidden_states: Tensor
@@ -48,6 +50,7 @@ class TokenState(NamedTuple):
     patch_weights: Tensor | None = None
     origin: Tensor | None = None
     last_states: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def num_images(self) -> int:
