@@ -5,7 +5,7 @@ Everything here asks `Trials`, which remembers; so it goes the same way again af
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -119,8 +119,8 @@ def least_share(trials: Trials, variants: Sequence[Variant]) -> float:
 
 
 def _for_share(trials: Trials, variants: Sequence[Variant], share: float, seed: int, clock: Clock) -> None:
-    candidates = _at(trials, variants, lambda variant: share)
-    _plan(trials, "trying settings", _images(trials, candidates) + CLIMBS * _climbing(trials) + _of_front(trials))
+    candidates = _at(trials, variants, share)
+    _plan(trials, _images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials))
     ranked = _halve(trials, candidates, subset_sizes(len(trials.dataset)), clock.begin, clock.at(0.5))
     if not ranked:
         reachable = least_share(trials, variants)
@@ -136,8 +136,8 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
     """At first the share stands for the time; then the best of some methods, in all and in few layers, are timed."""
     sizes = subset_sizes(len(trials.dataset))
     least = max(1 / speedup, LEAST_SHARE)
-    candidates = _at(trials, variants, lambda variant: least)
-    _plan(trials, "trying settings", _images(trials, candidates) + CLIMBS * _climbing(trials) + _of_front(trials))
+    candidates = _at(trials, variants, least)
+    _plan(trials, _images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials))
     ranked = _halve(trials, candidates, sizes[:-1] or sizes, clock.begin, clock.at(0.3))
     shares: dict[str, float] = {}
     fitted: list[tuple[float, Candidate]] = []
@@ -166,13 +166,9 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
 
 def _for_drop(trials: Trials, variants: Sequence[Variant], most: float, seed: int, clock: Clock) -> None:
     sizes = subset_sizes(len(trials.dataset))
-    candidates = _at(trials, variants, lambda variant: FIRST_SHARE)
+    candidates = _at(trials, variants, FIRST_SHARE)
     lowering = CLIMBS * 6 * len(trials.dataset)
-    _plan(
-        trials,
-        "trying settings",
-        _images(trials, candidates) + lowering + CLIMBS * _climbing(trials) + _of_front(trials),
-    )
+    _plan(trials, _images(trials, len(variants)) + lowering + CLIMBS * _climbing(trials) + _of_front(trials))
     ranked = _halve(trials, candidates, sizes, clock.begin, clock.at(0.35))
     lowest = _lowest_within(trials, ranked[:3], most)
     if lowest is None:
@@ -180,7 +176,7 @@ def _for_drop(trials: Trials, variants: Sequence[Variant], most: float, seed: in
     share = lowest[1]
     if share < FIRST_SHARE - 0.1:  # what is best at another share may be another method
         third = [candidate.variant for candidate in ranked[: max(6, len(ranked) // 3)]]
-        ranked = _halve(trials, _at(trials, third, lambda variant: share), sizes[-2:], trials.clock, clock.at(0.5))
+        ranked = _halve(trials, _at(trials, third, share), sizes[-2:], trials.clock, clock.at(0.5))
     best = _climb_from(trials, ranked, share, seed, clock)
     _lowest_within(trials, best[:2], most, share)
     _fill_front(trials, best, clock.at(1.0))
@@ -228,7 +224,7 @@ def _share_at_speed(trials: Trials, variant: Variant, speedup: float, share: flo
 
 
 def _halve(
-    trials: Trials, candidates: Sequence[Candidate], sizes: Sequence[int], begin: float, end: float
+    trials: Trials, candidates: Iterable[Candidate], sizes: Sequence[int], begin: float, end: float
 ) -> list[Candidate]:
     """Measure all on few images, the better third on more, and so on; the nearest to dense first.
 
@@ -277,9 +273,12 @@ def _climb_from(
 
 
 def _climb(trials: Trials, best: Candidate, share: float, chance: random.Random, until: float) -> Candidate:
-    """Change how much a layer removes, or a setting, as long as that brings the model nearer to the dense one."""
-    whole = len(trials.dataset)
-    screen = subset_sizes(whole)[-2:][0]
+    """Change how much a layer removes, or a setting, as long as that brings the model nearer to the dense one.
+
+    Few images say whether to look at more. All are looked at only at the end, by the caller.
+    """
+    sizes = subset_sizes(len(trials.dataset))
+    few, more = sizes[-3:][0], sizes[-2:][0]
     step, left, again = 0.6, MOST_MOVES, None
     while step > 0.1:
         moves = list(_moves(best.variant))
@@ -293,7 +292,7 @@ def _climb(trials: Trials, best: Candidate, share: float, chance: random.Random,
             if found is None or trials.key(found.setting) == trials.key(best.setting):
                 continue
             left -= 1
-            if _is_nearer(trials, found, best, screen) and _is_nearer(trials, found, best, whole):
+            if _is_nearer(trials, found, best, few) and _is_nearer(trials, found, best, more):
                 best, again = found, move
                 break
         if again is None:
@@ -340,26 +339,21 @@ def _moved(variant: Variant, move: tuple[Any, ...], step: float) -> Variant:
 
 
 def _fill_front(trials: Trials, best: Sequence[Candidate], until: float) -> None:
-    """Measure the best variants, of two methods, at other shares too."""
-    shown: list[Candidate] = []
-    for candidate in best:
-        if all(candidate.variant.method != other.variant.method for other in shown):
-            shown.append(candidate)
+    """Measure the best variant at other shares too."""
     for share in FRONT:
-        for candidate in shown[:2]:
-            found = None if trials.clock > until else _candidate(trials, candidate.variant, share)
-            if found is not None:
-                trials.quality(found.setting, len(trials.dataset))
+        found = _candidate(trials, best[0].variant, share) if best and trials.clock <= until else None
+        if found is not None:
+            trials.quality(found.setting, len(trials.dataset))
 
 
-def _at(trials: Trials, variants: Sequence[Variant], share_of: Callable[[Variant], float]) -> list[Candidate]:
-    """The variants at their shares, each setting once."""
-    found: dict[str, Candidate] = {}
+def _at(trials: Trials, variants: Sequence[Variant], share: float) -> Iterator[Candidate]:
+    """The variants at a share, each setting once; made when their turn comes, as some are fitted on images."""
+    seen = set()
     for variant in variants:
-        candidate = _candidate(trials, variant, share_of(variant))
-        if candidate is not None:
-            found.setdefault(trials.key(candidate.setting), candidate)
-    return list(found.values())
+        candidate = _candidate(trials, variant, share)
+        if candidate is not None and trials.key(candidate.setting) not in seen:
+            seen.add(trials.key(candidate.setting))
+            yield candidate
 
 
 def _candidate(trials: Trials, variant: Variant, share: float) -> Candidate | None:
@@ -395,24 +389,24 @@ def _is_default(variant: Variant) -> bool:
     return not variant.settings and variant.shape is None
 
 
-def _images(trials: Trials, candidates: Sequence[Candidate]) -> int:
+def _images(trials: Trials, variants: int) -> int:
     """About how many forwards a halving takes."""
-    total, before, left = 0, 0, len(candidates)
+    total, before, left = 0, 0, variants
     for size in subset_sizes(len(trials.dataset)):
         total, before, left = total + left * (size - before), size, math.ceil(left / 3) + 6
     return total
 
 
 def _climbing(trials: Trials) -> int:
-    return int(1.2 * MOST_MOVES * subset_sizes(len(trials.dataset))[-2:][0])
+    sizes = subset_sizes(len(trials.dataset))
+    return MOST_MOVES * (sizes[-3:][0] + sizes[-2:][0]) // 2
 
 
 def _of_front(trials: Trials) -> int:
-    return 2 * len(FRONT) * len(trials.dataset)
+    return len(FRONT) * len(trials.dataset)
 
 
-def _plan(trials: Trials, title: str, images: int) -> None:
+def _plan(trials: Trials, images: int) -> None:
     if trials.bar is not None:
-        trials.bar.set_description(title)
         trials.bar.total = trials.bar.n + images
         trials.bar.refresh()

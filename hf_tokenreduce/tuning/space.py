@@ -15,9 +15,10 @@ from ..modeling.multiply_adds import even_counts, even_share, largest_within
 # Layers of a model of 12: all, every second, the later ones, and few. Few take less time for the same multiply-adds,
 # because every layer that reduces scores, sorts and moves tokens.
 SCHEDULES = (
-    tuple(range(12)), tuple(range(1, 11)), (1, 3, 5, 7, 9), (0, 2, 4, 6, 8, 10), tuple(range(3, 12)),
-    (3, 6, 9), (2, 5, 8), (1, 4, 7), (4, 8), (3, 7), (2, 4, 6), (4,),
+    tuple(range(12)), (3, 6, 9), tuple(range(1, 11)), (1, 3, 5, 7, 9), (0, 2, 4, 6, 8, 10), tuple(range(3, 12)),
+    (2, 5, 8), (1, 4, 7), (4, 8), (3, 7), (2, 4, 6), (4,),
 )  # fmt: skip
+FITTED_SCHEDULES = 2  # the first ones, of methods that have to be fitted on images, which takes many forwards
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def _why_left_out(method: Method) -> str | None:
 
 def variants_of(method: Method, facts: EncoderFacts) -> list[Variant]:
     """List what is tried of a method: the method as it is, then other layers, and one other value at a time."""
-    layers = [spread_layers(facts, *of_twelve) for of_twelve in SCHEDULES] if method.takes_layers else []
+    schedules = SCHEDULES if method.at_share is not None else SCHEDULES[:FITTED_SCHEDULES]
+    layers = [spread_layers(facts, *of_twelve) for of_twelve in schedules] if method.takes_layers else []
     values = [(name, value) for name, tried in (method.tuned_settings or {}).items() for value in tried]
     places: list[dict[str, Any]] = [{}, *({"layers": some} for some in dict.fromkeys(layers))]
     changes: list[dict[str, Any]] = [{}, *({name: value} for name, value in values)]
