@@ -42,8 +42,8 @@ def split_rows(labels: Sequence[int] | None, count: int, seed: int) -> Parts:
 
 
 def subset_sizes(count: int) -> list[int]:
-    """Say how many images each round of a search looks at: about three times as many each time, all at the end."""
+    """Say how many images each round of a search looks at: about four times as many each time, all at the end."""
     sizes = [count]
-    while sizes[0] >= 100:
-        sizes.insert(0, max(round(sizes[0] / 3), 32))
+    while sizes[0] >= 64:
+        sizes.insert(0, max(sizes[0] // 4, 32))
     return sizes

@@ -18,7 +18,7 @@ from .trials import Quality, Trials
 
 
 TOLERANCE = 0.01  # of the share, for methods whose cost depends on the images
-MOST_MOVES = 60  # of one climb
+MOST_MOVES = 50  # of one climb
 CLIMBS = 2
 FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 STEP = 0.02  # of the share, where the cheapest setting within a drop is looked for
@@ -120,7 +120,7 @@ def least_share(trials: Trials, variants: Sequence[Variant]) -> float:
 
 def _for_share(trials: Trials, variants: Sequence[Variant], share: float, seed: int, clock: Clock) -> None:
     candidates = _at(trials, variants, share)
-    _plan(trials, _images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials))
+    trials.plan(_images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials))
     ranked = _halve(trials, candidates, subset_sizes(len(trials.dataset)), clock.begin, clock.at(0.5))
     if not ranked:
         reachable = least_share(trials, variants)
@@ -137,7 +137,7 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
     sizes = subset_sizes(len(trials.dataset))
     least = max(1 / speedup, LEAST_SHARE)
     candidates = _at(trials, variants, least)
-    _plan(trials, _images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials))
+    trials.plan(_images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials))
     ranked = _halve(trials, candidates, sizes[:-1] or sizes, clock.begin, clock.at(0.3))
     shares: dict[str, float] = {}
     fitted: list[tuple[float, Candidate]] = []
@@ -168,29 +168,29 @@ def _for_drop(trials: Trials, variants: Sequence[Variant], most: float, seed: in
     sizes = subset_sizes(len(trials.dataset))
     candidates = _at(trials, variants, FIRST_SHARE)
     lowering = CLIMBS * 6 * len(trials.dataset)
-    _plan(trials, _images(trials, len(variants)) + lowering + CLIMBS * _climbing(trials) + _of_front(trials))
+    trials.plan(_images(trials, len(variants)) + lowering + CLIMBS * _climbing(trials) + _of_front(trials))
     ranked = _halve(trials, candidates, sizes, clock.begin, clock.at(0.35))
-    lowest = _lowest_within(trials, ranked[:3], most)
+    lowest = _lowest_within(trials, ranked[:3], most, 1.0, clock.at(0.45))
     if lowest is None:
         return
     share = lowest[1]
     if share < FIRST_SHARE - 0.1:  # what is best at another share may be another method
-        third = [candidate.variant for candidate in ranked[: max(6, len(ranked) // 3)]]
-        ranked = _halve(trials, _at(trials, third, share), sizes[-2:], trials.clock, clock.at(0.5))
+        good = [candidate.variant for candidate in ranked[: max(6, len(ranked) // 3)]]
+        ranked = _halve(trials, _at(trials, good, share), sizes[-2:], trials.clock, clock.at(0.5))
     best = _climb_from(trials, ranked, share, seed, clock)
-    _lowest_within(trials, best[:2], most, share)
+    _lowest_within(trials, best[:2], most, share, clock.at(0.95))
     _fill_front(trials, best, clock.at(1.0))
 
 
 def _lowest_within(
-    trials: Trials, candidates: Sequence[Candidate], most: float, highest: float = 1.0
+    trials: Trials, candidates: Sequence[Candidate], most: float, highest: float, until: float
 ) -> tuple[Candidate, float] | None:
     """The variant, and the share, with the fewest multiply-adds whose drop is at most `most`."""
     best: tuple[Candidate, float] | None = None
     for candidate in candidates:
         steps = round((highest - LEAST_SHARE) / STEP)
         low, high = 0, steps + 1  # low keeps within the drop, or is the highest share
-        while high - low > 1:
+        while high - low > 1 and (best is None or trials.clock <= until):
             middle = (low + high) // 2
             share = highest - middle * STEP
             found = _candidate(trials, candidate.variant, share)
@@ -226,7 +226,7 @@ def _share_at_speed(trials: Trials, variant: Variant, speedup: float, share: flo
 def _halve(
     trials: Trials, candidates: Iterable[Candidate], sizes: Sequence[int], begin: float, end: float
 ) -> list[Candidate]:
-    """Measure all on few images, the better third on more, and so on; the nearest to dense first.
+    """Measure all on few images, the better quarter on more, and so on; the nearest to dense first.
 
     The best of each method and each method's own setting stay to the end, to be shown beside the chosen one.
     """
@@ -243,11 +243,11 @@ def _halve(
         found.sort(key=lambda item: item[0])
         ranked = [candidate for _, candidate in found]
         best_of = {candidate.variant.method: candidate for candidate in reversed(ranked)}
-        third = math.ceil(len(ranked) / 3)
+        quarter = math.ceil(len(ranked) / 4)
         candidates = [
             candidate
             for place, candidate in enumerate(ranked)
-            if place < third or best_of[candidate.variant.method] is candidate or _is_default(candidate.variant)
+            if place < quarter or best_of[candidate.variant.method] is candidate or _is_default(candidate.variant)
         ]
     return ranked
 
@@ -393,7 +393,7 @@ def _images(trials: Trials, variants: int) -> int:
     """About how many forwards a halving takes."""
     total, before, left = 0, 0, variants
     for size in subset_sizes(len(trials.dataset)):
-        total, before, left = total + left * (size - before), size, math.ceil(left / 3) + 6
+        total, before, left = total + left * (size - before), size, math.ceil(left / 4) + 6
     return total
 
 
@@ -404,9 +404,3 @@ def _climbing(trials: Trials) -> int:
 
 def _of_front(trials: Trials) -> int:
     return len(FRONT) * len(trials.dataset)
-
-
-def _plan(trials: Trials, images: int) -> None:
-    if trials.bar is not None:
-        trials.bar.total = trials.bar.n + images
-        trials.bar.refresh()

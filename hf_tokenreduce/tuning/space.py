@@ -69,10 +69,9 @@ def variants_of(method: Method, facts: EncoderFacts) -> list[Variant]:
     """List what is tried of a method: the method as it is, then other layers, and one other value at a time."""
     schedules = SCHEDULES if method.at_share is not None else SCHEDULES[:FITTED_SCHEDULES]
     layers = [spread_layers(facts, *of_twelve) for of_twelve in schedules] if method.takes_layers else []
-    values = [(name, value) for name, tried in (method.tuned_settings or {}).items() for value in tried]
-    places: list[dict[str, Any]] = [{}, *({"layers": some} for some in dict.fromkeys(layers))]
-    changes: list[dict[str, Any]] = [{}, *({name: value} for name, value in values)]
-    return [Variant(method.name, place | change) for change in changes for place in places]
+    tried: list[dict[str, Any]] = [{}, *({"layers": some} for some in dict.fromkeys(layers))]
+    tried += [{name: value} for name, values in (method.tuned_settings or {}).items() for value in values]
+    return [Variant(method.name, settings) for settings in tried]
 
 
 def even_setting(variant: Variant, facts: EncoderFacts, share: float) -> ReductionConfig | None:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from ..evaluation.accuracy import check_finite
 from ..evaluation.compare import calibrate_once, key_of, reduced_as, timed, why_it_cannot_run
@@ -89,7 +90,7 @@ class Trials:
         self.settings: dict[str, Any] = {}
         self.clock = 0.0  # seconds that the trials took which were asked for, also if that was before a resumption
         self.asked: set[int] = set()
-        self.bar: Any = None
+        self.progress, self.bar = progress, logging.tqdm(disable=True)
         for line in read_lines(self.file):
             self._take(line)
         pixels = batches(
@@ -101,6 +102,11 @@ class Trials:
         self.outputs = self._dense_outputs(folder / "dense.safetensors")
         self.classes = None if of_features else self.outputs.argmax(dim=-1)
         self.labels = self.classes if labels is None or self.classes is None else torch.tensor(list(labels))
+
+    def plan(self, images: int) -> None:
+        """Begin the bar that says how long it takes; so many forwards are planned, of one image each."""
+        self.bar.close()
+        self.bar = logging.tqdm(desc="searching", total=images, unit="image", disable=not self.progress)
 
     def setting_at(self, variant: Variant, share: float) -> ReductionConfig | None:
         """The setting of a variant that keeps at most a share of the multiply-adds; None if there is none."""
@@ -277,8 +283,7 @@ class Trials:
             return
         self.asked.add(id(line))
         self.clock += line["seconds"]
-        if self.bar is not None:
-            self.bar.update(line.get("end", 0) - line.get("begin", 0))
+        self.bar.update(line.get("end", 0) - line.get("begin", 0))
 
 
 def _distances(dense: Tensor, reduced: Tensor, of_features: bool) -> list[float]:

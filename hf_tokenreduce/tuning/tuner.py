@@ -10,7 +10,6 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..evaluation.accuracy import class_indices, evaluate_model
 from ..evaluation.compare import (
@@ -130,15 +129,13 @@ def tune(
     _check_classes(trials)
     variants = [variant for method in found for variant in variants_of(method, trials.facts)]
     own = getattr(model.config, "reduction", None)
-    with logging.tqdm(desc="searching", unit="image", disable=not progress) as bar:
-        trials.bar = bar
-        if own is not None:
-            trials.quality(own, len(parts.search))
-        search(trials, variants, target, seed, math.inf if minutes is None else 60 * minutes)
-        chosen = choose(trials, target)
-        why = "" if chosen is not None else _why_dense(trials, target)
-        shown = _shown(trials, variants, target, chosen)
-        trials.bar = None
+    if own is not None:
+        trials.quality(own, len(parts.search))
+    search(trials, variants, target, seed, math.inf if minutes is None else 60 * minutes)
+    chosen = choose(trials, target)
+    why = "" if chosen is not None else _why_dense(trials, target)
+    shown = _shown(trials, variants, target, chosen)
+    trials.bar.close()
 
     held_out = dataset.select(parts.report)
     where = folder / "search" / "held-out"
