@@ -76,15 +76,15 @@ class TuningReport:
         if row["method"] is None:
             return f"The report is on {count} other images."
         known = f"On {count} other images, which the search never saw, "
-        if row.get("drop") is not None and self.labelled:
+        if row.get("pooled_cosine") is not None:
+            return known + f"the cosine to the dense model's features is {row['pooled_cosine']:.4f}."
+        if self.labelled:
             return known + "the drop of the accuracy is {:.1f} points ({:.1f} to {:.1f}).".format(
                 row["drop"], *row["drop_interval"]
             )
-        if row.get("agreement_interval") is not None:
-            return known + "the dense model's class is kept of {:.1f} % ({:.1f} to {:.1f}).".format(
-                row["agreement"], *row["agreement_interval"]
-            )
-        return known + f"the cosine to the dense model's features is {row['pooled_cosine']:.4f}."
+        return known + "the dense model's class is kept of {:.1f} % ({:.1f} to {:.1f}).".format(
+            row["agreement"], *row["agreement_interval"]
+        )
 
     def to_markdown(self) -> str:
         """The page of the search: what was chosen and why, and the table of the held-out images."""
