@@ -23,6 +23,7 @@ from hf_tokenreduce.tuning import (
     Variant,
     even_setting,
     read_tuned,
+    search,
     searched_methods,
     space,
     tuner,
