@@ -137,6 +137,7 @@ def compare(
     reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this name or JSON; again.")] = [],  # noqa: B006
     class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
     prompt: Annotated[list[str], typer.Option(help="Zero-shot: 'photo of a {}'; again.")] = [],  # noqa: B006
+    tuned: Annotated[Path | None, typer.Option(help="Of tokenreduce tune: also what it found.")] = None,
     calibration_images: Annotated[int, typer.Option(min=1, help="LTMP and SiT start from them.")] = 100,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
     split: Split = None,
@@ -165,12 +166,18 @@ def compare(
         dense = as_classifier(
             dense, lambda: load_processor(model, revision, trust_remote_code), images, class_names, prompt
         )
+    settings: list[Any] = []
+    if tuned is not None:
+        from hf_tokenreduce.tuning import held_out_from
+
+        images, settings = held_out_from(tuned, images)
     found = measure(
         dense,
         images,
         processor,
         [parse_settings(text) if text.lstrip().startswith("{") else text for text in reduction] or None,
         shares=share,
+        tuned=settings,
         output_dir=output_dir,
         bank=bank,
         batch_size=batch_size,

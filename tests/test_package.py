@@ -53,6 +53,7 @@ def test_public_names():
             "register_method",
             "restore",
             "save_thresholds",
+            "tune",
             "unmerge",
         ]
     )

@@ -53,6 +53,7 @@ def compare(
     reductions: Sequence[ReductionConfig | dict[str, Any] | str | None] | None = None,
     *,
     shares: Sequence[float] = (0.8, 0.65, 0.5),
+    tuned: Sequence[ReductionConfig] = (),
     output_dir: str | Path,
     bank: Dataset | None = None,
     batch_size: int = 32,
@@ -77,6 +78,7 @@ def compare(
         method that runs untrained, as by `default_reductions`. Those that learn from images are calibrated without
         labels on `calibration_images` images, evenly spread over `calibration_dataset` or else over `dataset`; LTMP to
         its `target`. What cannot run yet, such as DL-ViT without a trained filter, is left out, and says why.
+    tuned: settings that a search found, shown beside the others and in lines of their own: `tuning.held_out_from`.
     bank: where features are compared, labelled images whose neighbours vote, such as those for training. None: those
         of `dataset`, each without itself.
     speed: also time each setting in turn with the dense model, on images of the data set, `speed_batch_size` (None:
@@ -97,7 +99,7 @@ def compare(
         usual = default_reductions(facts, shares, model=inside(dense), pixel_values=pixels, names=reductions)
         reductions = usual if reductions is None else _with_usual(reductions, usual, shares)
     wanted: list[ReductionConfig | None] = [None]
-    for reduction in map(parse_reduction, reductions):
+    for reduction in map(parse_reduction, [*reductions, *tuned]):
         if reduction is not None:
             reduction.check_fit(facts_of(dense.config))
         if reduction not in wanted:
@@ -166,7 +168,8 @@ def compare(
                 row |= timed(inside(reduced), inside(dense), images, speed_batch_size, repeats)
             append_line(folder / "results.jsonl", row)
             done[key] = json.loads(json.dumps(row))
-        rows.append(done[key])
+        found = {"name": f"{name}, tuned", "label": f"{method_of(reduction).title}, tuned"}
+        rows.append(done[key] | (found if reduction in tuned else {}))
     comparison = Comparison(rows, folder)
     write_comparison(
         comparison, f"{Path(config.name_or_path or type(inside(model)).__name__).name}, {len(dataset)} images"

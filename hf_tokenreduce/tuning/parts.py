@@ -33,7 +33,7 @@ def split_rows(labels: Sequence[int] | None, count: int, seed: int) -> Parts:
     shuffled = list(range(count))
     random.Random(seed).shuffle(shuffled)
     if labels is not None:
-        shuffled.sort(key=lambda row: labels[row])  # keeps the order within a class
+        shuffled.sort(key=lambda row: str(labels[row]))  # keeps the order within a class
     search = shuffled[::2]
     if len(search) > MOST_SEARCHED:
         search = [search[place * len(search) // MOST_SEARCHED] for place in range(MOST_SEARCHED)]

@@ -28,9 +28,10 @@ from ..files import holds_something, known_settings, model_folder, write_whole
 from ..hub import write_card
 from ..methods import method_of
 from ..modeling.configuration_base import ReductionConfig
+from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import check_share
 from .parts import LEAST_IMAGES, Parts, split_rows
-from .report import LEFT_OUT, TuningReport, write_report
+from .report import LEFT_OUT, TuningReport, read_tuned, write_report
 from .search import Target, choose, measured, meets, pareto_front, search
 from .space import Variant, searched_methods, variants_of
 from .trials import CALIBRATION_IMAGES, Trials
@@ -105,11 +106,12 @@ def tune(
     check_data(dataset, batch_size, image_column=image_column)
     found = searched_methods(methods)
     labels = None if of_features else _labels(model, dataset, label_column)
-    parts = _parts(dataset, labels if not of_features else _raw_labels(dataset, label_column), seed)
+    parts = _parts(dataset, label_column, seed)
     folder = _folder(Path(output_dir))
+    data = labelled_digest(dataset, image_column, label_column)
     settings = {
         "model": digest_of_model(model),
-        "data": labelled_digest(dataset, image_column, label_column),
+        "data": data,
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
         "target": list(target),
         "methods": [method.name for method in found],
@@ -155,6 +157,7 @@ def tune(
         model=name,
         target=target._asdict(),
         seed=seed,
+        data=data,
         images={"search": len(parts.search), "report": len(parts.report)},
         labelled=labelled,
         tried=len(trials.tried()),
@@ -213,8 +216,8 @@ def _raw_labels(dataset: Dataset, label_column: str) -> list[int] | None:
     return list(dataset.with_format(None)[label_column]) if label_column in dataset.column_names else None
 
 
-def _parts(dataset: Dataset, labels: list[int] | None, seed: int) -> Parts:
-    count = len(dataset)
+def _parts(dataset: Dataset, label_column: str, seed: int) -> Parts:
+    count, labels = len(dataset), _raw_labels(dataset, label_column)
     if count < LEAST_IMAGES:
         raise ValueError(
             f"There are {count} images. A search on some and a report on others take at least {LEAST_IMAGES}, and say "
@@ -243,6 +246,30 @@ def _folder(folder: Path) -> Path:
         raise ValueError(f"output_dir {folder} is not empty, and no search was made there. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def held_out_from(
+    folder: str | Path, dataset: Dataset, *, image_column: str = "image", label_column: str = "label"
+) -> tuple[Dataset, list[ReductionConfig]]:
+    """Prepare a comparison of what a search found with other settings, on images that the search did not see.
+
+    Args:
+        folder: What `tune` was given as `output_dir`.
+        dataset (`Dataset`): Images. Of those that were tuned on the held-out part is left; others stay as they are.
+        image_column, label_column: Where images and labels are.
+
+    Returns:
+        The images, and the settings that were found: the chosen one, the best of each other method, and the front.
+
+    Example:
+        >>> images, found = held_out_from("tuned", photos)
+        >>> comparison = compare(model, images, processor, shares=[0.65], tuned=found, output_dir="comparison")
+    """
+    report = read_tuned(folder)
+    found = [parse_reduction(row["settings"]) for row in report["rows"] if set(row["roles"]) - {"default"}]
+    if report["data"] == labelled_digest(dataset, image_column, label_column):
+        dataset = dataset.select(_parts(dataset, label_column, report["seed"]).report)
+    return dataset, [setting for setting in found if setting is not None]
 
 
 def _shown(
