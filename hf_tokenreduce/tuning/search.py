@@ -62,10 +62,10 @@ def search(trials: Trials, variants: Sequence[Variant], target: Target, seed: in
 
 
 def measured(trials: Trials) -> list[tuple[ReductionConfig, Quality]]:
-    """Settings that were measured on all images of the search, with what was found; the nearest to dense first."""
+    """Settings that were measured on all images of the search, with what was found; the best first."""
     found = [(setting, trials.known_quality(setting)) for setting in trials.tried()]
     whole = [(setting, quality) for setting, quality in found if quality is not None]
-    return sorted(whole, key=lambda item: item[1].distance)
+    return sorted(whole, key=lambda item: trials.order(item[1]))
 
 
 def meets(trials: Trials, target: Target, setting: ReductionConfig, quality: Quality) -> bool:
@@ -79,8 +79,7 @@ def meets(trials: Trials, target: Target, setting: ReductionConfig, quality: Qua
 
 
 def choose(trials: Trials, target: Target) -> ReductionConfig | None:
-    """Of the settings that do what was asked for the one nearest to the dense model; within a drop the cheapest one.
-    None: no setting does."""
+    """Of the settings that do what was asked for the best one, within a drop the cheapest one; None if there is none."""
     able = [(setting, quality) for setting, quality in measured(trials) if meets(trials, target, setting, quality)]
     if not able:
         return None
@@ -90,11 +89,11 @@ def choose(trials: Trials, target: Target) -> ReductionConfig | None:
 
 
 def pareto_front(trials: Trials, most: int) -> list[ReductionConfig]:
-    """Settings that no other one beats in both multiply-adds and distance, the mildest first; of more than `most`
+    """Settings that no other one beats in both multiply-adds and quality, the mildest first; of more than `most`
     those nearest to evenly spread shares."""
     front: list[tuple[ReductionConfig, Quality]] = []
-    for setting, quality in sorted(measured(trials), key=lambda item: (item[1].share, item[1].distance)):
-        if not front or quality.distance < front[-1][1].distance:
+    for setting, quality in sorted(measured(trials), key=lambda item: item[1].share):  # of equal shares the best first
+        if not front or trials.order(quality) < trials.order(front[-1][1]):
             front.append((setting, quality))
     front.reverse()
     if len(front) > most:
@@ -140,7 +139,7 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
     trials.plan(_images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials))
     ranked = _halve(trials, candidates, sizes[:-1] or sizes, clock.begin, clock.at(0.3))
     shares: dict[str, float] = {}
-    fitted: list[tuple[float, Candidate]] = []
+    fitted: list[tuple[tuple[float, float], Candidate]] = []
     for candidate in _few_of_each_method(trials, ranked):
         if fitted and trials.clock > clock.at(0.5):
             break
@@ -149,7 +148,7 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
         quality = None if found is None else trials.quality(found.setting, sizes[-1])
         if share is not None and found is not None and quality is not None:
             shares[trials.key(found.setting)] = share
-            fitted.append((quality.distance, found))
+            fitted.append((trials.order(quality), found))
     if not fitted:
         return
     fitted.sort(key=lambda item: item[0])
@@ -170,7 +169,7 @@ def _for_drop(trials: Trials, variants: Sequence[Variant], most: float, seed: in
     lowering = CLIMBS * 6 * len(trials.dataset)
     trials.plan(_images(trials, len(variants)) + lowering + CLIMBS * _climbing(trials) + _of_front(trials))
     ranked = _halve(trials, candidates, sizes, clock.begin, clock.at(0.35))
-    lowest = _lowest_within(trials, ranked[:3], most, 1.0, clock.at(0.45))
+    lowest = _lowest_within(trials, _of_different_methods(ranked)[:3], most, 1.0, clock.at(0.45))
     if lowest is None:
         return
     share = lowest[1]
@@ -178,7 +177,7 @@ def _for_drop(trials: Trials, variants: Sequence[Variant], most: float, seed: in
         good = [candidate.variant for candidate in ranked[: max(6, len(ranked) // 3)]]
         ranked = _halve(trials, _at(trials, good, share), sizes[-2:], trials.clock, clock.at(0.5))
     best = _climb_from(trials, ranked, share, seed, clock)
-    _lowest_within(trials, best[:2], most, share, clock.at(0.95))
+    _lowest_within(trials, _of_different_methods(best)[:3], most, share, clock.at(0.95))
     _fill_front(trials, best, clock.at(1.0))
 
 
@@ -226,28 +225,28 @@ def _share_at_speed(trials: Trials, variant: Variant, speedup: float, share: flo
 def _halve(
     trials: Trials, candidates: Iterable[Candidate], sizes: Sequence[int], begin: float, end: float
 ) -> list[Candidate]:
-    """Measure all on few images, the better quarter on more, and so on; the nearest to dense first.
+    """Measure all on few images, the better quarter on more, and so on; the best first.
 
     The best of each method and each method's own setting stay to the end, to be shown beside the chosen one.
     """
     ranked: list[Candidate] = []
     for round_, size in enumerate(sizes):
         until = begin + (end - begin) * (round_ + 1) / len(sizes) if math.isfinite(end) else math.inf
-        found: list[tuple[float, Candidate]] = []
+        found: list[tuple[tuple[float, float], Candidate]] = []
         for candidate in candidates:
             if found and trials.clock > until:
                 break
             quality = trials.quality(candidate.setting, size)
             if quality is not None:
-                found.append((quality.distance, candidate))
+                found.append((trials.order(quality), candidate))
         found.sort(key=lambda item: item[0])
         ranked = [candidate for _, candidate in found]
-        best_of = {candidate.variant.method: candidate for candidate in reversed(ranked)}
+        best_of = _of_different_methods(ranked)
         quarter = math.ceil(len(ranked) / 4)
         candidates = [
             candidate
             for place, candidate in enumerate(ranked)
-            if place < quarter or best_of[candidate.variant.method] is candidate or _is_default(candidate.variant)
+            if place < quarter or candidate in best_of or _is_default(candidate.variant)
         ]
     return ranked
 
@@ -257,18 +256,17 @@ def _climb_from(
 ) -> list[Candidate]:
     """Climb from the best candidates whose layers can take other numbers, one of each method; all, the best first."""
     starts: list[Candidate] = []
-    for candidate in ranked:
-        if len(starts) < climbs and all(candidate.variant.method != start.variant.method for start in starts):
-            shape = shape_of(candidate.setting, trials.facts)
-            if shape is not None:
-                starts.append(Candidate(replace(candidate.variant, shape=shape), candidate.setting))
+    for candidate in _of_different_methods(ranked):
+        shape = shape_of(candidate.setting, trials.facts)
+        if shape is not None and len(starts) < climbs:
+            starts.append(Candidate(replace(candidate.variant, shape=shape), candidate.setting))
     reached = [
         _climb(trials, start, share, random.Random(seed), clock.at(0.5 + 0.3 * (place + 1) / len(starts)))
         for place, start in enumerate(starts)
     ]
     both = [*reached, *ranked]
     found = [(trials.quality(candidate.setting, len(trials.dataset)), candidate) for candidate in both[: climbs + 3]]
-    able = [(quality.distance, candidate) for quality, candidate in found if quality is not None]
+    able = [(trials.order(quality), candidate) for quality, candidate in found if quality is not None]
     return [candidate for _, candidate in sorted(able, key=lambda item: item[0])]
 
 
@@ -359,6 +357,14 @@ def _at(trials: Trials, variants: Sequence[Variant], share: float) -> Iterator[C
 def _candidate(trials: Trials, variant: Variant, share: float) -> Candidate | None:
     setting = trials.setting_at(variant, share)
     return None if setting is None else Candidate(variant, setting)
+
+
+def _of_different_methods(ranked: Sequence[Candidate]) -> list[Candidate]:
+    """The first candidate of each method."""
+    found: dict[str, Candidate] = {}
+    for candidate in ranked:
+        found.setdefault(candidate.variant.method, candidate)
+    return list(found.values())
 
 
 def _few_of_each_method(trials: Trials, ranked: Sequence[Candidate], methods: int = 4) -> list[Candidate]:

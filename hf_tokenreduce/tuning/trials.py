@@ -82,6 +82,7 @@ class Trials:
     ):
         self.model, self.dense = model, reduced_as(model, None)
         self.dataset, self.processor, self.image_column = dataset, processor, image_column
+        self.labelled = labels is not None
         self.of_features, self.batch_size, self.calibrated = of_features, batch_size, calibrated
         self.file = folder / "trials.jsonl"
         self.qualities: dict[str, list[dict[str, Any]]] = {}
@@ -102,6 +103,12 @@ class Trials:
         self.outputs = self._dense_outputs(folder / "dense.safetensors")
         self.classes = None if of_features else self.outputs.argmax(dim=-1)
         self.labels = self.classes if labels is None or self.classes is None else torch.tensor(list(labels))
+
+    def order(self, quality: Quality) -> tuple[float, float]:
+        """By what settings are sorted, the best first: by the drop of the accuracy, if there are labels and all images
+        were seen, as it says little on few. The distance decides between equals, and everywhere else."""
+        counts = self.labelled and quality.drop is not None and quality.images == len(self.dataset)
+        return (quality.drop or 0.0 if counts else 0.0, quality.distance)
 
     def plan(self, images: int) -> None:
         """Begin the bar that says how long it takes; so many forwards are planned, of one image each."""

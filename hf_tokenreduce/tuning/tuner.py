@@ -64,6 +64,9 @@ def tune(
 ) -> TuningReport:
     """Search for the reduction that changes a model least at a cost, or costs least at a change. Nothing is trained.
 
+    Settings are told apart by how far the model's outputs go from the dense model's. Between those that were measured
+    on all images of the search the drop of the accuracy decides, if there are labels.
+
     The images are split into a part to search on, at most 500, and the others, on which the report is measured. What
     was tried is kept as it comes: stopped and called again, it goes on where it was and comes to the same result.
 
@@ -130,7 +133,7 @@ def tune(
     )  # fmt: skip
     _check_classes(trials)
     variants = [variant for method in found for variant in variants_of(method, trials.facts)]
-    own = getattr(model.config, "reduction", None)
+    own = parse_reduction(getattr(model.config, "reduction", None))
     if own is not None:
         trials.quality(own, len(parts.search))
     search(trials, variants, target, seed, math.inf if minutes is None else 60 * minutes)
@@ -149,8 +152,7 @@ def tune(
         calibration_images=CALIBRATION_IMAGES, calibration_dataset=trials.dataset, progress=progress,
     )  # fmt: skip
     name = Path(model.config.name_or_path or type(inside(model)).__name__).name
-    labelled = labels is not None or of_features
-    rows = _rows(trials, comparison, shown, labelled)
+    rows = _rows(trials, comparison, shown, of_dense_classes=not of_features and labels is None)
     write_comparison(Comparison(rows, where), f"{name}, {len(held_out)} images")
     row, why = _decided(rows, speed, why)
     report = TuningReport(
@@ -159,7 +161,7 @@ def tune(
         seed=seed,
         data=data,
         images={"search": len(parts.search), "report": len(parts.report)},
-        labelled=labelled,
+        labelled=label_column in dataset.column_names,
         tried=len(trials.tried()),
         methods=[method.title for method in found],
         seconds=round(trials.clock, 1),
@@ -301,13 +303,13 @@ def _shown(
 
 
 def _best_default(trials: Trials, variants: Sequence[Variant], share: float) -> ReductionConfig | None:
-    """Of the methods' own settings at a share, the one nearest to the dense model."""
-    best: tuple[float, ReductionConfig] | None = None
+    """Of the methods' own settings at a share the best one."""
+    best: tuple[tuple[float, float], ReductionConfig] | None = None
     for name in dict.fromkeys(variant.method for variant in variants):
         setting = trials.setting_at(Variant(name), share)
         quality = None if setting is None else trials.quality(setting, len(trials.dataset))
-        if setting is not None and quality is not None and (best is None or quality.distance < best[0]):
-            best = (quality.distance, setting)
+        if setting is not None and quality is not None and (best is None or trials.order(quality) < best[0]):
+            best = (trials.order(quality), setting)
     return None if best is None else best[1]
 
 
@@ -340,7 +342,7 @@ def _with_dense_classes(trials: Trials, images: Dataset, label_column: str, fold
 
 
 def _rows(
-    trials: Trials, comparison: Comparison, shown: list[tuple[ReductionConfig, list[str]]], labelled: bool
+    trials: Trials, comparison: Comparison, shown: list[tuple[ReductionConfig, list[str]]], of_dense_classes: bool
 ) -> list[dict[str, Any]]:
     """The records of the comparison, with roles, and what was seen on the images of the search."""
     rows = []
@@ -349,7 +351,7 @@ def _rows(
         quality = None if own is None else trials.known_quality(own[0])
         row = {name: value for name, value in row.items() if name not in LEFT_OUT}
         row |= {"roles": [] if own is None else own[1], "search": None if quality is None else asdict(quality)}
-        if not labelled and not row.get("skipped"):
+        if of_dense_classes and not row.get("skipped"):
             # Labels were the dense model's classes: what looks like accuracy is agreement with it.
             row |= {"agreement": row["top1"], "agreement_interval": row["top1_interval"]}
             row |= dict.fromkeys(("top1", "top1_interval", "top5", "baseline_top1"))
@@ -363,14 +365,14 @@ def _decided(rows: list[dict[str, Any]], speed: bool, why: str) -> tuple[dict[st
     chosen = wanted
     if speed and wanted is not rows[0]:
         others = [row for row in rows if "runner-up" in row["roles"]]
-        able = [wanted, *sorted(others, key=lambda row: row["search"]["distance"])]
+        able = [wanted, *others]  # the best first
         paying = [row for row in able if row["speedup_interval"][0] > 1]  # by more than the noise
         chosen = paying[0] if paying else rows[0]
         told = f"{wanted['name']}, which the search found, is {wanted['speedup']:.2f} times as fast as dense"
         if not paying:
             why = f"Nothing pays on this device at batch {wanted['speed_batch_size']}: {told}. Use dense."
         elif chosen is not wanted:
-            why = f"{told} on this device, which does not pay; this is the nearest to dense that does."
+            why = f"{told} on this device, which does not pay; this is the best that does."
     if chosen is not wanted or wanted is rows[0]:
         wanted["roles"] = [role for role in wanted["roles"] if role != "chosen"]
         chosen["roles"] = ["chosen", *chosen["roles"]]
