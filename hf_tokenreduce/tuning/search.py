@@ -79,7 +79,7 @@ def meets(trials: Trials, target: Target, setting: ReductionConfig, quality: Qua
 
 
 def choose(trials: Trials, target: Target) -> ReductionConfig | None:
-    """Of the settings that do what was asked for the best one, within a drop the cheapest one; None if there is none."""
+    """The best of the settings that do what was asked for, within a drop the cheapest; None if there is none."""
     able = [(setting, quality) for setting, quality in measured(trials) if meets(trials, target, setting, quality)]
     if not able:
         return None
