@@ -22,6 +22,7 @@ from hf_tokenreduce.modeling.multiply_adds import even_counts, even_share
 from hf_tokenreduce.tuning import (
     Variant,
     even_setting,
+    held_out_from,
     read_tuned,
     search,
     searched_methods,
@@ -224,6 +225,24 @@ def test_no_image_is_in_both_parts(monkeypatch, model, photos, processor, tmp_pa
     assert not set(seen["search"]) & set(seen["report"])
     assert sorted(seen["search"] + seen["report"]) == sorted(image_names(photos))
     assert report.images == {"search": len(seen["search"]), "report": len(seen["report"])}
+
+
+def test_what_was_found_beside_single_settings(first, model, photos, processor, tmp_path):
+    images, found = held_out_from(first.folder, photos)
+    searched = set(json.loads((first.folder / "search" / "images.json").read_text()))
+    assert len(images) == len(searched) == 20 and not searched & set(image_names(images))
+    some, _ = held_out_from(first.folder, photos.select(range(10)))
+    assert 0 < len(some) < 10 and not searched & set(image_names(some))
+    seen = [row for row, name in enumerate(image_names(photos)) if name in searched]
+    with pytest.raises(ValueError, match="All 20 images were searched on"):
+        held_out_from(first.folder, photos.select(seen))
+    options = {"output_dir": tmp_path / "out", "speed": False, "progress": False}
+    comparison = tuner.compare(model, images, processor, ["tome"], shares=[0.93], tuned=found, **options)
+    named = {row["name"]: row for row in comparison.rows}
+    chosen = named[f"{first.chosen['name']}, tuned"]
+    assert chosen["top1"] == first.chosen["top1"] and chosen["label"].endswith(", tuned")
+    assert sum("tuned" not in name for name in named) == 2 and len(named) > 4  # dense, and ToMe as it is
+    assert chosen["label"] in (tmp_path / "out" / "pareto.svg").read_text()
 
 
 class Killed(Exception):

@@ -32,7 +32,6 @@ class TuningReport:
 
     model: its name
     target: {"kind": "share", "speedup" or "max_drop", "value"}
-    data: the digest of the images and labels
     images: how many were searched on, and how many others it is reported on
     labelled: whether the images have labels. Without them a drop is what agreement with the dense model lacks of 100.
     tried, methods: how many settings of which methods were measured
@@ -47,7 +46,6 @@ class TuningReport:
     model: str
     target: dict[str, Any]
     seed: int
-    data: str
     images: dict[str, int]
     labelled: bool
     tried: int

@@ -104,29 +104,25 @@ def pareto_front(trials: Trials, most: int) -> list[ReductionConfig]:
     return [setting for setting, _ in front]
 
 
-def least_share(trials: Trials, variants: Sequence[Variant]) -> float:
-    """The lowest share, in steps of 0.01, that a setting keeps."""
+def what_is_reached(trials: Trials, variants: Sequence[Variant]) -> str:
+    """The lowest share that a setting keeps, in steps of 0.01, in words."""
+    even = []
+    for variant in variants:
+        method = METHODS[variant.method]
+        if method.at_share is not None and method.prepare is None:
+            even.append(variant)
     for hundredths in range(1, 100):
-        if any(
-            METHODS[variant.method].at_share is not None
-            and not METHODS[variant.method].prepare
-            and even_setting(variant, trials.facts, hundredths / 100) is not None
-            for variant in variants
-        ):
-            return hundredths / 100
-    return 1.0
+        if any(even_setting(variant, trials.facts, hundredths / 100) is not None for variant in even):
+            return f"the least that a setting keeps of this model is {hundredths / 100:.2f}. Give that or more."
+    return "what these methods keep depends on the images. Give a higher share, or let other methods be tried too."
 
 
 def _for_share(trials: Trials, variants: Sequence[Variant], share: float, seed: int, clock: Clock) -> None:
     candidates = _at(trials, variants, share)
-    trials.plan(_images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials))
+    trials.plan(_images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials), clock.end)
     ranked = _halve(trials, candidates, subset_sizes(len(trials.dataset)), clock.begin, clock.at(0.5))
     if not ranked:
-        reachable = least_share(trials, variants)
-        raise ValueError(
-            f"share={share} cannot be reached: the least that a setting keeps of this model is {reachable:.2f}. Give "
-            "that or more."
-        )
+        raise ValueError(f"share={share} cannot be reached: {what_is_reached(trials, variants)}")
     best = _climb_from(trials, ranked, share, seed, clock)
     _fill_front(trials, best, clock.at(1.0))
 
@@ -136,7 +132,7 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
     sizes = subset_sizes(len(trials.dataset))
     least = max(1 / speedup, LEAST_SHARE)
     candidates = _at(trials, variants, least)
-    trials.plan(_images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials))
+    trials.plan(_images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials), clock.end)
     ranked = _halve(trials, candidates, sizes[:-1] or sizes, clock.begin, clock.at(0.3))
     shares: dict[str, float] = {}
     fitted: list[tuple[tuple[float, float], Candidate]] = []
@@ -152,9 +148,9 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
     if not fitted:
         return
     fitted.sort(key=lambda item: item[0])
-    best = _climb_from(
-        trials, [found for _, found in fitted], shares[trials.key(fitted[0][1].setting)], seed, clock, climbs=1
-    )
+    able = [found for _, found in fitted]
+    start = next((found for found in able if shape_of(found.setting, trials.facts) is not None), able[0])
+    best = _climb_from(trials, able, shares[trials.key(start.setting)], seed, clock, climbs=1)
     for candidate in best[:1]:  # the climb changed where tokens are removed, and so the time
         share = _share_at_speed(trials, candidate.variant, speedup, least)
         found = None if share is None else _candidate(trials, candidate.variant, share)
@@ -166,8 +162,8 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
 def _for_drop(trials: Trials, variants: Sequence[Variant], most: float, seed: int, clock: Clock) -> None:
     sizes = subset_sizes(len(trials.dataset))
     candidates = _at(trials, variants, FIRST_SHARE)
-    lowering = CLIMBS * 6 * len(trials.dataset)
-    trials.plan(_images(trials, len(variants)) + lowering + CLIMBS * _climbing(trials) + _of_front(trials))
+    forwards = _images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials)
+    trials.plan(forwards + CLIMBS * 6 * len(trials.dataset), clock.end)
     ranked = _halve(trials, candidates, sizes, clock.begin, clock.at(0.35))
     lowest = _lowest_within(trials, _of_different_methods(ranked)[:3], most, 1.0, clock.at(0.45))
     if lowest is None:

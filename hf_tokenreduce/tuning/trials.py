@@ -1,6 +1,7 @@
 """`Trials`: what is known of each setting on the images that are searched on. Each result is kept as it comes."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -91,7 +92,7 @@ class Trials:
         self.settings: dict[str, Any] = {}
         self.clock = 0.0  # seconds that the trials took which were asked for, also if that was before a resumption
         self.asked: set[int] = set()
-        self.progress, self.bar = progress, logging.tqdm(disable=True)
+        self.progress, self.bar, self.bar_at, self.timed = progress, logging.tqdm(disable=True), 0, False
         for line in read_lines(self.file):
             self._take(line)
         pixels = batches(
@@ -110,10 +111,13 @@ class Trials:
         counts = self.labelled and quality.drop is not None and quality.images == len(self.dataset)
         return (quality.drop or 0.0 if counts else 0.0, quality.distance)
 
-    def plan(self, images: int) -> None:
-        """Begin the bar that says how long it takes; so many forwards are planned, of one image each."""
+    def plan(self, images: int, end: float) -> None:
+        """Begin the bar that says how long it takes: the forwards of single images that are planned, or the seconds
+        until the clock ends."""
         self.bar.close()
-        self.bar = logging.tqdm(desc="searching", total=images, unit="image", disable=not self.progress)
+        self.timed = math.isfinite(end)
+        total, unit = (round(end - self.clock), "s") if self.timed else (images, "image")
+        self.bar = logging.tqdm(desc="searching", total=total, unit=unit, disable=not self.progress)
 
     def setting_at(self, variant: Variant, share: float) -> ReductionConfig | None:
         """The setting of a variant that keeps at most a share of the multiply-adds; None if there is none."""
@@ -290,7 +294,8 @@ class Trials:
             return
         self.asked.add(id(line))
         self.clock += line["seconds"]
-        self.bar.update(line.get("end", 0) - line.get("begin", 0))
+        self.bar.update(round(self.clock) - self.bar_at if self.timed else line.get("end", 0) - line.get("begin", 0))
+        self.bar_at = round(self.clock)
 
 
 def _distances(dense: Tensor, reduced: Tensor, of_features: bool) -> list[float]:

@@ -26,6 +26,7 @@ from ..evaluation.resume import digest_of_model
 from ..evaluation.zero_shot import ZeroShotClassifier, converted, inside
 from ..files import holds_something, known_settings, model_folder, write_whole
 from ..hub import write_card
+from ..loading import image_names
 from ..methods import method_of
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.methods import parse_reduction
@@ -38,6 +39,7 @@ from .trials import CALIBRATION_IMAGES, Trials
 
 
 MODEL = "model"  # the folder of the chosen model, in that of the report
+SEARCHED = Path("search") / "images.json"
 MOST_ON_FRONT = 6
 
 
@@ -111,10 +113,9 @@ def tune(
     labels = None if of_features else _labels(model, dataset, label_column)
     parts = _parts(dataset, label_column, seed)
     folder = _folder(Path(output_dir))
-    data = labelled_digest(dataset, image_column, label_column)
     settings = {
         "model": digest_of_model(model),
-        "data": data,
+        "data": labelled_digest(dataset, image_column, label_column),
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
         "target": list(target),
         "methods": [method.name for method in found],
@@ -124,6 +125,8 @@ def tune(
     }
     if not (folder / "search" / "settings.json").is_file():
         (folder / "search" / "held-out" / "settings").mkdir(parents=True, exist_ok=True)
+        names = image_names(dataset, image_column)
+        write_whole(folder / SEARCHED, json.dumps([names[row] for row in parts.search], indent=1))
         write_whole(folder / "search" / "settings.json", json.dumps(settings, indent=1))
     known_settings(folder / "search" / "settings.json", settings)
     trials = Trials(
@@ -159,7 +162,6 @@ def tune(
         model=name,
         target=target._asdict(),
         seed=seed,
-        data=data,
         images={"search": len(parts.search), "report": len(parts.report)},
         labelled=label_column in dataset.column_names,
         tried=len(trials.tried()),
@@ -251,14 +253,14 @@ def _folder(folder: Path) -> Path:
 
 
 def held_out_from(
-    folder: str | Path, dataset: Dataset, *, image_column: str = "image", label_column: str = "label"
+    folder: str | Path, dataset: Dataset, *, image_column: str = "image"
 ) -> tuple[Dataset, list[ReductionConfig]]:
     """Prepare a comparison of what a search found with other settings, on images that the search did not see.
 
     Args:
         folder: What `tune` was given as `output_dir`.
-        dataset (`Dataset`): Images. Of those that were tuned on the held-out part is left; others stay as they are.
-        image_column, label_column: Where images and labels are.
+        dataset (`Dataset`): Images. Those that were searched on are left out, by the names of their files.
+        image_column: Where they are.
 
     Returns:
         The images, and the settings that were found: the chosen one, the best of each other method, and the front.
@@ -269,9 +271,11 @@ def held_out_from(
     """
     report = read_tuned(folder)
     found = [parse_reduction(row["settings"]) for row in report["rows"] if set(row["roles"]) - {"default"}]
-    if report["data"] == labelled_digest(dataset, image_column, label_column):
-        dataset = dataset.select(_parts(dataset, label_column, report["seed"]).report)
-    return dataset, [setting for setting in found if setting is not None]
+    seen = set(json.loads((Path(folder) / SEARCHED).read_text()))
+    unseen = [row for row, name in enumerate(image_names(dataset, image_column)) if name not in seen]
+    if not unseen:
+        raise ValueError(f"All {len(dataset)} images were searched on for {folder}. Give others.")
+    return dataset.select(unseen), [setting for setting in found if setting is not None]
 
 
 def _shown(
