@@ -49,9 +49,9 @@ class Clock(NamedTuple):
         return self.begin + part * (self.end - self.begin) if math.isfinite(self.end) else math.inf
 
 
-def search(trials: Trials, variants: Sequence[Variant], target: Target, seed: int, seconds: float) -> None:
-    """Try settings until the budget is used up or nothing is left to try; `trials` knows them all then."""
-    clock = Clock(trials.clock, trials.clock + seconds)
+def search(trials: Trials, variants: Sequence[Variant], target: Target, seed: int, end: float) -> None:
+    """Try settings until the trials' clock is at `end` or nothing is left to try; `trials` knows them all then."""
+    clock = Clock(trials.clock, end)
     variants = _in_turns(variants)
     if target.kind == "share":
         _for_share(trials, variants, target.value, seed, clock)

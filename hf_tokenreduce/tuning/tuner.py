@@ -27,7 +27,7 @@ from ..evaluation.zero_shot import ZeroShotClassifier, converted, inside
 from ..files import holds_something, known_settings, model_folder, write_whole
 from ..hub import write_card
 from ..loading import image_names
-from ..methods import method_of
+from ..methods import METHODS, method_of
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import check_share
@@ -139,10 +139,11 @@ def tune(
     own = parse_reduction(getattr(model.config, "reduction", None))
     if own is not None:
         trials.quality(own, len(parts.search))
-    search(trials, variants, target, seed, math.inf if minutes is None else 60 * minutes)
+    end = trials.clock + (math.inf if minutes is None else 60 * minutes)
+    search(trials, variants, target, seed, end)
     chosen = choose(trials, target)
     why = "" if chosen is not None else _why_dense(trials, target)
-    shown = _shown(trials, variants, target, chosen)
+    shown = _shown(trials, variants, target, chosen, end)
     trials.bar.close()
 
     held_out = dataset.select(parts.report)
@@ -279,7 +280,7 @@ def held_out_from(
 
 
 def _shown(
-    trials: Trials, variants: Sequence[Variant], target: Target, chosen: ReductionConfig | None
+    trials: Trials, variants: Sequence[Variant], target: Target, chosen: ReductionConfig | None, end: float
 ) -> list[tuple[ReductionConfig, list[str]]]:
     """The settings that are measured on the held-out images, each with its roles. The search alone decides: nothing of
     the held-out images is known here."""
@@ -294,7 +295,7 @@ def _shown(
         seen.add(chosen.method)
         quality = trials.known_quality(chosen)
         assert quality is not None
-        best = _best_default(trials, variants, target.value if target.kind == "share" else quality.share)
+        best = _best_default(trials, variants, target.value if target.kind == "share" else quality.share, end)
         if best is not None:
             add(best, "default")
     for setting, found in measured(trials):
@@ -306,12 +307,18 @@ def _shown(
     return list(roles.values())
 
 
-def _best_default(trials: Trials, variants: Sequence[Variant], share: float) -> ReductionConfig | None:
-    """Of the methods' own settings at a share the best one."""
+def _best_default(trials: Trials, variants: Sequence[Variant], share: float, end: float) -> ReductionConfig | None:
+    """Of the methods' own settings at a share the best one; when the clock has ended, of those that are known."""
     best: tuple[tuple[float, float], ReductionConfig] | None = None
     for name in dict.fromkeys(variant.method for variant in variants):
+        ended = trials.clock > end
+        if ended and METHODS[name].at_share is None:
+            continue  # it would have to be fitted on images
         setting = trials.setting_at(Variant(name), share)
-        quality = None if setting is None else trials.quality(setting, len(trials.dataset))
+        count = len(trials.dataset)
+        quality = None
+        if setting is not None:
+            quality = trials.known_quality(setting, count) if ended else trials.quality(setting, count)
         if setting is not None and quality is not None and (best is None or trials.order(quality) < best[0]):
             best = (trials.order(quality), setting)
     return None if best is None else best[1]
