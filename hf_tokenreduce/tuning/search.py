@@ -239,10 +239,11 @@ def _halve(
         ranked = [candidate for _, candidate in found]
         best_of = _of_different_methods(ranked)
         quarter = math.ceil(len(ranked) / 4)
-        candidates = [
+        # The best of each method first: where time ends within a round, none is lost.
+        candidates = best_of + [
             candidate
             for place, candidate in enumerate(ranked)
-            if place < quarter or candidate in best_of or _is_default(candidate.variant)
+            if candidate not in best_of and (place < quarter or _is_default(candidate.variant))
         ]
     return ranked
 
