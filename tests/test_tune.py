@@ -32,7 +32,7 @@ from hf_tokenreduce.tuning import (
 )
 from hf_tokenreduce.tuning.parts import MOST_SEARCHED, split_rows, subset_sizes
 from hf_tokenreduce.tuning.space import shape_of
-from hf_tokenreduce.tuning.trials import Trials
+from hf_tokenreduce.tuning.trials import POINTS_OF_DISTANCE, Trials
 
 
 QUICK = {"batch_size": 16, "repeats": 2, "progress": False, "speed": False, "methods": ["tome", "topk"]}
@@ -88,8 +88,8 @@ def told(report):
 
 
 def order(row):
-    """What decides between settings: the drop on the images that were searched on, then the distance."""
-    return row["search"]["drop"], row["search"]["distance"]
+    """What decides between settings: the drop on the images of the search, and what the distance says of it."""
+    return row["search"]["drop"] + POINTS_OF_DISTANCE * row["search"]["distance"]
 
 
 @pytest.mark.parametrize("depth", [4, 12, 24])
@@ -173,7 +173,7 @@ def test_the_target_is_met_and_the_best_is_chosen(first, model, photos, processo
     assert {one["method"] for one in first.rows} == {None, "tome", "topk"}  # the best of the other is shown too
     front = [one["search"] for one in first.rows if "front" in one["roles"]]
     front.sort(key=lambda found: found["share"])
-    points = [(found["drop"], found["distance"]) for found in front]
+    points = [order({"search": found}) for found in front]
     assert len(front) > 2 and all(cheap > mild for cheap, mild in pairwise(points))
     assert first.images == {"search": 20, "report": 20} and first.tried > 15
     lowest = min(first.rows, key=lambda row: row["mult_adds_ratio"])

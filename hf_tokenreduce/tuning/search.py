@@ -135,7 +135,7 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
     trials.plan(_images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials), clock.end)
     ranked = _halve(trials, candidates, sizes[:-1] or sizes, clock.begin, clock.at(0.3))
     shares: dict[str, float] = {}
-    fitted: list[tuple[tuple[float, float], Candidate]] = []
+    fitted: list[tuple[float, Candidate]] = []
     for candidate in _few_of_each_method(trials, ranked):
         if fitted and trials.clock > clock.at(0.5):
             break
@@ -228,7 +228,7 @@ def _halve(
     ranked: list[Candidate] = []
     for round_, size in enumerate(sizes):
         until = begin + (end - begin) * (round_ + 1) / len(sizes) if math.isfinite(end) else math.inf
-        found: list[tuple[tuple[float, float], Candidate]] = []
+        found: list[tuple[float, Candidate]] = []
         for candidate in candidates:
             if found and trials.clock > until:
                 break

@@ -34,6 +34,9 @@ from .space import Variant, even_setting
 
 CALIBRATION_IMAGES = 100
 TIMED_REPEATS = 5
+# By how many points the accuracy drops, as a rule, for a divergence of 1: seen with all methods on photographs, for
+# divergences from 0.04 to 0.5. A drop on some hundreds of images is uncertain by about a point, and so is this.
+POINTS_OF_DISTANCE = 35.0
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,12 @@ class Trials:
         self.classes = None if of_features else self.outputs.argmax(dim=-1)
         self.labels = self.classes if labels is None or self.classes is None else torch.tensor(list(labels))
 
-    def order(self, quality: Quality) -> tuple[float, float]:
-        """By what settings are sorted, the best first: by the drop of the accuracy, if there are labels and all images
-        were seen, as it says little on few. The distance decides between equals, and everywhere else."""
-        counts = self.labelled and quality.drop is not None and quality.images == len(self.dataset)
-        return (quality.drop or 0.0 if counts else 0.0, quality.distance)
+    def order(self, quality: Quality) -> float:
+        """By what settings are sorted, the best first: the distance; where there are labels and all images were seen,
+        the drop of the accuracy in points, and as much again by what the distance says of it."""
+        if self.labelled and quality.drop is not None and quality.images == len(self.dataset):
+            return quality.drop + POINTS_OF_DISTANCE * quality.distance
+        return quality.distance
 
     def plan(self, images: int, end: float) -> None:
         """Begin the bar that says how long it takes: the forwards of single images that are planned, or the seconds

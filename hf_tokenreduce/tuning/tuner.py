@@ -66,8 +66,8 @@ def tune(
 ) -> TuningReport:
     """Search for the reduction that changes a model least at a cost, or costs least at a change. Nothing is trained.
 
-    Settings are told apart by how far the model's outputs go from the dense model's. Between those that were measured
-    on all images of the search the drop of the accuracy decides, if there are labels.
+    Settings are told apart by how far the model's outputs go from the dense model's. Where there are labels, the drop
+    of the accuracy counts as much, between settings that were measured on all images of the search.
 
     The images are split into a part to search on, at most 500, and the others, on which the report is measured. What
     was tried is kept as it comes: stopped and called again, it goes on where it was and comes to the same result.
@@ -309,7 +309,7 @@ def _shown(
 
 def _best_default(trials: Trials, variants: Sequence[Variant], share: float, end: float) -> ReductionConfig | None:
     """Of the methods' own settings at a share the best one; when the clock has ended, of those that are known."""
-    best: tuple[tuple[float, float], ReductionConfig] | None = None
+    best: tuple[float, ReductionConfig] | None = None
     for name in dict.fromkeys(variant.method for variant in variants):
         ended = trials.clock > end
         if ended and METHODS[name].at_share is None:
