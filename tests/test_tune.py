@@ -4,7 +4,6 @@ import json
 import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -158,8 +157,6 @@ def test_the_parts_of_the_images():
 def test_the_same_again_by_its_seed(first, model, photos, processor, tmp_path):
     again = tune(model, photos, processor, share=0.65, output_dir=tmp_path / "again", **QUICK)
     assert told(again) == told(first)
-    other = tune(model, photos, processor, share=0.65, seed=1, output_dir=tmp_path / "other", **QUICK)
-    assert [row["search"] for row in other.rows] != [row["search"] for row in first.rows]
 
 
 def test_the_target_is_met_and_the_best_is_chosen(first, model, photos, processor):
@@ -219,9 +216,7 @@ def test_no_image_is_in_both_parts(monkeypatch, model, photos, processor, tmp_pa
 
     compare = tuner.compare
     monkeypatch.setattr(tuner, "compare", watched)
-    report = tune(
-        model, photos, processor, max_drop=10, output_dir=tmp_path / "out", **{**QUICK, "methods": ["ltmp", "ats"]}
-    )
+    report = tune(model, photos, processor, max_drop=10, output_dir=tmp_path / "out", **{**QUICK, "methods": ["ltmp"]})
     assert not set(seen["search"]) & set(seen["report"])
     assert sorted(seen["search"] + seen["report"]) == sorted(image_names(photos))
     assert report.images == {"search": len(seen["search"]), "report": len(seen["report"])}
@@ -290,15 +285,15 @@ def test_a_report_that_was_killed_goes_on(monkeypatch, first, model, photos, pro
     assert told(tune(model, photos, processor, share=0.65, output_dir=tmp_path / "out", **QUICK)) == told(first)
 
 
-def test_within_a_drop_the_cheapest(model, photos, processor, tmp_path):
-    found = {
-        most: tune(model, photos, processor, max_drop=most, output_dir=tmp_path / str(most), **QUICK)
-        for most in (0, 40)
-    }
-    for most, report in found.items():
-        assert report.chosen["search"]["drop"] <= most
-    assert found[40].chosen["search"]["share"] < 0.5  # this model's accuracy on noise is hardly more than chance
-    assert found[40].chosen["search"]["share"] <= found[0].chosen["search"]["share"]
+def test_within_a_drop_the_cheapest(monkeypatch, model, photos, processor, tmp_path):
+    report = tune(model, photos, processor, max_drop=40, output_dir=tmp_path / "out", **QUICK)
+    assert report.chosen["search"]["drop"] <= 40  # this model's accuracy on noise is hardly more than chance
+    assert report.chosen["search"]["share"] < 0.5
+    monkeypatch.setattr(tuner, "choose", lambda trials, target: None)  # as if none were within it
+    options = {**QUICK, "minutes": 1e-4}
+    report = tune(model, photos, processor, max_drop=0, output_dir=tmp_path / "none", **options)
+    assert report.chosen["method"] is None
+    assert "No setting that was tried keeps the drop within 0 points: the least that was seen is" in report.why
 
 
 def timed_as(speed_of):
@@ -444,12 +439,10 @@ def test_from_a_terminal(call, folder, model, processor, tmp_path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     arguments = ["tune", tmp_path / "model", folder, "-r", "topk", "--no-speed", "--batch-size", 16]
-    code, printed, errors = call(*arguments, "--share", 0.65, "-o", tmp_path / "out", "--json")
-    assert code == 0, errors
-    assert json.loads(printed)["chosen"]["method"] == "topk"
+    code, printed, errors = call(*arguments, "--share", 0.65, "-o", tmp_path / "out", "--no-labels")
+    assert code == 0 and "same as dense %" in printed and "top-1" not in printed, errors
+    assert f"Chosen: **{read_tuned(tmp_path / 'out')['chosen']['name']}**" in " ".join(printed.split())
     card = (tmp_path / "out" / "model" / "README.md").read_text()
-    assert "held out from the search" in card and "tokenreduce tune" in card and str(Path(tmp_path)) not in card
-    code, printed, errors = call(*arguments, "--share", 0.65, "-o", tmp_path / "plain", "--no-labels")
-    assert code == 0 and "same as dense %" in printed and "top-1" not in printed
+    assert "The setting was found by tokenreduce tune" in card and str(tmp_path) not in card
     code, _, errors = call(*arguments, "--share", 0.65, "--speedup", 2, "-o", tmp_path / "none")
     assert code == 2 and errors.count("\n") == 1 and "Give one target" in errors and not (tmp_path / "none").exists()
