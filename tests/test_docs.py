@@ -75,7 +75,7 @@ def run_line(words):
         return
     if words[0] == "tokenreduce":
         with pytest.raises(SystemExit) as stopped:
-            more = {"train": ["--use_cpu", "True"], "tune": ["--minutes", "0.02"]}.get(words[1], [])
+            more = {"train": ["--use_cpu", "True"], "tune": ["--minutes", "0.02", "--no-speed"]}.get(words[1], [])
             main([*words[1:], *more, "--debug"])
         assert stopped.value.code == 0, words
     else:
