@@ -69,6 +69,7 @@ __all__ = [
     "register_method",
     "restore",
     "save_thresholds",
+    "tune",
     "unmerge",
 ]
 
@@ -91,7 +92,12 @@ _register()
 
 
 def __getattr__(name: str) -> Any:
-    """`TokenReduce...`, the reduced class of any model that can be reduced, and its configuration."""
+    """`TokenReduce...`, the reduced class of any model that can be reduced, and its configuration; and `tune`, whose
+    imports take a second."""
+    if name == "tune":
+        from .tuning import tune
+
+        return tune
     from .modeling import configuration_tokenreduce, modeling_tokenreduce
 
     for module in (modeling_tokenreduce, configuration_tokenreduce) if name.startswith(PREFIX) else ():

@@ -139,6 +139,7 @@ def compare(
     reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this name or JSON; again.")] = [],  # noqa: B006
     class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
     prompt: Annotated[list[str], typer.Option(help="Zero-shot: 'photo of a {}'; again.")] = [],  # noqa: B006
+    tuned: Annotated[Path | None, typer.Option(help="Of tokenreduce tune: also what it found.")] = None,
     calibration_images: Annotated[int, typer.Option(min=1, help="LTMP and SiT start from them.")] = 100,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
     split: Split = None,
@@ -167,12 +168,18 @@ def compare(
         dense = as_classifier(
             dense, lambda: load_processor(model, revision, trust_remote_code), images, class_names, prompt
         )
+    settings: list[Any] = []
+    if tuned is not None:
+        from hf_tokenreduce.tuning import held_out_from
+
+        images, settings = held_out_from(tuned, images)
     found = measure(
         dense,
         images,
         processor,
         [parse_settings(text) if text.lstrip().startswith("{") else text for text in reduction] or None,
         shares=share,
+        tuned=settings,
         output_dir=output_dir,
         bank=bank,
         batch_size=batch_size,
@@ -182,6 +189,62 @@ def compare(
     print(json.dumps(found.rows, indent=1) if as_json else found.to_markdown())
     if not as_json:
         out.print(f"The same, and pareto.png, are in {output_dir}.")
+
+
+@app.command(epilog="tokenreduce tune facebook/deit-tiny-patch16-224 photos --share 0.65 -o tuned")
+def tune(
+    context: typer.Context,
+    model: Model,
+    images: Annotated[str, typer.Argument(help="Class folders, a Hub data set, or any images.", metavar="IMAGES")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Report and model; resumes there.")],
+    share: Annotated[float | None, typer.Option(help="Multiply-adds to keep, as 0.65.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Over dense, here, as 1.5.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Points of accuracy, as 1.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="The most a search takes.")] = None,
+    reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this method; again.")] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(min=0, help="Of split and search.")] = 0,
+    labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Folders are classes.")] = True,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="It must pay here.")] = True,
+    split: Split = None,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Find the best method, layers and settings for a model and images, by --share, --speedup or --max-drop.
+
+    A part of the images is searched on; the report is of the others. Nothing is trained. Labels are not needed."""
+    from hf_tokenreduce.loading import load_images, load_model
+    from hf_tokenreduce.training.run import name_of, origin, shown
+    from hf_tokenreduce.tuning import tune as find
+
+    loaded, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    pictures = load_images(images, split, limit, labelled=False)
+    if not labels and "label" in pictures.column_names:
+        pictures = pictures.remove_columns("label")
+    report = find(
+        loaded,
+        pictures,
+        processor,
+        share=share,
+        speedup=speedup,
+        max_drop=max_drop,
+        output_dir=output_dir,
+        methods=reduction or None,
+        minutes=minutes,
+        seed=seed,
+        batch_size=batch_size,
+        speed=speed,
+        record={
+            **origin(model),
+            "eval_dataset": f"{name_of(None, images)}, held out from the search",
+            "command": shown(["tokenreduce", *context.obj]),
+        },
+    )
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
+    if not as_json:
+        out.print(f"The same, pareto.png and tuning.json are in {output_dir}, the model in {output_dir / 'model'}.")
 
 
 @app.command(epilog="tokenreduce show vit-tome photos -o tokens.html")

@@ -54,6 +54,7 @@ def test_public_names():
             "register_method",
             "restore",
             "save_thresholds",
+            "tune",
             "unmerge",
         ]
     )

@@ -79,6 +79,8 @@ def _columns(rows: list[dict[str, Any]], rate: float | None) -> dict[str, Callab
         columns |= {"top-1 %": known("top1", 1), **differing, "top-5 %": number("top5", 1)}
     elif any(row.get("knn") is not None for row in rows):
         columns |= {"kNN %": known("knn", 1), **differing}
+    elif any(row.get("agreement_interval") is not None for row in rows):  # of images without labels
+        columns |= {"same as dense %": known("agreement", 1)}
     if any("pooled_cosine" in row for row in rows):
         columns |= {"cosine, pooled": number("pooled_cosine", 4), "cosine, patches": number("patch_cosine", 4)}
     return columns | {
