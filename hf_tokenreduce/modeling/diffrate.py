@@ -79,7 +79,7 @@ def prune_and_merge(scores: Tensor, features: Tensor, num_dropped: int, num_merg
     count = scores.shape[1]
     leaving, last = count - num_dropped - num_merged, count - num_dropped
     best_first = scores.argsort(dim=1, descending=True, stable=True)
-    receiver = torch.arange(count, device=scores.device).repeat(len(scores), 1)
+    receiver = torch.arange(count, device=scores.device).repeat(scores.shape[0], 1)
     if num_merged:
         sources, receivers = best_first[:, leaving:last], best_first[:, :leaving]
         receiver, _ = into_most_similar(features.float(), sources, receivers, num_merged)

@@ -363,7 +363,7 @@ def _selected_places(state: TokenState, selected: TokenMap) -> Tensor:
 
 
 def _behind_prefix(origin: Tensor, num_prefix_tokens: int) -> Tensor:
-    prefix = torch.arange(num_prefix_tokens, device=origin.device).expand(len(origin), -1)
+    prefix = torch.arange(num_prefix_tokens, device=origin.device).expand(origin.shape[0], -1)
     return torch.cat([prefix, origin + num_prefix_tokens], dim=1)
 
 

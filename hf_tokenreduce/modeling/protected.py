@@ -90,7 +90,7 @@ def merge_unprotected(importance: Tensor, features: Tensor, size: Tensor | None,
     count = importance.shape[1]
     best_first = importance.argsort(dim=1, descending=True, stable=True)
     last = count - split.dropped
-    receiver = torch.arange(count, device=importance.device).repeat(len(importance), 1)
+    receiver = torch.arange(count, device=importance.device).repeat(importance.shape[0], 1)
     if split.merged:
         movable = best_first[:, split.protected : last].sort(dim=1).values
         sources, others = movable[:, 1::2], movable[:, ::2]
