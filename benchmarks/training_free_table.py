@@ -263,7 +263,8 @@ def _cell(row: dict[str, Any] | None, best: dict[str, float], speed: dict[str, A
     shown = {name: f"**{text}**" if row[name] == best[name] else text for name, text in shown.items()}
     low, high = row["drop_interval"]
     less = f"keeps {row['kept']:.2f}: " if row["kept"] < row["share"] - 0.05 else ""
-    text = f"{less}{shown['top1']} ({row['drop']:.1f}: {low:.1f} to {high:.1f}), {shown['agreement']}, {shown['divergence']}"
+    drop = f"{row['drop']:.1f}: {low:.1f} to {high:.1f}"
+    text = f"{less}{shown['top1']} ({drop}), {shown['agreement']}, {shown['divergence']}"
     times = [
         f"{speed[way][row['method']][0]:.2f} times as fast, {way}"
         for way in ("eager", "onnxruntime")
