@@ -235,7 +235,8 @@ def to_markdown(found: dict[str, Any]) -> str:
         speeds = {row["share"]: row for row in found["speed"] if row["model"] == model}
         shares = sorted({share for method, share in rows if method is not None}, reverse=True)
         dense = rows[None, 1.0]
-        lines += [f"## {model}", "", f"Dense: {dense['top1']:.1f}.", ""]
+        low, high = dense["top1_interval"]
+        lines += [f"## {model}", "", f"Dense: {dense['top1']:.1f} ({low:.1f} to {high:.1f} on other images).", ""]
         lines.append("| method | " + " | ".join(f"at {share}" for share in shares) + " |")
         lines.append("|---" * (1 + len(shares)) + "|")
         done = {share: [row for (_, at), row in rows.items() if at == share and "drop" in row] for share in shares}
@@ -244,7 +245,7 @@ def to_markdown(found: dict[str, Any]) -> str:
             for share in shares
             if done[share]
         }
-        for method in dict.fromkeys(method for method, _ in rows if method is not None):
+        for method in [name for name in METHODS if any(name == method for method, _ in rows)]:
             cells = [_cell(rows.get((method, share)), best.get(share, {}), speeds.get(share)) for share in shares]
             lines.append(f"| {METHODS[method].title} | " + " | ".join(cells) + " |")
         lines.append("")
@@ -261,7 +262,9 @@ def _cell(row: dict[str, Any] | None, best: dict[str, float], speed: dict[str, A
     }
     shown = {name: f"**{text}**" if row[name] == best[name] else text for name, text in shown.items()}
     low, high = row["drop_interval"]
-    text = f"{shown['top1']} ({row['drop']:.1f}: {low:.1f} to {high:.1f}), {shown['agreement']}, {shown['divergence']}"
+    less = f"keeps {row['kept']:.2f}: " if row["kept"] < row["share"] - 0.05 else ""
+    drop = f"{row['drop']:.1f}: {low:.1f} to {high:.1f}"
+    text = f"{less}{shown['top1']} ({drop}), {shown['agreement']}, {shown['divergence']}"
     times = [
         f"{speed[way][row['method']][0]:.2f} times as fast, {way}"
         for way in ("eager", "onnxruntime")
