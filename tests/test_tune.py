@@ -323,10 +323,11 @@ def device(monkeypatch):
 def test_dense_is_chosen_where_nothing_pays(device, model, photos, processor, tmp_path):
     device(lambda reduction, config: 0.9)
     report = tune(model, photos, processor, share=0.7, output_dir=tmp_path / "share", **{**QUICK, "speed": True})
-    assert report.chosen["method"] is None and report.why.startswith("Nothing pays on this device at batch 16: ")
+    assert report.chosen["method"] is None and "pays on this device at batch 16: " in report.why
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "share" / "model", trust_remote_code=True)
     assert loaded.config.reduction is None
-    assert "Chosen: **dense**. Nothing pays on this device" in (tmp_path / "share" / "report.md").read_text()
+    text = (tmp_path / "share" / "report.md").read_text()
+    assert "Chosen: **dense**. Nothing that does what was asked for pays on this device" in text
     report = tune(model, photos, processor, speedup=1.5, output_dir=tmp_path / "fast", **{**QUICK, "speed": True})
     assert report.chosen["method"] is None and "No setting that was tried is faster than dense" in report.why
 

@@ -158,7 +158,7 @@ def tune(
     name = Path(model.config.name_or_path or type(inside(model)).__name__).name
     rows = _rows(trials, comparison, shown, of_dense_classes=not of_features and labels is None)
     write_comparison(Comparison(rows, where), f"{name}, {len(held_out)} images")
-    row, why = _decided(rows, speed, why)
+    row, why = _decided(rows, target, speed, why)
     report = TuningReport(
         model=name,
         target=target._asdict(),
@@ -370,20 +370,22 @@ def _rows(
     return rows
 
 
-def _decided(rows: list[dict[str, Any]], speed: bool, why: str) -> tuple[dict[str, Any], str]:
+def _decided(rows: list[dict[str, Any]], target: Target, speed: bool, why: str) -> tuple[dict[str, Any], str]:
     """The record that is chosen, and why if it is not that of the search: what is not faster is of no use here."""
     wanted = next((row for row in rows if "chosen" in row["roles"]), rows[0])
     chosen = wanted
     if speed and wanted is not rows[0]:
-        others = [row for row in rows if "runner-up" in row["roles"]]
-        able = [wanted, *others]  # the best first
+        # A default keeps the share that was asked for, but was not held to another target.
+        roles = {"runner-up", "default"} if target.kind == "share" else {"runner-up"}
+        able = [wanted, *(row for row in rows if roles & set(row["roles"]))]
         paying = [row for row in able if row["speedup_interval"][0] > 1]  # by more than the noise
         chosen = paying[0] if paying else rows[0]
         told = f"{wanted['name']}, which the search found, is {wanted['speedup']:.2f} times as fast as dense"
         if not paying:
-            why = f"Nothing pays on this device at batch {wanted['speed_batch_size']}: {told}. Use dense."
+            batch = wanted["speed_batch_size"]
+            why = f"Nothing that does what was asked for pays on this device at batch {batch}: {told}. Use dense."
         elif chosen is not wanted:
-            why = f"{told} on this device, which does not pay; this is the best that does."
+            why = f"{told} on this device, which does not pay; this is the next that does."
     if chosen is not wanted or wanted is rows[0]:
         wanted["roles"] = [role for role in wanted["roles"] if role != "chosen"]
         chosen["roles"] = ["chosen", *chosen["roles"]]
