@@ -142,6 +142,7 @@ def compare(
     tuned: Annotated[Path | None, typer.Option(help="Of tokenreduce tune: also what it found.")] = None,
     calibration_images: Annotated[int, typer.Option(min=1, help="LTMP and SiT start from them.")] = 100,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
+    runtime: Annotated[str, typer.Option(help="Where throughput is measured: " + RUNTIME)] = "eager",
     split: Split = None,
     limit: Limit = None,
     batch_size: Batch = 32,
@@ -185,6 +186,7 @@ def compare(
         batch_size=batch_size,
         calibration_images=calibration_images,
         speed=speed,
+        runtime=runtime,
     )
     print(json.dumps(found.rows, indent=1) if as_json else found.to_markdown())
     if not as_json:
@@ -205,6 +207,7 @@ def tune(
     seed: Annotated[int, typer.Option(min=0, help="Of split and search.")] = 0,
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Folders are classes.")] = True,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="It must pay here.")] = True,
+    runtime: Annotated[str, typer.Option(help="Where time is measured: " + RUNTIME)] = "eager",
     split: Split = None,
     limit: Limit = None,
     batch_size: Batch = 32,
@@ -236,6 +239,7 @@ def tune(
         seed=seed,
         batch_size=batch_size,
         speed=speed,
+        runtime=runtime,
         record={
             **origin(model),
             "eval_dataset": f"{name_of(None, images)}, held out from the search",

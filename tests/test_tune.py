@@ -299,7 +299,7 @@ def test_within_a_drop_the_cheapest(monkeypatch, model, photos, processor, tmp_p
 def timed_as(speed_of):
     """Times of a device on which a reduction is so many times as fast as dense."""
 
-    def timed(reduced, dense, images, batch_size, repeats):
+    def timed(reduced, dense, images, batch_size, repeats, runtime):
         reduction = reduced.config.reduction
         speed = 1.0 if reduction is None else speed_of(reduction, reduced.config)
         return {

@@ -65,6 +65,7 @@ def compare(
     speed: bool = True,
     speed_batch_size: int | None = None,
     repeats: int = 11,
+    runtime: str = "eager",
     progress: bool = True,
 ) -> Comparison:
     """Measure the dense model and each reduction of it; write table.md, results.csv, results.json, pareto.png and
@@ -83,6 +84,9 @@ def compare(
         of `dataset`, each without itself.
     speed: also time each setting in turn with the dense model, on images of the data set, `speed_batch_size` (None:
         `batch_size`) at once, `repeats` times.
+    runtime: where both are timed: "eager", "compiled", "onnx", "openvino" or "openvino-int8". Quality is
+        always that of PyTorch. What cannot run there, such as a method that decides for each image how many tokens it
+        keeps in a graph of several images, has no speed.
 
     Every result is kept as it comes, in results.jsonl and, image by image, in `settings/`. Called again, also with
     more reductions, only what is missing is measured. It runs in one process; `evaluate_model` in any number.
@@ -116,7 +120,7 @@ def compare(
         "data": labelled_digest(dataset, image_column, label_column),
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
         "calibration": [calibration_images, calibration_dataset and digest_of_data(source, image_column, [])],
-        "speed": conditions_of(inside(dense), speed_batch_size, repeats) if speed else None,
+        "speed": conditions_of(inside(dense), speed_batch_size, repeats, runtime) if speed else None,
         "bank": bank and labelled_digest(bank, image_column, label_column),
     }
     if not (folder / "settings.json").is_file():
@@ -165,7 +169,7 @@ def compare(
                     row |= {"baseline_knn": row["knn"], "pooled_cosine": 1.0, "patch_cosine": 1.0}
                 elif reduction is None:
                     row |= {"baseline_top1": row["top1"], "drop": None}
-                row |= timed(inside(reduced), inside(dense), images, speed_batch_size, repeats)
+                row |= timed(inside(reduced), inside(dense), images, speed_batch_size, repeats, runtime)
             append_line(folder / "results.jsonl", row)
             done[key] = json.loads(json.dumps(row))
         found = {"name": f"{name}, tuned", "label": f"{method_of(reduction).title}, tuned"}
@@ -366,7 +370,7 @@ def calibrate_once(
     return None
 
 
-def conditions_of(model: PreTrainedModel, batch_size: int, repeats: int) -> dict[str, Any]:
+def conditions_of(model: PreTrainedModel, batch_size: int, repeats: int, runtime: str) -> dict[str, Any]:
     """Times of other conditions do not go into one table."""
     return {
         "batch_size": batch_size,
@@ -375,19 +379,28 @@ def conditions_of(model: PreTrainedModel, batch_size: int, repeats: int) -> dict
         "threads": torch.get_num_threads(),
         "attention": model.config._attn_implementation,
         "torch": torch.__version__,
+        **({} if runtime == "eager" else {"runtime": runtime}),
     }
 
 
 def timed(
-    reduced: PreTrainedModel, dense: PreTrainedModel, images: Tensor | None, batch_size: int, repeats: int
+    reduced: PreTrainedModel,
+    dense: PreTrainedModel,
+    images: Tensor | None,
+    batch_size: int,
+    repeats: int,
+    runtime: str,
 ) -> dict[str, Any]:
+    names = ("images_per_second", "dense_images_per_second", "speedup", "speedup_interval", "speed_batch_size")
     if images is None:
-        names = ("images_per_second", "dense_images_per_second", "speedup", "speedup_interval", "speed_batch_size")
         return dict.fromkeys(names)
     others: dict[str, Any] = {"batch_sizes": [batch_size], "repeats": repeats, "progress": False}
+    others["runtimes"] = [runtime]
     others |= {"oracle": False, "breakdown": False, "memory": False, "suggest": False}
     is_dense = reduced.config.reduction is None
     report = benchmark({"dense": dense} if is_dense else {"dense": dense, "reduced": reduced}, images, **others)
+    if report.left_out:
+        return dict.fromkeys(names)
     row = report.row("dense" if is_dense else "reduced")
     return {
         "images_per_second": row.images_per_second,

@@ -87,7 +87,7 @@ def _columns(rows: list[dict[str, Any]], rate: float | None) -> dict[str, Callab
         "multiply-adds kept": number("mult_adds_ratio", 3),
         "G, p95": lambda row: f"{row['multiply_adds']['mean'] / 1e9:.2f}, {row['multiply_adds']['p95'] / 1e9:.2f}",
         "tokens": lambda row: f"{row['tokens']['mean']:.0f}",
-        "images/s": lambda row: "" if rate is None else f"{rate * row['speedup']:.1f}",
+        "images/s": lambda row: "" if None in (rate, row["speedup"]) else f"{rate * row['speedup']:.1f}",
         "speed-up": known("speedup", 2),
     }
 

@@ -80,6 +80,7 @@ class Trials:
         *,
         of_features: bool,
         batch_size: int,
+        runtime: str,
         image_column: str,
         num_workers: int = 0,
         progress: bool = True,
@@ -88,6 +89,7 @@ class Trials:
         self.dataset, self.processor, self.image_column = dataset, processor, image_column
         self.labelled = labels is not None
         self.of_features, self.batch_size, self.calibrated = of_features, batch_size, calibrated
+        self.runtime = runtime
         self.file = folder / "trials.jsonl"
         self.qualities: dict[str, list[dict[str, Any]]] = {}
         self.speeds: dict[str, dict[str, Any]] = {}
@@ -183,7 +185,7 @@ class Trials:
             row: dict[str, Any] = {"speedup": None}
             if reason is None:
                 images = self.pixels[: 2 * self.batch_size].to(inside(reduced).device)
-                row = timed(inside(reduced), inside(self.dense), images, self.batch_size, TIMED_REPEATS)
+                row = timed(inside(reduced), inside(self.dense), images, self.batch_size, TIMED_REPEATS, self.runtime)
             self._keep(
                 {
                     "speed": key,

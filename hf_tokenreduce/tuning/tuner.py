@@ -23,6 +23,7 @@ from ..evaluation.compare import (
 from ..evaluation.comparison import Comparison, write_comparison
 from ..evaluation.reading import check_data
 from ..evaluation.resume import digest_of_model
+from ..evaluation.runtimes import check_runtimes
 from ..evaluation.zero_shot import ZeroShotClassifier, converted, inside
 from ..files import holds_something, known_settings, model_folder, write_whole
 from ..hub import write_card
@@ -58,6 +59,7 @@ def tune(
     batch_size: int = 32,
     speed: bool = True,
     repeats: int = 11,
+    runtime: str = "eager",
     num_workers: int = 0,
     image_column: str = "image",
     label_column: str = "label",
@@ -91,6 +93,7 @@ def tune(
         speed (`bool`): Also time what is reported, and choose dense if nothing is faster on this device. False: the
             model is for another device.
         repeats (`int`): Of each timing in the report.
+        runtime (`str`): Where time is measured: `"eager"`, `"compiled"`, `"onnx"`, `"openvino"` or `"openvino-int8"`.
         record (`Mapping`, *optional*): What the card is to know besides: `base_model`, `eval_dataset`, `command` and
             others of a training's record.
 
@@ -109,6 +112,7 @@ def tune(
             "share or speedup."
         )
     check_data(dataset, batch_size, image_column=image_column)
+    check_runtimes([runtime], inside(model).device)
     found = searched_methods(methods)
     labels = None if of_features else _labels(model, dataset, label_column)
     parts = _parts(dataset, label_column, seed)
@@ -121,7 +125,7 @@ def tune(
         "methods": [method.name for method in found],
         "seed": seed,
         "batch_size": batch_size,
-        "speed": conditions_of(inside(model), batch_size, repeats) if speed else None,
+        "speed": conditions_of(inside(model), batch_size, repeats, runtime) if speed else None,
     }
     if not (folder / "search" / "settings.json").is_file():
         (folder / "search" / "held-out" / "settings").mkdir(parents=True, exist_ok=True)
@@ -132,7 +136,7 @@ def tune(
     trials = Trials(
         model, dataset.select(parts.search), None if labels is None else [labels[row] for row in parts.search],
         processor, folder / "search", folder / "search" / "held-out" / "settings", of_features=of_features,
-        batch_size=batch_size, image_column=image_column, num_workers=num_workers, progress=progress,
+        batch_size=batch_size, runtime=runtime, image_column=image_column, num_workers=num_workers, progress=progress,
     )  # fmt: skip
     _check_classes(trials)
     variants = [variant for method in found for variant in variants_of(method, trials.facts)]
@@ -153,7 +157,7 @@ def tune(
     comparison = compare(
         model, held_out, processor, [setting for setting, _ in shown], output_dir=where, batch_size=batch_size,
         num_workers=num_workers, image_column=image_column, label_column=label_column, speed=speed, repeats=repeats,
-        calibration_images=CALIBRATION_IMAGES, calibration_dataset=trials.dataset, progress=progress,
+        runtime=runtime, calibration_images=CALIBRATION_IMAGES, calibration_dataset=trials.dataset, progress=progress,
     )  # fmt: skip
     name = Path(model.config.name_or_path or type(inside(model)).__name__).name
     rows = _rows(trials, comparison, shown, of_dense_classes=not of_features and labels is None)
@@ -378,11 +382,15 @@ def _decided(rows: list[dict[str, Any]], target: Target, speed: bool, why: str) 
         # A default keeps the share that was asked for, but was not held to another target.
         roles = {"runner-up", "default"} if target.kind == "share" else {"runner-up"}
         able = [wanted, *(row for row in rows if roles & set(row["roles"]))]
-        paying = [row for row in able if row["speedup_interval"][0] > 1]  # by more than the noise
+        paying = [row for row in able if (row["speedup_interval"] or [0])[0] > 1]  # by more than the noise
         chosen = paying[0] if paying else rows[0]
-        told = f"{wanted['name']}, which the search found, is {wanted['speedup']:.2f} times as fast as dense"
+        told = f"{wanted['name']}, which the search found, "
+        if wanted["speedup"] is None:
+            told += "does not run in this runtime at this batch size"
+        else:
+            told += f"is {wanted['speedup']:.2f} times as fast as dense"
         if not paying:
-            batch = wanted["speed_batch_size"]
+            batch = rows[0]["speed_batch_size"]
             why = f"Nothing that does what was asked for pays on this device at batch {batch}: {told}. Use dense."
         elif chosen is not wanted:
             why = f"{told} on this device, which does not pay; this is the next that does."
