@@ -42,7 +42,7 @@ def evaluate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Accuracy on labelled images beside the dense model's, with intervals; what flipped; multiply-adds.
+    """Measure accuracy on labelled images beside the dense model's; what flipped.
 
     Models that compare images with texts (CLIP, SigLIP) classify by the names of the classes."""
     from hf_tokenreduce.evaluation import evaluate_model
@@ -93,7 +93,7 @@ def benchmark(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Time and memory beside the dense model and the ideal, in one run, and where the time goes."""
+    """Measure time and memory beside the dense model and the ideal, in one run."""
     import torch
 
     from hf_tokenreduce.evaluation import benchmark as measure
@@ -142,7 +142,7 @@ def compare(
     tuned: Annotated[Path | None, typer.Option(help="Of tokenreduce tune: also what it found.")] = None,
     calibration_images: Annotated[int, typer.Option(min=1, help="LTMP and SiT start from them.")] = 100,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
-    runtime: Annotated[str, typer.Option(help="Where throughput is measured: " + RUNTIME)] = "eager",
+    runtime: Annotated[str, typer.Option(help="The runtime that is timed.")] = "eager",
     split: Split = None,
     limit: Limit = None,
     batch_size: Batch = 32,
@@ -150,10 +150,9 @@ def compare(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Try every untrained method at some budgets: a table, and a picture of quality against cost.
+    """Try every untrained method at some budgets: a table and a picture.
 
-    Quality is accuracy; without a classifier, cosines to the dense model's features and the accuracy of nearest
-    neighbours. CLIP and SigLIP classify if --prompt or --class-names is given."""
+    Quality is accuracy; without a classifier, cosines to the dense model's features and nearest neighbours. CLIP and SigLIP classify if --prompt or --class-names is given."""
     from hf_tokenreduce.evaluation import compare as measure
     from hf_tokenreduce.evaluation.features import TASKS as FEATURE_TASKS
     from hf_tokenreduce.evaluation.zero_shot import as_classifier, check_typed
@@ -207,7 +206,7 @@ def tune(
     seed: Annotated[int, typer.Option(min=0, help="Of split and search.")] = 0,
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Folders are classes.")] = True,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="It must pay here.")] = True,
-    runtime: Annotated[str, typer.Option(help="Where time is measured: " + RUNTIME)] = "eager",
+    runtime: Annotated[str, typer.Option(help="The runtime that is timed.")] = "eager",
     split: Split = None,
     limit: Limit = None,
     batch_size: Batch = 32,
@@ -215,7 +214,7 @@ def tune(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Find the best method, layers and settings for a model and images, by --share, --speedup or --max-drop.
+    """Find the best reduction of a model, by --share, --speedup or --max-drop.
 
     A part of the images is searched on; the report is of the others. Nothing is trained. Labels are not needed."""
     from hf_tokenreduce.loading import load_images, load_model
@@ -262,7 +261,7 @@ def show(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """What the method did to images: kept, merged, dropped, layer by layer, and how many tokens each image took."""
+    """Draw what the method did to images: kept, merged, dropped, layer by layer."""
     from hf_tokenreduce.convert import restore
     from hf_tokenreduce.loading import load_model, load_pictures
     from hf_tokenreduce.visualization import token_map_grid, write_page

@@ -31,7 +31,7 @@ def card(
     repo_id: Annotated[str | None, typer.Option(help="Where it will be published: namespace/name.")] = None,
     records: Annotated[Path | None, typer.Option(help="Instead: a card for every record here, into FOLDER.")] = None,
 ) -> None:
-    """Write the model card, README.md, from the folder's settings and record. What its owner wrote stays."""
+    """Write the model card, README.md. What the folder's owner wrote stays."""
     from hf_tokenreduce.hub import write_card, write_cards
 
     names = {"base_model": base_model, "base_license": base_license, "dataset": dataset, "repo_id": repo_id}
@@ -59,7 +59,7 @@ def export(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model as a graph for ONNX Runtime, OpenVINO or torch, and check it there against PyTorch."""
+    """Write a model as a graph for ONNX Runtime, OpenVINO or torch, and check it."""
     from hf_tokenreduce.deploy import export as write
     from hf_tokenreduce.loading import load_model
 
@@ -90,7 +90,7 @@ def publish(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Check a folder in a fresh process without this package, list what goes up, and upload it."""
+    """Check a folder in a fresh process, list what goes up, and upload it."""
     from hf_tokenreduce.hub import check_folder
     from hf_tokenreduce.hub import publish as upload
 
@@ -132,9 +132,9 @@ def predict(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Label images: class, score, and the number of tokens that each image took. Broken images are told and skipped.
+    """Label images: class, score, and number of tokens of each.
 
-    accelerate launch shares the images between processes."""
+    Broken images are told and skipped. accelerate launch shares the images between processes."""
     import torch
     from accelerate import PartialState
 
@@ -178,7 +178,7 @@ def serve(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """A page to try a checkpoint: drop an image, pick a method and a budget, see it beside the dense model."""
+    """Open a page to try a checkpoint: drop an image, pick a method and a budget."""
     from hf_tokenreduce.serve import serve as run
 
     run(
@@ -197,7 +197,7 @@ def demo(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Output; resumes there.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of images and training.")] = 0,
 ) -> None:
-    """Draw images, train a small ViT, reduce it by every method: table, pictures, pages, folders. No downloads."""
+    """Draw images, train a small ViT, reduce it by every method. No downloads."""
     from hf_tokenreduce.demo.run import run_demo
 
     run_demo(output_dir, seed=seed)
