@@ -138,9 +138,9 @@ def compare(
     share: Annotated[list[float], typer.Option(help="Multiply-adds to keep; again.")] = [0.8, 0.65, 0.5],  # noqa: B006
     reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this name or JSON; again.")] = [],  # noqa: B006
     class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
-    prompt: Annotated[list[str], typer.Option(help="Zero-shot: 'photo of a {}'; again.")] = [],  # noqa: B006
-    tuned: Annotated[Path | None, typer.Option(help="Of tokenreduce tune: also what it found.")] = None,
-    calibration_images: Annotated[int, typer.Option(min=1, help="LTMP and SiT start from them.")] = 100,
+    prompt: Annotated[list[str], typer.Option(help="'photo of a {}'; again.")] = [],  # noqa: B006
+    tuned: Annotated[Path | None, typer.Option(help="Also what tune found there.")] = None,
+    calibration_images: Annotated[int, typer.Option(min=1, help="For LTMP and SiT.")] = 100,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
     runtime: Annotated[str, typer.Option(help="The runtime that is timed.")] = "eager",
     split: Split = None,
@@ -152,7 +152,8 @@ def compare(
 ) -> None:
     """Try every untrained method at some budgets: a table and a picture.
 
-    Quality is accuracy; without a classifier, cosines to the dense model's features and nearest neighbours. CLIP and SigLIP classify if --prompt or --class-names is given."""
+    Quality is accuracy; without a classifier, cosines to the dense model's features and nearest neighbours. CLIP and
+    SigLIP classify if --prompt or --class-names is given."""
     from hf_tokenreduce.evaluation import compare as measure
     from hf_tokenreduce.evaluation.features import TASKS as FEATURE_TASKS
     from hf_tokenreduce.evaluation.zero_shot import as_classifier, check_typed
