@@ -237,7 +237,7 @@ def speed(bench: Bench) -> Iterator[Task]:
             batch_sizes=(batch,),
             dtypes=("bfloat16",),
             repeats=bench.repeats,
-            compile=compile,
+            runtimes=["compiled" if compile else "eager"],
             breakdown=not compile and not bench.smoke,  # profiles take seconds on a CPU
             memory=not bench.smoke,
             suggest=False,

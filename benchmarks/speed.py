@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --deit_tiny FOLDER_OR_HUB_ID --images PHOTOS
     python benchmarks/speed.py --sizes deit-s --batch_sizes 1 8 --repeats 5
+    python benchmarks/speed.py --sizes deit-s --runtimes eager compiled onnx openvino openvino-int8
 
 DeiT-Tiny runs with its real weights on photographs, with LTMP and ATS fitted to the share; other sizes run with random
 weights on noise, where adaptive methods keep what such weights make of it, so only the even ones are timed. Each size
@@ -21,6 +22,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_tokenreduce import DLViTConfig, SiTConfig, reduce_tokens
 from hf_tokenreduce.budget import reduce_to_share
 from hf_tokenreduce.evaluation import BenchmarkReport, benchmark
+from hf_tokenreduce.evaluation.runtimes import RUNTIMES
 from hf_tokenreduce.loading import load_model, load_pictures
 
 
@@ -53,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=["eager"], help="in one run, in turn")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
     if bool(args.deit_tiny) != bool(args.images):
@@ -60,7 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for size in (["deit-tiny"] if args.deit_tiny else []) + args.sizes:
-        file = args.output_dir / f"speed-{size}.json"
+        runtimes = "" if args.runtimes == ["eager"] else "-" + "-".join(args.runtimes)
+        file = args.output_dir / f"speed-{size}{runtimes}.json"
         if not file.is_file():
             file.write_text(json.dumps(measure(size, args), indent=1) + "\n")
         found = json.loads(file.read_text())
@@ -81,7 +85,13 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
         models = models_of(ViTForImageClassification(ViTConfig(**SHAPES[size])).eval(), args.share, None)
         images = torch.randn(count, 3, 224, 224)
     report = benchmark(
-        models, images, batch_sizes=args.batch_sizes, repeats=args.repeats, threads=args.threads, suggest=False
+        models,
+        images,
+        batch_sizes=args.batch_sizes,
+        repeats=args.repeats,
+        threads=args.threads,
+        runtimes=args.runtimes,
+        suggest=False,
     )
     return {"date": date.today().isoformat(), "transformers": transformers.__version__, **report.to_dict()}
 

@@ -6,15 +6,17 @@ import transformers
 
 from .calibration import calibrate
 from .convert import reduce_tokens, restore
-from .deploy import export
+from .deploy import export, load_exported
 from .methods import Method, register_method
 from .modeling.ats import ATSConfig
 from .modeling.bat import BATConfig
 from .modeling.configuration_tokenreduce import TokenReduceDeiTConfig, TokenReduceViTConfig
+from .modeling.diffrate import DiffRateConfig
 from .modeling.dlvit import DLViTConfig
 from .modeling.encoders import MODELS, PREFIX, auto_classes_of
 from .modeling.evit import EViTConfig
 from .modeling.ltmp import LTMPConfig
+from .modeling.mctf import MCTFConfig
 from .modeling.modeling_tokenreduce import (
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,
@@ -23,6 +25,10 @@ from .modeling.modeling_tokenreduce import (
     TokenReduceViTModel,
     reduced_model_class,
 )
+from .modeling.pitome import PiToMeConfig
+from .modeling.ppt import PPTConfig
+from .modeling.protected import ProtectedConfig
+from .modeling.shift import ShiftConfig
 from .modeling.sit import SiTConfig
 from .modeling.tokens import unmerge
 from .modeling.tome import ToMeConfig
@@ -36,9 +42,15 @@ __all__ = [
     "ATSConfig",
     "BATConfig",
     "DLViTConfig",
+    "DiffRateConfig",
     "EViTConfig",
     "LTMPConfig",
+    "MCTFConfig",
     "Method",
+    "PPTConfig",
+    "PiToMeConfig",
+    "ProtectedConfig",
+    "ShiftConfig",
     "SiTConfig",
     "ToMeConfig",
     "TokenReduceDeiTConfig",
@@ -51,11 +63,13 @@ __all__ = [
     "TopKConfig",
     "calibrate",
     "export",
+    "load_exported",
     "load_thresholds",
     "reduce_tokens",
     "register_method",
     "restore",
     "save_thresholds",
+    "tune",
     "unmerge",
 ]
 
@@ -78,7 +92,12 @@ _register()
 
 
 def __getattr__(name: str) -> Any:
-    """`TokenReduce...`, the reduced class of any model that can be reduced, and its configuration."""
+    """`TokenReduce...`, the reduced class of any model that can be reduced, and its configuration; and `tune`, whose
+    imports take a second."""
+    if name == "tune":
+        from .tuning import tune
+
+        return tune
     from .modeling import configuration_tokenreduce, modeling_tokenreduce
 
     for module in (modeling_tokenreduce, configuration_tokenreduce) if name.startswith(PREFIX) else ():

@@ -58,6 +58,11 @@ def load_model(
         The model, and its image processor (of audio models the feature extractor).
     """
     # Without the flag our own classes load from their folders by what is installed: no code of the folder runs.
+    if (Path(name) / "export.json").is_file():
+        raise ValueError(
+            f"{name!r} is an exported model, a graph without PyTorch's weights: label images by tokenreduce predict, "
+            "or load it by hf_tokenreduce.load_exported. Other commands take the model that it was made of."
+        )
     where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code or None}
     if trust_remote_code:
         register_from_folder(name, revision)

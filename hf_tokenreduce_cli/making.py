@@ -72,7 +72,7 @@ def calibrate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Fit what a reduced model learns from unlabelled images: LTMP's thresholds, SiT's networks."""
+    """Fit LTMP's thresholds, or SiT's networks, to unlabelled images."""
     from hf_tokenreduce.calibration import calibrate as fit
     from hf_tokenreduce.convert import reduce_tokens, with_reduction
     from hf_tokenreduce.evaluation.compute import describe_model
@@ -113,7 +113,9 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune by the method's recipe. Any argument of transformers' TrainingArguments may follow."""
+    """Fine-tune by the method's recipe.
+
+    Any argument of transformers' TrainingArguments may follow."""
     from hf_tokenreduce.training.run import main as run
 
     arguments = ["--model_name_or_path", model, "--output_dir", str(output_dir), "--recipe", recipe]
@@ -138,7 +140,7 @@ def train(
 
 @app.command(epilog="tokenreduce methods")
 def methods(as_json: Json = False) -> None:
-    """List the methods: what they are called, what they do with tokens, and what they need first."""
+    """List the methods: what they do with tokens, and what they need first."""
     from hf_tokenreduce.methods.table import methods_rows
 
     found = methods_rows()
@@ -153,7 +155,7 @@ def methods(as_json: Json = False) -> None:
 
 @app.command(epilog="tokenreduce inspect vit-tome")
 def inspect(model: Model, revision: Revision = None, trust_remote_code: Trust = False, as_json: Json = False) -> None:
-    """Say what a folder or Hub id is: backbone, method, settings, tokens per layer, multiply-adds, size."""
+    """Say what a folder or Hub id is: method, settings, tokens per layer, size."""
     from hf_tokenreduce.evaluation.compute import describe_model
     from hf_tokenreduce.loading import load_model
 

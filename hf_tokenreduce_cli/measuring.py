@@ -21,6 +21,7 @@ from .options import (
 )
 
 
+RUNTIME = "eager, compiled, onnx, openvino or openvino-int8."
 ROWS = ("became_right", "became_wrong")
 
 
@@ -41,7 +42,7 @@ def evaluate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Accuracy on labelled images beside the dense model's, with intervals; what flipped; multiply-adds.
+    """Measure accuracy on labelled images beside the dense model's; what flipped.
 
     Models that compare images with texts (CLIP, SigLIP) classify by the names of the classes."""
     from hf_tokenreduce.evaluation import evaluate_model
@@ -83,7 +84,7 @@ def benchmark(
     repeats: Annotated[int, typer.Option(min=1, help="Of every model in turn.")] = 15,
     threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    compile_models: Annotated[bool, typer.Option("--compile", help="torch.compile what can be.")] = False,
+    runtime: Annotated[list[str], typer.Option(help=RUNTIME + " May be given again.")] = ["eager"],  # noqa: B006
     suggest: Annotated[
         bool, typer.Option(help="Look for a setting that is faster than dense where one is not.")
     ] = True,
@@ -92,7 +93,7 @@ def benchmark(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Time and memory beside the dense model and the ideal, in one run, and where the time goes."""
+    """Measure time and memory beside the dense model and the ideal, in one run."""
     import torch
 
     from hf_tokenreduce.evaluation import benchmark as measure
@@ -111,7 +112,8 @@ def benchmark(
         for name, model in zip(named, models, strict=True)
     }
     processor = next(iter(loaded.values()))[1]
-    pixels = processor(load_pictures([images], 2 * max(batch_size))[0], return_tensors="pt")["pixel_values"]
+    count = max(2 * max(batch_size), 128 if "openvino-int8" in runtime else 0)
+    pixels = processor(load_pictures([images], count)[0], return_tensors="pt")["pixel_values"]
     report = measure(
         {name: model for name, (model, _) in loaded.items()},
         pixels,
@@ -120,7 +122,7 @@ def benchmark(
         repeats=repeats,
         threads=threads,
         device=device,
-        compile=compile_models,
+        runtimes=runtime,
         suggest=suggest,
     )
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
@@ -136,9 +138,11 @@ def compare(
     share: Annotated[list[float], typer.Option(help="Multiply-adds to keep; again.")] = [0.8, 0.65, 0.5],  # noqa: B006
     reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this name or JSON; again.")] = [],  # noqa: B006
     class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
-    prompt: Annotated[list[str], typer.Option(help="Zero-shot: 'photo of a {}'; again.")] = [],  # noqa: B006
-    calibration_images: Annotated[int, typer.Option(min=1, help="LTMP and SiT start from them.")] = 100,
+    prompt: Annotated[list[str], typer.Option(help="'photo of a {}'; again.")] = [],  # noqa: B006
+    tuned: Annotated[Path | None, typer.Option(help="Also what tune found there.")] = None,
+    calibration_images: Annotated[int, typer.Option(min=1, help="For LTMP and SiT.")] = 100,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
+    runtime: Annotated[str, typer.Option(help="The runtime that is timed.")] = "eager",
     split: Split = None,
     limit: Limit = None,
     batch_size: Batch = 32,
@@ -146,10 +150,10 @@ def compare(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Try every untrained method at some budgets: a table, and a picture of quality against cost.
+    """Try every untrained method at some budgets: a table and a picture.
 
-    Quality is accuracy; without a classifier, cosines to the dense model's features and the accuracy of nearest
-    neighbours. CLIP and SigLIP classify if --prompt or --class-names is given."""
+    Quality is accuracy; without a classifier, cosines to the dense model's features and nearest neighbours. CLIP and
+    SigLIP classify if --prompt or --class-names is given."""
     from hf_tokenreduce.evaluation import compare as measure
     from hf_tokenreduce.evaluation.features import TASKS as FEATURE_TASKS
     from hf_tokenreduce.evaluation.zero_shot import as_classifier, check_typed
@@ -165,21 +169,86 @@ def compare(
         dense = as_classifier(
             dense, lambda: load_processor(model, revision, trust_remote_code), images, class_names, prompt
         )
+    settings: list[Any] = []
+    if tuned is not None:
+        from hf_tokenreduce.tuning import held_out_from
+
+        images, settings = held_out_from(tuned, images)
     found = measure(
         dense,
         images,
         processor,
         [parse_settings(text) if text.lstrip().startswith("{") else text for text in reduction] or None,
         shares=share,
+        tuned=settings,
         output_dir=output_dir,
         bank=bank,
         batch_size=batch_size,
         calibration_images=calibration_images,
         speed=speed,
+        runtime=runtime,
     )
     print(json.dumps(found.rows, indent=1) if as_json else found.to_markdown())
     if not as_json:
         out.print(f"The same, and pareto.png, are in {output_dir}.")
+
+
+@app.command(epilog="tokenreduce tune facebook/deit-tiny-patch16-224 photos --share 0.65 -o tuned")
+def tune(
+    context: typer.Context,
+    model: Model,
+    images: Annotated[str, typer.Argument(help="Class folders, a Hub data set, or any images.", metavar="IMAGES")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Report and model; resumes there.")],
+    share: Annotated[float | None, typer.Option(help="Multiply-adds to keep, as 0.65.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Over dense, here, as 1.5.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Points of accuracy, as 1.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="The most a search takes.")] = None,
+    reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this method; again.")] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(min=0, help="Of split and search.")] = 0,
+    labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Folders are classes.")] = True,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="It must pay here.")] = True,
+    runtime: Annotated[str, typer.Option(help="The runtime that is timed.")] = "eager",
+    split: Split = None,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Find the best reduction of a model, by --share, --speedup or --max-drop.
+
+    A part of the images is searched on; the report is of the others. Nothing is trained. Labels are not needed."""
+    from hf_tokenreduce.loading import load_images, load_model
+    from hf_tokenreduce.training.run import name_of, origin, shown
+    from hf_tokenreduce.tuning import tune as find
+
+    loaded, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    pictures = load_images(images, split, limit, labelled=False)
+    if not labels and "label" in pictures.column_names:
+        pictures = pictures.remove_columns("label")
+    report = find(
+        loaded,
+        pictures,
+        processor,
+        share=share,
+        speedup=speedup,
+        max_drop=max_drop,
+        output_dir=output_dir,
+        methods=reduction or None,
+        minutes=minutes,
+        seed=seed,
+        batch_size=batch_size,
+        speed=speed,
+        runtime=runtime,
+        record={
+            **origin(model),
+            "eval_dataset": f"{name_of(None, images)}, held out from the search",
+            "command": shown(["tokenreduce", *context.obj]),
+        },
+    )
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
+    if not as_json:
+        out.print(f"The same, pareto.png and tuning.json are in {output_dir}, the model in {output_dir / 'model'}.")
 
 
 @app.command(epilog="tokenreduce show vit-tome photos -o tokens.html")
@@ -193,7 +262,7 @@ def show(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """What the method did to images: kept, merged, dropped, layer by layer, and how many tokens each image took."""
+    """Draw what the method did to images: kept, merged, dropped, layer by layer."""
     from hf_tokenreduce.convert import restore
     from hf_tokenreduce.loading import load_model, load_pictures
     from hf_tokenreduce.visualization import token_map_grid, write_page

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from helpers import NUM_PATCHES, ONE_OF_EACH, SIZES, tiny_images
+from helpers import NEWER, NUM_PATCHES, ONE_OF_EACH, SIZES, tiny_images
 from transformers import PreTrainedModel
 
 from hf_tokenreduce.modeling.encoders import encoder_of
@@ -167,17 +167,20 @@ GRIDS = [name for name, family in FAMILIES.items() if family.grid]
 # The attention of these asks for the place of every token, which a mixture of patches does not have.
 WITHOUT_MIXTURES = ("dinov3", "dinov3-backbone", "beit", "beit-shared")
 
-# One setting of each method, by its name in METHODS.
-PLAIN = tuple("dlvit-share" if name == "dlvit" else name for name in ONE_OF_EACH)
+# One setting of each method that is held in every family, by its name in METHODS.
+PLAIN = tuple("dlvit-share" if name == "dlvit" else name for name in ONE_OF_EACH if name not in NEWER)
+
+# The others are held in these: one has no prefix token, the other five of them, and places.
+TWO = ("siglip-vision", "dinov3")
 
 
-def cases(methods: Sequence[str] = PLAIN, families: Iterable[str] = FAMILIES) -> list[tuple[str, str]]:
+def cases(methods: Sequence[str] = (*PLAIN, *NEWER), families: Iterable[str] = FAMILIES) -> list[tuple[str, str]]:
     """Every family with every method that can reduce it."""
     return [
         (family, method)
         for family in families
         for method in methods
-        if method != "sit" or family not in WITHOUT_MIXTURES
+        if (method != "sit" or family not in WITHOUT_MIXTURES) and (method not in NEWER or family in TWO)
     ]
 
 

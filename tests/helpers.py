@@ -17,9 +17,15 @@ from transformers import (
 from hf_tokenreduce import (
     ATSConfig,
     BATConfig,
+    DiffRateConfig,
     DLViTConfig,
     EViTConfig,
     LTMPConfig,
+    MCTFConfig,
+    PiToMeConfig,
+    PPTConfig,
+    ProtectedConfig,
+    ShiftConfig,
     SiTConfig,
     ToMeConfig,
     TopKConfig,
@@ -80,11 +86,27 @@ METHODS = {
         LTMPConfig(merge_threshold=0.6, prune_threshold=0.004, max_tokens=[60, 45, 30, 20]),
         LTMPConfig(merge_threshold=1.0, max_tokens=66),
     ),
+    "pitome": (PiToMeConfig(r=[7, 0, 5, 0]), PiToMeConfig(r=0)),
+    "diffrate": (DiffRateConfig(r=8, prune_share=[0.2, 0.0, 1.0, 0.5]), DiffRateConfig(r=(0, -1.0), prune_share=1)),
+    "ppt": (PPTConfig(r=15, layers=(0, 2), threshold=4e-4), PPTConfig(r=0, layers=(1,))),
+    "mctf": (MCTFConfig(r=7), MCTFConfig(r=0)),
+    "shift": (ShiftConfig(keep_rate=[0.6, 0.5], layers=(0, 2)), ShiftConfig(keep_rate=1.0, layers=(0, 2))),
+    "protected": (ProtectedConfig(keep_rate=[0.75, 0.4], layers=(0, 2)), ProtectedConfig(keep_rate=1.0, layers=(1,))),
+}
+# Methods that are made of parts which others here hold everywhere, and the one backbone in which each is held.
+NEWER = {
+    "pitome": "deit",
+    "diffrate": "vit",
+    "ppt": "deit-teacher",
+    "mctf": "vit",
+    "shift": "vit",
+    "protected": "deit",
 }
 ADAPTIVE = [name for name in METHODS if name.startswith(("ats", "ltmp")) or name in ("dlvit", "dlvit-capped")]
 # The row of each method that the package has: a new one must have a row of its name.
 ONE_OF_EACH = [name for name in DESCRIBED if METHODS[name]]
 EVEN = [name for name in METHODS if name not in ADAPTIVE]
+EVERY_CASE = [(backbone, name) for name in METHODS for backbone in BACKBONES if NEWER.get(name, backbone) == backbone]
 
 
 def tiny_model(backbone: str = "vit", classes=BACKBONES, **changes):

@@ -118,7 +118,7 @@ def test_evaluate(call, place, reduced):
 
 
 def test_benchmark(call, place, reduced):
-    arguments = ["benchmark", reduced, "--images", place / "photos", "--batch-size", 2, "--repeats", 1]
+    arguments = ["benchmark", reduced, "--images", place / "photos", "--batch-size", 2, "--repeats", 1, "--no-suggest"]
     found = answer(call, *arguments, "--device", "cpu", "-o", place / "speed.json", "--json")
     assert {row["name"] for row in found["rows"]} == {"dense", "tome"}
     assert json.loads((place / "speed.json").read_text()) == found

@@ -51,6 +51,8 @@ def compiled_equals_eager(backbone, method, backend, grad):
         ("vit", "dlvit-share"),
         ("deit", "evit"),
         ("deit-teacher", "tome"),
+        ("vit", "mctf"),
+        ("vit", "protected"),
     ],
 )
 def test_one_graph(backbone, method):

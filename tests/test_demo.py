@@ -17,6 +17,7 @@ def first(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "LEARNED_FROM", 48)
         patch.setattr(run, "LABELLED", 6)
+        patch.setattr(run, "TUNED_MINUTES", 0.02)
         yield folder, run.run_demo(folder, steps=12, train=60)
 
 
@@ -59,6 +60,10 @@ def test_the_report_is_one_file_with_links_that_lead_somewhere(first):
     assert not re.findall(r'(?:src|href)="https?:', page) and page.count("data:image/png;base64,") == 5
     assert sorted(re.findall(r'href="([^"]+)"', page)) == sorted(f"{method}.html" for method in METHODS)
     assert all((folder / f"{method}.html").is_file() for method in METHODS)
+    tuned = json.loads((folder / "tuned" / "tuning.json").read_text())
+    assert f"The tuner chose <b>{tuned['chosen']['name']}</b>" in page
+    assert tuned["images"] == {"search": 30, "report": 30}
+    assert (folder / "tuned" / "model" / "config.json").is_file()
     assert Image.open(folder / "pareto.png").width > 500
 
 

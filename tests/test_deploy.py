@@ -2,58 +2,118 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from families import FAMILIES, family_model
-from helpers import BASES, METHODS, reduce_tiny, tiny_images, tiny_model
+from helpers import ADAPTIVE, BASES, METHODS, NEWER, reduce_tiny, tiny_images, tiny_model
 from PIL import Image
 from transformers import ASTFeatureExtractor, AutoConfig, AutoImageProcessor, ViTImageProcessor
 
-from hf_tokenreduce import DLViTConfig, EViTConfig, LTMPConfig, ToMeConfig, deploy, export, reduce_tokens
+from hf_tokenreduce import ATSConfig, DLViTConfig, EViTConfig, ToMeConfig, export, load_exported, reduce_tokens
+from hf_tokenreduce.evaluation.resume import Processes
 from hf_tokenreduce.files import model_folder
 from hf_tokenreduce.loading import load_pictures
+from hf_tokenreduce.predict import predict
+from hf_tokenreduce.tasks import main_output
 from hf_tokenreduce_cli import main
 
 
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
-def run_onnx(folder, images):
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
-
-
-def run_openvino(folder, images):
-    openvino = pytest.importorskip("openvino")
-    model = openvino.Core().read_model(folder / "openvino_model.xml")
-    return openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images.numpy())[0]
-
-
-RUN = {"onnx": run_onnx, "openvino": run_openvino}
+NEWER_GRAPHS = [("onnx", "protected"), ("openvino", "mctf")]
+SLOW = [("onnx", "evit"), ("onnx", "topk"), ("onnx", "dlvit"), ("onnx", None), ("openvino", "ats"), ("torch", "tome")]
+SLOW += [(format, name) for name in NEWER for format in ("onnx", "openvino") if (format, name) not in NEWER_GRAPHS]
 
 
 @pytest.mark.parametrize(
     ("format", "method"),
-    [*[("onnx", name) for name in ("tome", "evit", "topk", "sit", "dlvit-share", None)], ("openvino", "bat")],
-)  # fmt: skip
+    [
+        *[("onnx", name) for name in ("tome", "sit", "dlvit-share", "ats")],
+        *[("openvino", "bat"), ("openvino", "ltmp"), ("torch", "ltmp")],
+        *NEWER_GRAPHS,
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
+    ],
+)
 def test_a_graph_computes_what_the_model_computes(tmp_path, format, method):
     stock = tiny_model()
     model = stock if method is None else reduce_tiny(stock, METHODS[method][0])
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
     found = export(model, tmp_path / "graph", image_processor=processor, format=format)
-    assert found["largest_difference"] < 1e-5 and found["output"] == "logits" and found["batch_sizes"] == [1, 2, 5]
+    one_by_one = method in ADAPTIVE
+    assert found["largest_difference"] < 1e-5 and found["output"] == "logits"
+    assert (found["batch_size"], found["batch_sizes"]) == ((1, [1]) if one_by_one else (None, [1, 2, 5]))
+    assert json.loads((tmp_path / "graph" / "export.json").read_text()) == found
+    loaded = load_exported(tmp_path / "graph", threads=1, batch_size=3)
     flat = torch.full((1, 3, 32, 32), 0.3)  # where all patches are alike, ties decide
     for images in (tiny_images(1), tiny_images(7, seed=9), flat):
         with torch.no_grad():
-            expected = model(images).logits.numpy()
-        np.testing.assert_allclose(RUN[format](tmp_path / "graph", images), expected, atol=2e-5)
-    assert json.loads((tmp_path / "graph" / "export.json").read_text()) == found
+            expected = model(images, output_patch_map=True) if method else model(images)
+        logits, tokens = loaded.with_counts(images)
+        torch.testing.assert_close(logits, expected.logits, atol=2e-5, rtol=0)
+        # In the last layer a method that decides for each image has nothing to do: nobody reads its patches.
+        at = -2 if one_by_one else -1
+        assert tokens.tolist() == (expected.token_counts[:, at].tolist() if method else [65] * len(images))
     config = AutoConfig.from_pretrained(tmp_path / "graph")
     assert config.model_type == "vit" and config.num_labels == 5 and config.architectures == [type(stock).__name__]
     assert AutoImageProcessor.from_pretrained(tmp_path / "graph").size["height"] == 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tome", "ltmp"])
+def test_compiled_by_torch(tmp_path, method):
+    model = reduce_tiny(tiny_model(), METHODS[method][0])
+    assert export(model, tmp_path / "graph", format="aoti")["largest_difference"] < 1e-5
+    images = tiny_images(3)
+    with torch.no_grad():
+        torch.testing.assert_close(load_exported(tmp_path / "graph")(images), model(images).logits, atol=2e-5, rtol=0)
+
+
+def test_a_graph_of_a_fixed_number_of_images_takes_any(tmp_path):
+    model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
+    assert export(model, tmp_path / "graph", batch_size=3)["batch_sizes"] == [3]
+    loaded = load_exported(tmp_path / "graph")
+    for count in (1, 3, 4):
+        images = tiny_images(count)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(images), model(images).logits, atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"ATS keeps another number of tokens .* leave out batch_size=3, or give 1"):
+        export(reduce_tokens(model, ATSConfig(layers=(1,))), tmp_path / "a", batch_size=3)
+
+
+def quantised(folder):
+    """The kinds of what feeds each product of a graph: by its name, whether both sides are of 8 bits."""
+    openvino = pytest.importorskip("openvino")
+    found = {}
+    for node in openvino.Core().read_model(folder / "openvino_model.xml").get_ops():
+        if node.get_type_name() == "MatMul":
+            feeds = [place.get_source_output().get_node().get_type_name() for place in node.inputs()]
+            found[node.get_friendly_name()] = feeds[0] == "FakeQuantize"
+    return found
+
+
+@pytest.mark.parametrize("method", ["tome", "dlvit-share"])
+def test_8_bits_are_for_layers_with_weights(tmp_path, method):
+    pytest.importorskip("nncf")
+    model = reduce_tiny(tiny_model(), METHODS[method][0])
+    images = tiny_images(12)
+    found = export(model, tmp_path / "graph", format="openvino", int8=True, images=images)
+    assert found["int8"] and found["images"] == 12 and "largest_difference" not in found
+    products = quantised(tmp_path / "graph")
+    scores = [name for name in products if name.startswith("reducer.")]
+    assert len(scores) == (2 if method == "dlvit-share" else 0) and not any(products[name] for name in scores)
+    # Queries, keys, values, projection and MLP of each layer but what is left out of the last, and the classifier.
+    assert sum(products.values()) == 4 * 6 + 1
+    logits = load_exported(tmp_path / "graph", batch_size=4)(images)
+    with torch.no_grad():
+        expected = model(images).logits
+    assert (logits - expected).abs().max() < 0.2 * expected.abs().max()
+    same = (logits.argmax(1) == expected.argmax(1)).double().mean().item()
+    assert found["same_class"] == pytest.approx(same, abs=0.1)  # 8 bits of another number of images round otherwise
 
 
 @pytest.mark.slow
@@ -75,11 +135,13 @@ def test_features_of_an_encoder_and_a_half_type(tmp_path):
     assert model.dtype == torch.bfloat16 and found["output"] == "features"
     images = tiny_images(3)
     with torch.no_grad():
-        expected = deploy.main_output(model.float()(images)).numpy()
-    np.testing.assert_allclose(run_onnx(tmp_path / "graph", images), expected, atol=2e-5)
+        expected = main_output(model.float()(images)).numpy()
+    np.testing.assert_allclose(load_exported(tmp_path / "graph")(images), expected, atol=2e-5)
 
 
-def test_the_readme_runs(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def a_model(tmp_path, monkeypatch):
+    """A folder with a model, and one with photographs, in the working directory."""
     model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
     model.config.id2label = dict(enumerate(["cat", "dog", "owl", "hen", "fox"]))
     model.config.label2id = {name: index for index, name in model.config.id2label.items()}
@@ -88,15 +150,80 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     processor.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
-    Image.fromarray(generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save("photo.jpg")
+    (tmp_path / "photos" / "inner").mkdir(parents=True)
+    for name in ("photo.jpg", "photos/a.png", "photos/inner/b.jpg", "photos/c.png"):
+        Image.fromarray(generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(name)
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
+
+    def label(file):
+        with torch.no_grad():
+            logits = model(processor(load_pictures([file], 1)[0], return_tensors="pt").pixel_values).logits
+        return model.config.id2label[logits.argmax().item()]
+
+    return label
+
+
+def run(*arguments):
     with pytest.raises(SystemExit) as stopped:
-        main(["export", "model", "-o", "graph", "--images", ".", "--json"])
-    assert stopped.value.code == 0
+        main(list(arguments))
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(("format", "size"), [("onnx", "dynamic"), ("openvino", "2"), ("torch", "dynamic")])
+def test_the_readme_runs(a_model, capsys, format, size):
+    Path("more").mkdir()
+    Path("more/photo.jpg").write_bytes(Path("photo.jpg").read_bytes())
+    options = ("--format", format, "--batch-size", size, "--images", "more", "--json")
+    assert run("export", "model", "-o", "graph", *options) == 0
     assert json.loads(capsys.readouterr().out)["largest_difference"] < 1e-5
-    code = (tmp_path / "graph" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = Path("graph/README.md").read_text().split("```python\n")[1].split("```")[0]
     exec(code, {})
-    pixels = processor(load_pictures(["photo.jpg"], 1)[0], return_tensors="pt").pixel_values
-    assert capsys.readouterr().out.strip() == model.config.id2label[model(pixels).logits.argmax().item()]
+    assert capsys.readouterr().out.strip() == a_model("photo.jpg")
+    # Neither paths of this machine nor its code are in what others get.
+    assert not any(b"/hf_tokenreduce/" in file.read_bytes() for file in Path("graph").iterdir() if format != "torch")
+
+
+def test_predict_labels_images_by_any_model(a_model, capsys):
+    assert run("export", "model", "-o", "graph") == 0
+    capsys.readouterr()
+    answers = {}
+    for model in ("model", "graph"):
+        assert run("predict", model, "photos", "photo.jpg", "--batch-size", "2", "--json") == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert sorted(row["file"] for row in rows) == sorted(
+            ["photos/a.png", "photos/broken.jpg", "photos/c.png", "photos/inner/b.jpg", "photo.jpg"]
+        )
+        answers[model] = {row["file"]: row for row in rows}
+        broken = answers[model].pop("photos/broken.jpg")
+        assert set(broken) == {"file", "error"} and "cannot be read as an image" in broken["error"]
+        for file, row in answers[model].items():
+            assert row["label"] == a_model(file) and row["tokens"] == 37 and 0.2 < row["score"] < 1
+    assert {file: row["score"] for file, row in answers["graph"].items()} == pytest.approx(
+        {file: row["score"] for file, row in answers["model"].items()}, abs=1e-5
+    )
+
+
+def test_predict_goes_on_where_it_stopped(a_model, capsys, monkeypatch):
+    assert run("export", "model", "-o", "graph") == 0
+    loaded = load_exported("graph")
+    rows = predict(loaded, ["photos"], batch_size=1, top_k=2, output_dir="out", progress=False)
+    first = next(rows)
+    assert first["label"] != first["others"][0]["label"] and len(first["others"]) == 1
+    rows.close()  # as a process that is killed
+    with Path("out/part-0.jsonl").open("a") as lines:
+        lines.write('{"file": "photos/c.p')
+    monkeypatch.setattr("hf_tokenreduce.predict.launched_processes", lambda device: Processes(0, 2))
+    mine = [row["file"] for row in predict(loaded, ["photos"], top_k=2, output_dir="out", progress=False)]
+    monkeypatch.setattr("hf_tokenreduce.predict.launched_processes", lambda device: Processes(1, 2))
+    others = [row["file"] for row in predict(loaded, ["photos"], top_k=2, output_dir="out", progress=False)]
+    assert len(mine) == 2 and len({first["file"], *mine, *others}) == 3 + 1 - (len(others) == 0)
+    assert not list(predict(loaded, ["photos"], top_k=2, output_dir="out", progress=False))
+    with pytest.raises(ValueError, match="top_k was 2, now 1"):
+        predict(loaded, ["photos"], output_dir="out")
+    assert run("predict", "graph", "nowhere") == 2
+    assert "nowhere is neither an image nor a folder of images" in capsys.readouterr().err
+    assert run("inspect", "graph") == 2
+    assert "'graph' is an exported model" in capsys.readouterr().err
 
 
 def test_the_readme_of_sounds_runs(tmp_path, capsys):
@@ -124,10 +251,17 @@ def test_no_graph_of_another_model_stays(tmp_path):
 
 def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
     model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
-    with pytest.raises(ValueError, match=r"no format 'tflite' .*onnx, openvino"):
+    with pytest.raises(ValueError, match=r"no format 'tflite'. .*onnx, openvino, torch, aoti"):
         export(model, tmp_path / "a", format="tflite")
-    with pytest.raises(ValueError, match="LTMP keeps another number of tokens of every image"):
-        export(reduce_tokens(model, LTMPConfig(merge_threshold=0.5)), tmp_path / "a")
+    for changes, what in (
+        ({"int8": True}, "8 bits are for OpenVINO, and the format is onnx"),
+        ({"int8": True, "format": "openvino"}, "8 bits are fitted to images: give images"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            export(model, tmp_path / "a", **changes)
+    with pytest.raises(ValueError, match=r"has no export\.json: it is no exported model"):
+        load_exported(tmp_path)
     with pytest.raises(ValueError, match="Linear cannot be exported"):
         export(torch.nn.Linear(2, 2), tmp_path / "a")
     (tmp_path / "full").mkdir()
@@ -150,7 +284,7 @@ def test_numbers_that_are_not_finite_are_no_agreement(tmp_path):
 
 
 def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(deploy, "TOLERANCE", 0.0)
+    monkeypatch.setattr("hf_tokenreduce.deploy.exporting.TOLERANCE", 0.0)
     with pytest.raises(RuntimeError, match="Nothing was written"):
         export(reduce_tokens(tiny_model(), ToMeConfig(r=7)), tmp_path / "graph")
     assert not (tmp_path / "graph").exists()

@@ -75,7 +75,8 @@ def run_line(words):
         return
     if words[0] == "tokenreduce":
         with pytest.raises(SystemExit) as stopped:
-            main([*words[1:], *(["--use_cpu", "True"] if words[1] == "train" else []), "--debug"])
+            more = {"train": ["--use_cpu", "True"], "tune": ["--minutes", "0.02", "--no-speed"]}.get(words[1], [])
+            main([*words[1:], *more, "--debug"])
         assert stopped.value.code == 0, words
     else:
         assert words[0] == "python" and words[1].startswith("examples/"), words

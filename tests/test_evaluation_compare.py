@@ -233,3 +233,15 @@ def test_labels_stand_apart():
     assert spread_apart([1.0, 5.0, 9.0], 1.0, 0.0, 10.0) == [1.0, 5.0, 9.0]
     assert spread_apart([4.9, 5.0, 5.1], 1.0, 0.0, 10.0) == pytest.approx([4.0, 5.0, 6.0])
     assert spread_apart([0.0, 0.1, 9.9, 10.0], 1.0, 0.0, 10.0) == pytest.approx([0.0, 1.0, 9.0, 10.0])
+
+
+def test_speed_may_be_that_of_a_runtime(tmp_path, photos, processor):
+    pytest.importorskip("onnxruntime")
+    wanted = [ToMeConfig(r=7), ATSConfig(layers=(1, 2))]
+    found = compare(tiny_model(), photos, processor, wanted, output_dir=tmp_path / "out", runtime="onnx", **QUICK)
+    by_name = {row["method"]: row for row in found.rows}
+    assert by_name["tome"]["speed_settings"]["runtimes"].keys() == {"onnx"} and by_name["tome"]["speedup"] > 0
+    assert by_name["ats"]["speedup"] is None and by_name["ats"]["top1"] is not None  # one image at a time
+    assert found.to_markdown().count("| ATS") == 1
+    with pytest.raises(ValueError, match="was made with other settings: speed was"):
+        compare(tiny_model(), photos, processor, wanted, output_dir=tmp_path / "out", **QUICK)

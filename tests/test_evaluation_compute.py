@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ADAPTIVE, BACKBONES, METHODS, reduce_tiny, tiny_images, tiny_model
+from helpers import ADAPTIVE, EVERY_CASE, METHODS, reduce_tiny, tiny_images, tiny_model
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
@@ -15,8 +15,7 @@ from hf_tokenreduce.evaluation.compute import (
 )
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("backbone", "method"), EVERY_CASE)
 def test_arithmetic_is_what_is_counted(backbone, method):
     stock = tiny_model(backbone)
     assert stock.config._attn_implementation == "sdpa"

@@ -227,9 +227,13 @@ def test_other_types_and_all_measurements(monkeypatch, tmp_path):
     again = BenchmarkReport.load(tmp_path / "report.json")
     assert again == report
     text = report.to_markdown()
-    assert text.count("| tome | 2 | float32 |") == 2 and "scoring" in text
+    assert (
+        text.count("| tome | eager | 2 | float32 |") == 1
+        and text.count("| tome | 2 | float32 |") == 1
+        and "scoring" in text
+    )
     widths = {line.count("|") for line in text.split("Share")[0].splitlines() if line.startswith("|")}
-    assert widths == {13}
+    assert widths == {15}
 
 
 def test_compiled_models_are_compared_with_the_compiled_dense_one(monkeypatch):
@@ -237,9 +241,32 @@ def test_compiled_models_are_compared_with_the_compiled_dense_one(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(type(model).__name__) or model)
     dense = tiny_model()
     models = {"tome": reduce_tokens(dense, ToMeConfig(r=7)), "ats": reduce_tokens(dense, ATSConfig(layers=(1, 2)))}
-    report = benchmark(models, tiny_images(2), batch_sizes=[2], repeats=1, compile=True, **QUICK)
-    assert [row.compiled for row in report.rows] == [True, True, False]
+    report = benchmark(models, tiny_images(2), batch_sizes=[2], repeats=1, runtimes=["compiled"], **QUICK)
+    assert [row.runtime for row in report.rows] == ["compiled", "compiled", "eager"]
     assert compiled == ["ViTForImageClassification", "TokenReduceViTForImageClassification", "SliceOracle"]
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "openvino-int8"])
+def test_graphs_are_compared_with_the_graph_of_the_dense_model(runtime):
+    for package in ("onnxruntime", "nncf"):
+        pytest.importorskip(package)
+    dense = tiny_model()
+    models = {
+        "dense": dense,
+        "tome": reduce_tokens(dense, ToMeConfig(r=7)),
+        "ats": reduce_tokens(dense, ATSConfig(layers=(1, 2))),
+    }
+    seconds = iter([1.0, 8.0, 6.0, 3.0, 4.0, 2.0, 1.5] * 100)
+    options = {"repeats": 1, "runtimes": ["eager", runtime], "timer": lambda call: (call(), next(seconds))[1]}
+    report = benchmark(models, tiny_images(4), batch_sizes=[2], **QUICK | options)
+    assert [(row.name, row.runtime) for row in report.rows] == [
+        ("dense", "eager"), ("tome", "eager"), ("ats", "eager"), ("dense", runtime), ("tome", runtime),
+    ]  # fmt: skip
+    assert report.left_out == [f"ats in {runtime} at batch 2: its graph takes one image at a time"]
+    assert report.row("tome", runtime=runtime).oracle_share is not None
+    assert f"Left out: ats in {runtime}" in report.to_markdown()
+    with pytest.raises(ValueError, match=r"There is no runtime tflite\. The runtimes are: eager, compiled, onnx"):
+        benchmark(models, tiny_images(4), runtimes=["tflite"])
 
 
 class WorkClock(TorchDispatchMode):
@@ -274,8 +301,10 @@ def test_what_does_not_pay_is_said_with_the_nearest_that_does():
     )
     report = benchmark(models, tiny_images(1), timer=WorkClock(1e-3), **options)
     row = report.row("tome")
-    assert not row.pays and f"tome does not pay on this device at batch 1 in float32: {row.speedup:.2f} x dense" in (
-        report.to_markdown()
+    assert (
+        not row.pays
+        and f"tome does not pay on this device at batch 1 in float32, eager: {row.speedup:.2f} x dense"
+        in (report.to_markdown())
     )
     # Of the prices of an operation there is one at which this setting does not pay, and another one does.
     for price in (3e-4, 1e-4, 3e-5, 2e-5, 1e-5, 5e-6):

@@ -70,6 +70,53 @@ def test_sweep_of_bat(tmp_path, deep, model_and_images, run):
     assert len((tmp_path / "sweep" / "deep" / "results.jsonl").read_text().splitlines()) == 5  # and the dense model
 
 
+def test_table_of_training_free_methods(tmp_path, deep, model_and_images, run):
+    _, images = model_and_images
+    arguments = [
+        "--models",
+        deep,
+        "--data_dir",
+        images,
+        "--output_dir",
+        tmp_path / "table",
+        "--methods",
+        "tome",
+        "ats",
+    ]
+    run("training_free_table.py", *arguments, "--shares", 0.6, 0.001)
+    file = tmp_path / "table" / "training-free-odd.json"
+    first = json.loads(file.read_text())
+    rows = {(row["method"], row["share"]): row for row in first["results"]}
+    assert list(rows) == [(None, 1.0), ("tome", 0.6), ("ats", 0.6), ("tome", 0.001), ("ats", 0.001)]
+    assert first["settings"]["images"] == 4 and 0.5 < rows["tome", 0.6]["kept"] <= 0.6
+    drop = rows[None, 1.0]["top1"] - rows["tome", 0.6]["top1"]
+    low, high = rows["tome", 0.6]["drop_interval"]
+    assert rows["tome", 0.6]["drop"] == drop and low <= drop <= high
+    assert rows["tome", 0.6]["agreement"] in (0, 25, 50, 75, 100) and rows["tome", 0.6]["divergence"] > 0
+    assert "cannot be reached" in rows["tome", 0.001]["left_out"]
+    assert str(tmp_path) not in file.read_text()
+
+    first["results"][1]["top1"] = 12.3  # what is there is not measured again
+    file.write_text(json.dumps(first))
+    printed = run("training_free_table.py", *arguments, "--shares", 0.6)
+    assert json.loads(file.read_text()) == first and "| ToMe | **12.3** (" in printed
+    for name in ("more.png", "one_more.png"):
+        Image.new("RGB", (9, 9)).save(images / "validation" / "cat" / name)
+    with pytest.raises(ValueError, match="images was 4, now 5"):
+        run("training_free_table.py", *arguments)
+
+
+@pytest.mark.slow
+def test_times_of_training_free_methods(tmp_path, model_and_images, run):
+    pytest.importorskip("onnxruntime")
+    model, images = model_and_images
+    arguments = ["--models", model, "--data_dir", images, "--output_dir", tmp_path, "--methods", "tome", "ats"]
+    printed = run("training_free_table.py", *arguments, "--shares", 0.6, "--speed", "--repeats", 1)
+    found = json.loads((tmp_path / "training-free-odd.json").read_text())
+    assert found["speed"][0]["eager"].keys() == {"tome", "ats"} and found["speed"][0]["onnxruntime"].keys() == {"tome"}
+    assert printed.count("onnxruntime") == 1 and printed.count(", eager") == 2
+
+
 def test_starts_of_sit(model_and_images, run):
     model, images = model_and_images
     folders = ["--train_dir", images / "validation", "--validation_dir", images / "validation"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, GRIDS, PLAIN, cases, family_inputs, family_model, image_features_of
-from helpers import METHODS, NUM_PATCHES, reduce_tiny
+from helpers import METHODS, NEWER, NUM_PATCHES, reduce_tiny
 from naive_families import naive_run
 from test_families_naive import images_of, run_and_watch
 
@@ -32,7 +32,7 @@ def grid_by_hand(tokens, patch_map, prefix, last_states=None):
     return torch.stack([*tokens[:prefix], *patches])
 
 
-@pytest.mark.parametrize(("family", "method"), cases(HARD, GRIDS))
+@pytest.mark.parametrize(("family", "method"), cases((*HARD, *NEWER), GRIDS))
 def test_every_patch_has_the_row_of_its_token(family, method):
     model = reduce_tiny(family_model(family), METHODS[method][0])
     prefix = FAMILIES[family].prefix

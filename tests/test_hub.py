@@ -101,6 +101,7 @@ def same(ours, theirs):
         ("deit", "ltmp"),
         ("deit", "sit"),
         ("deit-teacher", "tome"),
+        ("vit", "protected"),
     ],
 )
 def test_loads_without_the_package_and_survives_another_save(tmp_path, backbone, method):
@@ -176,6 +177,7 @@ def test_the_folder_holds_what_it_needs_and_nothing_else(tmp_path):
         "encoders",
         "hooks",
         "layers",
+        "matching",
         "recording",
     }
     modeling |= {"modeling_tokenreduce", "multiply_adds", "tokens", "methods", "extra_methods"}

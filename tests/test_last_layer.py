@@ -8,7 +8,16 @@ import copy
 import pytest
 import torch
 from families import FAMILIES, family_inputs, family_model
-from helpers import BACKBONES, METHODS, ONE_OF_EACH, enable_checkpointing, reduce_tiny, tiny_images, tiny_model
+from helpers import (
+    BACKBONES,
+    EVERY_CASE,
+    METHODS,
+    ONE_OF_EACH,
+    enable_checkpointing,
+    reduce_tiny,
+    tiny_images,
+    tiny_model,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_tokenreduce import SiTConfig, ToMeConfig, reduce_tokens
@@ -29,8 +38,7 @@ class RowsOfTheLastMLP:
         return self.stock(hidden_states)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("method", [*METHODS, None])
+@pytest.mark.parametrize(("backbone", "method"), [*EVERY_CASE, *((backbone, None) for backbone in BACKBONES)])
 def test_logits_are_those_of_the_whole_layer(backbone, method):
     stock = tiny_model(backbone)
     model = reduce_tokens(stock, None) if method is None else reduce_tiny(stock, METHODS[method][0])

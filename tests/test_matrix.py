@@ -3,10 +3,11 @@
 import pytest
 import torch
 from helpers import (
-    BACKBONES,
     BASES,
     EVEN,
+    EVERY_CASE,
     METHODS,
+    NEWER,
     NUM_PATCHES,
     enable_checkpointing,
     reduce_tiny,
@@ -16,19 +17,14 @@ from helpers import (
 from naive import naive_forward
 from naive_adaptive import naive_adaptive
 from naive_bat import naive_bat
+from naive_newer import naive_newer
 from naive_soft import naive_dlvit, naive_sit
 
 from hf_tokenreduce import reduce_tokens, restore
 
 
 ATTENTIONS = ["eager", "sdpa"]
-CASES = pytest.mark.parametrize("backbone", BACKBONES), pytest.mark.parametrize("method", METHODS)
-
-
-def matrix(test):
-    for mark in CASES:
-        test = mark(test)
-    return test
+matrix = pytest.mark.parametrize(("backbone", "method"), EVERY_CASE)
 
 
 def reduced(backbone, method, **changes):
@@ -81,6 +77,8 @@ def naive(model, stock, image):
         return naive_adaptive(stock, image, arguments)
     if setting.method == "bat":
         return naive_bat(stock, image, arguments)
+    if setting.method in NEWER:
+        return naive_newer(stock, image, arguments)
     learned = [dict(layer.reducer.named_parameters()) for layer in model.base_model.layers]
     if setting.method == "dlvit":
         return naive_dlvit(stock, image, arguments, learned[0])
@@ -234,7 +232,7 @@ def test_patch_maps_agree_with_counts(backbone, method):
     for patch_map, length in zip(output.patch_map, output.token_counts[:, -1].tolist(), strict=True):
         held = patch_map[patch_map >= 0]
         assert set(held.tolist()) == set(range(prefix, length))
-        if method.startswith("tome") or method in ("bat", "bat-clusters", "evit", "ltmp-merge"):
+        if method.startswith("tome") or method in ("bat", "bat-clusters", "evit", "ltmp-merge", "pitome", "mctf"):
             assert len(held) == NUM_PATCHES
 
 
@@ -268,7 +266,7 @@ def test_attentions_under_eager(backbone, method):
 
 @pytest.mark.parametrize("backbone", BASES)
 @pytest.mark.parametrize("pooling", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in NEWER])
 def test_base_models_with_and_without_pooler(backbone, method, pooling):
     model_class, config_class = BASES[backbone]
     config = tiny_model(backbone, BASES).config
@@ -313,8 +311,7 @@ def test_reduction_is_real(backbone, method):
     assert (output.logits - stock(tiny_images()).logits).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@matrix
 def test_other_image_and_patch_sizes(backbone, method):
     for image_size, patch_size in (([48, 32], 8), (40, [8, 4])):
         model = reduced(backbone, method, image_size=image_size, patch_size=patch_size)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BACKBONES, EVEN, METHODS, NUM_PATCHES, reduce_tiny, tiny_images, tiny_model
+from helpers import EVEN, EVERY_CASE, METHODS, NUM_PATCHES, reduce_tiny, tiny_images, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig
 
@@ -34,8 +34,7 @@ def counted(model, images, whole=True):
     return counter.get_total_flops() / 2 / len(images) - outside, output
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("backbone", "method"), EVERY_CASE)
 def test_they_are_those_counted(backbone, method):
     model = reduce_tiny(tiny_model(backbone, attn_implementation="eager"), METHODS[method][0])
     num_tokens = model.config.num_prefix_tokens + NUM_PATCHES

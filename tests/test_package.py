@@ -48,11 +48,13 @@ def test_public_names():
             "TokenReduceViTModel",
             "calibrate",
             "export",
+            "load_exported",
             "load_thresholds",
             "reduce_tokens",
             "register_method",
             "restore",
             "save_thresholds",
+            "tune",
             "unmerge",
         ]
     )

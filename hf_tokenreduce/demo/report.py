@@ -8,10 +8,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..methods import METHODS
+from ..tuning.report import ROLES
 
 
 NAMES = {"dense": "dense", **{name: method.title for name, method in METHODS.items()}}
 COLUMNS = ("method", "trained", "top-1 %", "drop", "tokens leaving", "multiply-adds", "speed-up", "of the ideal")
+TUNED_COLUMNS = ("setting", "which is", "top-1 %", "drop", "multiply-adds", "speed-up")
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -46,6 +48,15 @@ Then every method made it process fewer tokens. Accuracy is on {{ images }} imag
 <p>Each name leads to what that method did to single images.</p>
 <h2>Accuracy against cost</h2>
 <figure><img src="{{ pareto }}" alt="Accuracy of every method against its multiply-adds and its speed"></figure>
+<h2>What the tuner found</h2>
+<p>The tuner chose <b>{{ tuned.chosen.name }}</b>{% if tuned.why %}. {{ tuned.why }}{% endif %}. It tried
+{{ tuned.tried }} settings of {{ tuned.methods | length }} methods on {{ tuned.images.search }} of the images, without
+training. This is what they give on the other {{ tuned.images.report }}, which it never saw:</p>
+<div class="scroll"><table>
+<thead><tr>{% for column in tuned_columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in tuned_rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
 <h2>What is left of an image</h2>
 {% for picture in pictures %}<figure><img src="{{ picture }}" alt="An image and its tokens by each method"></figure>
 {% endfor %}<p>Faded patches are dropped; outlined areas are one token each, filled with their mean colour.</p>
@@ -80,8 +91,26 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_report(path: Path, rows: Sequence[dict[str, Any]], pareto: Path, pictures: Sequence[Path]) -> None:
-    """One HTML file with the table and the pictures inside, and links to the methods' pages beside it."""
+def tuned_cells(row: dict[str, Any]) -> list[str]:
+    """A row's of what the tuner found, as `TUNED_COLUMNS` names them."""
+    is_dense = row["method"] is None
+    return [
+        row["name"],
+        ", ".join(ROLES[role] for role in row["roles"]),
+        "{:.1f} ({:.1f}-{:.1f})".format(row["top1"], *row["top1_interval"]),
+        "" if is_dense else "{:.1f} ({:.1f} to {:.1f})".format(row["drop"], *row["drop_interval"]),
+        f"{100 * row['mult_adds_ratio']:.0f} %",
+        f"{row['speedup']:.2f}",
+    ]
+
+
+def write_report(
+    path: Path, rows: Sequence[dict[str, Any]], pareto: Path, pictures: Sequence[Path], tuned: dict[str, Any]
+) -> None:
+    """One HTML file with the tables and the pictures inside, and links to the methods' pages beside it.
+
+    tuned: what `read_tuned` read
+    """
     by_name = {name: method for method, name in NAMES.items()}
     listed = [
         {"cells": cells(row), "page": None if row["method"] is None else f"{by_name[row['name']]}.html"}
@@ -94,6 +123,9 @@ def write_report(path: Path, rows: Sequence[dict[str, Any]], pareto: Path, pictu
         images=rows[0]["images"],
         pareto=_inline(pareto),
         pictures=[_inline(picture) for picture in pictures],
+        tuned=tuned,
+        tuned_columns=TUNED_COLUMNS,
+        tuned_rows=[tuned_cells(row) for row in tuned["rows"] if not row.get("skipped")],
         folder=str(path.parent / next(reversed(METHODS))),
     )
     path.write_text(text, encoding="utf-8")

@@ -34,6 +34,8 @@ from ..training import (
     TrainTransform,
     recipe,
 )
+from ..tuning import read_tuned, tune
+from ..tuning.report import FILE
 from ..visualization import method_comparison, write_page
 from .dense import STEPS, train_dense
 from .images import make_images
@@ -43,6 +45,7 @@ from .report import NAMES, markdown_table, write_report
 SHARE = 0.6  # of the multiply-adds to keep
 LEARNED_FROM = 1600  # images that methods learn from, of those the dense model did
 LABELLED = 160  # of them for DL-ViT, whose labels take a forward for every few patches
+TUNED_MINUTES = 0.4  # that the tuner searches
 SHOWN = 12  # images on a method's page
 FRESH = """
 import sys
@@ -104,7 +107,10 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
     table = markdown_table(rows)
     write_whole(folder / "table.md", table + "\n")
 
-    _say("5. Pictures, pages and model cards")
+    _say("5. The tuner: methods, layers and settings, searched on half of those images")
+    tuned = _tuned(dense, validation, processor, folder / "tuned", seed)
+
+    _say("6. Pictures, pages and model cards")
     pareto_plot(rows, folder / "pareto.png", "Accuracy of a small ViT on drawn images")
     pictures = _examples(validation, SHOWN)
     in_papers = [method for method in METHODS.values() if method.paper and method.token_decoder is None]
@@ -122,10 +128,10 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
             picture = method_comparison({NAMES[name]: models[name]}, pictures[0], processor, size=288)
             picture.save(folder / name / "token_map.png")
             write_card(folder / name)
-    write_report(folder / "index.html", rows, folder / "pareto.png", comparisons)
+    write_report(folder / "index.html", rows, folder / "pareto.png", comparisons, tuned)
 
     print("\n" + table + "\n")
-    _say("6. One of the folders in a fresh process that cannot import this package:")
+    _say("7. One of the folders in a fresh process that cannot import this package:")
     sample = next((data / "validation").glob("star/*.png"))
     last = folder / next(reversed(METHODS))
     _say(f"   an image of a {sample.parent.name}, by {last}: {_fresh(last, sample)}")
@@ -164,6 +170,14 @@ def _prepared(method: Method, model: PreTrainedModel, images: Dataset, processor
         trainer = TokenReduceTrainer(model, arguments, train_dataset=augmented, data_collator=Collator())
         trainer.train()
     return model.eval()
+
+
+def _tuned(dense: PreTrainedModel, images: Dataset, processor: Any, folder: Path, seed: int) -> dict[str, Any]:
+    if not (folder / FILE).is_file():
+        record = {"base_model": "dense", "eval_dataset": "drawn shapes, held out from the search"}
+        options: dict[str, Any] = {"minutes": TUNED_MINUTES, "repeats": 5, "seed": seed, "record": record}
+        tune(dense, images, processor, share=SHARE, output_dir=folder, **options)
+    return read_tuned(folder)
 
 
 def _speed(

@@ -53,6 +53,7 @@ def compare(
     reductions: Sequence[ReductionConfig | dict[str, Any] | str | None] | None = None,
     *,
     shares: Sequence[float] = (0.8, 0.65, 0.5),
+    tuned: Sequence[ReductionConfig] = (),
     output_dir: str | Path,
     bank: Dataset | None = None,
     batch_size: int = 32,
@@ -64,6 +65,7 @@ def compare(
     speed: bool = True,
     speed_batch_size: int | None = None,
     repeats: int = 11,
+    runtime: str = "eager",
     progress: bool = True,
 ) -> Comparison:
     """Measure the dense model and each reduction of it; write table.md, results.csv, results.json, pareto.png and
@@ -77,19 +79,23 @@ def compare(
         method that runs untrained, as by `default_reductions`. Those that learn from images are calibrated without
         labels on `calibration_images` images, evenly spread over `calibration_dataset` or else over `dataset`; LTMP to
         its `target`. What cannot run yet, such as DL-ViT without a trained filter, is left out, and says why.
+    tuned: settings that a search found, shown beside the others and in lines of their own: `tuning.held_out_from`.
     bank: where features are compared, labelled images whose neighbours vote, such as those for training. None: those
         of `dataset`, each without itself.
     speed: also time each setting in turn with the dense model, on images of the data set, `speed_batch_size` (None:
         `batch_size`) at once, `repeats` times.
+    runtime: where both are timed: "eager", "compiled", "onnx", "openvino" or "openvino-int8". Quality is
+        always that of PyTorch. What cannot run there, such as a method that decides for each image how many tokens it
+        keeps in a graph of several images, has no speed.
 
     Every result is kept as it comes, in results.jsonl and, image by image, in `settings/`. Called again, also with
     more reductions, only what is missing is measured. It runs in one process; `evaluate_model` in any number.
     """
-    of_features = _is_of_features(model, bank)
+    of_features = is_of_features(model, bank)
     columns = {"image_column": image_column, **({} if of_features else {"label_column": label_column})}
     check_data(dataset, batch_size, **columns)
     config = model.config
-    dense = _reduced(model, None)
+    dense = reduced_as(model, None)
     facts = facts_for(model, dataset, processor, image_column)
     source = dataset if calibration_dataset is None else calibration_dataset
     if reductions is None or any(isinstance(reduction, str) for reduction in reductions):
@@ -97,7 +103,7 @@ def compare(
         usual = default_reductions(facts, shares, model=inside(dense), pixel_values=pixels, names=reductions)
         reductions = usual if reductions is None else _with_usual(reductions, usual, shares)
     wanted: list[ReductionConfig | None] = [None]
-    for reduction in map(parse_reduction, reductions):
+    for reduction in map(parse_reduction, [*reductions, *tuned]):
         if reduction is not None:
             reduction.check_fit(facts_of(dense.config))
         if reduction not in wanted:
@@ -111,11 +117,11 @@ def compare(
     (folder / "settings").mkdir(parents=True, exist_ok=True)
     settings = {
         "model": digest_of_model(dense),
-        "data": _digest(dataset, image_column, label_column),
+        "data": labelled_digest(dataset, image_column, label_column),
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
         "calibration": [calibration_images, calibration_dataset and digest_of_data(source, image_column, [])],
-        "speed": _conditions(inside(dense), speed_batch_size, repeats) if speed else None,
-        "bank": bank and _digest(bank, image_column, label_column),
+        "speed": conditions_of(inside(dense), speed_batch_size, repeats, runtime) if speed else None,
+        "bank": bank and labelled_digest(bank, image_column, label_column),
     }
     if not (folder / "settings.json").is_file():
         write_whole(folder / "settings.json", json.dumps(settings, indent=1))
@@ -139,14 +145,14 @@ def compare(
     bar = logging.tqdm(wanted, desc="settings", disable=not progress)
     for reduction in bar:
         same = reduction is not None and reduction == parse_reduction(getattr(config, "reduction", None))
-        reduced = _reduced(model, reduction)
-        key = _key(reduction, digest_of_model(reduced) if same else "")
+        reduced = reduced_as(model, reduction)
+        key = key_of(reduction, digest_of_model(reduced) if same else "")
         name = describe(reduction)
         if key not in done:
             bar.set_postfix_str(name)
-            reason = _why_not(reduced, facts)
+            reason = why_it_cannot_run(reduced, facts)
             if reason is None and not same and method_of(reduction).prepare is not None:
-                reason = _calibrate_once(
+                reason = calibrate_once(
                     inside(reduced), folder / "settings" / f"{key}.safetensors", source, processor, image_column,
                     calibration_images,
                 )  # fmt: skip
@@ -156,17 +162,18 @@ def compare(
                 logger.warning(f"{name} is left out: {reason}")
             else:
                 if dense_report is None:  # read, not computed, if it is there already
-                    dense_report = measured(dense, _key(None, ""), None)
+                    dense_report = measured(dense, key_of(None, ""), None)
                 report = dense_report if reduction is None else measured(reduced, key, dense_report)
                 row |= report.to_dict()
                 if reduction is None and of_features:
                     row |= {"baseline_knn": row["knn"], "pooled_cosine": 1.0, "patch_cosine": 1.0}
                 elif reduction is None:
                     row |= {"baseline_top1": row["top1"], "drop": None}
-                row |= _timed(inside(reduced), inside(dense), images, speed_batch_size, repeats)
+                row |= timed(inside(reduced), inside(dense), images, speed_batch_size, repeats, runtime)
             append_line(folder / "results.jsonl", row)
             done[key] = json.loads(json.dumps(row))
-        rows.append(done[key])
+        found = {"name": f"{name}, tuned", "label": f"{method_of(reduction).title}, tuned"}
+        rows.append(done[key] | (found if reduction in tuned else {}))
     comparison = Comparison(rows, folder)
     write_comparison(
         comparison, f"{Path(config.name_or_path or type(inside(model)).__name__).name}, {len(dataset)} images"
@@ -306,15 +313,17 @@ def describe(reduction: ReductionConfig | None) -> str:
     for name, value in values.items():
         if name == "method" or value is None or (name not in method.key_settings and value == usual[name]):
             continue
-        if isinstance(value, list) and len(set(value)) > 1 and name == "r":
-            value = f"{min(value)} to {max(value)}"
+        if isinstance(value, list) and len(set(value)) > 1 and name in method.key_settings:
+            value = f"{min(value):.4g} to {max(value):.4g}"
+        elif isinstance(value, list) and len(value) > 3 and value == list(range(value[0], value[-1] + 1)):
+            value = f"({value[0]} to {value[-1]})"
         elif isinstance(value, float):
             value = f"{value:.4g}"
         parts.append(f"{name}={value}".replace("[", "(").replace("]", ")"))
     return " ".join([method.title, ", ".join(parts)]).strip()
 
 
-def _is_of_features(model: Any, bank: Dataset | None) -> bool:
+def is_of_features(model: Any, bank: Dataset | None) -> bool:
     if not isinstance(model, ZeroShotClassifier) and task_of_model(model).name != "image-classification":
         check_features_model(model)
         return True
@@ -323,16 +332,16 @@ def _is_of_features(model: Any, bank: Dataset | None) -> bool:
     return False
 
 
-def _reduced(model: Any, reduction: ReductionConfig | None) -> Any:
+def reduced_as(model: Any, reduction: ReductionConfig | None) -> Any:
     return converted(model, lambda one: with_reduction(one, reduction).eval())
 
 
-def _digest(dataset: Dataset, image_column: str, label_column: str) -> str:
+def labelled_digest(dataset: Dataset, image_column: str, label_column: str) -> str:
     labelled = label_column in dataset.column_names
     return digest_of_data(dataset, image_column, list(dataset.with_format(None)[label_column]) if labelled else [])
 
 
-def _why_not(model: Any, facts: EncoderFacts) -> str | None:
+def why_it_cannot_run(model: Any, facts: EncoderFacts) -> str | None:
     reduction = model.config.reduction
     method = method_of(reduction)
     if not method.any_image_size and facts.grid != facts_of(model.config).grid:
@@ -340,7 +349,7 @@ def _why_not(model: Any, facts: EncoderFacts) -> str | None:
     return method.why_not(reduction)
 
 
-def _calibrate_once(
+def calibrate_once(
     model: PreTrainedModel, file: Path, source: Dataset, processor: Any, image_column: str, most: int
 ) -> str | None:
     """Learn what the method needs, or read what was learned before. Returns why it could not be."""
@@ -361,7 +370,7 @@ def _calibrate_once(
     return None
 
 
-def _conditions(model: PreTrainedModel, batch_size: int, repeats: int) -> dict[str, Any]:
+def conditions_of(model: PreTrainedModel, batch_size: int, repeats: int, runtime: str) -> dict[str, Any]:
     """Times of other conditions do not go into one table."""
     return {
         "batch_size": batch_size,
@@ -370,19 +379,28 @@ def _conditions(model: PreTrainedModel, batch_size: int, repeats: int) -> dict[s
         "threads": torch.get_num_threads(),
         "attention": model.config._attn_implementation,
         "torch": torch.__version__,
+        **({} if runtime == "eager" else {"runtime": runtime}),
     }
 
 
-def _timed(
-    reduced: PreTrainedModel, dense: PreTrainedModel, images: Tensor | None, batch_size: int, repeats: int
+def timed(
+    reduced: PreTrainedModel,
+    dense: PreTrainedModel,
+    images: Tensor | None,
+    batch_size: int,
+    repeats: int,
+    runtime: str,
 ) -> dict[str, Any]:
+    names = ("images_per_second", "dense_images_per_second", "speedup", "speedup_interval", "speed_batch_size")
     if images is None:
-        names = ("images_per_second", "dense_images_per_second", "speedup", "speedup_interval", "speed_batch_size")
         return dict.fromkeys(names)
     others: dict[str, Any] = {"batch_sizes": [batch_size], "repeats": repeats, "progress": False}
-    others |= {"oracle": False, "breakdown": False, "memory": False}
+    others["runtimes"] = [runtime]
+    others |= {"oracle": False, "breakdown": False, "memory": False, "suggest": False}
     is_dense = reduced.config.reduction is None
     report = benchmark({"dense": dense} if is_dense else {"dense": dense, "reduced": reduced}, images, **others)
+    if report.left_out:
+        return dict.fromkeys(names)
     row = report.row("dense" if is_dense else "reduced")
     return {
         "images_per_second": row.images_per_second,
@@ -394,7 +412,7 @@ def _timed(
     }
 
 
-def _key(reduction: ReductionConfig | None, learned: str) -> str:
+def key_of(reduction: ReductionConfig | None, learned: str) -> str:
     how = None if reduction is None else reduction.to_dict()
     name = "dense" if reduction is None else str(reduction.method)
     return f"{name}-{digest([json.dumps(how, sort_keys=True).encode(), learned.encode()])[:12]}"

@@ -79,13 +79,15 @@ def _columns(rows: list[dict[str, Any]], rate: float | None) -> dict[str, Callab
         columns |= {"top-1 %": known("top1", 1), **differing, "top-5 %": number("top5", 1)}
     elif any(row.get("knn") is not None for row in rows):
         columns |= {"kNN %": known("knn", 1), **differing}
+    elif any(row.get("agreement_interval") is not None for row in rows):  # of images without labels
+        columns |= {"same as dense %": known("agreement", 1)}
     if any("pooled_cosine" in row for row in rows):
         columns |= {"cosine, pooled": number("pooled_cosine", 4), "cosine, patches": number("patch_cosine", 4)}
     return columns | {
         "multiply-adds kept": number("mult_adds_ratio", 3),
         "G, p95": lambda row: f"{row['multiply_adds']['mean'] / 1e9:.2f}, {row['multiply_adds']['p95'] / 1e9:.2f}",
         "tokens": lambda row: f"{row['tokens']['mean']:.0f}",
-        "images/s": lambda row: "" if rate is None else f"{rate * row['speedup']:.1f}",
+        "images/s": lambda row: "" if None in (rate, row["speedup"]) else f"{rate * row['speedup']:.1f}",
         "speed-up": known("speedup", 2),
     }
 

@@ -34,6 +34,7 @@ QUALITIES = {
     "top1": "top-1 accuracy, %",
     "knn": "accuracy of nearest neighbours, %",
     "pooled_cosine": "cosine to the dense model's features",
+    "agreement": "images given the dense model's class, %",
 }
 
 

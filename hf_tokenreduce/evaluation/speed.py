@@ -7,11 +7,13 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -24,6 +26,7 @@ from .breakdown import breakdown
 from .memory import peak_memory
 from .oracle import SliceOracle
 from .paying import nearest_that_pays
+from .runtimes import RUNTIMES, Graphs, MainOutput, check_runtimes, why_not
 from .speed_report import BenchmarkReport, SpeedRow
 
 
@@ -42,7 +45,7 @@ def benchmark(
     warmup: int = 2,
     threads: int | None = None,
     device: str | torch.device | None = None,
-    compile: bool = False,
+    runtimes: Sequence[str] = ("eager",),
     oracle: bool = True,
     breakdown: bool = True,
     memory: bool = True,
@@ -57,8 +60,9 @@ def benchmark(
         so adaptive methods are timed on images that differ. Too few for a batch are repeated.
     repeats, warmup: in every repeat all models run in turn, so that what disturbs the machine falls on all alike.
     device: None: the first model's. threads: None: torch's setting. Both hold for all models.
-    compile: `torch.compile` the dense model, the methods that keep the same number of tokens of every image, and
-        their oracles. Adaptive methods run as they are.
+    runtimes: "eager"; "compiled" by torch.compile, where adaptive methods run as they are; "onnx", "openvino" and
+        "openvino-int8", on the CPU, as graphs of a fixed number of images, where adaptive methods run one image at
+        a time. Each model is held against the dense one in the same runtime, and the first runtime's.
     oracle: also time the slice oracle of each reduced model: the dense model cut, for free, to the mean number of
         tokens that each layer leaves of this batch; where images differ also to the most ("padded").
     breakdown, memory: also measure where the time goes, and the peak memory of a forward.
@@ -74,25 +78,30 @@ def benchmark(
     if dense_name is None:
         dense_name = "dense"
         named = {"dense": restore(first), **named}
-    report = BenchmarkReport(_settings(named, device, threads, dtypes, compile, repeats, warmup, pixel_values))
+    check_runtimes(runtimes, device)
+    report = BenchmarkReport(_settings(named, device, threads, dtypes, runtimes, repeats, warmup, pixel_values))
     times = timer or partial(seconds_of, device=device)
     total = len(types) * len(batch_sizes) * (warmup + repeats)
-    with _on(device, threads), logging.tqdm(total=total, desc="timing", leave=False, disable=not progress) as bar:
+    with (
+        _on(device, threads),
+        TemporaryDirectory() as folder,
+        logging.tqdm(total=total, desc="timing", leave=False, disable=not progress) as bar,
+    ):
         report.settings["threads"] = torch.get_num_threads()
+        graphs = Graphs(folder, pixel_values, torch.get_num_threads())
         for dtype_name, dtype in types.items():
             ready = {name: _placed(model, device, dtype) for name, model in named.items()}
             images = pixel_values.to(device, dtype)
             with evaluating(*ready.values()), torch.no_grad():
                 for batch_size in batch_sizes:
                     rows = _time_batches(
-                        ready, dense_name, _batches(images, batch_size, repeats), repeats, warmup, compile, oracle,
-                        times, bar,
+                        ready, dense_name, _batches(images, batch_size, repeats), dtype_name, repeats, warmup,
+                        runtimes, graphs, oracle, times, bar, report.left_out,
                     )  # fmt: skip
-                    for row in rows:
-                        row.dtype = dtype_name
+                    eager = [row for row in rows if row.runtime == "eager"]
                     _measure_more(rows, ready, dense_name, _batches(images, batch_size, 1)[0], breakdown, memory)
-                    if suggest and not compile:
-                        _suggest(rows, ready, dense_name, _batches(images, batch_size, repeats), repeats, times)
+                    if suggest and "eager" in runtimes:
+                        _suggest(eager, ready, dense_name, _batches(images, batch_size, repeats), repeats, times)
                     report.rows += rows
     return report
 
@@ -101,76 +110,98 @@ def _time_batches(
     ready: dict[str, PreTrainedModel],
     dense_name: str,
     batches: list[Tensor],
+    dtype: str,
     repeats: int,
     warmup: int,
-    compile: bool,
+    runtimes: Sequence[str],
+    graphs: Graphs,
     oracle: bool,
     times: Timer,
     bar: Any,
+    left_out: list[str],
 ) -> list[SpeedRow]:
+    batch_size = len(batches[0])
     counts = {name: [_token_counts(model, batch) for batch in batches] for name, model in ready.items()}
     even = {name: all(bool((c == c[:1]).all()) for c in found) for name, found in counts.items()}
     adaptive = {name for name, model in ready.items() if not even[name] or _keeps_varying(model)}
-    runs: dict[str, Any] = {}
-    oracles: dict[str, SliceOracle] = {}
-    lengths: dict[str, list[list[int]]] = {}
+    # By (runtime, name, what): "" the model, "oracle" and "padded" its slice oracles.
+    runs: dict[tuple[str, str, str], Any] = {}
+    oracles: dict[tuple[str, str, str], SliceOracle] = {}
+    lengths: dict[tuple[str, str, str], list[list[int]]] = {}
+    for runtime in runtimes:
+        for name, model in ready.items():
+            reason = why_not(model, runtime, name in adaptive, batch_size, dtype)
+            if reason is None and runtime == "compiled" and name in adaptive and "eager" in runtimes:
+                reason = "its shapes depend on the image"
+            if reason is not None:
+                left_out.append(f"{name} in {runtime} at batch {batch_size}: {reason}")
+                continue
+            compiled = runtime == "compiled" and name not in adaptive
+            if RUNTIMES[runtime]:
+                runs[runtime, name, ""] = graphs.open(name, MainOutput(model), runtime, batch_size, dtype)
+            else:
+                side = image_side(model)
+                runs[runtime, name, ""] = torch.compile(side, dynamic=False) if compiled else side
+            if not oracle or _method(model) is None or (RUNTIMES[runtime] and name in adaptive):
+                continue
+            hook = model.config.reduction.hook
+            # Of a stock model's weights, so that not even an unused hook is paid for.
+            ideal = {"oracle": [c.double().mean(dim=0).round().long().tolist() for c in counts[name]]}
+            if name in adaptive and batch_size > 1:
+                ideal["padded"] = [c.amax(dim=0).tolist() for c in counts[name]]
+            for kind, wanted in ideal.items():
+                dense = ready[dense_name]
+                stock = restore(dense) if hasattr(dense.config, "reduction") else dense
+                key = runtime, name, kind
+                cut = SliceOracle(stock, hook, wanted[0])
+                if RUNTIMES[runtime]:
+                    runs[key] = graphs.open(f"{name} {kind}", cut, runtime, batch_size, dtype)
+                else:
+                    lengths[key], oracles[key] = wanted, cut
+                    runs[key] = torch.compile(cut, dynamic=False) if compiled else cut
 
-    def add(name: str, model: nn.Module, compiled: bool) -> None:
-        runs[name] = torch.compile(image_side(model), dynamic=False) if compiled else image_side(model)
-
-    for name, model in ready.items():
-        compiled = compile and name not in adaptive
-        add(name, model, compiled)
-        if not oracle or _method(model) is None:
-            continue
-        hook = model.config.reduction.hook
-        # Of a stock model's weights, so that not even an unused hook is paid for.
-        ideal = {"oracle": [c.double().mean(dim=0).round().long().tolist() for c in counts[name]]}
-        if name in adaptive and len(batches[0]) > 1:
-            ideal["padded"] = [c.amax(dim=0).tolist() for c in counts[name]]
-        for kind, wanted in ideal.items():
-            dense = ready[dense_name]
-            stock = restore(dense) if hasattr(dense.config, "reduction") else dense
-            key = f"{name} {kind}"
-            lengths[key], oracles[key] = wanted, SliceOracle(stock, hook, wanted[0])
-            add(key, oracles[key], compiled)
-
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in runs}
     order = list(runs)
     for repeat in range(-warmup, repeats):
         which = max(repeat, 0) % len(batches)
         turn = repeat % len(order)  # another begins each time, so that none always follows the same
-        for name in order[turn:] + order[:turn]:
-            run = runs[name]
-            if name in oracles:
-                oracles[name].lengths = lengths[name][which]
+        for key in order[turn:] + order[:turn]:
+            run = runs[key]
+            if key in oracles:
+                oracles[key].lengths = lengths[key][which]
             spent = times(lambda run=run, images=batches[which]: run(images))  # type: ignore[misc]
             if repeat >= 0:
-                seconds[name].append(spent)
+                seconds[key].append(spent)
         bar.update()
 
     rows = []
-    for name, model in ready.items():
-        own = torch.tensor(seconds[name], dtype=torch.float64)
+    for runtime, name, kind in seconds:
+        if kind:
+            continue
+        own = torch.tensor(seconds[runtime, name, ""], dtype=torch.float64)
         leaving = torch.cat([c[:, -1] for c in counts[name]]).double()
-        speedup, interval = _ratio(seconds[dense_name], seconds[name])
+        speedup, interval = _ratio(seconds[runtime, dense_name, ""], seconds[runtime, name, ""])
         row = SpeedRow(
             name=name,
-            method=_method(model),
-            batch_size=len(batches[0]),
-            dtype="",
-            compiled=compile and name not in adaptive,
+            method=_method(ready[name]),
+            batch_size=batch_size,
+            dtype=dtype,
+            runtime="eager" if runtime == "compiled" and name in adaptive else runtime,
             tokens={"mean": leaving.mean().item(), "min": leaving.min().item(), "max": leaving.max().item()},
             p50_ms=1000 * own.quantile(0.5).item(),
             p95_ms=1000 * own.quantile(0.95).item(),
-            images_per_second=len(batches[0]) / own.quantile(0.5).item(),
+            images_per_second=batch_size / own.quantile(0.5).item(),
             speedup=speedup,
             speedup_interval=interval,
         )
-        if f"{name} oracle" in seconds:
-            row.oracle_share, row.oracle_share_interval = _ratio(seconds[f"{name} oracle"], seconds[name])
-        if f"{name} padded" in seconds:
-            row.over_padded = _ratio(seconds[f"{name} padded"], seconds[name])[0]
+        if (runtimes[0], dense_name, "") in seconds and len(runtimes) > 1:
+            row.speedup_over_first = _ratio(seconds[runtimes[0], dense_name, ""], seconds[runtime, name, ""])[0]
+        if (runtime, name, "oracle") in seconds:
+            row.oracle_share, row.oracle_share_interval = _ratio(
+                seconds[runtime, name, "oracle"], seconds[runtime, name, ""]
+            )
+        if (runtime, name, "padded") in seconds:
+            row.over_padded = _ratio(seconds[runtime, name, "padded"], seconds[runtime, name, ""])[0]
         rows.append(row)
     return rows
 
@@ -183,13 +214,14 @@ def _measure_more(
     with_breakdown: bool,
     with_memory: bool,
 ) -> None:
-    for row in rows:
+    in_torch = [row for row in rows if not RUNTIMES[row.runtime]]
+    for row in in_torch:
         model = ready[row.name]
         if with_breakdown:
             row.breakdown = breakdown(model, images)
         if with_memory:
             row.peak_memory_mib = peak_memory(image_side(model), images)
-    dense = next(row.peak_memory_mib for row in rows if row.name == dense_name)
+    dense = next((row.peak_memory_mib for row in in_torch if row.name == dense_name), None)
     for row in rows:
         if row.peak_memory_mib is not None and dense:
             row.memory_over_dense = row.peak_memory_mib / dense
@@ -278,7 +310,7 @@ def _floating(name: str) -> torch.dtype:
     return found
 
 
-def _settings(named, device, threads, dtypes, compile, repeats, warmup, pixel_values) -> dict[str, Any]:
+def _settings(named, device, threads, dtypes, runtimes, repeats, warmup, pixel_values) -> dict[str, Any]:
     kernels = {model.config._attn_implementation for model in named.values()}
     if len(kernels) > 1:
         raise ValueError(
@@ -290,12 +322,17 @@ def _settings(named, device, threads, dtypes, compile, repeats, warmup, pixel_va
         "threads": threads,
         "dtypes": list(dtypes),
         "attention": kernels.pop(),
-        "compile": compile,
+        "runtimes": {name: _version(RUNTIMES[name] + "runtime" * (name == "onnx")) for name in runtimes},
         "torch": torch.__version__,
         "repeats": repeats,
         "warmup": warmup,
         "images": list(pixel_values.shape),
     }
+
+
+def _version(package: str) -> str:
+    """The version of a runtime's package, of "" torch's."""
+    return metadata.version(package or "torch")
 
 
 def device_name(device: torch.device) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from .breakdown import PARTS
 
 
-COMPARABLE = ("device", "threads", "dtypes", "attention", "compile", "torch")
+COMPARABLE = ("device", "threads", "dtypes", "attention", "runtimes", "torch")
 
 
 def conditions_line(settings: Mapping[str, Any]) -> str:
@@ -19,11 +19,12 @@ def conditions_line(settings: Mapping[str, Any]) -> str:
 
 @dataclass
 class SpeedRow:
-    """One model at one batch size and dtype.
+    """One model at one batch size and dtype in one runtime.
 
     tokens: that leave the last layer: mean, least and most
     p50_ms, p95_ms: of the time a batch takes; images_per_second by the median
     speedup: over dense, the median of the ratios in each repeat; `speedup_interval` is that median's, 95 %
+    speedup_over_first: over dense in the first of several runtimes: what both gains are together
     oracle_share: the oracle's time over the model's: how much of the ideal is reached; `over_padded`: the time of
         the oracle cut to the longest image of the batch over the model's, for methods that keep different numbers
     peak_memory_mib: above what the model and the images take
@@ -35,13 +36,14 @@ class SpeedRow:
     method: str | None
     batch_size: int
     dtype: str
-    compiled: bool
+    runtime: str
     tokens: dict[str, float]
     p50_ms: float
     p95_ms: float
     images_per_second: float
     speedup: float
     speedup_interval: tuple[float, float]
+    speedup_over_first: float | None = None
     oracle_share: float | None = None
     oracle_share_interval: tuple[float, float] | None = None
     over_padded: float | None = None
@@ -58,24 +60,29 @@ class SpeedRow:
 
 @dataclass
 class BenchmarkReport:
-    """settings: what was measured on, and how; only reports that agree in them can be combined."""
+    """settings: what was measured on, and how; only reports that agree in them can be combined.
+    left_out: what could not be timed, and why"""
 
     settings: dict[str, Any]
     rows: list[SpeedRow] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
-    def row(self, name: str, batch_size: int | None = None, dtype: str | None = None) -> SpeedRow:
+    def row(
+        self, name: str, batch_size: int | None = None, dtype: str | None = None, runtime: str | None = None
+    ) -> SpeedRow:
+        wanted = (name, batch_size, dtype, runtime)
         found = [
             row
             for row in self.rows
-            if row.name == name and batch_size in (None, row.batch_size) and dtype in (None, row.dtype)
+            if all(value in (None, own) for value, own in zip(wanted, _identity(row), strict=True))
         ]
         if len(found) != 1:
-            known = sorted({(row.name, row.batch_size, row.dtype) for row in self.rows})
-            raise ValueError(f"{len(found)} rows are {(name, batch_size, dtype)}. Name one of {known}.")
+            known = sorted(set(map(_identity, self.rows)))
+            raise ValueError(f"{len(found)} rows are {wanted}. Name one of {known}.")
         return found[0]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"settings": self.settings, "rows": [asdict(row) for row in self.rows]}
+        return {"settings": self.settings, "rows": [asdict(row) for row in self.rows], "left_out": self.left_out}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BenchmarkReport":
@@ -86,7 +93,7 @@ class BenchmarkReport:
                 row.oracle_share_interval = tuple(row.oracle_share_interval)  # type: ignore[assignment]
             if row.nearest is not None:
                 row.nearest = tuple(row.nearest)  # type: ignore[assignment]
-        return cls(dict(values["settings"]), rows)
+        return cls(dict(values["settings"]), rows, list(values.get("left_out", [])))
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1))
@@ -97,19 +104,21 @@ class BenchmarkReport:
 
     def to_markdown(self) -> str:
         s = self.settings
+        first = next(iter(s["runtimes"]))
         lines = [
             f"{conditions_line(s)}; medians of {s['repeats']} repeats in turn, in brackets the interval of the median",
             "",
-            "| model | batch | dtype | tokens leaving | ms | p95 | images/s | speed-up over dense | of the oracle "
-            "| over padded | peak MiB | peak over dense |",
-            "|---" * 12 + "|",
+            "| model | runtime | batch | dtype | tokens leaving | ms | p95 | images/s | speed-up over dense "
+            f"| over dense {first} | of the oracle | over padded | peak MiB | peak over dense |",
+            "|---" * 14 + "|",
         ]
         for row in self.rows:
             low, high = row.speedup_interval
             least, most = row.tokens["min"], row.tokens["max"]
             spread = "" if least == most else f" ({least:.0f}-{most:.0f})"
             cells = [
-                row.name + (" (compiled)" if row.compiled else ""),
+                row.name,
+                row.runtime,
                 str(row.batch_size),
                 row.dtype,
                 f"{row.tokens['mean']:.0f}{spread}",
@@ -117,6 +126,7 @@ class BenchmarkReport:
                 f"{row.p95_ms:.1f}",
                 f"{row.images_per_second:.1f}",
                 f"{row.speedup:.2f} ({low:.2f}-{high:.2f})",
+                _cell(row.speedup_over_first),
                 _cell(row.oracle_share),
                 _cell(row.over_padded),
                 _cell(row.peak_memory_mib, 0),
@@ -124,6 +134,7 @@ class BenchmarkReport:
             ]
             lines.append("| " + " | ".join(cells) + " |")
         lines += self._what_does_not_pay()
+        lines += ["", *(f"- Left out: {text}." for text in self.left_out)] if self.left_out else []
         with_parts = [row for row in self.rows if row.breakdown is not None]
         if with_parts:
             parts = [*PARTS[::-1], "other"]
@@ -140,8 +151,11 @@ class BenchmarkReport:
         for row in self.rows:
             if row.method is None or row.pays:
                 continue
-            paying = [other.batch_size for other in self.rows if (other.name, other.dtype) == (row.name, row.dtype)
-                      and other.pays]  # fmt: skip
+            paying = [
+                other.batch_size
+                for other in self.rows
+                if (other.name, other.dtype, other.runtime) == (row.name, row.dtype, row.runtime) and other.pays
+            ]
             advice = "Use the dense model here."
             if row.nearest is not None:
                 setting, speedup = row.nearest
@@ -150,7 +164,7 @@ class BenchmarkReport:
                 nearest = min(paying, key=lambda size: abs(size - row.batch_size))
                 advice = f"Use the dense model here; at batch {nearest} it pays."
             lines.append(
-                f"- {row.name} does not pay on this device at batch {row.batch_size} in {row.dtype}: "
+                f"- {row.name} does not pay on this device at batch {row.batch_size} in {row.dtype}, {row.runtime}: "
                 f"{row.speedup:.2f} x dense. {advice}"
             )
         return ["", *lines] if lines else []
@@ -169,13 +183,18 @@ def combine(reports: Iterable[BenchmarkReport | Mapping[str, Any]]) -> Benchmark
                     f"These reports cannot be compared: {name} is {settings[name]!r} in one and "
                     f"{other.settings[name]!r} in another. Measure again under the same conditions."
                 )
-    rows: dict[tuple[str, int, str], SpeedRow] = {}
+    rows: dict[tuple[Any, ...], SpeedRow] = {}
     for row in (row for report in read for row in report.rows):
-        key = (row.name, row.batch_size, row.dtype)
+        key = _identity(row)
         if row.method is not None and key in rows:
             raise ValueError(f"Two reports have a row {key}. Give the models different names, or leave one out.")
         rows.setdefault(key, row)  # the dense model is in every report; its rows only differ by noise
-    return BenchmarkReport(dict(settings), list(rows.values()))
+    left_out = [text for report in read for text in report.left_out]
+    return BenchmarkReport(dict(settings), list(rows.values()), left_out)
+
+
+def _identity(row: SpeedRow) -> tuple[Any, ...]:
+    return row.name, row.batch_size, row.dtype, row.runtime
 
 
 def _cell(value: float | None, digits: int = 2) -> str:

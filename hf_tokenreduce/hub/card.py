@@ -236,7 +236,8 @@ def _training(record: Record) -> str | None:
     epochs, seconds, seed = record.get("epochs"), duration(record.get("seconds")), record.get("seed")
     dataset = record.get("dataset")
     if epochs == 0:
-        return "Not trained after the reduction." if record.get("method") else None
+        untrained = "Not trained after the reduction. " if record.get("method") else ""
+        return (untrained + plain(record.get("found_by") or "")).strip() or None
     parts = [
         epochs and f"{epochs:g} epoch{'' if epochs == 1 else 's'}{f' on {plain(dataset)}' if dataset else ''}",
         seconds and f"in {seconds}",

@@ -10,7 +10,7 @@ from .contents import read_json, short
 
 Record = dict[str, Any]
 
-TEXTS = ("base_model", "dataset", "eval_dataset", "command", "machine")
+TEXTS = ("base_model", "dataset", "eval_dataset", "command", "machine", "found_by")
 # name -> lowest and highest value, and whether it counts
 NUMBERS = {
     "eval_images": (1, 10**9, True),

@@ -6,18 +6,27 @@ from typing import Any
 from ..modeling.configuration_base import ReductionConfig
 from .ats import ATS
 from .bat import BAT
+from .diffrate import DIFFRATE
 from .dlvit import DLVIT
 from .evit import EVIT
 from .ltmp import LTMP
+from .mctf import MCTF
 from .method import Method, spread_layers
+from .pitome import PITOME
+from .ppt import PPT
+from .protected import PROTECTED
 from .register import register_method
+from .shift import SHIFT
 from .sit import SIT
 from .tome import TOME
 from .topk import TOPK
 
 
 # By name, in the order in which tables and pictures show them.
-METHODS: dict[str, Method] = {method.name: method for method in (TOME, EVIT, TOPK, BAT, SIT, DLVIT, ATS, LTMP)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (TOME, EVIT, TOPK, BAT, SIT, DLVIT, ATS, LTMP, PITOME, DIFFRATE, PPT, MCTF, SHIFT, PROTECTED)
+}
 
 # What a model does that reduces nothing.
 DENSE = Method(ReductionConfig, "dense", "none", "Nothing is reduced: every token goes through every layer.")

@@ -77,4 +77,5 @@ ATS = Method(
     fit_share=fit_share,
     untrained=untrained,
     key_settings=("num_tokens",),
+    tuned_settings={"score": ("per_head",)},
 )

@@ -39,4 +39,5 @@ BAT = Method(
         "decay, no warm-up."
     ),
     keep_rate_may_change=True,
+    tuned_settings={"cluster_share": (0.0, 0.15, 0.5), "fuse_share": (0.5, 0.8), "prop_attn": (False,)},
 )

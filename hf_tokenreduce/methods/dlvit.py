@@ -48,6 +48,7 @@ DLVIT = Method(
     ),
     ours="no code was published: the filter's shape, the labels' mask and threshold, the schedule of the fine-tuning",
     needs="labels",
+    tuned_settings=None,
     is_adaptive=lambda config: config.keep_rate is None,
     at_share=DLViTConfig.for_budget,
     untrained=lambda facts, shares: [],

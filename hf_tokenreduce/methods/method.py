@@ -1,7 +1,8 @@
 """`Method`: all that the rooms of this package ask of a method. What runs in a model is its file in `modeling/`."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -71,6 +72,12 @@ class Method:
         shown_settings: The settings that a page shows. None: all.
         learned_numbers: Numbers that it has learned, one per layer, by what they are called; given the model.
         gathers_the_rest: Whether a token of many patches holds what would else be dropped.
+        tuned_settings: Values that the tuner tries of further settings, one at a time, besides the method's own. It
+            tries layers anyway where the method has a choice of them. None: the tuner leaves the method out, because
+            it must be trained before it is of use.
+        at_counts: The setting that leaves given numbers of patch tokens after the layers, and else is like a given
+            one; given the encoder's facts, that setting and the numbers. None: by its `r` or its `keep_rate`, if it
+            has one of the two.
     """
 
     config_class: type[ReductionConfig]
@@ -103,10 +110,18 @@ class Method:
     shown_settings: tuple[str, ...] | None = None
     learned_numbers: Callable[[PreTrainedModel], dict[str, list[float]]] = lambda model: {}
     gathers_the_rest: bool = False
+    tuned_settings: Mapping[str, Sequence[Any]] | None = field(default_factory=dict)
+    at_counts: Callable[[EncoderFacts, Any, Sequence[int]], ReductionConfig] | None = None
 
     @property
     def name(self) -> str:
         return str(self.config_class.method)
+
+    @property
+    def takes_layers(self) -> bool:
+        """Whether one can choose which layers reduce, when a setting for a share is asked for."""
+        given = set() if self.at_share is None else set(inspect.signature(self.at_share).parameters)
+        return "layers" in given | {one.name for one in fields(self.config_class)}
 
 
 def spread_layers(facts: EncoderFacts, *of_twelve: int) -> tuple[int, ...]:

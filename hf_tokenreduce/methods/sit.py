@@ -137,4 +137,5 @@ SIT = Method(
     ),
     token_decoder=reverse_modules,
     any_image_size=False,
+    tuned_settings=None,
 )

@@ -24,4 +24,5 @@ TOME = Method(
     ours="equal similarities go by index; sums in float32; the steps of a sloped schedule are exact",
     at_share=ToMeConfig.for_budget,
     key_settings=("r",),
+    tuned_settings={"prop_attn": (False,)},
 )

@@ -17,7 +17,7 @@ from .configuration_base import ReductionConfig
 from .encoders import EncoderFacts
 from .hooks import Reducer
 from .multiply_adds import class_attention_cost
-from .tokens import TokenMap, TokenState
+from .tokens import TokenMap, TokenState, as_numbers
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
         kept &= kept.flip(1).cumsum(dim=1).flip(1) <= max_kept
     place = torch.where(kept, kept.cumsum(dim=1) - 1, -1)
     target = torch.empty_like(order).scatter(1, order, place)
-    return TokenMap(target, tuple(kept.sum(dim=1).tolist()))
+    return TokenMap(target, as_numbers(kept.sum(dim=1), num_tokens))
 
 
 class ATSReducer(Reducer):

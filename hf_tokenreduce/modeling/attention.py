@@ -123,7 +123,9 @@ class AttentionView(NamedTuple):
 
     def patch_keys(self) -> Tensor:
         """The keys of the patch tokens, averaged over the heads: (B, N, d) float32."""
-        keys = (self.key if self.content is None else self.content).mean(dim=1, dtype=torch.float32)
+        keys = self.key if self.content is None else self.content
+        # In the order in which they lie, so that no runtime makes a copy in another order.
+        keys = keys.transpose(1, 2).mean(dim=2, dtype=torch.float32)
         if self.lengths is not None:
             keys = pad(keys, self.lengths)
         return keys[:, self.num_prefix_tokens :]
@@ -210,15 +212,23 @@ def attend_with_map(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Attention for methods that need more of its map than a row: (output, map if eager, received attention (B, T)).
 
-    Image by image: one image's map fits into a CPU's cache, and two maps never exist at once.
+    Image by image: one image's map fits into a CPU's cache, and two maps never exist at once. A graph of any number of
+    images cannot go through them one by one, so it has the maps of all.
     """
+    keep_maps = attention.config._attn_implementation == "eager"
+    if lengths is None and torch.compiler.is_compiling():
+        with full_precision(query):
+            bias = _logit_bias(key_bias, None if pair_bias is None else pair_bias.whole().float())
+            weights = _logits(query, key, bias, attention.scaling).softmax(dim=-1)  # (B, H, T, T)
+            dropped = F.dropout(weights, attention.attention_dropout, attention.training)
+            output = (dropped.to(value.dtype) @ value).transpose(1, 2)
+        return output, weights if keep_maps else None, weights.detach().mean(dim=(1, 2))
     if lengths is None:
         images = zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
         biases: Any = [None] * len(query) if key_bias is None else key_bias.unbind()
     else:
         images = zip(*(tensor[0].split(lengths, dim=1) for tensor in (query, key, value)), strict=True)
         biases = [None] * len(lengths) if key_bias is None else key_bias[0].split(lengths)
-    keep_maps = attention.config._attn_implementation == "eager"
     outputs, received, maps = [], [], []
     with full_precision(query):
         for image, ((one_query, one_key, one_value), bias) in enumerate(zip(images, biases, strict=True)):

@@ -16,8 +16,9 @@ from .checks import check_flag, is_number
 from .configuration_base import KeepRateConfig
 from .encoders import EncoderFacts
 from .hooks import Reducer
+from .matching import best_matches, map_into, pick
 from .multiply_adds import class_attention_cost, rounded_half_up, rounded_up_share, similarity_cost
-from .tokens import TokenMap, TokenState, apply_map, merge
+from .tokens import TokenMap, TokenState, apply_map
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,7 @@ def fuse_alike(keys: Tensor, num_fused: int) -> Tensor:
     """
     batch, count, _ = keys.shape
     keys = F.normalize(keys, dim=-1)
-    with full_precision(keys):
-        similarity, match = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(dim=-1)
-    best = similarity.argsort(dim=1, descending=True, stable=True)[:, :num_fused]
+    best, match = best_matches(keys[:, ::2], keys[:, 1::2], num_fused)
     fuses = torch.zeros_like(match, dtype=torch.bool).scatter(1, best, True)
     into = torch.arange(count, device=keys.device).repeat(batch, 1)
     into[:, ::2] = torch.where(fuses, 2 * match + 1, into[:, ::2])
@@ -134,25 +133,18 @@ def keep_diverse(
     attentive = best_first[:, :num_attentive].sort(dim=1).values
     receiver = torch.full_like(best_first, -1)
     if num_fused:
-        into = fuse_alike(_pick(keys, attentive), num_fused)
+        into = fuse_alike(pick(keys, attentive), num_fused)
         receiver = receiver.scatter(1, attentive, attentive.gather(1, into))
     else:
         receiver = receiver.scatter(1, attentive, attentive)
     if num_clusters:
         inattentive = best_first[:, num_attentive:].sort(dim=1).values
-        centre = density_peaks(_pick(features, inattentive).float(), num_clusters)
+        centre = density_peaks(pick(features, inattentive).float(), num_clusters)
         receiver = receiver.scatter(1, inattentive, inattentive.gather(1, centre))
-    stays = receiver == torch.arange(num_tokens, device=scores.device)
-    place = (stays.cumsum(dim=1) - 1).clamp(min=0)  # of numbers that are not finite no token may stay
     keeps_all = num_clusters > 0 or num_attentive == num_tokens
-    target = (
-        place.gather(1, receiver)
-        if keeps_all
-        else torch.where(receiver < 0, -1, place.gather(1, receiver.clamp(min=0)))
-    )
     mass = scores.clamp(min=torch.finfo(torch.float32).tiny)
     mass = mass if size is None else mass * size
-    return merge(target, num_attentive - num_fused + num_clusters, mass, keeps_all=keeps_all)
+    return map_into(receiver, num_attentive - num_fused + num_clusters, mass, keeps_all=keeps_all)
 
 
 class BATReducer(Reducer):
@@ -172,9 +164,3 @@ class BATReducer(Reducer):
         features = state.hidden_states[:, prefix:]
         split = self.built_for.split(count, leaving)
         return apply_map(state, keep_diverse(scores, features, view.patch_keys(), state.size, *split))
-
-
-def _pick(rows: Tensor, index: Tensor) -> Tensor:
-    """(B, N, D) at (B, M) -> (B, M, D)"""
-    flat = index + torch.arange(rows.shape[0], device=rows.device)[:, None] * rows.shape[1]
-    return rows.reshape(-1, rows.shape[2]).index_select(0, flat.flatten()).view(*index.shape, -1)

@@ -35,6 +35,7 @@ from .tokens import (
     TokenMap,
     TokenState,
     apply_map,
+    as_numbers,
     ranks,
 )
 
@@ -126,7 +127,7 @@ def keep_above(scores: Tensor, threshold: float, max_kept: int | None = None, mi
         kept |= ranks(scores) < min_kept
     if max_kept is not None:
         kept &= ranks(scores) < max_kept
-    return TokenMap(_new_places(kept), tuple(kept.sum(dim=1).tolist()))
+    return TokenMap(_new_places(kept), as_numbers(kept.sum(dim=1), scores.shape[1]))
 
 
 @torch.no_grad()

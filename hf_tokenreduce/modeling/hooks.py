@@ -34,6 +34,9 @@ class Reducer(nn.Module):
     needs_received = False
     """Whether `after_attention` reads `view.received`, for which the whole attention map is computed."""
 
+    needs_shift = False
+    """Whether `after_layer` reads `state.shift`."""
+
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__()
         self.built_for = facts.reduction

@@ -61,6 +61,7 @@ class LayerOutput(NamedTuple):
     patch_weights: Tensor | None
     origin: Tensor | None
     last_states: Tensor | None
+    shift: Tensor | None
 
 
 class Role(NamedTuple):
@@ -182,10 +183,12 @@ class ReducedLayer(nn.Module):
         state = self._attention_block(TokenState(*state_fields), attention_mask, for_prefix, **kwargs)
         hidden_states = state.hidden_states
         branch = self.mlp(getattr(self, self.layout.norm_after)(hidden_states))  # type: ignore[operator]
-        hidden_states = hidden_states + self._through(self.layout.after_mlp, branch, state.lengths)
-        state = state._replace(hidden_states=hidden_states)
+        branch = self._through(self.layout.after_mlp, branch, state.lengths)
+        state = state._replace(hidden_states=hidden_states + branch)
         if not for_prefix:
-            state = self.reducer.after_layer(state)
+            if self.reducer.needs_shift:
+                state = state._replace(shift=_lengths_of_patch_rows(branch.detach(), state))
+            state = self.reducer.after_layer(state)._replace(shift=None)
         return LayerOutput(self._shown(state), *state)
 
     def _attention_block(
@@ -287,6 +290,13 @@ class ReducedLayer(nn.Module):
         return self._result(state)
 
 
+def _lengths_of_patch_rows(rows: Tensor, state: TokenState) -> Tensor:
+    """(B, N) float32, the length of the row of each patch token."""
+    norms = rows.float().norm(dim=-1)
+    norms = norms if state.lengths is None else pad(norms, state.lengths)
+    return norms[:, state.num_prefix_tokens :]
+
+
 def _counts(state: TokenState) -> Any:
     """The tokens of each image: one number, one per image, or (B,) where they are a tensor's, and need its device."""
     if state.mask is not None:
@@ -353,7 +363,7 @@ def _selected_places(state: TokenState, selected: TokenMap) -> Tensor:
 
 
 def _behind_prefix(origin: Tensor, num_prefix_tokens: int) -> Tensor:
-    prefix = torch.arange(num_prefix_tokens, device=origin.device).expand(len(origin), -1)
+    prefix = torch.arange(num_prefix_tokens, device=origin.device).expand(origin.shape[0], -1)
     return torch.cat([prefix, origin + num_prefix_tokens], dim=1)
 
 

@@ -23,6 +23,7 @@ from .tokens import (
     TokenMap,
     TokenState,
     apply_map,
+    as_numbers,
     follow,
     merge,
     move,
@@ -253,12 +254,12 @@ class LTMPReducer(Reducer):
 
     def _remove(self, view: AttentionView, state: TokenState) -> TokenState:
         decision = self._decide(view, state, state.valid())
-        counts = tuple((decision.target.amax(dim=1) + 1).tolist())
+        counts = as_numbers(decision.target.amax(dim=1) + 1, state.num_patch_tokens)
         entering = decision.target.numel()
         if state.lengths is not None:
             entering = sum(state.lengths) - len(counts) * state.num_prefix_tokens
-        if sum(counts) == entering:
-            return state  # no image loses a token
+        if not torch.compiler.is_compiling() and sum(counts) == entering:
+            return state  # no image loses a token; a graph cannot ask
         if not self.settings.merge:
             return apply_map(state, TokenMap(decision.target, counts))
         size = torch.ones(decision.target.shape, device=view.key.device) if state.size is None else state.size

@@ -11,12 +11,18 @@ from typing import Any, NamedTuple
 from .ats import ATSConfig, ATSReducer
 from .bat import BATConfig, BATReducer
 from .configuration_base import ReductionConfig
+from .diffrate import DiffRateConfig, DiffRateReducer
 from .dlvit import DLViTConfig, DLViTReducer
 from .encoders import EncoderFacts
 from .evit import EViTConfig, EViTReducer
 from .extra_methods import EXTRA_METHODS
 from .hooks import Reducer
 from .ltmp import LTMPConfig, LTMPReducer
+from .mctf import MCTFConfig, MCTFReducer
+from .pitome import PiToMeConfig, PiToMeReducer
+from .ppt import PPTConfig, PPTReducer
+from .protected import ProtectedConfig, ProtectedReducer
+from .shift import ShiftConfig, ShiftReducer
 from .sit import SiTConfig, SiTReducer
 from .tome import ToMeConfig, ToMeReducer
 from .topk import TopKConfig, TopKReducer
@@ -41,6 +47,12 @@ METHOD_CLASSES: dict[str, MethodClasses] = {
         MethodClasses(LTMPConfig, LTMPReducer),
         MethodClasses(SiTConfig, SiTReducer),
         MethodClasses(DLViTConfig, DLViTReducer),
+        MethodClasses(PiToMeConfig, PiToMeReducer),
+        MethodClasses(DiffRateConfig, DiffRateReducer),
+        MethodClasses(PPTConfig, PPTReducer),
+        MethodClasses(MCTFConfig, MCTFReducer),
+        MethodClasses(ShiftConfig, ShiftReducer),
+        MethodClasses(ProtectedConfig, ProtectedReducer),
         *(MethodClasses(*classes) for classes in EXTRA_METHODS),
     )
 }

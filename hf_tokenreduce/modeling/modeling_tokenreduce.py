@@ -264,7 +264,7 @@ def _recorded(stock_forward: Any) -> Any:
         if ordered and kwargs.get("noise") is None:
             patch_height, patch_width = encoder_of(self).patch_size
             count = (inputs.shape[-2] // patch_height) * (inputs.shape[-1] // patch_width)
-            kwargs["noise"] = torch.arange(count, device=inputs.device).expand(len(inputs), -1)
+            kwargs["noise"] = torch.arange(count, device=inputs.device).expand(inputs.shape[0], -1)
         output, encoded = self._run_recorded(stock_forward, args, kwargs, output_patch_map)
         output = self._extended(output, encoded, kwargs.get("num_items_in_batch"))
         returns_dict = self.config.return_dict if return_dict is None else return_dict

@@ -35,6 +35,8 @@ class TokenState(NamedTuple):
         heaviest, of equals the last. None: no layer asks for positions.
     last_states: (B, N0, D), for each dropped patch the last hidden state of the token that held it. None: not asked
         for.
+    shift: (B, N) float32, how far the MLP of a layer has moved each token; between that MLP and the layer's end only,
+        for reducers with `needs_shift`.
     """
 
     hidden_states: Tensor
@@ -48,6 +50,7 @@ class TokenState(NamedTuple):
     patch_weights: Tensor | None = None
     origin: Tensor | None = None
     last_states: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def num_images(self) -> int:
@@ -362,14 +365,14 @@ def _merge_evenly(rows: Tensor, target: Tensor, num_tokens: int, weight: Tensor,
     batch, _, width = rows.shape
     length = num_prefix_tokens + num_tokens
     slot = target + num_prefix_tokens
+    if num_prefix_tokens:  # among the rows that are summed, so that no runtime cuts them apart and joins them again
+        slot = torch.cat([_positions(slot, num_prefix_tokens), slot], dim=1)
+        weight = F.pad(weight, (num_prefix_tokens, 0), value=1.0)
     if batch > 1:
         slot = slot + _even_starts(batch, length, rows.device)
-    weighted = rows[:, num_prefix_tokens:] * weight[..., None]
+    weighted = rows * weight[..., None]
     sums = weighted.new_zeros(batch * length, width).index_add_(0, slot.flatten(), weighted.flatten(0, 1))
-    moved = sums.view(batch, length, width)
-    if num_prefix_tokens:
-        moved[:, :num_prefix_tokens] = rows[:, :num_prefix_tokens]
-    return moved.to(rows.dtype)
+    return sums.view(batch, length, width).to(rows.dtype)
 
 
 def pad(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -397,6 +400,20 @@ def sum_by_target(values: Tensor, target: Tensor, num_tokens: int, keeps_all: bo
         return values.new_zeros(target.shape[0], num_tokens).scatter_add(1, target, values)
     sums = values.new_zeros(target.shape[0], num_tokens + 1)
     return sums.scatter_add(1, torch.where(target < 0, num_tokens, target), values)[:, :-1]
+
+
+def as_numbers(counts: Tensor, most: int) -> tuple[int, ...]:
+    """How many tokens each image keeps, (B,) long, as numbers of Python; no image keeps more than `most`.
+
+    While a graph is exported these are names of numbers that only an image will give. The exporter must know their
+    bounds; below two tokens some steps would be others.
+    """
+    numbers = tuple(counts.tolist())
+    if torch.compiler.is_compiling():
+        for number in numbers:
+            torch._check(number >= 2)
+            torch._check(number <= most)
+    return numbers
 
 
 def ranks(scores: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from .attention import AttentionView, full_precision
+from .attention import AttentionView
 from .checks import check_flag, check_layers_fit, is_integer, is_number, is_sequence
 from .configuration_base import ReductionConfig
 from .encoders import EncoderFacts, facts_of
 from .hooks import Reducer
+from .matching import best_matches, sizes_of
 from .multiply_adds import even_share, largest_within, similarity_cost
 from .tokens import TokenMap, TokenState, apply_map, merge
 
@@ -40,22 +41,21 @@ class ToMeConfig(ReductionConfig):
     inflect: float = 0.0
 
     def __post_init__(self):
+        name = type(self).__name__
         r: Any = self.r
         inflect: Any = self.inflect
         if isinstance(r, tuple) and len(r) == 2:
             r, inflect = r
         if not is_number(inflect) or not -1.0 <= inflect <= 1.0:
-            raise ValueError(f"ToMeConfig: inflect must lie between -1 and 1, got {inflect!r}.")
+            raise ValueError(f"{name}: inflect must lie between -1 and 1, got {inflect!r}.")
         per_layer = is_sequence(r)
         if per_layer and inflect:
-            raise ValueError(f"ToMeConfig: inflect={inflect!r} shapes a single r; with a list of r set it to 0.")
+            raise ValueError(f"{name}: inflect={inflect!r} shapes a single r; with a list of r set it to 0.")
         values = tuple(r) if per_layer else (r,)
         for value in values:
             if not is_integer(value) or value < 0:
-                raise ValueError(
-                    f"ToMeConfig: r counts tokens, so it must be an integer of at least 0, got {value!r}."
-                )
-        check_flag("ToMeConfig", "prop_attn", self.prop_attn)
+                raise ValueError(f"{name}: r counts tokens, so it must be an integer of at least 0, got {value!r}.")
+        check_flag(name, "prop_attn", self.prop_attn)
         # A list stays a list: as a tuple, that of two layers would read as (r, inflect).
         self._set(r=[int(value) for value in values] if per_layer else int(r), inflect=float(inflect))
 
@@ -71,7 +71,7 @@ class ToMeConfig(ReductionConfig):
     def check_fit(self, facts: EncoderFacts) -> None:
         if not isinstance(self.r, int) and len(self.r) != facts.num_hidden_layers:
             raise ValueError(
-                f"ToMeConfig: a list r needs one value per layer, got {len(self.r)} values for "
+                f"{type(self).__name__}: a list r needs one value per layer, got {len(self.r)} values for "
                 f"{facts.num_hidden_layers} layers: {list(self.r)}."
             )
 
@@ -96,7 +96,7 @@ class ToMeConfig(ReductionConfig):
         """
         facts = facts_of(config)
         places = range(facts.num_hidden_layers) if layers is None else sorted(set(layers))
-        check_layers_fit("ToMeConfig", places, facts.num_hidden_layers)
+        check_layers_fit(cls.__name__, places, facts.num_hidden_layers)
 
         def merging(total: int) -> "ToMeConfig":
             r, more = divmod(total, len(places))
@@ -122,16 +122,22 @@ def match_most_similar(keys: Tensor, size: Tensor | None, r: int, num_prefix_tok
     even = slice(num_prefix_tokens % 2, None, 2)
     odd = slice(1 - num_prefix_tokens % 2, None, 2)
     keys = F.normalize(keys, dim=-1)
-    with full_precision(keys):
-        similarity, match = torch.bmm(keys[:, even], keys[:, odd].transpose(1, 2)).max(dim=-1)  # (B, N even)
-    best = similarity.sort(dim=-1, descending=True, stable=True).indices[:, :r]
+    best, match = best_matches(keys[:, even], keys[:, odd], r)
     left = torch.ones_like(match, dtype=torch.bool).scatter(1, best, False)
     num_left = match.shape[1] - r
-    target = torch.empty(batch, num_tokens, dtype=torch.long, device=keys.device)
-    target[:, even] = torch.where(left, left.cumsum(dim=1) - 1, match + num_left)
-    target[:, odd] = torch.arange(num_left, num_tokens - r, device=keys.device)
-    mass = torch.ones(target.shape, dtype=torch.float32, device=keys.device) if size is None else size
-    return merge(target, num_tokens - r, mass, mass_is_size=True, keeps_all=True)
+    of_even = torch.where(left, left.cumsum(dim=1) - 1, match + num_left)
+    of_odd = torch.arange(num_left, num_tokens - r, device=keys.device).expand(batch, -1)
+    target = _dealt_back(of_odd, of_even) if num_prefix_tokens % 2 else _dealt_back(of_even, of_odd)
+    return merge(target, num_tokens - r, sizes_of(size, keys), mass_is_size=True, keeps_all=True)
+
+
+def _dealt_back(first: Tensor, second: Tensor) -> Tensor:
+    """Numbers of every other token, (B, N first) from the first token on and (B, N second) from the second, as those
+    of all: (B, N). They are joined, because runtimes take longer to write into a tensor."""
+    count = first.shape[1] + second.shape[1]
+    if count % 2:
+        second = F.pad(second, (0, 1))
+    return torch.stack([first, second], dim=2).flatten(1)[:, :count]
 
 
 class ToMeReducer(Reducer):

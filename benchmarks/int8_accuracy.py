@@ -1,0 +1,93 @@
+"""What 8 bits cost in accuracy, dense and reduced: OpenVINO's graphs beside the same models in float32.
+
+    python benchmarks/int8_accuracy.py MODEL PHOTOS
+
+MODEL is a folder or Hub id, PHOTOS class folders. Every other photograph, at most 300, fits the ranges of 8 bits; all
+others are classified. Each method is written to benchmarks/results as soon as it is done, and not measured again.
+"""
+
+import argparse
+import json
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_tokenreduce import calibrate, export, load_exported, reduce_tokens
+from hf_tokenreduce.budget import reduce_to_share
+from hf_tokenreduce.evaluation.accuracy import class_indices, paired_bootstrap
+from hf_tokenreduce.evaluation.reading import batches
+from hf_tokenreduce.files import write_whole
+from hf_tokenreduce.loading import load_images, load_model
+
+
+METHODS = ("dense", "tome", "topk", "evit", "bat", "sit", "ats", "ltmp")
+
+
+def reduced(dense: Any, method: str, share: float, images: torch.Tensor) -> Any:
+    """The model by one method, without training; what can be fitted to images is."""
+    if method == "dense":
+        return dense
+    if method in ("ats", "ltmp"):
+        return reduce_to_share(dense, method, share, images, None, {})
+    model = reduce_tokens(dense, method, share=share)
+    if method == "sit":
+        calibrate(model, images)
+    return model.eval()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id of an image classifier")
+    parser.add_argument("photos", help="class folders")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--share", type=float, default=0.65)
+    parser.add_argument("--limit", type=int, help="use this many photographs, evenly spread")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args(arguments)
+    dense, processor = load_model(args.model)
+    images = load_images(args.photos, limit=args.limit)
+    names = class_indices(images, "label", dense.config.label2id)
+    labels = np.array([names[label] for label in images.with_format(None)["label"]])
+    rows = list(range(len(images)))
+    read = batches(images, rows, processor, batch_size=50, image_column="image", title="reading")
+    pixels = torch.cat([pixel_values for _, pixel_values in read])
+    fitting, rest = rows[::2][:300], sorted(set(rows) - set(rows[::2][:300]))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    file = args.output_dir / f"int8-accuracy-{Path(args.model).name}.json"
+    found = json.loads(file.read_text()) if file.is_file() else {"date": date.today().isoformat(), "rows": {}}
+    for method in args.methods:
+        if method not in found["rows"]:
+            model = reduced(dense, method, args.share, pixels[fitting[:100]])
+            found["rows"][method] = measure(model, pixels[fitting], pixels[rest], labels[rest])
+            write_whole(file, json.dumps({**found, "share": args.share, "images": len(rest)}, indent=1) + "\n")
+    print("| method | float32 % | 8 bits % | lost, points | interval | same class % |\n" + "|---" * 6 + "|")
+    for method in args.methods:
+        row = found["rows"][method]
+        low, high = row["interval"]
+        print(
+            f"| {method} | {row['float32']:.1f} | {row['int8']:.1f} | {row['float32'] - row['int8']:.1f} | "
+            f"{low:.1f} to {high:.1f} | {row['same_class']:.1f} |"
+        )
+
+
+def measure(model: Any, fitting: torch.Tensor, images: torch.Tensor, labels: np.ndarray) -> dict[str, Any]:
+    """Classify the images by the model in PyTorch, and by its graph of 8 bits."""
+    with torch.inference_mode():
+        ours = torch.cat([model(part).logits for part in images.split(50)]).argmax(dim=1).numpy()
+    with TemporaryDirectory() as folder:
+        export(model, Path(folder) / "graph", format="openvino", int8=True, images=fitting)
+        theirs = load_exported(Path(folder) / "graph", batch_size=50)(images).argmax(dim=1).numpy()
+    return {
+        "float32": 100 * float((ours == labels).mean()),
+        "int8": 100 * float((theirs == labels).mean()),
+        "interval": paired_bootstrap(theirs == labels, ours == labels),
+        "same_class": 100 * float((ours == theirs).mean()),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Exported models in their runtimes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
+
+from ..blame import blaming
+from .graphs import FORMATS, check_format
+
+
+RECORD = "export.json"
+
+
+class ExportedModel:
+    """A graph in its runtime, which takes any number of images.
+
+    config: the stock model's, with its labels
+    image_processor: the model's, or None if it was exported without
+    record: what `export` said of it
+    """
+
+    def __init__(self, folder: Path, config: Any, image_processor: Any, record: dict[str, Any], run: Any, size: Any):
+        self.folder, self.config, self.image_processor, self.record = folder, config, image_processor, record
+        self._run, self._size = run, size
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Compute logits, or features, of pixel values (B, C, H, W)."""
+        return self.with_counts(inputs)[0]
+
+    def with_counts(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Also tell how many tokens leave the last layer, (B,)."""
+        size = self._size or len(inputs)
+        found = [self._run_part(part, size) for part in inputs.float().split(size)]
+        main = torch.cat([outputs[0] for outputs in found])
+        if self.record["tokens"] is not None:
+            return main, torch.full((len(main),), self.record["tokens"])
+        return main, torch.cat([outputs[1][:, -1] for outputs in found])
+
+    def _run_part(self, part: Tensor, size: int) -> list[Tensor]:
+        if len(part) == size:
+            return self._run(part)
+        filled = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
+        return [output[: len(part)] for output in self._run(filled)]
+
+
+def is_exported(folder: str | Path) -> bool:
+    """Whether a folder holds what `export` wrote."""
+    return (Path(folder) / RECORD).is_file()
+
+
+def load_exported(
+    folder: str | Path, *, threads: int | None = None, batch_size: int | None = None, dtype: str = "float32"
+) -> ExportedModel:
+    """Load a folder that `export` wrote.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        threads (`int`, *optional*): Number of CPU threads. By default the runtime decides; for the formats torch and
+            aoti torch's own setting holds.
+        batch_size (`int`, *optional*): How many images it will mostly be given. OpenVINO is faster if it knows.
+        dtype (`str`): `"float32"`, or for OpenVINO `"bfloat16"`, which is faster and less exact.
+
+    Returns:
+        `ExportedModel`: Called with pixel values it returns logits, or features.
+
+    Example:
+        >>> model = load_exported("vit-tome-openvino", threads=2)
+        >>> logits = model(model.image_processor(images, return_tensors="pt")["pixel_values"])
+    """
+    folder = Path(folder)
+    if not is_exported(folder):
+        raise ValueError(f"{folder} has no {RECORD}: it is no exported model. Make one: tokenreduce export.")
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        format, size = record["format"], record["batch_size"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / RECORD} cannot be read ({error!r}). Export the model again.") from error
+    check_format(format)
+    if dtype != "float32" and (dtype != "bfloat16" or format != "openvino"):
+        raise ValueError(f"dtype={dtype!r} is not possible in the format {format}. Leave it out.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    with blaming(str(folder), "config.json"):
+        config = AutoConfig.from_pretrained(folder)
+    processor = None
+    if (folder / "preprocessor_config.json").is_file():
+        with blaming(str(folder), "preprocessor_config.json"):
+            of_images = record["input"] == "pixel_values"
+            processor = (AutoImageProcessor if of_images else AutoFeatureExtractor).from_pretrained(folder)
+    if not (folder / FORMATS[format].file).is_file():
+        raise ValueError(f"{folder} has no {FORMATS[format].file}. Export the model again.")
+    if size is None and format == "openvino":
+        size = batch_size
+    run = FORMATS[format].open(folder, threads, size, dtype)
+    return ExportedModel(folder, config, processor, record, run, size)

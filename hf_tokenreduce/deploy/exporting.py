@@ -1,0 +1,233 @@
+"""`export`: a model as a graph that a runtime serves."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..calibration import load_pixel_values
+from ..convert import restore, stock_name
+from ..files import check_new_folder, model_folder
+from ..methods import method_of
+from ..modeling.encoders import PREFIX, encoder_of, what_can_be_reduced
+from ..modes import evaluating
+from ..tasks import all_layers_act, image_side, main_output
+from .graphs import FORMATS, OPSET, check_format, trace, write
+from .quantize import MOST_IMAGES, PACKAGES, quantize
+from .readme import readme
+
+
+TOLERANCE = 1e-4  # of the largest value, between the runtime and PyTorch in float32
+LITTLE_AGREEMENT = 0.9  # of the images in one class, below which 8 bits are warned of
+# What was tried and does not come out right, by the name of the stock class.
+NO_GRAPH = {
+    "LlavaModel": "its graph takes one number of images only",
+    "LlavaForConditionalGeneration": "its graph takes one number of images only",
+    "Dinov2Backbone": "torch.export cannot follow how it makes its maps",
+    "Dinov2WithRegistersBackbone": "torch.export cannot follow how it makes its maps",
+    "DINOv3ViTBackbone": "torch.export cannot follow how it makes its maps",
+}
+
+logger = logging.get_logger(__name__)
+
+
+def export(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    image_processor: Any = None,
+    format: str = "onnx",
+    batch_size: int | None = None,
+    int8: bool = False,
+    images: Tensor | str | Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a model as a graph for a runtime, and check it there.
+
+    The folder holds the graph, a stock configuration with the labels, the image processor, and a README that says how
+    to run it. `load_exported` runs it.
+
+    Args:
+        model (`PreTrainedModel`): A stock model that can be reduced, or a reduced one.
+        folder (`str` or `Path`): The new folder.
+        image_processor: The model's, which is saved beside it. Also needed if `images` is a folder.
+        format (`str`): `"onnx"` for ONNX Runtime, `"openvino"` for OpenVINO, `"torch"` for a program of torch.export,
+            `"aoti"` for the same compiled by AOTInductor for this kind of processor.
+        batch_size (`int`, *optional*): The number of images that the graph takes. By default any number; a method that
+            decides for each image how many tokens it keeps takes one image at a time.
+        int8 (`bool`): Compute the layers that have weights in 8 bits, with ranges from `images`. For OpenVINO only.
+        images (`Tensor`, `str` or `Path`, *optional*): What the graph is checked on, and 8 bits are fitted to: pixel
+            values, or a folder of images. By default noise.
+        overwrite (`bool`): Replace the model that is in the folder.
+
+    Returns:
+        `dict`: What `export.json` in the folder holds: `format`, `output`, `batch_size`, and `largest_difference` to
+        PyTorch in units of the largest value; with `int8` the share of the images with the same class instead.
+
+    Example:
+        >>> model = reduce_tokens(model, "tome", share=0.65)
+        >>> export(model, "vit-tome-onnx", image_processor=processor)
+    """
+    batch_size = _check(model, format, batch_size, int8, images)
+    folder = check_new_folder(folder, overwrite, "folder")
+    most = MOST_IMAGES if int8 else 5
+    given = None if images is None else load_pixel_values(model, images, image_processor, max_images=most)
+    if model.dtype != torch.float32:
+        model = copy.deepcopy(model).float()
+    whole = Outputs(model)
+    inputs = _inputs(model, given, max(batch_size or 0, 5))
+    with evaluating(model), torch.no_grad():
+        output = "logits" if whole.side(inputs[:1]).get("logits") is not None else "features"
+        outputs = [output, "token_counts"] if whole.tells_counts else [output]
+        with model_folder(folder, with_card=True) as place:
+            write(trace(whole, inputs, batch_size), format, place, _input_name(model), outputs)
+            found = {
+                "format": format,
+                "opset": OPSET if format in ("onnx", "openvino") else None,
+                "input": _input_name(model),
+                "output": output,
+                "batch_size": batch_size,
+                "int8": int8,
+                "method": getattr(getattr(model.config, "reduction", None), "method", None),
+                "tokens": _even_count(model, inputs[:1]),
+                **_compare(whole, inputs, format, place, batch_size),
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            }
+            if int8:
+                assert given is not None
+                fitted = _inputs(model, given, -(-len(given) // (batch_size or 1)) * (batch_size or 1))
+                quantize(place / FORMATS[format].file, fitted, batch_size)
+                del found["largest_difference"]
+                found |= _compare_classes(whole, fitted, len(given), format, place, batch_size)
+            stock = restore(model) if type(model).__name__.startswith(PREFIX) else model
+            config = copy.deepcopy(stock.config)
+            config.architectures = [type(stock).__name__]
+            config.save_pretrained(place)
+            if image_processor is not None:
+                image_processor.save_pretrained(place)
+            (place / "export.json").write_text(json.dumps(found, indent=1) + "\n")
+            (place / "README.md").write_text(readme(folder, model, found))
+    return found
+
+
+class Outputs(nn.Module):
+    """Of all that a model returns the tensor that users read, and, where images differ in it, the tokens that leave
+    each layer."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.side = image_side(model)
+        reduction = getattr(model.config, "reduction", None)
+        self.tells_counts = reduction is not None and method_of(reduction).is_adaptive(reduction)
+
+    def forward(self, inputs: Tensor) -> Any:
+        output = self.side(inputs)
+        found = main_output(output)
+        return (found, output.token_counts) if self.tells_counts else found
+
+    def main(self, inputs: Tensor) -> Tensor:
+        return main_output(self.side(inputs)).cpu()
+
+
+def _check(model: Any, format: str, batch_size: int | None, int8: bool, images: Any) -> int | None:
+    """Raise an error that says what to do, or return the number of images that the graph takes."""
+    check_format(format, PACKAGES if int8 else ())
+    if stock_name(model) is None:
+        raise ValueError(f"A {type(model).__name__} cannot be exported. {what_can_be_reduced()}")
+    reason = NO_GRAPH.get(type(model).__name__.removeprefix(PREFIX))
+    if type(model).__name__ == "ViTMAEModel":
+        reason = "it shuffles its patches by chance; reduce_tokens(model, None) does not, and can be exported"
+    if reason is not None:
+        raise ValueError(f"A {type(model).__name__} cannot be exported: {reason}.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if int8 and format != "openvino":
+        raise ValueError(
+            f"8 bits are for OpenVINO, and the format is {format}. Give format='openvino'. (In ONNX Runtime 8 bits "
+            "hardly made these models faster.)"
+        )
+    if int8 and images is None:
+        raise ValueError("8 bits are fitted to images: give images, a folder of 100 or more of the kind to come.")
+    reduction = getattr(model.config, "reduction", None)
+    method = method_of(reduction)
+    reason = method.why_not(reduction)
+    if reason is not None:
+        raise ValueError(f"{method.title} cannot be exported yet: {reason}.")
+    if not method.is_adaptive(reduction):
+        return batch_size
+    if batch_size not in (None, 1):
+        raise ValueError(
+            f"{method.title} keeps another number of tokens of every image, so its graph takes one image at a time: "
+            f"leave out batch_size={batch_size}, or give 1."
+        )
+    return 1
+
+
+def _inputs(model: PreTrainedModel, given: Tensor | None, count: int) -> Tensor:
+    """Images to check with: those given, as often as needed, or noise."""
+    if given is not None:
+        return given.repeat(-(-count // len(given)), *[1] * (given.ndim - 1))[:count].float()
+    encoder = encoder_of(model)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, *encoder.tower.inputs(encoder.config), generator=generator).to(model.device)
+
+
+def _even_count(model: PreTrainedModel, inputs: Tensor) -> int | None:
+    """The tokens that leave the last layer, if it is one number for all images."""
+    reduction = getattr(model.config, "reduction", None)
+    if reduction is None:
+        return encoder_of(model).embed(inputs).shape[1]
+    if method_of(reduction).is_adaptive(reduction):
+        return None
+    return int(image_side(model)(inputs, **all_layers_act(model)).token_counts[0, -1])
+
+
+def _compare(whole: Outputs, inputs: Tensor, format: str, place: Path, batch_size: int | None) -> dict[str, Any]:
+    """Run the graph on batches; raise a RuntimeError unless it computes what the model computes."""
+    run = FORMATS[format].open(place, None, None, "float32")
+    sizes = (1, 2, len(inputs)) if batch_size is None else (batch_size,)
+    batches = [inputs[:size] for size in sizes] if batch_size is None else list(inputs.split(batch_size))
+    differences = []
+    for batch in batches:
+        if batch_size in (None, len(batch)):
+            ours = whole.main(batch)
+            differences.append((run(batch)[0] - ours).abs().max() / ours.abs().max())
+    largest = torch.stack(differences).max().item()  # not a number, if one of them is not
+    if not largest <= TOLERANCE:
+        raise RuntimeError(
+            f"The exported graph differs from the model by {largest:.1e} of the largest value, above {TOLERANCE}. "
+            "Nothing was written."
+        )
+    return {"batch_sizes": list(sizes), "largest_difference": largest}
+
+
+def _compare_classes(
+    whole: Outputs, images: Tensor, count: int, format: str, place: Path, batch_size: int | None
+) -> dict[str, Any]:
+    """Say how far 8 bits are from float32 on the images they were fitted to, the first `count` of the images."""
+    run = FORMATS[format].open(place, None, None, "float32")
+    parts = images.split(batch_size or 1)
+    theirs = torch.cat([run(part)[0] for part in parts])[:count]
+    ours = torch.cat([whole.main(part) for part in parts])[:count]
+    if not theirs.isfinite().all():
+        raise RuntimeError("In 8 bits the model gives numbers that are not finite. Nothing was written.")
+    if theirs.ndim == 2:
+        same = (theirs.argmax(dim=1) == ours.argmax(dim=1)).double().mean().item()
+        if same < LITTLE_AGREEMENT:
+            logger.warning(
+                f"In 8 bits the model predicts the same class as in float32 for {same:.0%} of the {len(ours)} images. "
+                "Give more images, or leave out int8."
+            )
+        return {"same_class": same, "images": len(ours)}
+    return {"cosine": torch.cosine_similarity(theirs.flatten(1), ours.flatten(1)).mean().item(), "images": len(ours)}
+
+
+def _input_name(model: Any) -> str:
+    """The name of the input: `pixel_values`, of audio models `input_values`."""
+    return "input_values" if getattr(model, "main_input_name", "") == "input_values" else "pixel_values"

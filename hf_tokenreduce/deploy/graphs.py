@@ -1,0 +1,208 @@
+"""The formats of graphs: what each needs, how it is written, and how its runtime is called.
+
+A graph takes one tensor of inputs, (B, ...), and gives one or two: logits or features (B, ...), and, where an image
+decides how many tokens it keeps, the number that leaves each layer, (B, L).
+"""
+
+import importlib
+import importlib.util
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+
+OPSET = 20
+INT64, BOOL = 7, 9  # ONNX' numbers for types
+
+REDUCER = "reducer."  # how the names of what a method's own networks compute begin, in ONNX and OpenVINO
+
+Run = Callable[[Tensor], list[Tensor]]
+"""Run a graph once, on as many inputs as it takes."""
+
+
+class Format(NamedTuple):
+    """packages: what it needs, by the names that are imported. extra: what of this package brings them, "" for none.
+    file: the graph. open: (folder, threads, number of inputs or None, dtype) -> how to run it."""
+
+    packages: tuple[str, ...]
+    extra: str
+    file: str
+    open: Callable[[Path, int | None, int | None, str], Run]
+
+
+def trace(module: nn.Module, inputs: Tensor, batch_size: int | None) -> ExportedProgram:
+    """Trace a module that gives a tensor or a tuple of them. batch_size: None for any number of inputs."""
+    example = inputs[: 2 if batch_size is None else batch_size]
+    free = ({0: torch.export.Dim.DYNAMIC},) if batch_size is None else None
+    with torch.no_grad(), quietly():
+        return torch.export.export(module, (example,), dynamic_shapes=free, strict=False)
+
+
+def write(program: ExportedProgram, format: str, folder: Path, input_name: str, outputs: list[str]) -> None:
+    """Write a graph of a format into a folder."""
+    file = folder / FORMATS[format].file
+    if format == "torch":
+        torch.export.save(program, file)
+    elif format == "aoti":
+        with quietly():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+    elif format == "onnx":
+        _write_onnx(program, file, input_name, outputs)
+    else:
+        openvino = importlib.import_module("openvino")
+        between = folder / "between"
+        between.mkdir()
+        _write_onnx(program, between / "model.onnx", input_name, outputs)
+        openvino.save_model(openvino.convert_model(between / "model.onnx"), file, compress_to_fp16=False)
+        shutil.rmtree(between)
+
+
+def _write_onnx(program: ExportedProgram, file: Path, input_name: str, outputs: list[str]) -> None:
+    with quietly():
+        found = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[input_name],
+            output_names=outputs,
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+        assert found is not None
+        for node in found.model.graph:
+            if ".reducer" in node.metadata_props.get("pkg.torch.onnx.name_scopes", ""):
+                node.name = REDUCER + str(node.name)
+            node.metadata_props.clear()  # the paths of our files on this machine, among others
+        found.save(file)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """What exporters say of other packages and of themselves is of no use to users; what they raise is."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "nncf")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _translations() -> dict[Any, Any]:
+    """What ONNX does for operations that torch does not translate, or not well. Its TopK puts the lower index first
+    of equal values, as a stable sort does; by torch's own translation the largest is searched for twice, for its
+    value and for its place."""
+    op = importlib.import_module("onnxscript").opset18
+
+    def axis(number: int) -> Any:
+        return op.Constant(value_ints=[number])
+
+    def stable_sort(self: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+        size = op.Gather(op.Shape(self), axis(dim))
+        return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+    def largest(self: Any, dim: int, keepdim: bool = False) -> Any:
+        values, places = op.TopK(self, axis(1), axis=dim, largest=1, sorted=1)
+        return (values, places) if keepdim else (op.Squeeze(values, axis(dim)), op.Squeeze(places, axis(dim)))
+
+    def highest_so_far(self: Any, dim: int) -> Any:
+        """(B, N): for each number the highest up to it, and its place."""
+        count = op.Gather(op.Shape(self), axis(1))
+        up_to_it = op.Cast(op.Trilu(op.Expand(1.0, op.Concat(count, count, axis=0)), upper=0), to=BOOL)
+        seen = op.Where(up_to_it, op.Unsqueeze(self, axis(1)), float("-inf"))
+        return op.ReduceMax(seen, axis(2), keepdims=0), op.ArgMax(seen, axis=2, keepdims=0, select_last_index=1)
+
+    def places_in_sorted(sorted_sequence: Any, self: Any) -> Any:
+        """(B, G): how many of the sorted (B, N) are below each number."""
+        below = op.Less(op.Unsqueeze(sorted_sequence, axis(1)), op.Unsqueeze(self, axis(2)))
+        return op.ReduceSum(op.Cast(below, to=INT64), axis(2), keepdims=0)
+
+    return {
+        torch.ops.aten.sort.stable: stable_sort,
+        torch.ops.aten.max.dim: largest,
+        torch.ops.aten.cummax.default: highest_so_far,
+        torch.ops.aten.searchsorted.Tensor: places_in_sorted,
+    }
+
+
+def _open_onnx(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    # Else its threads wait busily for the next call, and slow whatever runs in between.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = runtime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda inputs: [torch.from_numpy(found) for found in session.run(None, {name: inputs.cpu().numpy()})]
+
+
+def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:
+    openvino = importlib.import_module("openvino")
+    core = openvino.Core()
+    # Its own default may be bfloat16, by which numbers differ in the second digit.
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    graph = core.read_model(folder / "openvino_model.xml")
+    if batch_size is not None and graph.input().partial_shape[0].is_dynamic:
+        # With a number known beforehand, no operator has to find the shape of its output in every call.
+        graph.reshape([batch_size, *[size.get_length() for size in list(graph.input().partial_shape)[1:]]])
+    request = core.compile_model(graph, "CPU", options).create_infer_request()
+
+    def run(inputs: Tensor) -> list[Tensor]:
+        found = request.infer([inputs.cpu().numpy()])
+        return [torch.from_numpy(found[output].copy()) for output in found]
+
+    return run
+
+
+def _open_torch(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:
+    module = torch.export.load(folder / "model.pt2").module()
+    return lambda inputs: _listed(module(inputs))
+
+
+def _open_aoti(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:
+    load: Any = torch._inductor.aoti_load_package
+    module = load(str(folder / "model.pt2"))
+    return lambda inputs: _listed(module(inputs))
+
+
+def _listed(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+FORMATS = {
+    "onnx": Format(("onnx", "onnxscript", "onnxruntime"), "onnx", "model.onnx", _open_onnx),
+    "openvino": Format(("onnx", "onnxscript", "openvino"), "openvino", "openvino_model.xml", _open_openvino),
+    "torch": Format((), "", "model.pt2", _open_torch),
+    "aoti": Format((), "", "model.pt2", _open_aoti),
+}
+
+
+def check_format(format: str, more: tuple[str, ...] = ()) -> None:
+    """Raise a ValueError if there is no such format, an ImportError if its packages, or `more`, are missing."""
+    if format not in FORMATS:
+        raise ValueError(f"There is no format {format!r}. The formats are: {', '.join(FORMATS)}.")
+    packages, extra, *_ = FORMATS[format]
+    missing = [name for name in (*packages, *more) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"The format {format} needs {', '.join(missing)}: pip install 'hf-tokenreduce[{extra}]', or pip install "
+            f"{' '.join(missing)}."
+        )
+    if format == "aoti" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise ValueError("The format aoti compiles C++, and there is no compiler here. Install g++, or take torch.")

@@ -1,0 +1,49 @@
+"""Graphs of OpenVINO in 8 bits: weights and activations of the layers that have weights."""
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .graphs import REDUCER, quietly
+
+
+PACKAGES = ("nncf",)
+MOST_IMAGES = 300
+
+
+def quantize(graph_file: Path, inputs: Tensor, batch_size: int | None = None) -> None:
+    """Replace a graph by one of 8 bits, whose ranges come from inputs (n, ...), as many at once as the graph takes.
+
+    Products without weights stay in float: those of attention, and those by which methods compare and choose tokens.
+    So do the networks by which a method decides.
+    """
+    nncf, openvino = importlib.import_module("nncf"), importlib.import_module("openvino")
+    graph = openvino.Core().read_model(graph_file)
+    in_float = [node.get_friendly_name() for node in graph.get_ops() if _stays_in_float(node)]
+    size = batch_size or 1
+    parts = [part for part in inputs[:MOST_IMAGES].split(size) if len(part) == size]
+    with quietly():
+        small = nncf.quantize(
+            graph,
+            nncf.Dataset([part.float().cpu().numpy() for part in parts]),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(parts),
+            ignored_scope=nncf.IgnoredScope(names=in_float, validate=False),
+        )
+    # Beside it first: the graph that was read still looks into its file.
+    beside = graph_file.with_name("small.xml")
+    openvino.save_model(small, beside, compress_to_fp16=False)
+    for suffix in (".xml", ".bin"):
+        os.replace(beside.with_suffix(suffix), graph_file.with_suffix(suffix))
+
+
+def _stays_in_float(node: Any) -> bool:
+    if node.get_type_name() != "MatMul":
+        return False
+    sources = [place.get_source_output().get_node() for place in node.inputs()]
+    return node.get_friendly_name().startswith(REDUCER) or not any(
+        source.get_type_name() == "Constant" for source in sources
+    )

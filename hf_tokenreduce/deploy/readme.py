@@ -1,0 +1,84 @@
+"""The README of an exported model: what it is, and the lines that run it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..convert import stock_name
+from ..methods import method_of
+
+
+# How it reads what goes in, by the input's name.
+READ = {
+    "pixel_values": """from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor
+
+config, processor = AutoConfig.from_pretrained("{folder}"), AutoImageProcessor.from_pretrained("{folder}")
+inputs = processor([Image.open("photo.jpg").convert("RGB")]{times}, return_tensors="{kind}")["pixel_values"]""",
+    "input_values": """import numpy
+from transformers import AutoConfig, AutoFeatureExtractor
+
+config, processor = AutoConfig.from_pretrained("{folder}"), AutoFeatureExtractor.from_pretrained("{folder}")
+sound = numpy.zeros(16000, dtype="float32")  # one channel, 16,000 numbers a second
+inputs = processor([sound]{times}, sampling_rate=16000, return_tensors="{kind}")["input_values"]""",
+}
+RUN = {
+    "onnx": """import onnxruntime
+
+session = onnxruntime.InferenceSession("{folder}/model.onnx")
+answer = session.run(None, {{"{name}": inputs}})[0]""",
+    "openvino": """import openvino
+
+compiled = openvino.Core().compile_model("{folder}/openvino_model.xml", "CPU")
+answer = compiled({{"{name}": inputs}})[0]""",
+    "torch": """import torch
+
+answer = torch.export.load("{folder}/model.pt2").module()(inputs)""",
+    "aoti": """import torch
+
+answer = torch._inductor.aoti_load_package("{folder}/model.pt2")(inputs)""",
+}
+
+
+def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> str:
+    """Write the README of an exported model, from what its export.json says."""
+    reduction = getattr(model.config, "reduction", None)
+    what = (
+        "no reduction" if reduction is None else f"{method_of(reduction).title}, `{json.dumps(reduction.to_dict())}`"
+    )
+    name, size, of_torch = found["input"], found["batch_size"], found["format"] in ("torch", "aoti")
+    times, kind = "" if size in (None, 1) else f" * {size}", "pt" if of_torch else "np"
+    read = READ[name].format(folder=folder, times=times, kind=kind)
+    run = RUN[found["format"]].format(folder=folder, name=name)
+    if of_torch and found["tokens"] is None:
+        run += "[0]"
+    last = "print(config.id2label[int(answer[0].argmax())])" if found["output"] == "logits" else "print(answer.shape)"
+    number = "Any number of inputs make a batch." if size is None else f"A batch has {size} input{'s' * (size > 1)}."
+    if found["int8"]:
+        checked = (
+            f"Layers with weights compute in 8 bits. On the {found['images']} images that these were fitted to "
+            + (f"{found['same_class']:.1%} have the same class as in float32." if "same_class" in found
+               else f"the mean cosine to the features in float32 is {found['cosine']:.4f}.")
+        )  # fmt: skip
+    else:
+        checked = (
+            f"Checked against PyTorch on batches of {', '.join(map(str, found['batch_sizes']))}: the largest "
+            f"difference is {found['largest_difference']:.1e} of the largest value."
+        )
+    if found["opset"]:
+        checked += f" ONNX opset {found['opset']}."
+    return f"""# {folder.name}
+
+A {stock_name(model)} as a graph, with {what}. {number} Their size is fixed.
+
+```python
+{read}
+
+{run}
+{last}
+```
+
+{checked}
+"""

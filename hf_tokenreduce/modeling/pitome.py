@@ -1,0 +1,91 @@
+# Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
+"""Token merging that protects what stands alone: PiToMe.
+
+B images · N patch tokens · d features of a key
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .attention import AttentionView, full_precision
+from .checks import is_number
+from .encoders import EncoderFacts
+from .hooks import Reducer
+from .matching import into_most_similar, map_into, sizes_of
+from .multiply_adds import products_of_keys, similarity_cost
+from .tokens import TokenMap, TokenState, apply_map
+from .tome import ToMeConfig
+
+
+@dataclass(frozen=True)
+class PiToMeConfig(ToMeConfig):
+    """Token merging with protected tokens, after "Accelerating Transformers with Spectrum-Preserving Token Merging".
+    A token's energy says how many others are like it; those of high energy merge. Needs no training.
+
+    margin: similarities above it count as alike in the first layer. From layer to layer it falls in a straight line,
+        to 0 behind the last.
+    """
+
+    method: ClassVar[str | None] = "pitome"
+
+    margin: float = 0.75
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not is_number(self.margin) or not 0 <= self.margin <= 1:
+            raise ValueError(f"PiToMeConfig: margin must lie between 0 and 1, got {self.margin!r}.")
+        self._set(margin=float(self.margin))
+
+    def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
+        removed = count - self.leaving(layer, count, facts)
+        if removed == 0:
+            return 0
+        matched = 2 * removed if protects(layer, facts) else count
+        return products_of_keys(count, count, facts) + similarity_cost(matched, facts)
+
+
+def protects(layer: int, facts: EncoderFacts) -> bool:
+    """Whether a layer matches the tokens of highest energy alone: those of the second half do."""
+    return 2 * layer >= facts.num_hidden_layers
+
+
+@torch.no_grad()
+def match_by_energy(keys: Tensor, size: Tensor | None, r: int, margin: float, protect: bool) -> TokenMap:
+    """Merge r of the patch tokens that have many like them: `keys` (B, N, d) float32, `size` (B, N) or None for ones.
+
+    A token's energy is the mean of ELU(cosine - margin) over all tokens. By falling energy the tokens are dealt into
+    sources and receivers in turn: all of them, and the r sources most like a receiver merge; or, with `protect`, the
+    first 2r, and all their sources merge. Means are weighted by size, r is at most half of N. Output order: that of
+    the tokens which the others go into.
+    """
+    num_tokens = keys.shape[1]
+    r = min(r, num_tokens // 2)
+    directions = F.normalize(keys, dim=-1)
+    with full_precision(keys):
+        similarity = torch.bmm(directions, directions.transpose(1, 2))
+    order = F.elu(similarity - margin).mean(dim=-1).argsort(dim=1, descending=True, stable=True)
+    order = order[:, : 2 * r] if protect else order
+    receiver, _ = into_most_similar(keys, order[:, ::2], order[:, 1::2], r)
+    return map_into(receiver, num_tokens - r, sizes_of(size, keys), mass_is_size=True, keeps_all=True)
+
+
+class PiToMeReducer(Reducer):
+    """Merges similar tokens of high energy after attention."""
+
+    def __init__(self, facts: EncoderFacts, layer: int):
+        super().__init__(facts, layer)
+        reduction, depth = facts.reduction, facts.num_hidden_layers
+        self.r = reduction.schedule(depth)[layer]
+        self.prop_attn = reduction.prop_attn
+        self.margin = reduction.margin * (1 - layer / depth)
+        self.protect = protects(layer, facts)
+
+    def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
+        if min(self.r, state.num_patch_tokens // 2) == 0:
+            return state
+        token_map = match_by_energy(view.patch_keys(), state.size, self.r, self.margin, self.protect)
+        return apply_map(state, token_map)

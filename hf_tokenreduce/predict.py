@@ -1,0 +1,195 @@
+"""`predict`: the class of every image of a folder, by a model of PyTorch or an exported one."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .deploy import ExportedModel
+from .evaluation.compute import tokens_entering
+from .evaluation.resume import append_line, digest, digest_of_model, launched_processes, read_lines
+from .files import known_settings, write_whole
+from .modes import evaluating
+from .pictures import is_image, read_picture
+from .tasks import all_layers_act, task_of_model
+
+
+SETTINGS = "settings.json"
+
+Answer = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From pixel values to logits (B, classes), and the tokens that leave the last layer, (B,)."""
+
+
+def predict(
+    model: PreTrainedModel | ExportedModel,
+    images: Sequence[str | Path],
+    image_processor: Any = None,
+    *,
+    top_k: int = 1,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    output_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """Label images one after the other, as they are read.
+
+    A file that cannot be read has an `error` in the place of a label, and the others go on. Processes of `accelerate
+    launch` or `torchrun` share the images; each gives, and writes, its own part.
+
+    Args:
+        model: An image classifier, or what `load_exported` returned.
+        images: Files, and folders with or without subfolders.
+        image_processor: The model's. An exported model brings its own.
+        top_k (`int`): The number of classes to tell.
+        batch_size (`int`): The number of images at once.
+        num_workers (`int`): The number of processes that read images.
+        output_dir (`str` or `Path`, *optional*): Predictions are written there as they come, a line of JSON each, into
+            `part-0.jsonl` of the first process and so on. Called again, images that are there are left out.
+        progress (`bool`): Show a bar.
+
+    Returns:
+        An iterator of `dict`: `file`, `label`, `score`, `tokens`, and with `top_k` above 1 `others`.
+
+    Example:
+        >>> for row in predict(load_exported("vit-tome-onnx"), ["photos"]):
+        ...     print(row["file"], row["label"], row["score"], row["tokens"])
+    """
+    if top_k < 1 or batch_size < 1 or num_workers < 0:
+        raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1, num_workers={num_workers} 0.")
+    image_processor = image_processor or getattr(model, "image_processor", None)
+    if image_processor is None:
+        raise ValueError("There is no image_processor: give that of the model.")
+    _check_classifier(model)
+    device = model.device if isinstance(model, PreTrainedModel) else torch.device("cpu")
+    processes = launched_processes(device)
+    folder = None if output_dir is None else Path(output_dir)
+    done: set[str] = set()
+    if folder is not None:
+        settings = {"model": _told(model), "top_k": top_k}
+        if processes.rank == 0 and not (folder / SETTINGS).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / SETTINGS, json.dumps(settings, indent=1))
+        processes.wait()
+        known_settings(folder / SETTINGS, settings)
+        done = {row["file"] for part in sorted(folder.glob("part-*.jsonl")) for row in read_lines(part)}
+        processes.wait()  # nobody writes before all have read
+    files = [file for file in find_images(images) if file not in done]
+    mine = files[processes.rank :: processes.world]
+    where = None if folder is None else folder / f"part-{processes.rank}.jsonl"
+    show = progress and processes.rank == 0
+    return _predict(model, mine, image_processor, top_k, batch_size, num_workers, where, device, show)
+
+
+def _predict(
+    model: Any, files: list[str], image_processor: Any, top_k: int, batch_size: int, num_workers: int,
+    where: Path | None, device: torch.device, show: bool,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    parts = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
+    reader = _Reader(parts, image_processor)
+    loader: Any = DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(parts)))
+    labels = model.config.id2label
+    answer = _exported(model) if isinstance(model, ExportedModel) else _of_torch(model)
+    with logging.tqdm(total=len(files), desc="predicting", leave=False, disable=not show, file=sys.stderr) as bar:
+        for some, errors, pixel_values in loader:
+            rows = [{"file": file, "error": error} for file, error in errors]
+            if some:
+                logits, tokens = answer(pixel_values.to(device))
+                best = logits.float().softmax(dim=-1).topk(min(top_k, logits.shape[-1]))
+                for file, scores, indices, count in zip(
+                    some, best.values.tolist(), best.indices.tolist(), tokens.tolist(), strict=True
+                ):
+                    named = [
+                        {"label": str(labels[index]), "score": round(score, 6)}
+                        for index, score in zip(indices, scores, strict=True)
+                    ]
+                    row: dict[str, Any] = {"file": file, **named[0], "tokens": count}
+                    rows.append(row if top_k == 1 else {**row, "others": named[1:]})
+            for row in rows:
+                if where is not None:
+                    append_line(where, row)
+                yield row
+            bar.update(len(rows))
+
+
+def find_images(names: Sequence[str | Path]) -> list[str]:
+    """The image files, and those in folders, in the order of their names; each once."""
+    found: dict[str, None] = {}
+    for name in names:
+        path = Path(name)
+        inside = [str(path)] if path.is_file() and is_image(path) else sorted(_walk(path)) if path.is_dir() else []
+        if not inside:
+            raise ValueError(f"{name} is neither an image nor a folder of images.")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    for where, _, names in os.walk(folder, followlinks=True):
+        yield from (os.path.join(where, name) for name in names if is_image(Path(where, name)))
+
+
+class _Reader(torch.utils.data.Dataset):
+    """Batches of files as (those that could be read, what is wrong with the others, pixel values), for a
+    `DataLoader`."""
+
+    def __init__(self, parts: list[list[str]], image_processor: Any):
+        self.parts, self.image_processor = parts, image_processor
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> tuple[list[str], list[tuple[str, str]], Tensor]:
+        files, pictures, errors = [], [], []
+        for file in self.parts[number]:
+            try:
+                pictures.append(read_picture(file))
+                files.append(file)
+            except ValueError as error:
+                errors.append((file, str(error)))
+        if not files:
+            return files, errors, torch.empty(0)
+        return files, errors, self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+
+
+def _of_torch(model: PreTrainedModel) -> Answer:
+    def answer(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        with evaluating(model), torch.inference_mode():
+            output: Any = model(pixel_values.to(model.dtype), **all_layers_act(model))
+        counts = output.get("token_counts")
+        if counts is None:
+            return output.logits, torch.full((len(pixel_values),), tokens_entering(model, pixel_values[:1]))
+        return output.logits, counts[:, -1]
+
+    return answer
+
+
+def _exported(model: ExportedModel) -> Answer:
+    return model.with_counts
+
+
+def _check_classifier(model: Any) -> None:
+    if isinstance(model, ExportedModel):
+        if model.record["output"] == "logits":
+            return
+        raise ValueError(f"{model.folder} gives features and no classes. Call what load_exported returns.")
+    task = task_of_model(model).name
+    if task != "image-classification":
+        raise ValueError(f"A {type(model).__name__} is for {task}, and predicts no classes of images.")
+
+
+def _told(model: Any) -> Any:
+    """What predictions depend on, as a digest."""
+    if not isinstance(model, ExportedModel):
+        return digest_of_model(model)
+    files = sorted(
+        file for file in model.folder.iterdir() if file.suffix in (".json", ".onnx", ".data", ".xml", ".bin", ".pt2")
+    )
+    return digest(file.read_bytes() for file in files)

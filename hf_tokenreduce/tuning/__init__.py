@@ -1,0 +1,17 @@
+"""Tuning: the search for the reduction that costs a model least on given images."""
+
+from .report import TuningReport, read_tuned
+from .space import Variant, even_setting, searched_methods, variants_of
+from .tuner import held_out_from, tune
+
+
+__all__ = [
+    "TuningReport",
+    "Variant",
+    "even_setting",
+    "held_out_from",
+    "read_tuned",
+    "searched_methods",
+    "tune",
+    "variants_of",
+]

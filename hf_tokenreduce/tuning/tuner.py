@@ -1,0 +1,433 @@
+"""`tune`: the best reduction for a model, images and a device, searched on a part of the images and reported on the
+others."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from ..evaluation.accuracy import class_indices, evaluate_model
+from ..evaluation.compare import (
+    compare,
+    conditions_of,
+    describe,
+    is_of_features,
+    labelled_digest,
+    reduced_as,
+)
+from ..evaluation.comparison import Comparison, write_comparison
+from ..evaluation.reading import check_data
+from ..evaluation.resume import digest_of_model
+from ..evaluation.runtimes import check_runtimes
+from ..evaluation.zero_shot import ZeroShotClassifier, converted, inside
+from ..files import holds_something, known_settings, model_folder, write_whole
+from ..hub import write_card
+from ..loading import image_names
+from ..methods import METHODS, method_of
+from ..modeling.configuration_base import ReductionConfig
+from ..modeling.methods import parse_reduction
+from ..modeling.multiply_adds import check_share
+from .parts import LEAST_IMAGES, Parts, split_rows
+from .report import LEFT_OUT, TuningReport, read_tuned, write_report
+from .search import Target, choose, measured, meets, pareto_front, search
+from .space import Variant, searched_methods, variants_of
+from .trials import CALIBRATION_IMAGES, Trials
+
+
+MODEL = "model"  # the folder of the chosen model, in that of the report
+SEARCHED = Path("search") / "images.json"
+MOST_ON_FRONT = 6
+
+
+def tune(
+    model: PreTrainedModel | ZeroShotClassifier,
+    dataset: Dataset,
+    processor: Any,
+    *,
+    share: float | None = None,
+    speedup: float | None = None,
+    max_drop: float | None = None,
+    output_dir: str | Path,
+    methods: Sequence[str] | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    speed: bool = True,
+    repeats: int = 11,
+    runtime: str = "eager",
+    num_workers: int = 0,
+    image_column: str = "image",
+    label_column: str = "label",
+    record: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> TuningReport:
+    """Search for the reduction that changes a model least at a cost, or costs least at a change. Nothing is trained.
+
+    Settings are told apart by how far the model's outputs go from the dense model's. Where there are labels, the drop
+    of the accuracy counts as much, between settings that were measured on all images of the search.
+
+    The images are split into a part to search on, at most 500, and the others, on which the report is measured. What
+    was tried is kept as it comes: stopped and called again, it goes on where it was and comes to the same result.
+
+    Args:
+        model: A classifier, a `zero_shot_classifier`, or an encoder whose features are compared. Of one that is
+            reduced already the search begins with the dense form, and that reduction is one of those tried.
+        dataset (`Dataset`): Images. With labels the report is of accuracy; without, of the share of the images that
+            get the dense model's class.
+        processor: What prepares the images.
+        share (`float`, *optional*): The share of the multiply-adds to keep at most. One of the three is given.
+        speedup (`float`, *optional*): How many times as fast as dense at least, on this device at this batch size.
+        max_drop (`float`, *optional*): By how many points the accuracy, without labels the agreement, drops at most;
+            the cheapest setting within it is looked for.
+        output_dir: Gets report.md, tuning.json, pareto.png, pareto.svg, and in `model` the chosen model with its card.
+        methods: Names of the methods to try. By default all that run untrained.
+        minutes (`float`, *optional*): The most that the trials take; the report takes its time afterwards. By default
+            as long as there is something to try.
+        seed (`int`): Of the split and the search.
+        batch_size (`int`): Images at once, also where time is measured.
+        speed (`bool`): Also time what is reported, and choose dense if nothing is faster on this device. False: the
+            model is for another device.
+        repeats (`int`): Of each timing in the report.
+        runtime (`str`): Where time is measured: `"eager"`, `"compiled"`, `"onnx"`, `"openvino"` or `"openvino-int8"`.
+        record (`Mapping`, *optional*): What the card is to know besides: `base_model`, `eval_dataset`, `command` and
+            others of a training's record.
+
+    Returns:
+        `TuningReport`: The chosen setting, and all that is shown beside it, on the held-out images.
+
+    Example:
+        >>> report = tune(model, photos, processor, share=0.65, output_dir="tuned")
+        >>> report.chosen["name"], report.chosen["drop"]
+    """
+    target = _target(share, speedup, max_drop, speed, minutes)
+    of_features = is_of_features(model, None)
+    if of_features and target.kind == "max_drop":
+        raise ValueError(
+            f"max_drop={max_drop} is of accuracy or agreement, and a {type(model).__name__} predicts no classes. Give "
+            "share or speedup."
+        )
+    check_data(dataset, batch_size, image_column=image_column)
+    check_runtimes([runtime], inside(model).device)
+    found = searched_methods(methods)
+    labels = None if of_features else _labels(model, dataset, label_column)
+    parts = _parts(dataset, label_column, seed)
+    folder = _folder(Path(output_dir))
+    settings = {
+        "model": digest_of_model(model),
+        "data": labelled_digest(dataset, image_column, label_column),
+        "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
+        "target": list(target),
+        "methods": [method.name for method in found],
+        "seed": seed,
+        "batch_size": batch_size,
+        "speed": conditions_of(inside(model), batch_size, repeats, runtime) if speed else None,
+    }
+    if not (folder / "search" / "settings.json").is_file():
+        (folder / "search" / "held-out" / "settings").mkdir(parents=True, exist_ok=True)
+        names = image_names(dataset, image_column)
+        write_whole(folder / SEARCHED, json.dumps([names[row] for row in parts.search], indent=1))
+        write_whole(folder / "search" / "settings.json", json.dumps(settings, indent=1))
+    known_settings(folder / "search" / "settings.json", settings)
+    trials = Trials(
+        model, dataset.select(parts.search), None if labels is None else [labels[row] for row in parts.search],
+        processor, folder / "search", folder / "search" / "held-out" / "settings", of_features=of_features,
+        batch_size=batch_size, runtime=runtime, image_column=image_column, num_workers=num_workers, progress=progress,
+    )  # fmt: skip
+    _check_classes(trials)
+    variants = [variant for method in found for variant in variants_of(method, trials.facts)]
+    own = parse_reduction(getattr(model.config, "reduction", None))
+    if own is not None:
+        trials.quality(own, len(parts.search))
+    end = trials.clock + (math.inf if minutes is None else 60 * minutes)
+    search(trials, variants, target, seed, end)
+    chosen = choose(trials, target)
+    why = "" if chosen is not None else _why_dense(trials, target)
+    shown = _shown(trials, variants, target, chosen, end)
+    trials.bar.close()
+
+    held_out = dataset.select(parts.report)
+    where = folder / "search" / "held-out"
+    if not of_features and labels is None:
+        held_out = _with_dense_classes(trials, held_out, label_column, folder / "search" / "classes", num_workers)
+    comparison = compare(
+        model, held_out, processor, [setting for setting, _ in shown], output_dir=where, batch_size=batch_size,
+        num_workers=num_workers, image_column=image_column, label_column=label_column, speed=speed, repeats=repeats,
+        runtime=runtime, calibration_images=CALIBRATION_IMAGES, calibration_dataset=trials.dataset, progress=progress,
+    )  # fmt: skip
+    name = Path(model.config.name_or_path or type(inside(model)).__name__).name
+    rows = _rows(trials, comparison, shown, of_dense_classes=not of_features and labels is None)
+    write_comparison(Comparison(rows, where), f"{name}, {len(held_out)} images")
+    row, why = _decided(rows, target, speed, why)
+    report = TuningReport(
+        model=name,
+        target=target._asdict(),
+        seed=seed,
+        images={"search": len(parts.search), "report": len(parts.report)},
+        labelled=label_column in dataset.column_names,
+        tried=len(trials.tried()),
+        methods=[method.title for method in found],
+        seconds=round(trials.clock, 1),
+        chosen=row,
+        why=why,
+        begun_from=None if own is None else describe(own),
+        rows=rows,
+        folder=folder,
+    )
+    write_report(report)
+    _save(report, trials, processor, record or {})
+    return report
+
+
+def _target(
+    share: float | None, speedup: float | None, max_drop: float | None, speed: bool, minutes: float | None
+) -> Target:
+    given = {name: value for name, value in (("share", share), ("speedup", speedup), ("max_drop", max_drop))
+             if value is not None}  # fmt: skip
+    if len(given) != 1:
+        told = " and ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
+        raise ValueError(
+            f"Give one target: share, such as 0.65 of the multiply-adds, speedup, such as 1.5, or max_drop, such as 1 "
+            f"point. Got {told}."
+        )
+    ((kind, value),) = given.items()
+    if kind == "share":
+        check_share(value)
+    elif kind == "speedup" and not 1 < value < math.inf:
+        raise ValueError(f"speedup is how many times as fast as dense, above 1, got {value!r}.")
+    elif kind == "max_drop" and not 0 <= value < 100:
+        raise ValueError(f"max_drop is in points of the accuracy, from 0 to below 100, got {value!r}.")
+    if kind == "speedup" and not speed:
+        raise ValueError(f"speedup={value} needs time to be measured: leave speed=False (--no-speed) out.")
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be above 0, got {minutes!r}.")
+    return Target(kind, float(value))
+
+
+def _labels(model: Any, dataset: Dataset, label_column: str) -> list[int] | None:
+    """The class of each image in the model; None if there are no labels."""
+    given = _raw_labels(dataset, label_column)
+    if given is None:
+        return None
+    classes = class_indices(dataset, label_column, model.config.label2id)
+    labels = [classes[label] if classes and label is not None else label for label in given]
+    highest = model.config.num_labels - 1
+    if any(label is None or not 0 <= label <= highest for label in labels):
+        raise ValueError(f"The labels must be classes of the model, 0 to {highest}. Leave out images without a class.")
+    return labels
+
+
+def _raw_labels(dataset: Dataset, label_column: str) -> list[int] | None:
+    return list(dataset.with_format(None)[label_column]) if label_column in dataset.column_names else None
+
+
+def _parts(dataset: Dataset, label_column: str, seed: int) -> Parts:
+    count, labels = len(dataset), _raw_labels(dataset, label_column)
+    if count < LEAST_IMAGES:
+        raise ValueError(
+            f"There are {count} images. A search on some and a report on others take at least {LEAST_IMAGES}, and say "
+            "little below some hundreds. Give more images."
+        )
+    if labels is not None and len(set(labels)) == 1:
+        raise ValueError(
+            f"All {count} images are of one class, so nobody could see that others are confused. Give images of at "
+            "least two classes."
+        )
+    return split_rows(labels, count, seed)
+
+
+def _check_classes(trials: Trials) -> None:
+    if trials.classes is not None and trials.labels is trials.classes and len(set(trials.classes.tolist())) == 1:
+        raise ValueError(
+            f"The dense model gives all {len(trials.classes)} images one class, so nobody could see that others are "
+            "confused. Give images of at least two classes."
+        )
+
+
+def _folder(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file. Name a folder.")
+    if folder.is_dir() and holds_something(folder) and not (folder / "search" / "settings.json").is_file():
+        raise ValueError(f"output_dir {folder} is not empty, and no search was made there. Name another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def held_out_from(
+    folder: str | Path, dataset: Dataset, *, image_column: str = "image"
+) -> tuple[Dataset, list[ReductionConfig]]:
+    """Prepare a comparison of what a search found with other settings, on images that the search did not see.
+
+    Args:
+        folder: What `tune` was given as `output_dir`.
+        dataset (`Dataset`): Images. Those that were searched on are left out, by the names of their files.
+        image_column: Where they are.
+
+    Returns:
+        The images, and the settings that were found: the chosen one, the best of each other method, and the front.
+
+    Example:
+        >>> images, found = held_out_from("tuned", photos)
+        >>> comparison = compare(model, images, processor, shares=[0.65], tuned=found, output_dir="comparison")
+    """
+    report = read_tuned(folder)
+    found = [parse_reduction(row["settings"]) for row in report["rows"] if set(row["roles"]) - {"default"}]
+    seen = set(json.loads((Path(folder) / SEARCHED).read_text()))
+    unseen = [row for row, name in enumerate(image_names(dataset, image_column)) if name not in seen]
+    if not unseen:
+        raise ValueError(f"All {len(dataset)} images were searched on for {folder}. Give others.")
+    return dataset.select(unseen), [setting for setting in found if setting is not None]
+
+
+def _shown(
+    trials: Trials, variants: Sequence[Variant], target: Target, chosen: ReductionConfig | None, end: float
+) -> list[tuple[ReductionConfig, list[str]]]:
+    """The settings that are measured on the held-out images, each with its roles. The search alone decides: nothing of
+    the held-out images is known here."""
+    roles: dict[str, tuple[ReductionConfig, list[str]]] = {}
+
+    def add(setting: ReductionConfig, role: str) -> None:
+        roles.setdefault(trials.key(setting), (setting, []))[1].append(role)
+
+    seen: set[str | None] = set()
+    if chosen is not None:
+        add(chosen, "chosen")
+        seen.add(chosen.method)
+        quality = trials.known_quality(chosen)
+        assert quality is not None
+        best = _best_default(trials, variants, target.value if target.kind == "share" else quality.share, end)
+        if best is not None:
+            add(best, "default")
+    for setting, found in measured(trials):
+        if setting.method not in seen and meets(trials, target, setting, found):
+            seen.add(setting.method)
+            add(setting, "runner-up")
+    for setting in pareto_front(trials, MOST_ON_FRONT):
+        add(setting, "front")
+    return list(roles.values())
+
+
+def _best_default(trials: Trials, variants: Sequence[Variant], share: float, end: float) -> ReductionConfig | None:
+    """Of the methods' own settings at a share the best one; when the clock has ended, of those that are known."""
+    best: tuple[float, ReductionConfig] | None = None
+    for name in dict.fromkeys(variant.method for variant in variants):
+        ended = trials.clock > end
+        if ended and METHODS[name].at_share is None:
+            continue  # it would have to be fitted on images
+        setting = trials.setting_at(Variant(name), share)
+        count = len(trials.dataset)
+        quality = None
+        if setting is not None:
+            quality = trials.known_quality(setting, count) if ended else trials.quality(setting, count)
+        if setting is not None and quality is not None and (best is None or trials.order(quality) < best[0]):
+            best = (trials.order(quality), setting)
+    return None if best is None else best[1]
+
+
+def _why_dense(trials: Trials, target: Target) -> str:
+    """Why the dense model is what is asked for, where no setting is; or a ValueError that says what can be reached."""
+    if target.kind == "max_drop":
+        drops = [quality.drop for _, quality in measured(trials) if quality.drop is not None]
+        told = f"the least that was seen is {min(drops):.1f}" if drops else "none could be measured"
+        return f"No setting that was tried keeps the drop within {target.value:g} points: {told}. Use dense."
+    if target.kind == "share":
+        raise ValueError(f"share={target.value:g} is kept by no setting that was tried. Give a higher share.")
+    fastest = max((row["speedup"] or 0.0 for row in trials.speeds.values()), default=0.0)
+    if fastest > 1:
+        raise ValueError(
+            f"speedup={target.value:g} cannot be reached on this device at batch {trials.batch_size}: the most that "
+            f"was seen is {fastest:.2f}. Give less, or another batch size."
+        )
+    return f"No setting that was tried is faster than dense on this device at batch {trials.batch_size}. Use dense."
+
+
+def _with_dense_classes(trials: Trials, images: Dataset, label_column: str, folder: Path, num_workers: int) -> Dataset:
+    """The images with the class that the dense model gives each, so that accuracy is agreement with it."""
+    options: dict[str, Any] = {"batch_size": trials.batch_size, "num_workers": num_workers, "progress": False}
+    unknown = images.add_column(label_column, [0] * len(images))
+    report = evaluate_model(
+        reduced_as(trials.model, None), unknown, trials.processor, output_dir=folder,
+        image_column=trials.image_column, label_column=label_column, **options,
+    )  # fmt: skip
+    return images.add_column(label_column, report.per_image["predictions"].tolist())
+
+
+def _rows(
+    trials: Trials, comparison: Comparison, shown: list[tuple[ReductionConfig, list[str]]], of_dense_classes: bool
+) -> list[dict[str, Any]]:
+    """The records of the comparison, with roles, and what was seen on the images of the search."""
+    rows = []
+    for row in comparison.rows:
+        own = next(((one, roles) for one, roles in shown if one.to_dict() == row["settings"]), None)
+        quality = None if own is None else trials.known_quality(own[0])
+        row = {name: value for name, value in row.items() if name not in LEFT_OUT}
+        row |= {"roles": [] if own is None else own[1], "search": None if quality is None else asdict(quality)}
+        if of_dense_classes and not row.get("skipped"):
+            # Labels were the dense model's classes: what looks like accuracy is agreement with it.
+            row |= {"agreement": row["top1"], "agreement_interval": row["top1_interval"]}
+            row |= dict.fromkeys(("top1", "top1_interval", "top5", "baseline_top1"))
+        rows.append(row)
+    return rows
+
+
+def _decided(rows: list[dict[str, Any]], target: Target, speed: bool, why: str) -> tuple[dict[str, Any], str]:
+    """The record that is chosen, and why if it is not that of the search: what is not faster is of no use here."""
+    wanted = next((row for row in rows if "chosen" in row["roles"]), rows[0])
+    chosen = wanted
+    if speed and wanted is not rows[0]:
+        # A default keeps the share that was asked for, but was not held to another target.
+        roles = {"runner-up", "default"} if target.kind == "share" else {"runner-up"}
+        able = [wanted, *(row for row in rows if roles & set(row["roles"]))]
+        paying = [row for row in able if (row["speedup_interval"] or [0])[0] > 1]  # by more than the noise
+        chosen = paying[0] if paying else rows[0]
+        told = f"{wanted['name']}, which the search found, "
+        if wanted["speedup"] is None:
+            told += "does not run in this runtime at this batch size"
+        else:
+            told += f"is {wanted['speedup']:.2f} times as fast as dense"
+        if not paying:
+            batch = rows[0]["speed_batch_size"]
+            why = f"Nothing that does what was asked for pays on this device at batch {batch}: {told}. Use dense."
+        elif chosen is not wanted:
+            why = f"{told} on this device, which does not pay; this is the next that does."
+    if chosen is not wanted or wanted is rows[0]:
+        wanted["roles"] = [role for role in wanted["roles"] if role != "chosen"]
+        chosen["roles"] = ["chosen", *chosen["roles"]]
+    return chosen, why
+
+
+def _save(report: TuningReport, trials: Trials, processor: Any, known: Mapping[str, Any]) -> None:
+    """Write the chosen model, as `tokenreduce reduce` does, with a record and a card of how it was found."""
+    row = report.chosen
+    if row["method"] is None:
+        reduced = converted(trials.model, lambda one: reduced_as(one, None))
+    else:
+        setting = next(one for one in trials.tried() if one.to_dict() == row["settings"])
+        reduced, reason = trials.reduced(setting)
+        assert reason is None
+    chosen = inside(reduced)
+    if method_of(chosen.config.reduction).prepare is not None:
+        chosen.config.calibrated_share = round(row["search"]["share"], 4)
+    record = {
+        "base_model": report.model,
+        "method": row["method"],
+        "settings": row["settings"],
+        "tokens_per_layer": row["tokens_per_layer"],
+        "mult_adds_ratio": row["mult_adds_ratio"],
+        "speedup": row["speedup"],
+        "speed_batch_size": row["speed_batch_size"],
+        "epochs": 0,
+        "seed": report.seed,
+        "found_by": report.found_by(),
+    }
+    if row.get("top1") is not None:
+        record |= {name: row.get(name) for name in ("top1", "baseline_top1")} | {"eval_images": row["images"]}
+    with model_folder(report.folder / MODEL, with_card=True) as place:
+        chosen.save_pretrained(place)
+        processor.save_pretrained(place)
+        write_whole(place / "record.json", json.dumps(record | dict(known), indent=1))
+    write_card(report.folder / MODEL)
