@@ -58,12 +58,17 @@ def write(program: ExportedProgram, format: str, folder: Path, input_name: str, 
     elif format == "onnx":
         _write_onnx(program, file, input_name, outputs)
     else:
-        openvino = importlib.import_module("openvino")
         between = folder / "between"
         between.mkdir()
         _write_onnx(program, between / "model.onnx", input_name, outputs)
-        openvino.save_model(openvino.convert_model(between / "model.onnx"), file, compress_to_fp16=False)
+        to_openvino(between / "model.onnx", file)
         shutil.rmtree(between)
+
+
+def to_openvino(onnx_file: Path, file: Path) -> None:
+    """Write the graph of an ONNX file for OpenVINO, in float32."""
+    openvino = importlib.import_module("openvino")
+    openvino.save_model(openvino.convert_model(onnx_file), file, compress_to_fp16=False)
 
 
 def _write_onnx(program: ExportedProgram, file: Path, input_name: str, outputs: list[str]) -> None:

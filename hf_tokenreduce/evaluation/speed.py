@@ -138,7 +138,8 @@ def _time_batches(
                 continue
             compiled = runtime == "compiled" and name not in adaptive
             if RUNTIMES[runtime]:
-                runs[runtime, name, ""] = graphs.open(name, MainOutput(model), runtime, batch_size, dtype)
+                one_by_one = name in adaptive
+                runs[runtime, name, ""] = graphs.open(name, MainOutput(model), runtime, batch_size, dtype, one_by_one)
             else:
                 side = image_side(model)
                 runs[runtime, name, ""] = torch.compile(side, dynamic=False) if compiled else side
