@@ -16,6 +16,7 @@ from hf_tokenreduce import ATSConfig, DLViTConfig, EViTConfig, ToMeConfig, expor
 from hf_tokenreduce.evaluation.resume import Processes
 from hf_tokenreduce.files import model_folder
 from hf_tokenreduce.loading import load_pictures
+from hf_tokenreduce.modeling import tome
 from hf_tokenreduce.predict import predict
 from hf_tokenreduce.tasks import main_output
 from hf_tokenreduce_cli import main
@@ -81,6 +82,8 @@ def test_a_graph_of_a_fixed_number_of_images_takes_any(tmp_path):
         images = tiny_images(count)
         with torch.no_grad():
             torch.testing.assert_close(loaded(images), model(images).logits, atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"takes inputs of the shape \(any number, 3, 32, 32\), got \[1, 3, 16, 16\]"):
+        loaded(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r"ATS keeps another number of tokens .* leave out batch_size=3, or give 1"):
         export(reduce_tokens(model, ATSConfig(layers=(1,))), tmp_path / "a", batch_size=3)
 
@@ -260,6 +263,16 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=what):
             export(model, tmp_path / "a", **changes)
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_tokenreduce.deploy.graphs._translations", dict)
+        with pytest.raises(ValueError, match=r"cannot be written as ONNX.*: ONNX has no aten\.sort\.stable"):
+            export(model, tmp_path / "a")
+        match = tome.match_most_similar
+        patched.setattr(
+            tome, "match_most_similar", lambda keys, *others: keys.sum().item() < 9e9 and match(keys, *others)
+        )
+        with pytest.raises(ValueError, match=r"torch\.export cannot follow the model .Could not guard"):
+            export(model, tmp_path / "a", format="torch")
     with pytest.raises(ValueError, match=r"has no export\.json: it is no exported model"):
         load_exported(tmp_path)
     with pytest.raises(ValueError, match="Linear cannot be exported"):

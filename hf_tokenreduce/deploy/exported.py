@@ -33,6 +33,9 @@ class ExportedModel:
 
     def with_counts(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Also tell how many tokens leave the last layer, (B,)."""
+        shape, given = self.record["shape"], list(inputs.shape)
+        if given[1:] != shape or not len(inputs):
+            raise ValueError(f"The graph takes inputs of the shape (any number, {str(shape)[1:-1]}), got {given}.")
         size = self._size or len(inputs)
         found = [self._run_part(part, size) for part in inputs.float().split(size)]
         main = torch.cat([outputs[0] for outputs in found])

@@ -91,6 +91,7 @@ def export(
                 "format": format,
                 "opset": OPSET if format in ("onnx", "openvino") else None,
                 "input": _input_name(model),
+                "shape": list(inputs.shape[1:]),
                 "output": output,
                 "batch_size": batch_size,
                 "int8": int8,
@@ -137,6 +138,11 @@ class Outputs(nn.Module):
 
 def _check(model: Any, format: str, batch_size: int | None, int8: bool, images: Any) -> int | None:
     """Raise an error that says what to do, or return the number of images that the graph takes."""
+    if int8 and format in FORMATS and format != "openvino":
+        raise ValueError(
+            f"8 bits are for OpenVINO, and the format is {format}. Give format='openvino'. (In ONNX Runtime 8 bits "
+            "hardly made these models faster.)"
+        )
     check_format(format, PACKAGES if int8 else ())
     if stock_name(model) is None:
         raise ValueError(f"A {type(model).__name__} cannot be exported. {what_can_be_reduced()}")
@@ -147,11 +153,6 @@ def _check(model: Any, format: str, batch_size: int | None, int8: bool, images: 
         raise ValueError(f"A {type(model).__name__} cannot be exported: {reason}.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if int8 and format != "openvino":
-        raise ValueError(
-            f"8 bits are for OpenVINO, and the format is {format}. Give format='openvino'. (In ONNX Runtime 8 bits "
-            "hardly made these models faster.)"
-        )
     if int8 and images is None:
         raise ValueError("8 bits are fitted to images: give images, a folder of 100 or more of the kind to come.")
     reduction = getattr(model.config, "reduction", None)

@@ -7,6 +7,7 @@ decides how many tokens it keeps, the number that leaves each layer, (B, L).
 import importlib
 import importlib.util
 import logging
+import re
 import shutil
 import sys
 import warnings
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
 
 
@@ -44,7 +46,13 @@ def trace(module: nn.Module, inputs: Tensor, batch_size: int | None) -> Exported
     example = inputs[: 2 if batch_size is None else batch_size]
     free = ({0: torch.export.Dim.DYNAMIC},) if batch_size is None else None
     with torch.no_grad(), quietly():
-        return torch.export.export(module, (example,), dynamic_shapes=free, strict=False)
+        try:
+            return torch.export.export(module, (example,), dynamic_shapes=free, strict=False)
+        except (UserError, RuntimeError) as error:  # what depends on numbers of an image, most of all
+            raise ValueError(
+                f"torch.export cannot follow the model ({_first_line(error)}). If it has a method of your own, let "
+                "its shapes not depend on what an image shows, or export it for one image: batch_size=1."
+            ) from error
 
 
 def write(program: ExportedProgram, format: str, folder: Path, input_name: str, outputs: list[str]) -> None:
@@ -73,21 +81,33 @@ def to_openvino(onnx_file: Path, file: Path) -> None:
 
 def _write_onnx(program: ExportedProgram, file: Path, input_name: str, outputs: list[str]) -> None:
     with quietly():
-        found = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[input_name],
-            output_names=outputs,
-            custom_translation_table=_translations(),
-            verbose=False,
-        )
+        try:
+            found = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[input_name],
+                output_names=outputs,
+                custom_translation_table=_translations(),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            lacking = re.search(r"No ONNX function found for <OpOverload\(op='(.+?)', overload='(.+?)'", str(error))
+            why = f"ONNX has no {lacking[1]}.{lacking[2]}" if lacking else _first_line(error)
+            raise ValueError(
+                f"The model cannot be written as ONNX, from which OpenVINO's graphs are made too: {why}. Let the "
+                "method do without that operation, or take the format torch."
+            ) from error
         assert found is not None
         for node in found.model.graph:
             if ".reducer" in node.metadata_props.get("pkg.torch.onnx.name_scopes", ""):
                 node.name = REDUCER + str(node.name)
             node.metadata_props.clear()  # the paths of our files on this machine, among others
         found.save(file)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 @contextmanager
