@@ -32,12 +32,15 @@ Run = Callable[[Tensor], list[Tensor]]
 
 
 class Format(NamedTuple):
-    """packages: what it needs, by the names that are imported. extra: what of this package brings them, "" for none.
-    file: the graph. open: (folder, threads, number of inputs or None, dtype) -> how to run it."""
+    """writes, runs: the packages that writing and running need, by the names that are imported. extra: what of this
+    package brings them, "" for none. file: the graph. is_code: whether loading it may run code that it holds. open:
+    (folder, threads, number of inputs or None, dtype) -> how to run it."""
 
-    packages: tuple[str, ...]
+    writes: tuple[str, ...]
+    runs: tuple[str, ...]
     extra: str
     file: str
+    is_code: bool
     open: Callable[[Path, int | None, int | None, str], Run]
 
 
@@ -59,6 +62,9 @@ def write(program: ExportedProgram, format: str, folder: Path, input_name: str, 
     """Write a graph of a format into a folder."""
     file = folder / FORMATS[format].file
     if format == "torch":
+        for part in program.graph_module.modules():
+            for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # paths of our files on this machine
         torch.export.save(program, file)
     elif format == "aoti":
         with quietly():
@@ -172,7 +178,9 @@ def _open_onnx(folder: Path, threads: int | None, batch_size: int | None, dtype:
         options.intra_op_num_threads = threads
     session = runtime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda inputs: [torch.from_numpy(found) for found in session.run(None, {name: inputs.cpu().numpy()})]
+    return lambda inputs: [
+        torch.from_numpy(found) for found in session.run(None, {name: inputs.float().cpu().numpy()})
+    ]
 
 
 def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:
@@ -189,7 +197,7 @@ def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dt
     request = core.compile_model(graph, "CPU", options).create_infer_request()
 
     def run(inputs: Tensor) -> list[Tensor]:
-        found = request.infer([inputs.cpu().numpy()])
+        found = request.infer([inputs.float().cpu().numpy()])
         return [torch.from_numpy(found[output].copy()) for output in found]
 
     return run
@@ -211,23 +219,27 @@ def _listed(found: Any) -> list[Tensor]:
 
 
 FORMATS = {
-    "onnx": Format(("onnx", "onnxscript", "onnxruntime"), "onnx", "model.onnx", _open_onnx),
-    "openvino": Format(("onnx", "onnxscript", "openvino"), "openvino", "openvino_model.xml", _open_openvino),
-    "torch": Format((), "", "model.pt2", _open_torch),
-    "aoti": Format((), "", "model.pt2", _open_aoti),
+    "onnx": Format(("onnx", "onnxscript"), ("onnxruntime",), "onnx", "model.onnx", False, _open_onnx),
+    "openvino": Format(("onnx", "onnxscript"), ("openvino",), "openvino", "openvino_model.xml", False, _open_openvino),
+    "torch": Format((), (), "", "model.pt2", True, _open_torch),
+    "aoti": Format((), (), "", "model.pt2", True, _open_aoti),
 }
 
 
-def check_format(format: str, more: tuple[str, ...] = ()) -> None:
-    """Raise a ValueError if there is no such format, an ImportError if its packages, or `more`, are missing."""
+def check_format(format: str, writes: bool = False, more: tuple[str, ...] = ()) -> None:
+    """Raise a ValueError if there is no such format, an ImportError if packages that run it are missing, or `more`.
+
+    writes: also those that write it
+    """
     if format not in FORMATS:
         raise ValueError(f"There is no format {format!r}. The formats are: {', '.join(FORMATS)}.")
-    packages, extra, *_ = FORMATS[format]
-    missing = [name for name in (*packages, *more) if importlib.util.find_spec(name) is None]
+    wanted, extra = FORMATS[format], FORMATS[format].extra
+    packages = (*(wanted.writes if writes else ()), *wanted.runs, *more)
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
             f"The format {format} needs {', '.join(missing)}: pip install 'hf-tokenreduce[{extra}]', or pip install "
             f"{' '.join(missing)}."
         )
-    if format == "aoti" and shutil.which("g++") is None and shutil.which("clang++") is None:
+    if writes and format == "aoti" and shutil.which("g++") is None and shutil.which("clang++") is None:
         raise ValueError("The format aoti compiles C++, and there is no compiler here. Install g++, or take torch.")

@@ -37,7 +37,7 @@ class Graphs:
         onnx = self.folder / f"{name.replace('/', '-')} onnx"
         if not onnx.is_dir():
             onnx.mkdir()
-            module = copy.deepcopy(module).float().cpu().eval()
+            module = _OneInput(copy.deepcopy(module).float().cpu().eval())
             inputs = self.inputs.repeat(2, 1, 1, 1)  # two at least
             write(trace(module, inputs, fixed), "onnx", onnx, "pixel_values", ["output"])
         place = onnx.with_name(f"{name.replace('/', '-')} {runtime}")
@@ -61,7 +61,7 @@ def check_runtimes(runtimes: Sequence[str], device: torch.device) -> None:
             continue
         if device.type != "cpu":
             raise ValueError(f"The runtime {name} is timed on the CPU, and the device is {device}. Give device='cpu'.")
-        check_format(RUNTIMES[name], PACKAGES if name == "openvino-int8" else ())
+        check_format(RUNTIMES[name], True, PACKAGES if name == "openvino-int8" else ())
 
 
 def why_not(model: Any, runtime: str, adaptive: bool, batch_size: int, dtype: str) -> str | None:
@@ -73,6 +73,17 @@ def why_not(model: Any, runtime: str, adaptive: bool, batch_size: int, dtype: st
     if dtype != "float32" and (runtime == "onnx" or dtype != "bfloat16"):
         return f"its graph is not computed in {dtype}"
     return None
+
+
+class _OneInput(nn.Module):
+    """A module of any arguments, as one of one tensor, whose number of images is free."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.module(inputs)
 
 
 class MainOutput(nn.Module):

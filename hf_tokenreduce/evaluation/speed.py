@@ -161,6 +161,8 @@ def _time_batches(
                     lengths[key], oracles[key] = wanted, cut
                     runs[key] = torch.compile(cut, dynamic=False) if compiled else cut
 
+    if not runs:
+        raise ValueError(f"Nothing can be timed: {'; '.join(left_out)}.")
     seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in runs}
     order = list(runs)
     for repeat in range(-warmup, repeats):

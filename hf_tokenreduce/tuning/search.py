@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from ..methods import METHODS
+from ..methods import METHODS, method_of
 from ..modeling.configuration_base import ReductionConfig
 from .parts import subset_sizes
 from .space import Variant, even_setting, shape_of
@@ -71,7 +71,8 @@ def measured(trials: Trials) -> list[tuple[ReductionConfig, Quality]]:
 def meets(trials: Trials, target: Target, setting: ReductionConfig, quality: Quality) -> bool:
     """Whether a setting does what was asked for, on the images of the search."""
     if target.kind == "share":
-        return quality.share <= target.value + TOLERANCE
+        adaptive = method_of(setting).is_adaptive(setting)
+        return quality.share <= target.value + (TOLERANCE if adaptive else 1e-9)
     if target.kind == "max_drop":
         return quality.drop is not None and quality.drop <= target.value
     speedup = trials.known_speedup(setting)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation.accuracy import class_indices, evaluate_model
 from ..evaluation.compare import (
+    CPU,
     compare,
     conditions_of,
     describe,
@@ -112,7 +113,7 @@ def tune(
             "share or speedup."
         )
     check_data(dataset, batch_size, image_column=image_column)
-    check_runtimes([runtime], inside(model).device)
+    check_runtimes([runtime], CPU)
     found = searched_methods(methods)
     labels = None if of_features else _labels(model, dataset, label_column)
     parts = _parts(dataset, label_column, seed)
