@@ -178,9 +178,11 @@ def _open_onnx(folder: Path, threads: int | None, batch_size: int | None, dtype:
         options.intra_op_num_threads = threads
     session = runtime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda inputs: [
-        torch.from_numpy(found) for found in session.run(None, {name: inputs.float().cpu().numpy()})
-    ]
+
+    def run(inputs: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(found) for found in session.run(None, {name: inputs.float().cpu().numpy()})]
+
+    return run
 
 
 def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:

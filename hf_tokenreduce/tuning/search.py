@@ -366,7 +366,7 @@ def _of_different_methods(ranked: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _few_of_each_method(trials: Trials, ranked: Sequence[Candidate], methods: int = 4) -> list[Candidate]:
-    """Of the best methods the best candidate, and the best one that reduces in at most half of the layers."""
+    """The best candidate of each of the best methods, and the best one that reduces in at most half of the layers."""
     found: list[Candidate] = []
     for name in list(dict.fromkeys(candidate.variant.method for candidate in ranked))[:methods]:
         own = [candidate for candidate in ranked if candidate.variant.method == name]
