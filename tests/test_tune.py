@@ -381,7 +381,7 @@ def test_images_without_labels(model, photos, processor, tmp_path):
     assert not report.labelled and report.chosen["top1"] is None
     assert report.chosen["agreement"] == pytest.approx(100 - report.chosen["drop"])
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "top-1" not in text and "the dense model's class is kept of" in text and "| same as dense % |" in text
+    assert "top-1" not in text and "keep the dense model's class." in text and "| same as dense % |" in text
     assert "Top-1" not in (tmp_path / "out" / "model" / "README.md").read_text()
 
 

@@ -82,7 +82,8 @@ def write(program: ExportedProgram, format: str, folder: Path, input_name: str, 
 def to_openvino(onnx_file: Path, file: Path) -> None:
     """Write the graph of an ONNX file for OpenVINO, in float32."""
     openvino = importlib.import_module("openvino")
-    openvino.save_model(openvino.convert_model(onnx_file), file, compress_to_fp16=False)
+    with quietly():
+        openvino.save_model(openvino.convert_model(onnx_file), file, compress_to_fp16=False)
 
 
 def _write_onnx(program: ExportedProgram, file: Path, input_name: str, outputs: list[str]) -> None:
@@ -118,16 +119,25 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """What exporters say of other packages and of themselves is of no use to users; what they raise is."""
+    """What exporters say of other packages and of themselves is of no use to users; what they raise is. Nor do they
+    tell their makers what users do, which OpenVINO's converter and NNCF else do, by a process of its own each time."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "nncf")]
     levels = [logger.level for logger in loggers]
+    sender: Any = None
+    if importlib.util.find_spec("openvino_telemetry") is not None:
+        sender = importlib.import_module("openvino_telemetry.utils.sender").TelemetrySender
+        send = sender.send
     try:
+        if sender is not None:
+            sender.send = lambda *message: None
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
+        if sender is not None:
+            sender.send = send
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
