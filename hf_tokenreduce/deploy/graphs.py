@@ -206,9 +206,10 @@ def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dt
     if batch_size is not None and graph.input().partial_shape[0].is_dynamic:
         # With a number known beforehand, no operator has to find the shape of its output in every call.
         graph.reshape([batch_size, *[size.get_length() for size in list(graph.input().partial_shape)[1:]]])
-    request = core.compile_model(graph, "CPU", options).create_infer_request()
+    compiled = core.compile_model(graph, "CPU", options)
+    request = compiled.create_infer_request()
 
-    def run(inputs: Tensor) -> list[Tensor]:
+    def run(inputs: Tensor, kept: Any = (core, graph, compiled)) -> list[Tensor]:  # a request needs them all
         found = request.infer([inputs.float().cpu().numpy()])
         return [torch.from_numpy(found[output].copy()) for output in found]
 
