@@ -20,7 +20,8 @@ from hf_tokenreduce import calibrate, export, load_exported, reduce_tokens
 from hf_tokenreduce.budget import reduce_to_share
 from hf_tokenreduce.evaluation.accuracy import class_indices, paired_bootstrap
 from hf_tokenreduce.evaluation.reading import batches
-from hf_tokenreduce.files import write_whole
+from hf_tokenreduce.evaluation.resume import digest_of_data
+from hf_tokenreduce.files import known_settings, write_whole
 from hf_tokenreduce.loading import load_images, load_model
 
 
@@ -58,12 +59,15 @@ def main(arguments: list[str] | None = None) -> None:
     fitting, rest = rows[::2][:300], sorted(set(rows) - set(rows[::2][:300]))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / f"int8-accuracy-{Path(args.model).name}.json"
-    found = json.loads(file.read_text()) if file.is_file() else {"date": date.today().isoformat(), "rows": {}}
+    settings = {"share": args.share, "images": len(rest), "photos": digest_of_data(images, "image", labels.tolist())}
+    found: dict[str, Any] = {**settings, "date": date.today().isoformat(), "rows": {}}
+    if file.is_file():
+        found = known_settings(file, settings)
     for method in args.methods:
         if method not in found["rows"]:
             model = reduced(dense, method, args.share, pixels[fitting[:100]])
             found["rows"][method] = measure(model, pixels[fitting], pixels[rest], labels[rest])
-            write_whole(file, json.dumps({**found, "share": args.share, "images": len(rest)}, indent=1) + "\n")
+            write_whole(file, json.dumps(found, indent=1) + "\n")
     print("| method | float32 % | 8 bits % | lost, points | interval | same class % |\n" + "|---" * 6 + "|")
     for method in args.methods:
         row = found["rows"][method]

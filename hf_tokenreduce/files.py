@@ -52,13 +52,19 @@ def refuse_other_settings(folder: Path, found: Any, wanted: dict[str, Any]) -> N
     found = found if isinstance(found, dict) else {}  # a file that somebody else wrote
     different = [name for name, value in wanted.items() if found.get(name) != value]
     if different:
-        told = "; ".join(
-            f"{name} was {reprlib.repr(found.get(name))}, now {reprlib.repr(wanted[name])}" for name in different
-        )
+        told = "; ".join(_told_apart(name, found.get(name), wanted[name]) for name in different)
         raise ValueError(
             f"{folder} was made with other settings: {told}. Give the settings of then, give another folder, or "
             "delete this one to start anew."
         )
+
+
+def _told_apart(name: str, was: Any, now: Any) -> str:
+    """What differs; of two dicts only the entries that do."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        names = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+        return "; ".join(_told_apart(f"{name}.{key}", was.get(key), now.get(key)) for key in names)
+    return f"{name} was {reprlib.repr(was)}, now {reprlib.repr(now)}"
 
 
 CONFIG = "config.json"
@@ -67,7 +73,7 @@ UNFINISHED = ".{}.part"
 WEIGHTS_AND_SETTINGS = (
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
     "preprocessor_config.json", "processor_config.json", "generation_config.json", "tokenizer*.json", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "model.onnx*", "openvino_model.*", "export.json",
+    "merges.txt", "special_tokens_map.json", "model.onnx*", "model.pt2", "openvino_model.*", "export.json",
 )  # fmt: skip
 TOLD_OF_IT = ("README.md", "record.json", "token_map.png")
 

@@ -1,6 +1,7 @@
 """From what a user types, a folder, a Hub id, a method's name, to models, images and settings."""
 
 import glob
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -283,6 +284,15 @@ def check_decided(method: Method, share: float | None, settings: dict[str, Any])
     both = sorted(set(settings) & set(method.key_settings))
     if both:
         raise ValueError(f"A share of {share} decides {', '.join(both)} of {method.title}. Give one of the two.")
+
+
+def contents(dataset: Dataset, image_column: str = "image") -> list[str]:
+    """A digest of each image's file, by which the same image is known under any name."""
+    files = dataset.select_columns(image_column).cast_column(image_column, ImageFeature(decode=False))
+    return [
+        hashlib.sha256(file["bytes"] if file.get("bytes") else Path(file["path"]).read_bytes()).hexdigest()
+        for file in (row[image_column] for row in files)
+    ]
 
 
 def image_names(dataset: Dataset, image_column: str = "image") -> list[str]:

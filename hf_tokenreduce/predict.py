@@ -63,7 +63,10 @@ def predict(
         ...     print(row["file"], row["label"], row["score"], row["tokens"])
     """
     if top_k < 1 or batch_size < 1 or num_workers < 0:
-        raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1, num_workers={num_workers} 0.")
+        raise ValueError(
+            f"top_k and batch_size must be at least 1, and num_workers at least 0, got {top_k}, {batch_size} and "
+            f"{num_workers}."
+        )
     image_processor = image_processor or getattr(model, "image_processor", None)
     if image_processor is None:
         raise ValueError("There is no image_processor: give that of the model.")
@@ -73,7 +76,9 @@ def predict(
     folder = None if output_dir is None else Path(output_dir)
     done: set[str] = set()
     if folder is not None:
-        settings = {"model": _told(model), "top_k": top_k}
+        labels = digest([json.dumps(model.config.id2label).encode()])
+        processor = json.loads(json.dumps(image_processor.to_dict(), default=str))
+        settings = {"model": _told(model), "labels": labels, "processor": processor, "top_k": top_k}
         if processes.rank == 0 and not (folder / SETTINGS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / SETTINGS, json.dumps(settings, indent=1))
@@ -100,8 +105,9 @@ def _predict(
     with logging.tqdm(total=len(files), desc="predicting", leave=False, disable=not show, file=sys.stderr) as bar:
         for some, errors, pixel_values in loader:
             rows = [{"file": file, "error": error} for file, error in errors]
+            some, failed, logits, tokens = _answered(answer, some, pixel_values.to(device))
+            rows += [{"file": file, "error": error} for file, error in failed]
             if some:
-                logits, tokens = answer(pixel_values.to(device))
                 best = logits.float().softmax(dim=-1).topk(min(top_k, logits.shape[-1]))
                 for file, scores, indices, count in zip(
                     some, best.values.tolist(), best.indices.tolist(), tokens.tolist(), strict=True
@@ -132,7 +138,10 @@ def find_images(names: Sequence[str | Path]) -> list[str]:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    for where, _, names in os.walk(folder, followlinks=True):
+    seen = set()  # a link may lead to a folder above it
+    for where, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(where))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(where, name)) not in seen]
         yield from (os.path.join(where, name) for name in names if is_image(Path(where, name)))
 
 
@@ -159,6 +168,34 @@ class _Reader(torch.utils.data.Dataset):
         return files, errors, self.image_processor(pictures, return_tensors="pt")["pixel_values"]
 
 
+def _answered(
+    answer: Answer, files: list[str], pixel_values: Tensor
+) -> tuple[list[str], list[tuple[str, str]], Tensor, Tensor]:
+    """Ask the model; if it fails, ask image by image, so that one image takes no other with it.
+
+    Returns the files that it answered, the others with the reason, and logits and tokens of those.
+    """
+    if not files:
+        return [], [], pixel_values, pixel_values
+    try:
+        return files, [], *answer(pixel_values)
+    except Exception as error:  # of a runtime, each has its own
+        if len(files) == 1:
+            reason = f"the model failed: {str(error).strip().splitlines()[0]}"
+            return [], [(files[0], reason)], pixel_values, pixel_values
+    rows: list[str] = []
+    broken: list[tuple[str, str]] = []
+    parts: list[tuple[Tensor, Tensor]] = []
+    for at, file in enumerate(files):
+        some, failed, logits, tokens = _answered(answer, [file], pixel_values[at : at + 1])
+        rows, broken = rows + some, broken + failed
+        if some:
+            parts.append((logits, tokens))
+    if not parts:
+        raise ValueError(f"The model fails on every image. On {broken[0][0]}: {broken[0][1]}.")
+    return rows, broken, torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts])
+
+
 def _of_torch(model: PreTrainedModel) -> Answer:
     def answer(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         with evaluating(model), torch.inference_mode():
@@ -177,6 +214,8 @@ def _exported(model: ExportedModel) -> Answer:
 
 def _check_classifier(model: Any) -> None:
     if isinstance(model, ExportedModel):
+        if model.record["input"] != "pixel_values":
+            raise ValueError(f"{model.folder} takes {model.record['input']}, and no images.")
         if model.record["output"] == "logits":
             return
         raise ValueError(f"{model.folder} gives features and no classes. Call what load_exported returns.")

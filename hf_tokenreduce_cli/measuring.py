@@ -139,7 +139,7 @@ def compare(
     reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this name or JSON; again.")] = [],  # noqa: B006
     class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
     prompt: Annotated[list[str], typer.Option(help="'photo of a {}'; again.")] = [],  # noqa: B006
-    tuned: Annotated[Path | None, typer.Option(help="Also what tune found there.")] = None,
+    tuned: Annotated[Path | None, typer.Option(help="Folder of tune: show that too.")] = None,
     calibration_images: Annotated[int, typer.Option(min=1, help="For LTMP and SiT.")] = 100,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
     runtime: Annotated[str, typer.Option(help="The runtime that is timed.")] = "eager",
@@ -171,9 +171,10 @@ def compare(
         )
     settings: list[Any] = []
     if tuned is not None:
-        from hf_tokenreduce.tuning import held_out_from
+        from hf_tokenreduce.tuning import bring_learned, held_out_from
 
         images, settings = held_out_from(tuned, images)
+        bring_learned(tuned, output_dir)
     found = measure(
         dense,
         images,
@@ -200,13 +201,13 @@ def tune(
     images: Annotated[str, typer.Argument(help="Class folders, a Hub data set, or any images.", metavar="IMAGES")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Report and model; resumes there.")],
     share: Annotated[float | None, typer.Option(help="Multiply-adds to keep, as 0.65.")] = None,
-    speedup: Annotated[float | None, typer.Option(help="Over dense, here, as 1.5.")] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Points of accuracy, as 1.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="The most a search takes.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Times as fast as dense, as 1.5.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Points to lose at most, as 1.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time that the search may take.")] = None,
     reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this method; again.")] = [],  # noqa: B006
-    seed: Annotated[int, typer.Option(min=0, help="Of split and search.")] = 0,
-    labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Folders are classes.")] = True,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="It must pay here.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another search.")] = 0,
+    labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Use the folders as classes.")] = True,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Choose dense if none pays here.")] = True,
     runtime: Annotated[str, typer.Option(help="The runtime that is timed.")] = "eager",
     split: Split = None,
     limit: Limit = None,

@@ -134,17 +134,19 @@ def predict(
 ) -> None:
     """Label images: class, score, and number of tokens of each.
 
-    Broken images are told and skipped. accelerate launch shares the images between processes."""
+    Broken images are reported, and the run goes on. accelerate launch shares the images between processes."""
     import torch
     from accelerate import PartialState
 
     from hf_tokenreduce.deploy import is_exported, load_exported
     from hf_tokenreduce.loading import load_model
+    from hf_tokenreduce.predict import find_images
     from hf_tokenreduce.predict import predict as run
 
     processor = None
     if is_exported(model):
-        loaded = load_exported(model, threads=threads, batch_size=batch_size)
+        at_once = min(batch_size, len(find_images(images)))
+        loaded = load_exported(model, threads=threads, batch_size=at_once, trust_remote_code=trust_remote_code)
     else:
         loaded, processor = load_model(model, revision, trust_remote_code)
     if threads is not None:

@@ -262,6 +262,14 @@ def test_graphs_are_compared_with_the_graph_of_the_dense_model(runtime):
     assert [(row.name, row.runtime) for row in report.rows] == [
         ("dense", "eager"), ("tome", "eager"), ("ats", "eager"), ("dense", runtime), ("tome", runtime),
     ]  # fmt: skip
+    if runtime == "onnx":
+        with pytest.raises(ValueError, match="Nothing can be timed: dense in onnx at batch 2"):
+            benchmark(
+                {"dense": dense}, tiny_images(4), runtimes=["onnx"], dtypes=["bfloat16"], batch_sizes=[2], **QUICK
+            )
+    else:
+        half = {"runtimes": ["openvino"], "dtypes": ["bfloat16"], "batch_sizes": [2], "repeats": 1, "oracle": False}
+        assert benchmark({"dense": dense}, tiny_images(4), **half, **QUICK).row("dense").dtype == "bfloat16"
     assert report.left_out == [f"ats in {runtime} at batch 2: its graph takes one image at a time"]
     assert report.row("tome", runtime=runtime).oracle_share is not None
     assert f"Left out: ats in {runtime}" in report.to_markdown()

@@ -33,6 +33,9 @@ class ExportedModel:
 
     def with_counts(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Also tell how many tokens leave the last layer, (B,)."""
+        shape, given = self.record["shape"], list(inputs.shape)
+        if given[1:] != shape or not len(inputs):
+            raise ValueError(f"The graph takes inputs of the shape (any number, {str(shape)[1:-1]}), got {given}.")
         size = self._size or len(inputs)
         found = [self._run_part(part, size) for part in inputs.float().split(size)]
         main = torch.cat([outputs[0] for outputs in found])
@@ -53,7 +56,12 @@ def is_exported(folder: str | Path) -> bool:
 
 
 def load_exported(
-    folder: str | Path, *, threads: int | None = None, batch_size: int | None = None, dtype: str = "float32"
+    folder: str | Path,
+    *,
+    threads: int | None = None,
+    batch_size: int | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
 ) -> ExportedModel:
     """Load a folder that `export` wrote.
 
@@ -63,6 +71,8 @@ def load_exported(
             aoti torch's own setting holds.
         batch_size (`int`, *optional*): How many images it will mostly be given. OpenVINO is faster if it knows.
         dtype (`str`): `"float32"`, or for OpenVINO `"bfloat16"`, which is faster and less exact.
+        trust_remote_code (`bool`): Needed for the formats torch and aoti: loading such a file may run code that is in
+            it. Graphs of ONNX and OpenVINO hold none.
 
     Returns:
         `ExportedModel`: Called with pixel values it returns logits, or features.
@@ -80,6 +90,11 @@ def load_exported(
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / RECORD} cannot be read ({error!r}). Export the model again.") from error
     check_format(format)
+    if FORMATS[format].is_code and not trust_remote_code:
+        raise ValueError(
+            f"{folder} has a graph of the format {format}, which may run code when it is loaded. If you trust whoever "
+            "made it, pass trust_remote_code=True (--trust-remote-code)."
+        )
     if dtype != "float32" and (dtype != "bfloat16" or format != "openvino"):
         raise ValueError(f"dtype={dtype!r} is not possible in the format {format}. Leave it out.")
     if batch_size is not None and batch_size < 1:
@@ -95,5 +110,6 @@ def load_exported(
         raise ValueError(f"{folder} has no {FORMATS[format].file}. Export the model again.")
     if size is None and format == "openvino":
         size = batch_size
-    run = FORMATS[format].open(folder, threads, size, dtype)
+    with blaming(str(folder), FORMATS[format].file):
+        run = FORMATS[format].open(folder, threads, size, dtype)
     return ExportedModel(folder, config, processor, record, run, size)

@@ -77,9 +77,9 @@ def export(
     batch_size = _check(model, format, batch_size, int8, images)
     folder = check_new_folder(folder, overwrite, "folder")
     most = MOST_IMAGES if int8 else 5
-    given = None if images is None else load_pixel_values(model, images, image_processor, max_images=most)
-    if model.dtype != torch.float32:
-        model = copy.deepcopy(model).float()
+    given = None if images is None else load_pixel_values(model, images, image_processor, max_images=most).cpu()
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        model = copy.deepcopy(model).float().cpu()  # graphs are for the CPU, in float32
     whole = Outputs(model)
     inputs = _inputs(model, given, max(batch_size or 0, 5))
     with evaluating(model), torch.no_grad():
@@ -91,6 +91,7 @@ def export(
                 "format": format,
                 "opset": OPSET if format in ("onnx", "openvino") else None,
                 "input": _input_name(model),
+                "shape": list(inputs.shape[1:]),
                 "output": output,
                 "batch_size": batch_size,
                 "int8": int8,
@@ -117,8 +118,8 @@ def export(
 
 
 class Outputs(nn.Module):
-    """Of all that a model returns the tensor that users read, and, where images differ in it, the tokens that leave
-    each layer."""
+    """Return the tensor that users read of all that a model returns, and the number of tokens that leave each layer
+    if images differ in it."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -137,7 +138,12 @@ class Outputs(nn.Module):
 
 def _check(model: Any, format: str, batch_size: int | None, int8: bool, images: Any) -> int | None:
     """Raise an error that says what to do, or return the number of images that the graph takes."""
-    check_format(format, PACKAGES if int8 else ())
+    if int8 and format in FORMATS and format != "openvino":
+        raise ValueError(
+            f"8 bits are for OpenVINO, and the format is {format}. Give format='openvino'. (In ONNX Runtime 8 bits "
+            "hardly made these models faster.)"
+        )
+    check_format(format, True, PACKAGES if int8 else ())
     if stock_name(model) is None:
         raise ValueError(f"A {type(model).__name__} cannot be exported. {what_can_be_reduced()}")
     reason = NO_GRAPH.get(type(model).__name__.removeprefix(PREFIX))
@@ -147,11 +153,6 @@ def _check(model: Any, format: str, batch_size: int | None, int8: bool, images: 
         raise ValueError(f"A {type(model).__name__} cannot be exported: {reason}.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if int8 and format != "openvino":
-        raise ValueError(
-            f"8 bits are for OpenVINO, and the format is {format}. Give format='openvino'. (In ONNX Runtime 8 bits "
-            "hardly made these models faster.)"
-        )
     if int8 and images is None:
         raise ValueError("8 bits are fitted to images: give images, a folder of 100 or more of the kind to come.")
     reduction = getattr(model.config, "reduction", None)
@@ -189,7 +190,7 @@ def _even_count(model: PreTrainedModel, inputs: Tensor) -> int | None:
 
 
 def _compare(whole: Outputs, inputs: Tensor, format: str, place: Path, batch_size: int | None) -> dict[str, Any]:
-    """Run the graph on batches; raise a RuntimeError unless it computes what the model computes."""
+    """Run the graph on batches; raise a ValueError unless it computes what the model computes."""
     run = FORMATS[format].open(place, None, None, "float32")
     sizes = (1, 2, len(inputs)) if batch_size is None else (batch_size,)
     batches = [inputs[:size] for size in sizes] if batch_size is None else list(inputs.split(batch_size))
@@ -200,7 +201,7 @@ def _compare(whole: Outputs, inputs: Tensor, format: str, place: Path, batch_siz
             differences.append((run(batch)[0] - ours).abs().max() / ours.abs().max())
     largest = torch.stack(differences).max().item()  # not a number, if one of them is not
     if not largest <= TOLERANCE:
-        raise RuntimeError(
+        raise ValueError(
             f"The exported graph differs from the model by {largest:.1e} of the largest value, above {TOLERANCE}. "
             "Nothing was written."
         )
@@ -216,7 +217,7 @@ def _compare_classes(
     theirs = torch.cat([run(part)[0] for part in parts])[:count]
     ours = torch.cat([whole.main(part) for part in parts])[:count]
     if not theirs.isfinite().all():
-        raise RuntimeError("In 8 bits the model gives numbers that are not finite. Nothing was written.")
+        raise ValueError("In 8 bits the model gives numbers that are not finite. Nothing was written.")
     if theirs.ndim == 2:
         same = (theirs.argmax(dim=1) == ours.argmax(dim=1)).double().mean().item()
         if same < LITTLE_AGREEMENT:

@@ -7,6 +7,7 @@ decides how many tokens it keeps, the number that leaves each layer, (B, L).
 import importlib
 import importlib.util
 import logging
+import re
 import shutil
 import sys
 import warnings
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
 
 
@@ -30,12 +32,15 @@ Run = Callable[[Tensor], list[Tensor]]
 
 
 class Format(NamedTuple):
-    """packages: what it needs, by the names that are imported. extra: what of this package brings them, "" for none.
-    file: the graph. open: (folder, threads, number of inputs or None, dtype) -> how to run it."""
+    """writes, runs: the packages that writing and running need, by the names that are imported. extra: what of this
+    package brings them, "" for none. file: the graph. is_code: whether loading it may run code that it holds. open:
+    (folder, threads, number of inputs or None, dtype) -> how to run it."""
 
-    packages: tuple[str, ...]
+    writes: tuple[str, ...]
+    runs: tuple[str, ...]
     extra: str
     file: str
+    is_code: bool
     open: Callable[[Path, int | None, int | None, str], Run]
 
 
@@ -44,13 +49,22 @@ def trace(module: nn.Module, inputs: Tensor, batch_size: int | None) -> Exported
     example = inputs[: 2 if batch_size is None else batch_size]
     free = ({0: torch.export.Dim.DYNAMIC},) if batch_size is None else None
     with torch.no_grad(), quietly():
-        return torch.export.export(module, (example,), dynamic_shapes=free, strict=False)
+        try:
+            return torch.export.export(module, (example,), dynamic_shapes=free, strict=False)
+        except (UserError, RuntimeError) as error:  # what depends on numbers of an image, most of all
+            raise ValueError(
+                f"torch.export cannot follow the model ({_first_line(error)}). If it has a method of your own, let "
+                "its shapes not depend on what an image shows, or export it for one image: batch_size=1."
+            ) from error
 
 
 def write(program: ExportedProgram, format: str, folder: Path, input_name: str, outputs: list[str]) -> None:
     """Write a graph of a format into a folder."""
     file = folder / FORMATS[format].file
     if format == "torch":
+        for part in program.graph_module.modules():
+            for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # paths of our files on this machine
         torch.export.save(program, file)
     elif format == "aoti":
         with quietly():
@@ -58,25 +72,39 @@ def write(program: ExportedProgram, format: str, folder: Path, input_name: str, 
     elif format == "onnx":
         _write_onnx(program, file, input_name, outputs)
     else:
-        openvino = importlib.import_module("openvino")
         between = folder / "between"
         between.mkdir()
         _write_onnx(program, between / "model.onnx", input_name, outputs)
-        openvino.save_model(openvino.convert_model(between / "model.onnx"), file, compress_to_fp16=False)
+        to_openvino(between / "model.onnx", file)
         shutil.rmtree(between)
+
+
+def to_openvino(onnx_file: Path, file: Path) -> None:
+    """Write the graph of an ONNX file for OpenVINO, in float32."""
+    openvino = importlib.import_module("openvino")
+    with quietly():
+        openvino.save_model(openvino.convert_model(onnx_file), file, compress_to_fp16=False)
 
 
 def _write_onnx(program: ExportedProgram, file: Path, input_name: str, outputs: list[str]) -> None:
     with quietly():
-        found = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[input_name],
-            output_names=outputs,
-            custom_translation_table=_translations(),
-            verbose=False,
-        )
+        try:
+            found = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[input_name],
+                output_names=outputs,
+                custom_translation_table=_translations(),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            lacking = re.search(r"No ONNX function found for <OpOverload\(op='(.+?)', overload='(.+?)'", str(error))
+            why = f"ONNX has no {lacking[1]}.{lacking[2]}" if lacking else _first_line(error)
+            raise ValueError(
+                f"The model cannot be written as ONNX, from which OpenVINO's graphs are made too: {why}. Let the "
+                "method do without that operation, or take the format torch."
+            ) from error
         assert found is not None
         for node in found.model.graph:
             if ".reducer" in node.metadata_props.get("pkg.torch.onnx.name_scopes", ""):
@@ -85,18 +113,31 @@ def _write_onnx(program: ExportedProgram, file: Path, input_name: str, outputs: 
         found.save(file)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
-    """What exporters say of other packages and of themselves is of no use to users; what they raise is."""
+    """What exporters say of other packages and of themselves is of no use to users; what they raise is. Nor do they
+    tell their makers what users do, which OpenVINO's converter and NNCF else do, by a process of its own each time."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "nncf")]
     levels = [logger.level for logger in loggers]
+    sender: Any = None
+    if importlib.util.find_spec("openvino_telemetry") is not None:
+        sender = importlib.import_module("openvino_telemetry.utils.sender").TelemetrySender
+        send = sender.send
     try:
+        if sender is not None:
+            sender.send = lambda *message: None
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
+        if sender is not None:
+            sender.send = send
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
@@ -147,7 +188,11 @@ def _open_onnx(folder: Path, threads: int | None, batch_size: int | None, dtype:
         options.intra_op_num_threads = threads
     session = runtime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda inputs: [torch.from_numpy(found) for found in session.run(None, {name: inputs.cpu().numpy()})]
+
+    def run(inputs: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(found) for found in session.run(None, {name: inputs.float().cpu().numpy()})]
+
+    return run
 
 
 def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:
@@ -161,10 +206,11 @@ def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dt
     if batch_size is not None and graph.input().partial_shape[0].is_dynamic:
         # With a number known beforehand, no operator has to find the shape of its output in every call.
         graph.reshape([batch_size, *[size.get_length() for size in list(graph.input().partial_shape)[1:]]])
-    request = core.compile_model(graph, "CPU", options).create_infer_request()
+    compiled = core.compile_model(graph, "CPU", options)
+    request = compiled.create_infer_request()
 
-    def run(inputs: Tensor) -> list[Tensor]:
-        found = request.infer([inputs.cpu().numpy()])
+    def run(inputs: Tensor, kept: Any = (core, graph, compiled)) -> list[Tensor]:  # a request needs them all
+        found = request.infer([inputs.float().cpu().numpy()])
         return [torch.from_numpy(found[output].copy()) for output in found]
 
     return run
@@ -186,23 +232,27 @@ def _listed(found: Any) -> list[Tensor]:
 
 
 FORMATS = {
-    "onnx": Format(("onnx", "onnxscript", "onnxruntime"), "onnx", "model.onnx", _open_onnx),
-    "openvino": Format(("onnx", "onnxscript", "openvino"), "openvino", "openvino_model.xml", _open_openvino),
-    "torch": Format((), "", "model.pt2", _open_torch),
-    "aoti": Format((), "", "model.pt2", _open_aoti),
+    "onnx": Format(("onnx", "onnxscript"), ("onnxruntime",), "onnx", "model.onnx", False, _open_onnx),
+    "openvino": Format(("onnx", "onnxscript"), ("openvino",), "openvino", "openvino_model.xml", False, _open_openvino),
+    "torch": Format((), (), "", "model.pt2", True, _open_torch),
+    "aoti": Format((), (), "", "model.pt2", True, _open_aoti),
 }
 
 
-def check_format(format: str, more: tuple[str, ...] = ()) -> None:
-    """Raise a ValueError if there is no such format, an ImportError if its packages, or `more`, are missing."""
+def check_format(format: str, writes: bool = False, more: tuple[str, ...] = ()) -> None:
+    """Raise a ValueError if there is no such format, an ImportError if packages that run it are missing, or `more`.
+
+    writes: also those that write it
+    """
     if format not in FORMATS:
         raise ValueError(f"There is no format {format!r}. The formats are: {', '.join(FORMATS)}.")
-    packages, extra, *_ = FORMATS[format]
-    missing = [name for name in (*packages, *more) if importlib.util.find_spec(name) is None]
+    wanted, extra = FORMATS[format], FORMATS[format].extra
+    packages = (*(wanted.writes if writes else ()), *wanted.runs, *more)
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
             f"The format {format} needs {', '.join(missing)}: pip install 'hf-tokenreduce[{extra}]', or pip install "
             f"{' '.join(missing)}."
         )
-    if format == "aoti" and shutil.which("g++") is None and shutil.which("clang++") is None:
+    if writes and format == "aoti" and shutil.which("g++") is None and shutil.which("clang++") is None:
         raise ValueError("The format aoti compiles C++, and there is no compiler here. Install g++, or take torch.")

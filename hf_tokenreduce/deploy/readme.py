@@ -15,30 +15,30 @@ READ = {
     "pixel_values": """from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
-config, processor = AutoConfig.from_pretrained("{folder}"), AutoImageProcessor.from_pretrained("{folder}")
+config, processor = AutoConfig.from_pretrained("."), AutoImageProcessor.from_pretrained(".")
 inputs = processor([Image.open("photo.jpg").convert("RGB")]{times}, return_tensors="{kind}")["pixel_values"]""",
     "input_values": """import numpy
 from transformers import AutoConfig, AutoFeatureExtractor
 
-config, processor = AutoConfig.from_pretrained("{folder}"), AutoFeatureExtractor.from_pretrained("{folder}")
+config, processor = AutoConfig.from_pretrained("."), AutoFeatureExtractor.from_pretrained(".")
 sound = numpy.zeros(16000, dtype="float32")  # one channel, 16,000 numbers a second
 inputs = processor([sound]{times}, sampling_rate=16000, return_tensors="{kind}")["input_values"]""",
 }
 RUN = {
     "onnx": """import onnxruntime
 
-session = onnxruntime.InferenceSession("{folder}/model.onnx")
+session = onnxruntime.InferenceSession("model.onnx")
 answer = session.run(None, {{"{name}": inputs}})[0]""",
     "openvino": """import openvino
 
-compiled = openvino.Core().compile_model("{folder}/openvino_model.xml", "CPU")
+compiled = openvino.Core().compile_model("openvino_model.xml", "CPU")
 answer = compiled({{"{name}": inputs}})[0]""",
     "torch": """import torch
 
-answer = torch.export.load("{folder}/model.pt2").module()(inputs)""",
+answer = torch.export.load("model.pt2").module()(inputs)""",
     "aoti": """import torch
 
-answer = torch._inductor.aoti_load_package("{folder}/model.pt2")(inputs)""",
+answer = torch._inductor.aoti_load_package("model.pt2")(inputs)""",
 }
 
 
@@ -50,8 +50,8 @@ def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> str:
     )
     name, size, of_torch = found["input"], found["batch_size"], found["format"] in ("torch", "aoti")
     times, kind = "" if size in (None, 1) else f" * {size}", "pt" if of_torch else "np"
-    read = READ[name].format(folder=folder, times=times, kind=kind)
-    run = RUN[found["format"]].format(folder=folder, name=name)
+    read = READ[name].format(times=times, kind=kind)
+    run = RUN[found["format"]].format(name=name)
     if of_torch and found["tokens"] is None:
         run += "[0]"
     last = "print(config.id2label[int(answer[0].argmax())])" if found["output"] == "logits" else "print(answer.shape)"
@@ -72,6 +72,7 @@ def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> str:
     return f"""# {folder.name}
 
 A {stock_name(model)} as a graph, with {what}. {number} Their size is fixed.
+In this folder:
 
 ```python
 {read}

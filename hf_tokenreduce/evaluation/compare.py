@@ -39,9 +39,12 @@ from .resume import (
     digest_of_model,
     read_lines,
 )
+from .runtimes import RUNTIMES, check_runtimes
 from .speed import benchmark, device_name
 from .zero_shot import ZeroShotClassifier, converted, inside
 
+
+CPU = torch.device("cpu")  # where graphs are timed, wherever the model is
 
 logger = logging.get_logger(__name__)
 
@@ -94,6 +97,8 @@ def compare(
     of_features = is_of_features(model, bank)
     columns = {"image_column": image_column, **({} if of_features else {"label_column": label_column})}
     check_data(dataset, batch_size, **columns)
+    if speed:
+        check_runtimes([runtime], CPU)
     config = model.config
     dense = reduced_as(model, None)
     facts = facts_for(model, dataset, processor, image_column)
@@ -395,7 +400,7 @@ def timed(
     if images is None:
         return dict.fromkeys(names)
     others: dict[str, Any] = {"batch_sizes": [batch_size], "repeats": repeats, "progress": False}
-    others["runtimes"] = [runtime]
+    others |= {"runtimes": [runtime], "device": CPU if RUNTIMES[runtime] else None}
     others |= {"oracle": False, "breakdown": False, "memory": False, "suggest": False}
     is_dense = reduced.config.reduction is None
     report = benchmark({"dense": dense} if is_dense else {"dense": dense, "reduced": reduced}, images, **others)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..deploy.exporting import Outputs
-from ..deploy.graphs import FORMATS, check_format, trace, write
+from ..deploy.graphs import FORMATS, check_format, to_openvino, trace, write
 from ..deploy.quantize import PACKAGES, quantize
 
 
@@ -25,25 +25,29 @@ class Graphs:
         self.folder, self.threads = Path(folder), threads
         self.inputs = inputs.float().cpu()
 
-    def open(self, name: str, module: nn.Module, runtime: str, batch_size: int, dtype: str) -> Callable[[Tensor], Any]:
-        """Write the graph of a module that gives one tensor, if it is not written yet, and return how to run it.
+    def open(
+        self, name: str, module: nn.Module, runtime: str, batch_size: int, dtype: str, one_by_one: bool = False
+    ) -> Callable[[Tensor], Any]:
+        """Write the graph of a module that gives one tensor, if it is not written yet, and return how to run it on
+        `batch_size` images at once, which OpenVINO is told beforehand.
 
-        The number of images is fixed in the graph that runs, for runtimes are faster if they know it.
+        one_by_one: the graph takes one image and no more
         """
-        format = RUNTIMES[runtime]
-        place = self.folder / f"{name.replace('/', '-')} {runtime} {batch_size}"
+        fixed = 1 if one_by_one else None
+        onnx = self.folder / f"{name.replace('/', '-')} onnx"
+        if not onnx.is_dir():
+            onnx.mkdir()
+            module = _OneInput(copy.deepcopy(module).float().cpu().eval())
+            inputs = self.inputs.repeat(2, 1, 1, 1)  # two at least
+            write(trace(module, inputs, fixed), "onnx", onnx, "pixel_values", ["output"])
+        place = onnx.with_name(f"{name.replace('/', '-')} {runtime}")
         if not place.is_dir():
             place.mkdir()
-            module = copy.deepcopy(module).float().cpu().eval()
-            inputs = self.inputs.repeat(-(-batch_size // len(self.inputs)), 1, 1, 1)
-            write(trace(module, inputs, batch_size), format, place, "pixel_values", ["output"])
+            file = place / FORMATS["openvino"].file
+            to_openvino(onnx / FORMATS["onnx"].file, file)
             if runtime == "openvino-int8":
-                quantize(place / FORMATS[format].file, self._calibration(batch_size), batch_size)
-        return FORMATS[format].open(place, self.threads, batch_size, dtype)
-
-    def _calibration(self, batch_size: int) -> Tensor:
-        count = max(min(len(self.inputs), CALIBRATION_IMAGES) // batch_size, 1) * batch_size
-        return self.inputs.repeat(-(-count // len(self.inputs)), 1, 1, 1)[:count]
+                quantize(file, self.inputs[:CALIBRATION_IMAGES])
+        return FORMATS[RUNTIMES[runtime]].open(place, self.threads, batch_size, dtype)
 
 
 def check_runtimes(runtimes: Sequence[str], device: torch.device) -> None:
@@ -57,7 +61,7 @@ def check_runtimes(runtimes: Sequence[str], device: torch.device) -> None:
             continue
         if device.type != "cpu":
             raise ValueError(f"The runtime {name} is timed on the CPU, and the device is {device}. Give device='cpu'.")
-        check_format(RUNTIMES[name], PACKAGES if name == "openvino-int8" else ())
+        check_format(RUNTIMES[name], True, PACKAGES if name == "openvino-int8" else ())
 
 
 def why_not(model: Any, runtime: str, adaptive: bool, batch_size: int, dtype: str) -> str | None:
@@ -69,6 +73,17 @@ def why_not(model: Any, runtime: str, adaptive: bool, batch_size: int, dtype: st
     if dtype != "float32" and (runtime == "onnx" or dtype != "bfloat16"):
         return f"its graph is not computed in {dtype}"
     return None
+
+
+class _OneInput(nn.Module):
+    """A module of any arguments, as one of one tensor, whose number of images is free."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.module(inputs)
 
 
 class MainOutput(nn.Module):

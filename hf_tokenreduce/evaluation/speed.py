@@ -138,7 +138,8 @@ def _time_batches(
                 continue
             compiled = runtime == "compiled" and name not in adaptive
             if RUNTIMES[runtime]:
-                runs[runtime, name, ""] = graphs.open(name, MainOutput(model), runtime, batch_size, dtype)
+                one_by_one = name in adaptive
+                runs[runtime, name, ""] = graphs.open(name, MainOutput(model), runtime, batch_size, dtype, one_by_one)
             else:
                 side = image_side(model)
                 runs[runtime, name, ""] = torch.compile(side, dynamic=False) if compiled else side
@@ -160,6 +161,8 @@ def _time_batches(
                     lengths[key], oracles[key] = wanted, cut
                     runs[key] = torch.compile(cut, dynamic=False) if compiled else cut
 
+    if not runs:
+        raise ValueError(f"Nothing can be timed: {'; '.join(left_out)}.")
     seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in runs}
     order = list(runs)
     for repeat in range(-warmup, repeats):

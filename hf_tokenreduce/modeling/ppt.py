@@ -30,7 +30,7 @@ class PPTConfig(ToMeConfig):
 
     r: patch tokens removed by each of `layers` (at most half of those present), or a list with one integer per layer
         of the model, which then says the layers too.
-    layers: 0-based layers that remove tokens. Of a list r they are those with a number above 0.
+    layers: 0-based layers that remove tokens. If r is a list, they are those whose number is above 0.
     threshold: images whose scores, which sum to 1, have a variance below it merge.
     """
 

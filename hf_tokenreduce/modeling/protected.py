@@ -39,8 +39,8 @@ class ProtectedConfig(KeepRateConfig):
         with one number per entry of `layers`.
     layers: 0-based layers that reduce, between their attention and their MLP.
     protect_share: the share of the tokens present that can only receive others: the most important ones.
-    drop_share: the share of the removed tokens that are dropped: the least important ones. More are where fewer can
-        merge than are to be removed.
+    drop_share: the share of the removed tokens that are dropped: the least important ones. More are
+        dropped if not enough can merge.
     prop_attn: a token that stands for s patches counts s times as a key.
     """
 

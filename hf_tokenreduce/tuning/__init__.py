@@ -2,12 +2,13 @@
 
 from .report import TuningReport, read_tuned
 from .space import Variant, even_setting, searched_methods, variants_of
-from .tuner import held_out_from, tune
+from .tuner import bring_learned, held_out_from, tune
 
 
 __all__ = [
     "TuningReport",
     "Variant",
+    "bring_learned",
     "even_setting",
     "held_out_from",
     "read_tuned",

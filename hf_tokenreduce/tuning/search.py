@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from ..methods import METHODS
+from ..methods import METHODS, method_of
 from ..modeling.configuration_base import ReductionConfig
 from .parts import subset_sizes
 from .space import Variant, even_setting, shape_of
@@ -71,7 +71,8 @@ def measured(trials: Trials) -> list[tuple[ReductionConfig, Quality]]:
 def meets(trials: Trials, target: Target, setting: ReductionConfig, quality: Quality) -> bool:
     """Whether a setting does what was asked for, on the images of the search."""
     if target.kind == "share":
-        return quality.share <= target.value + TOLERANCE
+        adaptive = method_of(setting).is_adaptive(setting)
+        return quality.share <= target.value + (TOLERANCE if adaptive else 1e-9)
     if target.kind == "max_drop":
         return quality.drop is not None and quality.drop <= target.value
     speedup = trials.known_speedup(setting)
@@ -365,7 +366,7 @@ def _of_different_methods(ranked: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _few_of_each_method(trials: Trials, ranked: Sequence[Candidate], methods: int = 4) -> list[Candidate]:
-    """Of the best methods the best candidate, and the best one that reduces in at most half of the layers."""
+    """The best candidate of each of the best methods, and the best one that reduces in at most half of the layers."""
     found: list[Candidate] = []
     for name in list(dict.fromkeys(candidate.variant.method for candidate in ranked))[:methods]:
         own = [candidate for candidate in ranked if candidate.variant.method == name]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation.accuracy import class_indices, evaluate_model
 from ..evaluation.compare import (
+    CPU,
     compare,
     conditions_of,
     describe,
@@ -25,9 +26,9 @@ from ..evaluation.reading import check_data
 from ..evaluation.resume import digest_of_model
 from ..evaluation.runtimes import check_runtimes
 from ..evaluation.zero_shot import ZeroShotClassifier, converted, inside
-from ..files import holds_something, known_settings, model_folder, write_whole
+from ..files import known_settings, model_folder, write_whole
 from ..hub import write_card
-from ..loading import image_names
+from ..loading import contents
 from ..methods import METHODS, method_of
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.methods import parse_reduction
@@ -75,12 +76,13 @@ def tune(
     was tried is kept as it comes: stopped and called again, it goes on where it was and comes to the same result.
 
     Args:
-        model: A classifier, a `zero_shot_classifier`, or an encoder whose features are compared. Of one that is
-            reduced already the search begins with the dense form, and that reduction is one of those tried.
+        model: A classifier, a `zero_shot_classifier`, or an encoder whose features are compared. If it is reduced
+            already, the search begins with its dense form, and that reduction is one of those tried.
         dataset (`Dataset`): Images. With labels the report is of accuracy; without, of the share of the images that
             get the dense model's class.
         processor: What prepares the images.
-        share (`float`, *optional*): The share of the multiply-adds to keep at most. One of the three is given.
+        share (`float`, *optional*): The share of the multiply-adds to keep at most; a method whose cost depends on the
+            images may exceed it by 0.015. One of the three targets is given.
         speedup (`float`, *optional*): How many times as fast as dense at least, on this device at this batch size.
         max_drop (`float`, *optional*): By how many points the accuracy, without labels the agreement, drops at most;
             the cheapest setting within it is looked for.
@@ -88,11 +90,11 @@ def tune(
         methods: Names of the methods to try. By default all that run untrained.
         minutes (`float`, *optional*): The most that the trials take; the report takes its time afterwards. By default
             as long as there is something to try.
-        seed (`int`): Of the split and the search.
+        seed (`int`): Decides the split and the search.
         batch_size (`int`): Images at once, also where time is measured.
         speed (`bool`): Also time what is reported, and choose dense if nothing is faster on this device. False: the
             model is for another device.
-        repeats (`int`): Of each timing in the report.
+        repeats (`int`): How often the report times each setting.
         runtime (`str`): Where time is measured: `"eager"`, `"compiled"`, `"onnx"`, `"openvino"` or `"openvino-int8"`.
         record (`Mapping`, *optional*): What the card is to know besides: `base_model`, `eval_dataset`, `command` and
             others of a training's record.
@@ -112,10 +114,10 @@ def tune(
             "share or speedup."
         )
     check_data(dataset, batch_size, image_column=image_column)
-    check_runtimes([runtime], inside(model).device)
+    check_runtimes([runtime], CPU)
     found = searched_methods(methods)
     labels = None if of_features else _labels(model, dataset, label_column)
-    parts = _parts(dataset, label_column, seed)
+    parts = _parts(dataset, None if of_features else _raw_labels(dataset, label_column), seed)
     folder = _folder(Path(output_dir))
     settings = {
         "model": digest_of_model(model),
@@ -129,8 +131,7 @@ def tune(
     }
     if not (folder / "search" / "settings.json").is_file():
         (folder / "search" / "held-out" / "settings").mkdir(parents=True, exist_ok=True)
-        names = image_names(dataset, image_column)
-        write_whole(folder / SEARCHED, json.dumps([names[row] for row in parts.search], indent=1))
+        write_whole(folder / SEARCHED, json.dumps(contents(dataset.select(parts.search), image_column), indent=1))
         write_whole(folder / "search" / "settings.json", json.dumps(settings, indent=1))
     known_settings(folder / "search" / "settings.json", settings)
     trials = Trials(
@@ -225,8 +226,8 @@ def _raw_labels(dataset: Dataset, label_column: str) -> list[int] | None:
     return list(dataset.with_format(None)[label_column]) if label_column in dataset.column_names else None
 
 
-def _parts(dataset: Dataset, label_column: str, seed: int) -> Parts:
-    count, labels = len(dataset), _raw_labels(dataset, label_column)
+def _parts(dataset: Dataset, labels: list[int] | None, seed: int) -> Parts:
+    count = len(dataset)
     if count < LEAST_IMAGES:
         raise ValueError(
             f"There are {count} images. A search on some and a report on others take at least {LEAST_IMAGES}, and say "
@@ -251,7 +252,8 @@ def _check_classes(trials: Trials) -> None:
 def _folder(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file. Name a folder.")
-    if folder.is_dir() and holds_something(folder) and not (folder / "search" / "settings.json").is_file():
+    others = [file for file in folder.iterdir() if file.name != "search"] if folder.is_dir() else []
+    if others and not (folder / "search" / "settings.json").is_file():
         raise ValueError(f"output_dir {folder} is not empty, and no search was made there. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -264,7 +266,7 @@ def held_out_from(
 
     Args:
         folder: What `tune` was given as `output_dir`.
-        dataset (`Dataset`): Images. Those that were searched on are left out, by the names of their files.
+        dataset (`Dataset`): Images. Those that were searched on are left out, under whatever names.
         image_column: Where they are.
 
     Returns:
@@ -277,10 +279,27 @@ def held_out_from(
     report = read_tuned(folder)
     found = [parse_reduction(row["settings"]) for row in report["rows"] if set(row["roles"]) - {"default"}]
     seen = set(json.loads((Path(folder) / SEARCHED).read_text()))
-    unseen = [row for row, name in enumerate(image_names(dataset, image_column)) if name not in seen]
+    unseen = [row for row, name in enumerate(contents(dataset, image_column)) if name not in seen]
     if not unseen:
         raise ValueError(f"All {len(dataset)} images were searched on for {folder}. Give others.")
     return dataset.select(unseen), [setting for setting in found if setting is not None]
+
+
+def bring_learned(folder: str | Path, output_dir: str | Path) -> None:
+    """Let a comparison take what methods learned in a search, instead of fitting them to the images it reports on.
+
+    Args:
+        folder: What `tune` was given as `output_dir`.
+        output_dir: What `compare` will be given.
+
+    Example:
+        >>> bring_learned("tuned", "comparison")
+    """
+    there = Path(output_dir) / "settings"
+    there.mkdir(parents=True, exist_ok=True)
+    for file in (Path(folder) / "search" / "held-out" / "settings").glob("*.safetensors"):
+        if not (there / file.name).exists():
+            write_whole(there / file.name, file.read_bytes())
 
 
 def _shown(
@@ -312,7 +331,7 @@ def _shown(
 
 
 def _best_default(trials: Trials, variants: Sequence[Variant], share: float, end: float) -> ReductionConfig | None:
-    """Of the methods' own settings at a share the best one; when the clock has ended, of those that are known."""
+    """The best of the methods' own settings at a share; when the clock has ended, the best of those that are known."""
     best: tuple[float, ReductionConfig] | None = None
     for name in dict.fromkeys(variant.method for variant in variants):
         ended = trials.clock > end
@@ -394,10 +413,22 @@ def _decided(rows: list[dict[str, Any]], target: Target, speed: bool, why: str) 
             why = f"Nothing that does what was asked for pays on this device at batch {batch}: {told}. Use dense."
         elif chosen is not wanted:
             why = f"{told} on this device, which does not pay; this is the next that does."
+    if not why and chosen is wanted and wanted is not rows[0]:
+        why = _what_is_missed(wanted, target)
     if chosen is not wanted or wanted is rows[0]:
         wanted["roles"] = [role for role in wanted["roles"] if role != "chosen"]
         chosen["roles"] = ["chosen", *chosen["roles"]]
     return chosen, why
+
+
+def _what_is_missed(row: dict[str, Any], target: Target) -> str:
+    """Say what the held-out images show of a target that the search kept."""
+    drop = row.get("drop")
+    if target.kind == "speedup" and row["speedup"] is not None and row["speedup"] < target.value:
+        return f"Timed again, it is {row['speedup']:.2f} times as fast as dense, below {target.value:g}."
+    if target.kind == "max_drop" and drop is not None and drop > target.value:
+        return f"On the held-out images its drop is {drop:.1f} points, above {target.value:g}."
+    return ""
 
 
 def _save(report: TuningReport, trials: Trials, processor: Any, known: Mapping[str, Any]) -> None:
