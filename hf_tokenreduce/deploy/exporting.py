@@ -140,8 +140,7 @@ def _check(model: Any, format: str, batch_size: int | None, int8: bool, images: 
     """Raise an error that says what to do, or return the number of images that the graph takes."""
     if int8 and format in FORMATS and format != "openvino":
         raise ValueError(
-            f"8 bits are for OpenVINO, and the format is {format}. Give format='openvino'. (In ONNX Runtime 8 bits "
-            "hardly made these models faster.)"
+            f"8 bits are for OpenVINO, and the format is {format}. Give format='openvino', or leave out int8."
         )
     check_format(format, True, PACKAGES if int8 else ())
     if stock_name(model) is None:

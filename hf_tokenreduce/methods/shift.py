@@ -20,7 +20,7 @@ SHIFT = Method(
     ),
     limits=(
         "The layer that scores is computed whole, so the saving begins with the next one. Without training it is "
-        "weak: on ImageNet's DeiT-Tiny and ViT-Tiny it loses more than dropping patches at random."
+        "weak: on ImageNet's DeiT-Tiny and ViT-Tiny it loses more than Top-K does."
     ),
     ours="the layers; equal scores go by index",
     at_share=by_keep_rate(ShiftConfig, 3, 6, 9),
