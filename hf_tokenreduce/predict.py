@@ -25,7 +25,7 @@ from .tasks import all_layers_act, task_of_model
 SETTINGS = "settings.json"
 
 Answer = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From pixel values to logits (B, classes), and the tokens that leave the last layer, (B,)."""
+"""Give for pixel values the logits (B, classes), and the number of tokens that leave the last layer, (B,)."""
 
 
 def predict(
@@ -101,7 +101,7 @@ def _predict(
     reader = _Reader(parts, image_processor)
     loader: Any = DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(parts)))
     labels = model.config.id2label
-    answer = _exported(model) if isinstance(model, ExportedModel) else _of_torch(model)
+    answer = model.with_counts if isinstance(model, ExportedModel) else _of_torch(model)
     with logging.tqdm(total=len(files), desc="predicting", leave=False, disable=not show, file=sys.stderr) as bar:
         for some, errors, pixel_values in loader:
             rows = [{"file": file, "error": error} for file, error in errors]
@@ -206,10 +206,6 @@ def _of_torch(model: PreTrainedModel) -> Answer:
         return output.logits, counts[:, -1]
 
     return answer
-
-
-def _exported(model: ExportedModel) -> Answer:
-    return model.with_counts
 
 
 def _check_classifier(model: Any) -> None:

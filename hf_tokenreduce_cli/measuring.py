@@ -140,7 +140,7 @@ def compare(
     class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
     prompt: Annotated[list[str], typer.Option(help="'photo of a {}'; again.")] = [],  # noqa: B006
     tuned: Annotated[Path | None, typer.Option(help="Folder of tune: show that too.")] = None,
-    calibration_images: Annotated[int, typer.Option(min=1, help="For LTMP and SiT.")] = 100,
+    calibration_images: Annotated[int, typer.Option(min=1, help="LTMP and SiT need some.")] = 100,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
     runtime: Annotated[str, typer.Option(help="The runtime that is timed.")] = "eager",
     split: Split = None,

@@ -28,7 +28,7 @@ def run(setting, **changes):
 
 
 def groups(patch_map):
-    """For each image which patches are together, whatever the order of the tokens, and which are dropped."""
+    """Tell for each image which patches share a token, whatever the order of the tokens, and which are dropped."""
     return [
         ({frozenset((row == token).nonzero().flatten().tolist()) for token in row.unique() if token >= 0}, row < 0)
         for row in patch_map

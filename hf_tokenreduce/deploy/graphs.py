@@ -50,21 +50,22 @@ def trace(module: nn.Module, inputs: Tensor, batch_size: int | None) -> Exported
     free = ({0: torch.export.Dim.DYNAMIC},) if batch_size is None else None
     with torch.no_grad(), quietly():
         try:
-            return torch.export.export(module, (example,), dynamic_shapes=free, strict=False)
+            program = torch.export.export(module, (example,), dynamic_shapes=free, strict=False)
         except (UserError, RuntimeError) as error:  # what depends on numbers of an image, most of all
             raise ValueError(
                 f"torch.export cannot follow the model ({_first_line(error)}). If it has a method of your own, let "
                 "its shapes not depend on what an image shows, or export it for one image: batch_size=1."
             ) from error
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths of our files on this machine
+    return program
 
 
 def write(program: ExportedProgram, format: str, folder: Path, input_name: str, outputs: list[str]) -> None:
     """Write a graph of a format into a folder."""
     file = folder / FORMATS[format].file
     if format == "torch":
-        for part in program.graph_module.modules():
-            for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
-                node.meta.pop("stack_trace", None)  # paths of our files on this machine
         torch.export.save(program, file)
     elif format == "aoti":
         with quietly():
@@ -109,7 +110,7 @@ def _write_onnx(program: ExportedProgram, file: Path, input_name: str, outputs: 
         for node in found.model.graph:
             if ".reducer" in node.metadata_props.get("pkg.torch.onnx.name_scopes", ""):
                 node.name = REDUCER + str(node.name)
-            node.metadata_props.clear()  # the paths of our files on this machine, among others
+            node.metadata_props.clear()  # of our modules and of torch's, which no runtime reads
         found.save(file)
 
 

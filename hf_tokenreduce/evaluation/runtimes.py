@@ -24,6 +24,7 @@ class Graphs:
     def __init__(self, folder: str | Path, inputs: Tensor, threads: int):
         self.folder, self.threads = Path(folder), threads
         self.inputs = inputs.float().cpu()
+        self.places: dict[str, Path] = {}  # of each name a folder of its own, whatever signs the name has
 
     def open(
         self, name: str, module: nn.Module, runtime: str, batch_size: int, dtype: str, one_by_one: bool = False
@@ -34,13 +35,13 @@ class Graphs:
         one_by_one: the graph takes one image and no more
         """
         fixed = 1 if one_by_one else None
-        onnx = self.folder / f"{name.replace('/', '-')} onnx"
+        onnx = self.places.setdefault(name, self.folder / str(len(self.places))) / "onnx"
         if not onnx.is_dir():
-            onnx.mkdir()
+            onnx.mkdir(parents=True)
             module = _OneInput(copy.deepcopy(module).float().cpu().eval())
-            inputs = self.inputs.repeat(2, 1, 1, 1)  # two at least
+            inputs = self.inputs[:1].repeat(2, 1, 1, 1)  # two, from which torch.export sees that their number is free
             write(trace(module, inputs, fixed), "onnx", onnx, "pixel_values", ["output"])
-        place = onnx.with_name(f"{name.replace('/', '-')} {runtime}")
+        place = onnx.with_name(runtime)
         if not place.is_dir():
             place.mkdir()
             file = place / FORMATS["openvino"].file
@@ -64,7 +65,7 @@ def check_runtimes(runtimes: Sequence[str], device: torch.device) -> None:
         check_format(RUNTIMES[name], True, PACKAGES if name == "openvino-int8" else ())
 
 
-def why_not(model: Any, runtime: str, adaptive: bool, batch_size: int, dtype: str) -> str | None:
+def why_not(runtime: str, adaptive: bool, batch_size: int, dtype: str) -> str | None:
     """Why a model does not run there. None: it does."""
     if not RUNTIMES[runtime]:
         return None

@@ -1,13 +1,13 @@
 """`benchmark`: how fast reduced models are beside the dense model and beside the ideal, all in one run."""
 
 import copy
+import importlib
 import math
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..convert import restore, stock_name
+from ..deploy.graphs import FORMATS
 from ..modeling.encoders import encoder_of, facts_of, what_can_be_reduced
 from ..modes import evaluating
 from ..tasks import image_side
@@ -130,7 +131,7 @@ def _time_batches(
     lengths: dict[tuple[str, str, str], list[list[int]]] = {}
     for runtime in runtimes:
         for name, model in ready.items():
-            reason = why_not(model, runtime, name in adaptive, batch_size, dtype)
+            reason = why_not(runtime, name in adaptive, batch_size, dtype)
             if reason is None and runtime == "compiled" and name in adaptive and "eager" in runtimes:
                 reason = "its shapes depend on the image"
             if reason is not None:
@@ -325,7 +326,7 @@ def _settings(named, device, threads, dtypes, runtimes, repeats, warmup, pixel_v
         "threads": threads,
         "dtypes": list(dtypes),
         "attention": kernels.pop(),
-        "runtimes": {name: _version(RUNTIMES[name] + "runtime" * (name == "onnx")) for name in runtimes},
+        "runtimes": {name: _version(name) for name in runtimes},
         "torch": torch.__version__,
         "repeats": repeats,
         "warmup": warmup,
@@ -333,9 +334,9 @@ def _settings(named, device, threads, dtypes, runtimes, repeats, warmup, pixel_v
     }
 
 
-def _version(package: str) -> str:
-    """The version of a runtime's package, of "" torch's."""
-    return metadata.version(package or "torch")
+def _version(runtime: str) -> str:
+    packages = FORMATS[RUNTIMES[runtime]].runs if RUNTIMES[runtime] else ("torch",)
+    return str(importlib.import_module(packages[0]).__version__)
 
 
 def device_name(device: torch.device) -> str:

@@ -44,7 +44,7 @@ class ReductionConfig:
         return None
 
     def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
-        """Of `count` patch tokens that enter a layer, how many leave it. Adaptive methods cannot say."""
+        """How many patch tokens leave a layer if `count` enter it. Adaptive methods cannot say."""
         raise ValueError(
             f"How many tokens {type(self).__name__} keeps depends on the image: run the model on images and look at "
             "token_counts."

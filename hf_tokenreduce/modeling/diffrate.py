@@ -55,7 +55,7 @@ class DiffRateConfig(ToMeConfig):
             )
 
     def split(self, layer: int, count: int, facts: EncoderFacts) -> tuple[int, int]:
-        """Of `count` patch tokens that enter a layer, how many it (drops, merges)."""
+        """How many patch tokens a layer (drops, merges) if `count` enter it."""
         removed = count - self.leaving(layer, count, facts)
         share: Any = self.prune_share
         dropped = rounded_half_up((share[layer] if isinstance(share, tuple) else share) * removed)

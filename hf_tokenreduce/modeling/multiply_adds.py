@@ -109,12 +109,12 @@ def class_attention_cost(count: int, facts: EncoderFacts) -> int:
 
 
 def similarity_cost(count: int, facts: EncoderFacts) -> int:
-    """Of the products between the keys, averaged over heads, of one half of the tokens and the other."""
+    """Count the products of the keys, averaged over heads, of one half of the tokens with the other."""
     return products_of_keys(count // 2, count - count // 2, facts)
 
 
 def products_of_keys(sources: int, receivers: int, facts: EncoderFacts) -> int:
-    """Of the products between the keys, averaged over heads, of so many tokens and so many others."""
+    """Count the products of the keys, averaged over heads, of so many tokens with so many others."""
     return sources * receivers * (facts.hidden_size // facts.num_attention_heads)
 
 

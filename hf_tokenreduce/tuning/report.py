@@ -34,8 +34,8 @@ class TuningReport:
     target: {"kind": "share", "speedup" or "max_drop", "value"}
     images: how many were searched on, and how many others it is reported on
     labelled: whether the images have labels. Without them a drop is what agreement with the dense model lacks of 100.
-    tried, methods: how many settings of which methods were measured
-    seconds: that the trials of the search took, over all runs of it
+    tried, methods: how many settings of which methods were tried; some may have failed
+    seconds: what the trials of the search took, over all runs of it
     chosen: the record of the chosen setting among `rows`; the dense model's if none pays or does what was asked for
     why: what decided, in a sentence, if it was not the target alone
     begun_from: what the given model was reduced by, if it was; the search began with its dense form
@@ -127,7 +127,7 @@ def write_report(report: TuningReport) -> None:
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For the picture: the front as a line of its own, and the others by their method."""
+    """Choose what the picture shows: the front is a line of its own, and the others go by their method."""
     front = [row | {"label": "front"} for row in rows if "front" in row["roles"] or "chosen" in row["roles"]]
     others = [row for row in rows if set(row["roles"]) & {"runner-up", "default"} and "chosen" not in row["roles"]]
     return [row for row in rows if row["method"] is None] + others + front
