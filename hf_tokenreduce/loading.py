@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
@@ -100,7 +101,8 @@ def load_model(
             f"model.safetensors of {name!r} lacks {some}, which config.json asks for: a part of the model would be "
             "random. Save or download the model again, or train it first: tokenreduce train."
         )
-    model.to(PartialState().device)
+    # Processes that were launched together without an accelerator only know of each other if the first state says so.
+    model.to(PartialState(cpu=not torch.accelerator.is_available()).device)
     return model.eval(), processor
 
 

@@ -134,7 +134,7 @@ def predict(
 ) -> None:
     """Label images: class, score, and number of tokens of each.
 
-    Broken images are reported, and the run goes on. accelerate launch shares the images between processes."""
+    Broken images are reported, and the run goes on. Launched by torchrun, processes share the images."""
     import torch
     from accelerate import PartialState
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +218,21 @@ def test_predict_labels_images_by_any_model(a_model, capsys):
     assert {file: row["score"] for file, row in answers["graph"].items()} == pytest.approx(
         {file: row["score"] for file, row in answers["model"].items()}, abs=1e-5
     )
+
+
+def test_processes_that_are_launched_share_the_images(a_model):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tokenreduce_cli"]
+    done = subprocess.run(
+        [*command, "predict", "model", "photos", "-o", "out"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    parts = [
+        [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(Path("out").glob("part-*"))
+    ]
+    assert [len(rows) for rows in parts] == [2, 2]
+    for row in parts[0] + parts[1]:
+        assert "error" in row if row["file"] == "photos/broken.jpg" else row["label"] == a_model(row["file"])
+    assert len({row["file"] for row in parts[0] + parts[1]}) == 4
 
 
 def test_an_image_on_which_the_model_fails_takes_no_other_with_it(a_model, monkeypatch):

@@ -1,8 +1,9 @@
 """Tuning: the search for the reduction that costs a model least on given images."""
 
+from .found import bring_learned, held_out_from
 from .report import TuningReport, read_tuned
 from .space import Variant, even_setting, searched_methods, variants_of
-from .tuner import bring_learned, held_out_from, tune
+from .tuner import tune
 
 
 __all__ = [

@@ -12,6 +12,7 @@ from ..files import write_whole
 
 
 FILE = "tuning.json"
+SEARCHED = Path("search") / "images.json"  # the images that were searched on, by their content
 MEANINGS = {
     "share": "at most {:.4g} of the encoder's multiply-adds (0.015 more where it depends on the images)",
     "speedup": "at least {:.4g} times as fast as dense on this device",

@@ -34,14 +34,13 @@ from ..modeling.configuration_base import ReductionConfig
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import check_share
 from .parts import LEAST_IMAGES, Parts, split_rows
-from .report import LEFT_OUT, TuningReport, read_tuned, write_report
+from .report import LEFT_OUT, SEARCHED, TuningReport, write_report
 from .search import Target, choose, measured, meets, pareto_front, search
 from .space import Variant, searched_methods, variants_of
 from .trials import CALIBRATION_IMAGES, Trials
 
 
 MODEL = "model"  # the folder of the chosen model, in that of the report
-SEARCHED = Path("search") / "images.json"
 MOST_ON_FRONT = 6
 
 
@@ -257,49 +256,6 @@ def _folder(folder: Path) -> Path:
         raise ValueError(f"output_dir {folder} is not empty, and no search was made there. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def held_out_from(
-    folder: str | Path, dataset: Dataset, *, image_column: str = "image"
-) -> tuple[Dataset, list[ReductionConfig]]:
-    """Prepare a comparison of what a search found with other settings, on images that the search did not see.
-
-    Args:
-        folder: What `tune` was given as `output_dir`.
-        dataset (`Dataset`): Images. Those that were searched on are left out, under whatever names.
-        image_column: Where they are.
-
-    Returns:
-        The images, and the settings that were found: the chosen one, the best of each other method, and the front.
-
-    Example:
-        >>> images, found = held_out_from("tuned", photos)
-        >>> comparison = compare(model, images, processor, shares=[0.65], tuned=found, output_dir="comparison")
-    """
-    report = read_tuned(folder)
-    found = [parse_reduction(row["settings"]) for row in report["rows"] if set(row["roles"]) - {"default"}]
-    seen = set(json.loads((Path(folder) / SEARCHED).read_text()))
-    unseen = [row for row, name in enumerate(contents(dataset, image_column)) if name not in seen]
-    if not unseen:
-        raise ValueError(f"All {len(dataset)} images were searched on for {folder}. Give others.")
-    return dataset.select(unseen), [setting for setting in found if setting is not None]
-
-
-def bring_learned(folder: str | Path, output_dir: str | Path) -> None:
-    """Let a comparison take what methods learned in a search, instead of fitting them to the images it reports on.
-
-    Args:
-        folder: What `tune` was given as `output_dir`.
-        output_dir: What `compare` will be given.
-
-    Example:
-        >>> bring_learned("tuned", "comparison")
-    """
-    there = Path(output_dir) / "settings"
-    there.mkdir(parents=True, exist_ok=True)
-    for file in (Path(folder) / "search" / "held-out" / "settings").glob("*.safetensors"):
-        if not (there / file.name).exists():
-            write_whole(there / file.name, file.read_bytes())
 
 
 def _shown(
