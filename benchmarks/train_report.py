@@ -1,0 +1,179 @@
+"""The table and the picture of what `train_table.py` measured.
+
+    python benchmarks/train_report.py benchmarks/results/train-<data>-<model>
+
+Writes `<folder>.md` and `<folder>.png` beside the folder, and prints the table.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_tokenreduce.files import write_whole
+from hf_tokenreduce.methods import METHODS
+
+
+START, CONTROL = "start", "dense"
+RESAMPLES = 10_000
+
+
+def write_report(folder: Path) -> str:
+    """Write the table and the picture of a folder of runs, and return the table."""
+    rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    lines = summarise(rows)
+    text = to_markdown(rows, lines)
+    write_whole(folder.with_name(folder.name + ".md"), text)
+    if any(line["difference"] is not None for line in lines):
+        draw(lines, folder.with_name(folder.name + ".png"), folder.name.removeprefix("train-"))
+    return text
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per name and share: means over seeds.
+
+    `difference` is the mean over seeds of the accuracy less that of the dense control of the same seed, in points.
+    `interval` is its 95 % interval for other images and other seeds: both are drawn anew. `seeds` gives the
+    difference of each seed.
+    """
+    controls = {row["seed"]: row for row in rows if row["name"] == CONTROL}
+    groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (-(row["share"] or 2), _place(row["name"]), row["seed"])):
+        groups.setdefault((row["name"], row["share"]), []).append(row)
+    lines = []
+    for (name, share), runs in groups.items():
+        paired = [(run, controls[run["seed"]]) for run in runs if run["seed"] in controls and name != CONTROL]
+        line = {
+            "name": name,
+            "share": share,
+            "top1": float(np.mean([run["top1"] for run in runs])),
+            "mult_adds_ratio": float(np.mean([run["mult_adds_ratio"] for run in runs])),
+            "epochs": runs[0]["setting"]["epochs"],
+            "minutes": float(np.median([run["seconds"] for run in runs])) / 60,
+            "difference": None,
+            "interval": None,
+            "seeds": {},
+            "num_seeds": len(runs),
+        }
+        if paired and name != START:
+            lost = np.array([_right(run) - _right(control) for run, control in paired])
+            of_seeds = zip((run["seed"] for run, _ in paired), lost.mean(axis=1), strict=True)
+            line["seeds"] = {number: round(100 * float(mean), 2) for number, mean in of_seeds}
+            line["difference"] = 100 * float(lost.mean())
+            line["interval"] = interval(lost)
+        lines.append(line)
+    return lines
+
+
+def interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval, in points, of the mean of differences (seeds, images), each -1, 0 or 1, where images and
+    seeds are drawn anew. With few seeds, what they add is drawn from few values and so is too small."""
+    generator = np.random.default_rng(seed)
+    seeds, images = differences.shape
+    means = np.empty(RESAMPLES)
+    for one in range(RESAMPLES):
+        drawn = differences[generator.integers(0, seeds, seeds)]
+        means[one] = drawn.mean(axis=0)[generator.integers(0, images, images)].mean()
+    low, high = np.quantile(100 * means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _right(row: dict[str, Any]) -> np.ndarray:
+    return np.array([int(one) for one in row["right"]])
+
+
+def _place(name: str) -> int:
+    """Where a name stands in tables: dense models first, then methods, then variants of them."""
+    order = [START, CONTROL, *METHODS]
+    return order.index(name) if name in order else len(order)
+
+
+def title_of(name: str) -> str:
+    titles = {START: "start (dense)", CONTROL: "dense control"}
+    return titles.get(name) or (METHODS[name].title if name in METHODS else name)
+
+
+def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
+    setting = rows[0]["setting"]
+    images = len(rows[0]["right"])
+    precision = "bfloat16" if setting["bf16"] else "float32"
+    text = [
+        f"# {setting['model']} trained on {setting['train']}",
+        "",
+        f"Top-1 in percent on {images} images of {' and '.join(setting['eval'])}, from which nothing was trained or "
+        "chosen. Every row begins with the start of its seed and trains as many epochs as the dense control of its "
+        "seed, on the same images in the same order. The difference is to that control, in points, with its interval "
+        f"of 95 % for other images and seeds. Trained in {precision} on {rows[0]['machine'].split(',')[0]}, evaluated "
+        "in float32. By `benchmarks/train_table.py`, whose JSON files beside this one hold every image's result and "
+        "the commands.",
+        "",
+        "| model | share asked for | multiply-adds | top-1 | difference | of each seed | epochs | minutes |",
+        "|---" * 8 + "|",
+    ]
+    for line in lines:
+        difference = "" if line["difference"] is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(
+            line["difference"], *line["interval"]
+        )  # fmt: skip
+        cells = [
+            title_of(line["name"]),
+            "" if line["share"] is None else f"{line['share']:g}",
+            f"{line['mult_adds_ratio']:.2f}",
+            f"{line['top1']:.1f}",
+            difference,
+            ", ".join(f"{value:+.1f}" for value in line["seeds"].values()) or f"{line['num_seeds']} seeds",
+            f"{line['epochs']}",
+            f"{line['minutes']:.0f}",
+        ]
+        text.append(f"| {' | '.join(cells)} |")
+    filters = [row for row in rows if "filter" in row]
+    if filters:
+        text += ["", *filter_lines(filters)]
+    return "\n".join(text) + "\n"
+
+
+def filter_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """How well DL-ViT's filters rank patches of images that they did not learn from."""
+    lines = ["| DL-ViT's filter | images labelled | patches kept | precision | recall |", "|---" * 5 + "|"]
+    for row in rows:
+        fit = row["filter"]
+        lines.append(
+            f"| share {row['share']:g}, seed {row['seed']} | {row['labels']['images']} | {fit['share_kept']:.2f} | "
+            f"{fit['precision']:.2f} | {fit['recall']:.2f} |"
+        )
+    return lines
+
+
+def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Differences to the dense control with their intervals, methods one below the other, a colour per share."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [line for line in lines if line["difference"] is not None]
+    names = list(dict.fromkeys(line["name"] for line in sorted(lines, key=lambda line: _place(line["name"]))))
+    shares = sorted({line["share"] for line in lines}, reverse=True)
+    figure = Figure(figsize=(7, 1.4 + 0.34 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for number, share in enumerate(shares):
+        some = [line for line in lines if line["share"] == share]
+        places = [names.index(line["name"]) + 0.16 * (2 * number - len(shares) + 1) for line in some]
+        middles = np.array([line["difference"] for line in some])
+        low, high = np.array([line["interval"] for line in some]).T
+        axis.errorbar(
+            middles, places, xerr=[middles - low, high - middles], fmt="o", markersize=5, elinewidth=1,
+            color=f"C{number}", label=f"{share:g} of the multiply-adds",
+        )  # fmt: skip
+    axis.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(names)), [title_of(name) for name in names])
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_xlabel("top-1 less that of the dense control trained as long, points")
+    axis.set_title(title)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    print(write_report(Path(sys.argv[1])))

@@ -1,0 +1,264 @@
+"""Train every method on a data set, beside dense controls that train as long, and write the table.
+
+    python benchmarks/train_table.py --model_name_or_path FOLDER_OR_HUB_ID --train_dir DATA/train \\
+        --eval_dirs DATA/val DATA/tune --work_dir FOLDER --bf16
+
+For each seed the checkpoint is first trained densely: the start. From there the dense control and every method train
+with the same seed, and so on the same images in the same order, for the same number of epochs. All are evaluated on
+the images of `--eval_dirs`, from which nothing is trained or chosen. The most telling cells come first; `--list` shows
+them all.
+
+Each cell becomes a JSON file in `benchmarks/results/train-<data>-<model>/`. A cell that is there is not run again, and
+a run that was killed goes on from its last epoch: call the same command again. An epoch of 1,800 images takes a tiny
+model about one and a half minutes on two CPU cores. With `--device cuda` the same command runs on a GPU.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from train_report import CONTROL, START, write_report
+
+from hf_tokenreduce.evaluation import evaluate_model
+from hf_tokenreduce.files import refuse_other_settings, write_whole
+from hf_tokenreduce.loading import load_images, load_model
+from hf_tokenreduce.modeling.dlvit import DLViTConfig
+from hf_tokenreduce.pictures import is_image
+
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("tome", "evit", "bat", "ats", "ltmp", "sit", "dlvit")
+OF_THE_PAPERS = ("bat", "ats", "ltmp", "sit", "dlvit")  # the five that get a third seed at the first share
+
+# What else is asked of a method: by the name of the variant, its settings and the arguments of its training.
+VARIANTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "topk": ("topk", {}, []),
+    "bat-one-group": ("bat", {"cluster_share": 1.0, "fuse_share": 0.0}, []),
+    "bat-no-clusters": ("bat", {"cluster_share": 0.0}, []),
+    "bat-no-matching": ("bat", {"fuse_share": 0.0}, []),
+    "sit-no-teacher": ("sit", {}, ["--logits_weight", "0", "--token_weight", "0"]),
+    "sit-logits-only": ("sit", {}, ["--token_weight", "0"]),
+    "sit-tokens-only": ("sit", {}, ["--logits_weight", "0"]),
+    "ltmp-merge-only": ("ltmp", {"prune": False}, []),
+    "ltmp-prune-only": ("ltmp", {"merge": False}, []),
+}
+
+
+class Cell(NamedTuple):
+    """One run. name: a method or a variant, START or CONTROL. share: None for dense models."""
+
+    name: str
+    share: float | None
+    seed: int
+
+    @property
+    def stem(self) -> str:
+        share = "" if self.share is None else f"-{self.share:g}"
+        return f"{self.name}{share}-seed{self.seed}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    cells = plan(args.seeds, args.shares, args.methods, args.variants)
+    folder = (
+        args.output_dir / f"train-{Path(args.train_dir).resolve().parent.name}-{Path(args.model_name_or_path).name}"
+    )
+    missing = [cell for cell in cells if not (folder / f"{cell.stem}.json").is_file()]
+    if args.list:
+        for cell in cells:
+            print(f"{'missing' if cell in missing else 'done   '}  {cell.stem}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        if cell not in missing:
+            file = folder / f"{cell.stem}.json"
+            refuse_other_settings(file, json.loads(file.read_text())["setting"], setting_of(cell, args))
+    held_out = gather(args.eval_dirs, args.work_dir / "held-out")
+    for number, cell in enumerate(missing):
+        print(
+            f"{cell.stem}: {len(missing) - number} cells to go{time_left(folder, missing[number:], args)}", flush=True
+        )
+        row = run(cell, args, held_out)
+        write_whole(folder / f"{cell.stem}.json", json.dumps(row, indent=1) + "\n")
+        print(f"{cell.stem}: top-1 {row['top1']:.2f}, {row['seconds'] / 60:.1f} minutes", flush=True)
+        write_report(folder)
+    print(write_report(folder))
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="the checkpoint that every start is trained from")
+    parser.add_argument("--train_dir", required=True, help="an image folder: one folder per class")
+    parser.add_argument("--eval_dirs", nargs="+", required=True, help="image folders that are evaluated together")
+    parser.add_argument("--work_dir", type=Path, required=True, help="a folder for models and checkpoints")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the third is for five methods only")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.65, 0.45])
+    parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
+    parser.add_argument("--variants", nargs="*", default=tuple(VARIANTS), choices=tuple(VARIANTS))
+    parser.add_argument("--start_epochs", type=int, default=4, help="number of epochs of each start")
+    parser.add_argument("--epochs", type=int, default=3, help="number of epochs of everything else")
+    parser.add_argument("--label_images", type=int, default=250, help="images that DL-ViT's filter learns from")
+    parser.add_argument("--max_train_samples", type=int, help="train on fewer images")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16, as is always done on a GPU")
+    parser.add_argument("--list", action="store_true", help="show the cells and which are done, and stop")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args(arguments)
+    args.bf16 = args.bf16 or args.device == "cuda"
+    # The scripts are called from the root of this repository.
+    args.train_dir, args.work_dir = str(Path(args.train_dir).resolve()), args.work_dir.resolve()
+    if Path(args.model_name_or_path).is_dir():
+        args.model_name_or_path = str(Path(args.model_name_or_path).resolve())
+    return args
+
+
+def plan(seeds: list[int], shares: list[float], methods: Any, variants: Any) -> list[Cell]:
+    """Every cell, the most telling first: all methods at the first share, then the second, then the next seed; then
+    what takes the methods apart, and last the third seed of the papers' methods."""
+    cells = []
+    for seed in seeds[:2]:
+        cells += [Cell(START, None, seed), Cell(CONTROL, None, seed)]
+        cells += [Cell(method, share, seed) for share in shares for method in methods]
+    for seed in seeds[:2]:
+        cells += [Cell(name, share, seed) for share in shares for name in variants]
+    for seed in seeds[2:]:
+        cells += [Cell(START, None, seed), Cell(CONTROL, None, seed)]
+        cells += [Cell(method, shares[0], seed) for method in methods if method in OF_THE_PAPERS]
+    return cells
+
+
+def setting_of(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
+    """What a cell's numbers depend on; a file with another one is not this cell's."""
+    return {
+        "model": Path(args.model_name_or_path).name,
+        "train": "/".join(Path(args.train_dir).parts[-2:]),
+        "eval": ["/".join(Path(folder).resolve().parts[-2:]) for folder in args.eval_dirs],
+        "start_epochs": args.start_epochs,
+        "epochs": args.start_epochs if cell.name == START else args.epochs,
+        "max_train_samples": args.max_train_samples,
+        "label_images": args.label_images if cell.name == "dlvit" else None,
+        "device": args.device,
+        "bf16": args.bf16,
+    }
+
+
+def gather(folders: list[str], target: Path) -> Path:
+    """One image folder of links to the images of several."""
+    for folder in map(Path, folders):
+        for image in sorted(folder.glob("*/*")):
+            link = target / image.parent.name / f"{folder.name}-{image.name}"
+            if is_image(image) and not link.is_symlink():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(image.resolve())
+    return target
+
+
+def run(cell: Cell, args: argparse.Namespace, held_out: Path) -> dict[str, Any]:
+    """Train a cell, or go on with it, and evaluate it."""
+    began = time.perf_counter()
+    out = args.work_dir / cell.stem
+    row: dict[str, Any] = {
+        "name": cell.name,
+        "share": cell.share,
+        "seed": cell.seed,
+        "setting": setting_of(cell, args),
+    }
+    filter_of: dict[str, Any] = {}
+    source = args.model_name_or_path if cell.name == START else args.work_dir / f"{START}-seed{cell.seed}"
+    if cell.name == "dlvit":
+        source, filter_of = learn_filter(cell, args, Path(source))
+    resumed = None
+    if not (out / "record.json").is_file():
+        resumed = last_checkpoint(out)
+        call("examples/run_image_classification.py", training(cell, args, source, held_out, resumed))
+    record = json.loads((out / "record.json").read_text())
+    model, processor = load_model(out)
+    torch.set_num_threads(os.cpu_count() or 1)
+    report = evaluate_model(model.to(args.device), load_images(held_out), processor, progress=False)
+    right = (report.per_image["predictions"] == report.per_image["labels"]).tolist()
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return row | {
+        "method": report.method,
+        "settings": report.settings,
+        "top1": round(report.top1, 3),
+        "mult_adds_ratio": round(report.mult_adds_ratio, 4),
+        "tokens_per_layer": [round(count, 1) for count in report.tokens_per_layer],
+        "right": "".join("1" if one else "0" for one in right),
+        "command": record["command"],
+        "earlier_commands": record["earlier_commands"],
+        **filter_of,
+        # Of a run that was killed, only what came after it is known.
+        "seconds": round(time.perf_counter() - began, 1),
+        "resumed": resumed is not None,
+        "machine": f"{args.device}, {os.cpu_count()} cores, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}",
+    }  # fmt: skip
+
+
+def training(cell: Cell, args: argparse.Namespace, source: Any, held_out: Path, resumed: Path | None) -> list[Any]:
+    """The arguments of a cell's training."""
+    words: list[Any] = ["--model_name_or_path", source, "--train_dir", args.train_dir, "--validation_dir", held_out]
+    words += ["--output_dir", args.work_dir / cell.stem, "--seed", cell.seed, "--eval_strategy", "no"]
+    words += ["--disable_tqdm", "True", "--bf16", args.bf16, "--use_cpu", args.device == "cpu"]
+    words += ["--max_eval_samples", 32]  # all images are evaluated afterwards, one by one
+    words += [] if args.max_train_samples is None else ["--max_train_samples", args.max_train_samples]
+    words += [] if resumed is None else ["--resume_from_checkpoint", resumed]
+    if cell.name == START:
+        words += ["--ignore_mismatched_sizes", "True", "--num_train_epochs", args.start_epochs]
+        words += ["--learning_rate", "1e-4"]
+        return words
+    words += ["--num_train_epochs", args.epochs]
+    if cell.name not in (CONTROL, "dlvit"):  # DL-ViT's model comes reduced from the fit of its filter
+        method, settings, more = VARIANTS.get(cell.name, (cell.name, {}, []))
+        words += ["--reduction", method, "--share", cell.share, "--reduction_args", json.dumps(settings), *more]
+    return words
+
+
+def learn_filter(cell: Cell, args: argparse.Namespace, start: Path) -> tuple[Path, dict[str, Any]]:
+    """DL-ViT's first stage: the model with a fitted filter, and what is known of the filter. The labels of a start are
+    made once, for all shares."""
+    model, _ = load_model(start)
+    keep_rate = DLViTConfig.for_budget(model.config, cell.share).keep_rate
+    out = args.work_dir / f"filter-seed{cell.seed}"
+    words = ["--model_name_or_path", start, "--train_dir", args.train_dir, "--output_dir", out, "--seed", cell.seed]
+    words += ["--max_train_samples", args.label_images, "--labeller", "groups", "--keep_share", 0.5]
+    words += ["--reduction_args", json.dumps({"keep_rate": keep_rate})]
+    words += ["--use_cpu"] if args.device == "cpu" else []
+    call("examples/run_delta_loss.py", words)
+    return out / "model", json.loads((out / "results.json").read_text())
+
+
+def call(script: str, words: list[Any]) -> None:
+    """Run a script of this repository in a process of its own, which gives its memory back."""
+    command = [sys.executable, script, *map(str, words)]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole: the state of the trainer comes last."""
+    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def time_left(folder: Path, cells: list[Cell], args: argparse.Namespace) -> str:
+    """How long the cells will take, by those that are done."""
+    rows = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    per_epoch = [row["seconds"] / row["setting"]["epochs"] for row in rows if not row["resumed"]]
+    if not per_epoch:
+        return ""
+    epochs = sum(args.start_epochs if cell.name == START else args.epochs for cell in cells)
+    return f", about {statistics.mean(per_epoch) * epochs / 60:.0f} minutes"
+
+
+if __name__ == "__main__":
+    main()
