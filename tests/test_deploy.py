@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -358,3 +359,29 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypat
     with pytest.raises(ValueError, match="Nothing was written"):
         export(reduce_tokens(tiny_model(), ToMeConfig(r=7)), tmp_path / "graph")
     assert not (tmp_path / "graph").exists()
+
+
+def test_a_signal_after_graphs_of_openvino_are_dropped(tmp_path):
+    """OpenVINO leaves a freed signal stack in place where two Cores are dropped in the order they were made in."""
+    pytest.importorskip("nncf")
+    code = """
+import gc, os, signal, sys
+from helpers import tiny_images, tiny_model
+from hf_tokenreduce import ToMeConfig, export, load_exported, reduce_tokens
+signal.signal(signal.SIGUSR1, lambda *_: print("handled", flush=True))
+model, images = reduce_tokens(tiny_model(), ToMeConfig(r=7)), tiny_images(12)
+export(model, "graph", format="openvino", int8=True, images=images)
+first, second = load_exported("graph"), load_exported("graph")
+first(images), second(images)
+del first
+gc.collect()
+del second
+gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+print("alive")
+"""
+    places = {"PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[up]) for up in (0, 1))}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | places, capture_output=True, text=True
+    )
+    assert ran.stdout.split()[-2:] == ["handled", "alive"], (ran.returncode, ran.stderr[-2000:])

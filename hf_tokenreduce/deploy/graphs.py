@@ -4,6 +4,7 @@ A graph takes one tensor of inputs, (B, ...), and gives one or two: logits or fe
 decides how many tokens it keeps, the number that leaves each layer, (B, L).
 """
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -196,9 +197,19 @@ def _open_onnx(folder: Path, threads: int | None, batch_size: int | None, dtype:
     return run
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """Give the one `openvino.Core` of this process.
+
+    It is never dropped. OpenVINO (seen in 2026.4.1) gives the thread a signal stack for each Core that compiles. When
+    two are dropped in the order in which they were made, a stack that is freed stays in place, and the next signal
+    with a handler (Ctrl-C, or the end of a process that a DataLoader started) ends the whole process.
+    """
+    return importlib.import_module("openvino").Core()
+
+
 def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:
-    openvino = importlib.import_module("openvino")
-    core = openvino.Core()
+    core = openvino_core()
     # Its own default may be bfloat16, by which numbers differ in the second digit.
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]}
     if threads is not None:
@@ -210,7 +221,7 @@ def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dt
     compiled = core.compile_model(graph, "CPU", options)
     request = compiled.create_infer_request()
 
-    def run(inputs: Tensor, kept: Any = (core, graph, compiled)) -> list[Tensor]:  # a request needs them all
+    def run(inputs: Tensor, kept: Any = (graph, compiled)) -> list[Tensor]:  # a request needs them
         found = request.infer([inputs.float().cpu().numpy()])
         return [torch.from_numpy(found[output].copy()) for output in found]
 

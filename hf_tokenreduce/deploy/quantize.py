@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .graphs import REDUCER, quietly
+from .graphs import REDUCER, openvino_core, quietly
 
 
 PACKAGES = ("nncf",)
@@ -21,7 +21,7 @@ def quantize(graph_file: Path, inputs: Tensor, batch_size: int | None = None) ->
     So do the networks by which a method decides.
     """
     nncf, openvino = importlib.import_module("nncf"), importlib.import_module("openvino")
-    graph = openvino.Core().read_model(graph_file)
+    graph = openvino_core().read_model(graph_file)
     in_float = [node.get_friendly_name() for node in graph.get_ops() if _stays_in_float(node)]
     size = batch_size or 1
     parts = [part for part in inputs[: max(MOST_IMAGES, size)].split(size) if len(part) == size]
