@@ -26,12 +26,15 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch import Tensor
 from train_report import CONTROL, START, write_report
+from training_free_table import run as predict
 
-from hf_tokenreduce.evaluation import evaluate_model
 from hf_tokenreduce.files import refuse_other_settings, write_whole
 from hf_tokenreduce.loading import load_images, load_model
 from hf_tokenreduce.modeling.dlvit import DLViTConfig
+from hf_tokenreduce.modeling.encoders import facts_of
+from hf_tokenreduce.modeling.multiply_adds import shares_kept
 from hf_tokenreduce.pictures import is_image
 
 
@@ -83,11 +86,12 @@ def main(arguments: list[str] | None = None) -> None:
             file = folder / f"{cell.stem}.json"
             refuse_other_settings(file, json.loads(file.read_text())["setting"], setting_of(cell, args))
     held_out = gather(args.eval_dirs, args.work_dir / "held-out")
+    pixels, names = prepare(held_out, args.model_name_or_path)
     for number, cell in enumerate(missing):
         print(
             f"{cell.stem}: {len(missing) - number} cells to go{time_left(folder, missing[number:], args)}", flush=True
         )
-        row = run(cell, args, held_out)
+        row = train(cell, args, held_out) | evaluate(args.work_dir / cell.stem, pixels, names, args.device)
         write_whole(folder / f"{cell.stem}.json", json.dumps(row, indent=1) + "\n")
         print(f"{cell.stem}: top-1 {row['top1']:.2f}, {row['seconds'] / 60:.1f} minutes", flush=True)
         write_report(folder)
@@ -162,38 +166,33 @@ def gather(folders: list[str], target: Path) -> Path:
     return target
 
 
-def run(cell: Cell, args: argparse.Namespace, held_out: Path) -> dict[str, Any]:
-    """Train a cell, or go on with it, and evaluate it."""
+def prepare(folder: Path, model: str) -> tuple[Tensor, list[str]]:
+    """The images of a folder as pixel values (n, 3, H, W), and the name of each one's class."""
+    dataset, processor = load_images(folder), load_model(model)[1]
+    prepared = [processor(image.convert("RGB"), return_tensors="pt")["pixel_values"] for image in dataset["image"]]
+    classes = dataset.features["label"].names
+    return torch.cat(prepared), [classes[label] for label in dataset["label"]]
+
+
+def train(cell: Cell, args: argparse.Namespace, held_out: Path) -> dict[str, Any]:
+    """Train a cell, or go on with it."""
     began = time.perf_counter()
     out = args.work_dir / cell.stem
-    row: dict[str, Any] = {
-        "name": cell.name,
-        "share": cell.share,
-        "seed": cell.seed,
-        "setting": setting_of(cell, args),
-    }
     filter_of: dict[str, Any] = {}
     source = args.model_name_or_path if cell.name == START else args.work_dir / f"{START}-seed{cell.seed}"
     if cell.name == "dlvit":
         source, filter_of = learn_filter(cell, args, Path(source))
-    resumed = None
+    resumed = last_checkpoint(out)
     if not (out / "record.json").is_file():
-        resumed = last_checkpoint(out)
         call("examples/run_image_classification.py", training(cell, args, source, held_out, resumed))
     record = json.loads((out / "record.json").read_text())
-    model, processor = load_model(out)
-    torch.set_num_threads(os.cpu_count() or 1)
-    report = evaluate_model(model.to(args.device), load_images(held_out), processor, progress=False)
-    right = (report.per_image["predictions"] == report.per_image["labels"]).tolist()
-    for checkpoint in out.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return row | {
-        "method": report.method,
-        "settings": report.settings,
-        "top1": round(report.top1, 3),
-        "mult_adds_ratio": round(report.mult_adds_ratio, 4),
-        "tokens_per_layer": [round(count, 1) for count in report.tokens_per_layer],
-        "right": "".join("1" if one else "0" for one in right),
+    return {
+        "name": cell.name,
+        "share": cell.share,
+        "seed": cell.seed,
+        "setting": setting_of(cell, args),
+        "method": record["method"],
+        "settings": record["settings"],
         "command": record["command"],
         "earlier_commands": record["earlier_commands"],
         **filter_of,
@@ -203,6 +202,24 @@ def run(cell: Cell, args: argparse.Namespace, held_out: Path) -> dict[str, Any]:
         "machine": f"{args.device}, {os.cpu_count()} cores, torch {torch.__version__}, transformers "
         f"{transformers.__version__}",
     }  # fmt: skip
+
+
+def evaluate(folder: Path, pixels: Tensor, names: list[str], device: str) -> dict[str, Any]:
+    """Which of the images a trained model gets right, and what it keeps of the multiply-adds. Then its checkpoints,
+    which are large, are deleted."""
+    model, _ = load_model(folder)
+    logits, counts = predict(model.eval().to(device), pixels.to(device), 32)
+    labels = torch.tensor([model.config.label2id[name] for name in names])
+    right = (logits.argmax(dim=-1).cpu() == labels).tolist()
+    shares = shares_kept(model.config, counts.cpu(), facts_of(model.config).num_tokens, model.config.reduction)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return {
+        "top1": round(100 * sum(right) / len(right), 3),
+        "mult_adds_ratio": round(shares.mean().item(), 4),
+        "tokens_per_layer": [round(count, 1) for count in counts.double().mean(dim=0).tolist()],
+        "right": "".join("1" if one else "0" for one in right),
+    }
 
 
 def training(cell: Cell, args: argparse.Namespace, source: Any, held_out: Path, resumed: Path | None) -> list[Any]:
