@@ -1,0 +1,182 @@
+"""The table of trained models: its cells, its resumption, its arithmetic."""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_model
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, ViTImageProcessor
+
+from hf_tokenreduce.loading import load_model
+
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    monkeypatch.syspath_prepend(str(HERE))
+    yield importlib.import_module("train_table"), importlib.import_module("train_report")
+    for name in ("train_table", "train_report", "training_free_table"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Of a table of a tiny model on twelve images."""
+    tiny_model(num_hidden_layers=12).save_pretrained(tmp_path / "tiny")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "tiny")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 3), ("tune", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / part / name / f"{number}.png")
+    words = ["--model_name_or_path", tmp_path / "tiny", "--train_dir", tmp_path / "data" / "train", "--eval_dirs"]
+    words += [tmp_path / "data" / "val", tmp_path / "data" / "tune", "--work_dir", tmp_path / "work"]
+    words += ["--output_dir", tmp_path / "results", "--seeds", 0, "--shares", 0.65, "--start_epochs", 1]
+    return [str(word) for word in words]
+
+
+def test_the_table_of_a_tiny_model(tmp_path, monkeypatch, modules, arguments, capsys):
+    table, _ = modules
+    called = []
+
+    def call(script, words):
+        called.append(script)
+        runpy.run_path(str(HERE / script))["main"]([str(word) for word in words])
+
+    monkeypatch.setattr(table, "call", call)
+    arguments += [
+        "--epochs",
+        "1",
+        "--label_images",
+        "4",
+        "--methods",
+        "tome",
+        "dlvit",
+        "--variants",
+        "bat-no-matching",
+    ]
+    table.main(arguments)
+    folder = tmp_path / "results" / "train-data-tiny"
+    rows = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    named = ["start-seed0", "dense-seed0", "tome-0.65-seed0", "dlvit-0.65-seed0", "bat-no-matching-0.65-seed0"]
+    assert sorted(rows) == sorted(named) and len(called) == 6  # the filter comes before DL-ViT
+    assert rows["bat-no-matching-0.65-seed0"]["settings"]["fuse_share"] == 0
+    assert rows["dlvit-0.65-seed0"]["filter"]["images"] == 1
+    for name in ("dense-seed0", "tome-0.65-seed0"):
+        model, processor = load_model(tmp_path / "work" / name)
+        right = []
+        for label in ("cat", "dog"):
+            for part in ("tune", "val"):  # the order of the links' names
+                for file in sorted((tmp_path / "data" / part / label).iterdir()):
+                    pixels = processor(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"]
+                    with torch.no_grad():
+                        found = model.eval()(pixels).logits.argmax().item()
+                    right.append("01"[model.config.id2label[found] == label])
+        assert rows[name]["right"] == "".join(right)
+        assert rows[name]["top1"] == pytest.approx(10 * right.count("1"))
+        assert not list((tmp_path / "work" / name).glob("checkpoint-*"))
+    assert rows["dense-seed0"]["mult_adds_ratio"] == 1
+    assert rows["tome-0.65-seed0"]["mult_adds_ratio"] == pytest.approx(0.65, abs=0.03)
+    text = folder.with_name("train-data-tiny.md").read_text()
+    assert "| ToMe | 0.65 | 0.6" in text and "DL-ViT's filter" in text
+    assert folder.with_name("train-data-tiny.png").stat().st_size > 5000
+
+    called.clear()
+    capsys.readouterr()
+    table.main([*arguments, "--list"])
+    assert capsys.readouterr().out.count("done") == 5
+    table.main(arguments)
+    assert not called
+    with pytest.raises(ValueError, match="was made with other settings: epochs was 1, now 2"):
+        table.main([*arguments, "--epochs", "2"])
+
+
+def test_the_most_telling_cells_come_first(modules):
+    table, _ = modules
+    cells = [cell.stem for cell in table.plan([0, 1, 2], [0.65, 0.45], table.METHODS, tuple(table.VARIANTS))]
+    assert len(cells) == len(set(cells)) == 2 * 16 + 2 * 2 * len(table.VARIANTS) + 2 + 5
+    assert cells[:3] == ["start-seed0", "dense-seed0", "tome-0.65-seed0"]
+    for name in ("start", "dense"):  # what a cell is compared with and begins from is there before it
+        assert all(cells.index(f"{name}-seed{cell[-1]}") <= cells.index(cell) for cell in cells if "start" not in cell)
+
+
+def test_differences_are_paired_by_seed(modules):
+    _, report = modules
+    generator = np.random.default_rng(0)
+
+    def row(name, seed, right, share=None):
+        return {
+            "name": name,
+            "share": share,
+            "seed": seed,
+            "right": "".join(map(str, right)),
+            "top1": 100 * right.mean(),
+            "mult_adds_ratio": share or 1.0,
+            "seconds": 60.0,
+            "setting": {"epochs": 3},
+        }
+
+    rows, differences = [], []
+    for seed in (0, 1):
+        dense = (generator.random(400) < 0.9).astype(int)
+        flipped = generator.random(400) < 0.1
+        reduced = np.where(flipped, 1 - dense, dense)
+        rows += [row("dense", seed, dense), row("tome", seed, reduced, 0.65), row("start", seed, dense)]
+        differences.append(100 * (reduced.mean() - dense.mean()))
+    lines = {line["name"]: line for line in report.summarise(rows)}
+    assert lines["dense"]["difference"] is None and lines["start"]["difference"] is None
+    assert list(lines["tome"]["seeds"].values()) == pytest.approx(differences, abs=0.01)
+    assert lines["tome"]["difference"] == pytest.approx(np.mean(differences))
+    low, high = lines["tome"]["interval"]
+    # Each image of a seed changes by -1, 0 or 1 with variance 0.1 at most: 2 seeds of 400 images.
+    width = 2 * 1.96 * 100 * np.sqrt(0.1 / 800)
+    between = abs(differences[0] - differences[1])
+    assert 0.7 * width < high - low < 1.6 * (width + between) and low < np.mean(differences) < high
+    same = [row("dense", 0, dense), row("tome", 0, dense, 0.65)]
+    assert report.summarise(same)[1]["interval"] == (0.0, 0.0)
+
+
+@pytest.mark.slow
+def test_killed_and_called_again_it_is_as_if_it_had_not_been(tmp_path, arguments):
+    """Also where the kill comes in the midst of an epoch: that epoch begins anew."""
+    command = [sys.executable, "benchmarks/train_table.py", *arguments, "--epochs", "3", "--methods", "tome"]
+    command += ["--variants"]
+    quiet = {"cwd": HERE, "env": os.environ | {"PYTHONPATH": str(HERE)}, "stdout": subprocess.DEVNULL}
+    subprocess.run(command, check=True, **quiet)
+    whole = tmp_path / "work" / "tome-0.65-seed0" / "model.safetensors"
+    expected = load_file(whole)
+    right = json.loads((tmp_path / "results" / "train-data-tiny" / "tome-0.65-seed0.json").read_text())["right"]
+
+    command[command.index("--work_dir") + 1] = str(tmp_path / "again")
+    command[command.index("--output_dir") + 1] = str(tmp_path / "results-again")
+    process = subprocess.Popen(command, start_new_session=True, **quiet)
+    out = tmp_path / "again" / "tome-0.65-seed0"
+    deadline = time.monotonic() + 240
+    while not list(out.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "record.json").is_file(), "it had ended before it was killed"
+    subprocess.run(command, check=True, **quiet)
+    row = json.loads((tmp_path / "results-again" / "train-data-tiny" / "tome-0.65-seed0.json").read_text())
+    assert row["resumed"] and row["right"] == right
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert AutoImageProcessor.from_pretrained(out).size["height"] == 32
