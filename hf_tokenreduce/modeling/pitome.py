@@ -62,8 +62,8 @@ def match_by_energy(keys: Tensor, size: Tensor | None, r: int, margin: float, pr
 
     keys: (B, N, d) float32; size: (B, N), None for ones
 
-    The energy of a token is the mean of ELU(cosine - margin) over all tokens. Tokens are sorted by falling energy;
-    every first one is a source and every second one a receiver. The r sources most like a receiver merge into it. With
+    The energy of a token is the mean of ELU(cosine - margin) over all tokens. Sorted by
+    falling energy, tokens are sources and receivers in turn. The r sources most like a receiver merge into it. With
     `protect` only the first 2r tokens take part, and all their sources merge. Means are weighted by size. The
     receiving tokens keep their order.
     """

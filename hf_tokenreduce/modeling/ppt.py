@@ -34,7 +34,7 @@ class PPTConfig(ToMeConfig):
         r: Number of patch tokens that each of `layers` removes, at most half of those present. Or a list with one
             integer per layer of the model, which then replaces `layers`.
         layers: 0-based indices of the layers that remove tokens. If r is a list, the layers whose number is above 0.
-        threshold: Variance of an image's scores, which sum to 1, below which the image merges.
+        threshold: An image merges if the variance of its scores is below this number. The scores sum to 1.
     """
 
     method: ClassVar[str | None] = "ppt"

@@ -36,7 +36,7 @@ class ToMeConfig(ReductionConfig):
             the first layers and nothing in the last.
         prop_attn: Whether a token that stands for s patches counts s times as a key (log s is added to its attention
             logits).
-        inflect: The second value of a tuple `r`, which is kept here.
+        inflect: The second value of a tuple `r`, from -1 to 1. It is stored here.
     """
 
     method: ClassVar[str | None] = "tome"
