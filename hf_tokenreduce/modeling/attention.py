@@ -145,7 +145,7 @@ class AttentionView(NamedTuple):
 
 
 def split_heads(rows: Tensor, head_dim: int) -> Tensor:
-    """(B, T, H * d) -> (B, H, T, d)"""
+    """Split rows into heads: (B, T, H * d) -> (B, H, T, d)."""
     return rows.view(*rows.shape[:2], -1, head_dim).transpose(1, 2)
 
 
@@ -399,7 +399,7 @@ def _attend_varlen(
 
 
 def _pack_heads(heads: Tensor) -> Tensor:
-    """(B, H, T, d) -> (1, H, B * T, d)"""
+    """Pack the heads of all images: (B, H, T, d) -> (1, H, B * T, d)."""
     return heads.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
 
 
