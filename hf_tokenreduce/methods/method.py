@@ -126,7 +126,7 @@ class Method:
     def takes_layers(self) -> bool:
         """Whether a setting for a share can be given the layers that reduce."""
         arguments = set() if self.at_share is None else set(inspect.signature(self.at_share).parameters)
-        return "layers" in arguments | {field.name for field in fields(self.config_class)}
+        return "layers" in arguments | {entry.name for entry in fields(self.config_class)}
 
 
 def spread_layers(facts: EncoderFacts, *of_twelve: int) -> tuple[int, ...]:

@@ -274,7 +274,7 @@ def attend_masked(
     with full_precision(query):
         logits = _logits(query, key, bias, attention.scaling)  # (B, H, T, T)
         highest = logits.detach().masked_fill((mask <= 0.5)[:, None, None, :], -torch.inf).amax(dim=-1, keepdim=True)
-        weights = (logits - highest).clamp(max=30).exp() * mask[:, None, None, :]  # a masked key can be far above
+        weights = (logits - highest).clamp(max=30).exp() * mask[:, None, None, :]  # a masked one can be far higher
         weights = weights / weights.sum(dim=-1, keepdim=True)
         live = (mask > 0.5).float()
         received = (weights.detach().mean(dim=1) * live[:, :, None]).sum(dim=1) / live.sum(dim=1, keepdim=True)

@@ -77,7 +77,7 @@ class TokenReduceConfigMixin(_StockConfig):
         architecture = (self.architectures or [""])[0].removeprefix(PREFIX)
         base = base_model_of(self)
         models = {"AutoModel": base} if base is not None else {}
-        if architecture:  # AutoModel finds a class that no Auto class knows
+        if architecture:  # here AutoModel finds a class that no other Auto class knows
             models |= dict.fromkeys(auto_classes_of(architecture) or ["AutoModel"], architecture)
         return found | {auto: f"modeling_tokenreduce.{PREFIX}{name}" for auto, name in models.items()}
 

@@ -25,7 +25,7 @@ class Layout:
     """How the layers of some families look: the names of their parts.
 
     Attributes:
-        after_attention, after_mlp: What goes over their output before it is added, in order: modules or scales.
+        after_attention, after_mlp: Modules or scaling parameters that a branch goes through before it is added.
         rotary: Whether queries and keys of patches are rotated by their places.
         pair_bias: The layer's module that gives a bias for each pair of places. The module may be None.
     """
@@ -85,7 +85,7 @@ class Tower:
         layers: Path from a class of `classes` to its list of layers.
         num_prefix_tokens: Number of tokens before the patches. The first one is the class token.
         wants_grid: Whether the code after the last layer reads all patches, not only the prefix tokens.
-        norm: Path from such a class to the norm that all rows go through before they are read, or None.
+        norm: Path from a class of `classes` to the norm that all rows go through before they are read, or None.
         any_size: Whether it takes images of any size. If not, they need `interpolate_pos_encoding=True`.
         mlp_products: Multiply-adds of the MLP for one token.
         patches: Rows and columns of patches.
