@@ -54,9 +54,9 @@ def test_the_model_that_is_given_keeps_what_it_has_learned(name):
 PIXELS = tiny_images(2)
 PICTURE = Image.new("RGB", (40, 40))
 REFUSED = [
-    (("tome",), {"share": 0}, "share is that of the multiply-adds"),
-    (("tome",), {"share": float("nan")}, "share is that of the multiply-adds"),
-    (("tome",), {"share": "0.5"}, "share is that of the multiply-adds"),
+    (("tome",), {"share": 0}, "share must be the share of multiply-adds"),
+    (("tome",), {"share": float("nan")}, "share must be the share of multiply-adds"),
+    (("tome",), {"share": "0.5"}, "share must be the share of multiply-adds"),
     (("tome",), {"share": 0.01}, "cannot be reached"),
     (("tome",), {"share": 0.5, "r": 4}, "A share of 0.5 decides r"),
     (("tome",), {"share": 0.5, "images": PIXELS}, "needs no images"),

@@ -76,7 +76,7 @@ UNFIT = [
     (TopKConfig(layers=(12,)), "no layer 12"),
     (ToMeConfig(r=[1, 2, 3]), "3 values for 4 layers"),
     (BATConfig(), "no layer 6"),
-    (SiTConfig(layers=(2, 1)), r"must ascend.*\(2, 1\)"),
+    (SiTConfig(layers=(2, 1)), r"ascending order.*\[2, 1\]"),
     ({"method": "dlvit", "max_tokens": 0}, "max_tokens.*0"),
     ({"method": "tomee"}, "'tomee'.*" + KNOWN),
     ({"method": ["tome"]}, "tome.*" + KNOWN),

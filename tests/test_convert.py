@@ -186,7 +186,7 @@ def test_parameters_are_shared_unless_copied():
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"), [(LTMPConfig(), "is not `target` yet"), (SiTConfig(layers=(1,)), "random")]
+    ("setting", "message"), [(LTMPConfig(), "does not keep `target`"), (SiTConfig(layers=(1,)), "random")]
 )
 def test_what_has_to_learn_first_says_so(caplog, setting, message):
     type(logging.get_logger()).warning_once.cache_clear()

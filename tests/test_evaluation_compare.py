@@ -166,7 +166,7 @@ def test_settings_at_given_shares(depth):
     for setting in found:
         setting.check_fit(TokenReduceViTConfig(**config.to_dict()))
     assert [type(setting) for setting in default_reductions(config, [0.9])].count(ToMeConfig) == 1
-    with pytest.raises(ValueError, match="share is that of the multiply-adds"):
+    with pytest.raises(ValueError, match="share must be the share of multiply-adds"):
         default_reductions(config, [1.5])
 
 

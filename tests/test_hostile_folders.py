@@ -39,7 +39,7 @@ NAMED = {
         ({"architectures": [7]}, "architectures must be a list"),
         ({"architectures": ["ResNetModel"]}, "is a ResNetModel"),
         ({"patch_size": 0}, "config.json"),
-        ({"image_size": -32}, "its sizes make -8 x -8 patches"),
+        ({"image_size": -32}, "give -8 x -8 patches"),
         ({"num_hidden_layers": "many"}, "config.json"),
         ({"qkv_bias": 3.5}, None),
         ({"reduction": {"method": "tome", "r": "many"}}, "ToMeConfig: r "),

@@ -106,7 +106,7 @@ def test_models_that_are_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:5000])
     for name, words in (
         (headless, r"no trained classifier\.bias, classifier\.weight: its classifier would be random"),
-        (other, "is a ResNetForImageClassification. What can be reduced is: ViT, DeiT, .*encoders.md"),
+        (other, "is a ResNetForImageClassification. These can be reduced: ViT, DeiT, .*encoders.md"),
         (cut, "could not be loaded"),
     ):
         with pytest.raises(ValueError, match=words):

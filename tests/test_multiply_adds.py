@@ -113,7 +113,7 @@ def test_budgets_that_cannot_be():
         with pytest.raises(ValueError, match=r"0\.001 cannot be reached.*keeps 0\."):
             config_class.for_budget(config, 0.001, **settings)
         for share in (0, 1.1, -0.5):
-            with pytest.raises(ValueError, match="share is that of the multiply-adds"):
+            with pytest.raises(ValueError, match="share must be the share of multiply-adds"):
                 config_class.for_budget(config, share, **settings)
         assert even_share(config_class.for_budget(config, 1.0, **settings), config) == 1.0
     with pytest.raises(ValueError, match="no layer 6 in a model of 4 layers"):

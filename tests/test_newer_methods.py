@@ -157,10 +157,10 @@ def test_protected_merging_without_a_class_token():
     ("make", "message"),
     [
         (lambda: PiToMeConfig(margin=2), "PiToMeConfig: margin must lie between 0 and 1, got 2"),
-        (lambda: PiToMeConfig(r=-1), "PiToMeConfig: r counts tokens"),
+        (lambda: PiToMeConfig(r=-1), "PiToMeConfig: r must be an integer"),
         (lambda: DiffRateConfig(prune_share=1.5), "DiffRateConfig: prune_share must lie between 0 and 1, got 1.5"),
         (lambda: PPTConfig(threshold="a"), "PPTConfig: threshold is a variance"),
-        (lambda: PPTConfig(layers=(1, 1)), "PPTConfig: layers names a layer twice"),
+        (lambda: PPTConfig(layers=(1, 1)), "PPTConfig: layers lists a layer twice"),
         (lambda: MCTFConfig(size_weight=-1), "MCTFConfig: size_weight must lie between 0 and 1"),
         (lambda: ProtectedConfig(drop_share=None), "ProtectedConfig: drop_share must lie between 0 and 1, got None"),
         (lambda: ProtectedConfig(prop_attn=1), "ProtectedConfig: prop_attn must be True or False"),

@@ -410,7 +410,7 @@ def test_a_search_ends_with_its_time(model, photos, processor, tmp_path):
 BAD = [
     ({}, "Give one target: share, such as 0.65 .* Got none of them"),
     ({"share": 0.5, "max_drop": 1}, "Give one target: .* Got share=0.5 and max_drop=1"),
-    ({"share": 1.5}, "share is that of the multiply-adds to keep, above 0 and at most 1, got 1.5"),
+    ({"share": 1.5}, "share must be the share of multiply-adds to keep, above 0 and at most 1, got 1.5"),
     ({"speedup": 0.9}, "speedup is how many times as fast as dense, above 1, got 0.9"),
     ({"max_drop": -1}, "max_drop is in points of the accuracy, from 0 to below 100, got -1"),
     ({"speedup": 1.5, "speed": False}, "speedup=1.5 needs time to be measured"),

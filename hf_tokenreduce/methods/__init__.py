@@ -1,5 +1,4 @@
-"""The methods, described: what every room of this package reads. A method that is not listed here is added by
-`register_method`."""
+"""Descriptions of the methods, which the rest of the package reads. `register_method` adds a method of your own."""
 
 from typing import Any
 
@@ -22,34 +21,43 @@ from .tome import TOME
 from .topk import TOPK
 
 
-# By name, in the order in which tables and pictures show them.
+# The methods by name, in the order in which tables and pictures show them.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (TOME, EVIT, TOPK, BAT, SIT, DLVIT, ATS, LTMP, PITOME, DIFFRATE, PPT, MCTF, SHIFT, PROTECTED)
 }
 
-# What a model does that reduces nothing.
+# The description of a model that reduces nothing.
 DENSE = Method(ReductionConfig, "dense", "none", "Nothing is reduced: every token goes through every layer.")
 
 
 def find_method(name: Any) -> Method:
-    """Find a method by its name or its configuration class; what is neither raises a ValueError that lists them."""
-    found = name if isinstance(name, str) else getattr(name, "method", None)
-    if not isinstance(name, (str, type)) or found not in METHODS:
+    """Find the description of a method.
+
+    Args:
+        name: Name of the method, such as "tome", or its configuration class, such as `ToMeConfig`. Anything else
+            raises a `ValueError` that lists the methods.
+    """
+    method = name if isinstance(name, str) else getattr(name, "method", None)
+    if not isinstance(name, (str, type)) or method not in METHODS:
         raise ValueError(
-            f"There is no method {name!r}. The methods are: {', '.join(METHODS)}. A configuration class, such as "
-            "ToMeConfig, names one too."
+            f"There is no method {name!r}. The methods are: {', '.join(METHODS)}. Give one of these names, or a "
+            "configuration class such as ToMeConfig."
         )
-    return METHODS[found]
+    return METHODS[method]
 
 
 def method_of(reduction: Any) -> Method:
-    """Return the description of a setting's method. Where nothing is reduced it is `DENSE`; of a method that is not
-    registered here, which a model from the Hub can bring along, one that says no more than its name."""
+    """Return the description of the method of a setting.
+
+    Args:
+        reduction: A method configuration, or None, whose description is `DENSE`. A method that is not registered,
+            which a model from the Hub can bring along, has a description with its name only.
+    """
     name = getattr(reduction, "method", None)
     if name is None:
         return DENSE
-    return METHODS.get(name) or Method(type(reduction), name, "a method of others", "")
+    return METHODS.get(name) or Method(type(reduction), name, "a method from outside this package", "")
 
 
 __all__ = ["DENSE", "METHODS", "Method", "find_method", "method_of", "register_method", "spread_layers"]

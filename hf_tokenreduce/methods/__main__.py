@@ -1,5 +1,5 @@
-"""Print the table of methods: `python -m hf_tokenreduce.methods`. With a folder of documentation, such as `docs`, also
-write the pages there."""
+"""Print the table of methods: `python -m hf_tokenreduce.methods`. If a folder such as `docs` is given, also write the
+methods' pages of the documentation there."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""ATS, described."""
+"""The description of ATS."""
 
 import math
 from collections.abc import Sequence
@@ -18,20 +18,27 @@ from .method import Method
 
 
 def usual_layers(facts: EncoderFacts) -> tuple[int, ...]:
-    """All from the fourth of twelve layers on, in proportion; of a shallow model the later half."""
+    """Return the layers from the fourth of twelve on, in proportion, or the second half of a shallow model."""
     depth = facts.num_hidden_layers
     return tuple(range(depth // 4 if depth >= 12 else depth // 2, depth))
 
 
 def untrained(facts: EncoderFacts, shares: Sequence[float]) -> list[ReductionConfig]:
-    """It samples from all tokens, from half and from a quarter of them: shares depend on the images."""
+    """Return grids of all tokens, of half and of a quarter of them, because shares depend on the images."""
     half = math.ceil(facts.num_patches / 2)
     return [ATSConfig(layers=usual_layers(facts), num_tokens=count) for count in (None, half, half // 2)]
 
 
 @torch.no_grad()
 def fit_share(model: PreTrainedModel, pixels: Tensor, share: float, **settings: Any) -> ReductionConfig:
-    """Find the largest `num_tokens` with which the images keep at most `share` of the multiply-adds."""
+    """Return the setting with the largest `num_tokens` that keeps at most `share` of the multiply-adds on the images.
+
+    Args:
+        model: A model that reduces nothing.
+        pixels: Pixel values of the images, (B, C, H, W).
+        share: Share of the multiply-adds to keep, above 0 and at most 1.
+        **settings: Values of the other fields of `ATSConfig`.
+    """
     facts = facts_of(model.config)
     settings = {"layers": usual_layers(facts), **settings}
     check_share(share)
@@ -59,20 +66,20 @@ ATS = Method(
     title="ATS",
     family="sampling",
     summary=(
-        "Inside the attention of some layers tokens are sampled by how much the class token attends to them. Every "
-        "image keeps as many as its scores are spread over."
+        "Inside the attention of some layers, patch tokens are sampled by how much the class token attends to them. "
+        "Images with flat scores keep many tokens, and images with a few high scores keep few."
     ),
     paper="Adaptive Token Sampling for Efficient Vision Transformers",
     arxiv="2111.15667",
     details=(
-        "In each of `layers`, the attention of the class token times the length of the values scores the patch "
-        "tokens. The cumulated scores are sampled at an even grid of points, `num_tokens` less the prefix tokens. "
-        'So a few high scores take few tokens, and flat scores take many. `score="joint"` is what the code of its '
-        'authors computes, `"per_head"` is the formula of the paper. Sampling happens before attention: only rows '
-        "that stay are computed."
+        "In each of `layers`, the score of a patch token is the attention of the class token to it times the length "
+        "of its value. The scores are summed up from low to high. An even grid of points samples these sums; it has "
+        "`num_tokens` points less the prefix tokens. So an image with a few high scores keeps few tokens, and one "
+        'with flat scores keeps many. `score="joint"` is what the code of the authors computes, `"per_head"` is the '
+        "formula of the paper. Tokens are sampled before attention, so only the rows of sampled tokens are computed."
     ),
-    limits="What it costs depends on the image. A layer that samples always drops its token of the lowest score.",
-    ours="the grid counts patch tokens only; a budget other than all; caps",
+    limits="The cost depends on the image. A layer that samples always drops its token of the lowest score.",
+    ours="the grid counts patch tokens only; `num_tokens` can be less than all tokens; `max_tokens`",
     is_adaptive=lambda config: True,
     fit_share=fit_share,
     untrained=untrained,

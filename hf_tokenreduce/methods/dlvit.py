@@ -1,4 +1,4 @@
-"""DL-ViT, described. Its labels and its filter are made in `training/`."""
+"""The description of DL-ViT. Its labels and its filter are made in `training/`."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ def why_not(config: Any) -> str | None:
     if config.trained:
         return None
     return (
-        "its filter is not trained, so it would keep every token; fit it by hf_tokenreduce.training.fit_filter, or "
+        "its filter is not trained, so it would keep every token; fit it with hf_tokenreduce.training.fit_filter, or "
         "run examples/run_delta_loss.py and use the model that it writes"
     )
 
@@ -21,7 +21,7 @@ def why_not(config: Any) -> str | None:
 def learn_from_labels(
     model: PreTrainedModel, dataset: Any, folder: str | Path, image_processor: Any, **options: Any
 ) -> None:
-    """Label patches by what the loss gains without them, and fit the filter to the labels."""
+    """Label patches by how much the loss rises without them, and fit the filter to the labels."""
     from ..training import fit_filter, make_labels
 
     make_labels(model, dataset, folder, image_processor=image_processor, **options)
@@ -33,20 +33,24 @@ DLVIT = Method(
     title="DL-ViT",
     family="filtering before the first layer",
     summary=(
-        "Before the first layer a small network judges every embedded patch. Those that do not matter never enter the "
-        "encoder."
+        "Before the first layer a small network judges every embedded patch. Patches that it judges unimportant never "
+        "enter the encoder."
     ),
     paper="Predicting Token Impact Towards Efficient Vision Transformer",
     arxiv="2305.14840",
     details=(
-        "For every patch of some training images one measures how much the loss rises without it. A small network "
-        "learns to tell such patches from their embeddings. When the model runs, it drops the others before the "
-        "first layer, by a share (`keep_rate`) or by a `threshold`."
+        "For every patch of some training images, a trained classifier shows how much the loss rises without the "
+        "patch. A small network, the filter, learns from the embeddings which patches raise it. When the model runs, "
+        "the filter drops the other patches before the first layer, by a share (`keep_rate`) or by a `threshold`."
     ),
     limits=(
-        "Its labels need a trained classifier and labelled images. An untrained filter keeps every patch and says so."
+        "Its labels need a trained classifier and labelled images. An untrained filter keeps every patch, and the "
+        "model then logs a warning."
     ),
-    ours="no code was published: the filter's shape, the labels' mask and threshold, the schedule of the fine-tuning",
+    ours=(
+        "the authors published no code, so: the shape of the filter, the mask and the threshold of the labels, the "
+        "schedule of the fine-tuning"
+    ),
     needs="labels",
     tuned_settings=None,
     is_adaptive=lambda config: config.keep_rate is None,
@@ -54,6 +58,6 @@ DLVIT = Method(
     untrained=lambda facts, shares: [],
     learn_from_labels=learn_from_labels,
     why_not=why_not,
-    paper_recipe="Its authors published no schedule. All values are our own: those of EViT's fine-tuning of DeiT.",
+    paper_recipe="The authors published no schedule. All values are our own: those of EViT's fine-tuning of DeiT.",
     recipes={**RECIPES, "demo": {**QUICK_FINE_TUNE, "num_train_epochs": 1, "learning_rate": 2e-4}},
 )

@@ -1,4 +1,4 @@
-"""What methods have in common that learn from unlabelled images."""
+"""Shared functions of the methods that learn from unlabelled images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ from ..tasks import all_layers_act, image_side
 
 @torch.no_grad()
 def share_on(model: PreTrainedModel, pixels: Tensor, batch_size: int = 64) -> float:
-    """The share of its encoder's multiply-adds that a reduced model keeps on images, on average."""
+    """Return the mean share of its encoder's multiply-adds that a reduced model keeps on images (B, C, H, W)."""
     encoder = encoder_of(model)
     with evaluating(model):
-        num_tokens = encoder.embed(pixels[:1]).shape[1]  # images may be of another size than the model's own
+        num_tokens = encoder.embed(pixels[:1]).shape[1]  # images may have another size than the model's own
         run, options = image_side(model), all_layers_act(model)
         counts = torch.cat([run(part, **options).token_counts.cpu() for part in pixels.split(batch_size)])
     return shares_kept(encoder.facts, counts, num_tokens, encoder.facts.reduction).mean().item()
@@ -27,12 +27,12 @@ def share_on(model: PreTrainedModel, pixels: Tensor, batch_size: int = 64) -> fl
 
 @contextmanager
 def before_acting(reducers: list[Any], hook: str, fit: Any) -> Iterator[None]:
-    """While a batch goes through the model, `fit(reducer, ...)` sees what each reducer's hook gets, just before it."""
+    """Inside the `with` block, call `fit(reducer, *arguments)` before each call of a reducer's hook."""
 
     def wrapped(reducer: Any, act: Any) -> Any:
-        def fit_and_act(*seen):
-            fit(reducer, *seen)
-            return act(*seen)
+        def fit_and_act(*arguments):
+            fit(reducer, *arguments)
+            return act(*arguments)
 
         return fit_and_act
 

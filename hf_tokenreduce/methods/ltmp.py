@@ -1,4 +1,4 @@
-"""LTMP, described, and how its thresholds are found without training."""
+"""The description of LTMP, and how its thresholds are found without training."""
 
 from typing import Any
 
@@ -24,25 +24,32 @@ logger = logging.get_logger(__name__)
 def fit_thresholds(
     model: PreTrainedModel, pixels: Tensor, target: Any, *, merge_share: float = 0.8, tolerance: float = 0.005
 ) -> float:
-    """Set the thresholds so that `target` of the multiply-adds is kept. Returns the share that is.
+    """Set the thresholds of a model so that it keeps `target` of the multiply-adds on images.
 
-    One number, the tokens that each layer removes of an average image, is searched; given it, a forward sets every
-    layer's thresholds to the quantiles of the scores that occur there.
+    It searches one number: how many tokens each layer removes from an average image. For each number that it tries, a
+    forward sets the thresholds of every layer to quantiles of the scores in that layer.
 
-    merge_share: share of the removed tokens that merge, the rest is pruned; of no effect for a model that only does
-        one of the two.
-    tolerance: how close to the target is close enough.
+    Args:
+        model: A model that LTMP reduces.
+        pixels: Pixel values of the images, (B, C, H, W).
+        target: Share of the multiply-adds to keep, above 0 and at most 1.
+        merge_share: Share of the removed tokens that merge; the others are pruned. It has no effect if the model only
+            merges or only prunes.
+        tolerance: Largest accepted distance from the target.
+
+    Returns:
+        The share that the model keeps.
     """
     if target is None:
-        raise ValueError("target is missing: the share of the multiply-adds to keep, such as 0.65.")
+        raise ValueError("target is missing. Give the share of the multiply-adds to keep, such as 0.65.")
     if not 0 < target <= 1:
-        raise ValueError(f"target is the share of multiply-adds to keep, above 0 and at most 1, got {target!r}.")
+        raise ValueError(f"target must be the share of multiply-adds to keep, above 0 and at most 1, got {target!r}.")
     if not 0 <= merge_share <= 1:
         raise ValueError(f"merge_share must lie between 0 and 1, got {merge_share!r}.")
     settings = model.config.reduction
     encoder = encoder_of(model)
     reducers = encoder.reducers
-    num_tokens = encoder.embed(pixels).shape[1]  # these images may be of another size than the model's own
+    num_tokens = encoder.embed(pixels).shape[1]  # images may have another size than the model's own
     given = [(threshold, threshold.clone()) for reducer in reducers for threshold in reducer.parameters()]
     merge_share = merge_share if settings.merge and settings.prune else float(settings.merge)
 
@@ -58,8 +65,8 @@ def fit_thresholds(
         least = share_when_removing(num_tokens)
         if target < least - tolerance:
             raise ValueError(
-                f"target={target} cannot be reached: removing all there is, {merge_share:.2f} of it by merging, keeps "
-                f"{least:.3f} of the multiply-adds. Give a higher target, or merge less: a lower merge_share."
+                f"target={target} cannot be reached: when all tokens are removed, {merge_share:.2f} of them by "
+                f"merging, {least:.3f} of the multiply-adds are kept. Give a higher target or a lower merge_share."
             )
         low, high, removed = 0.0, float(num_tokens), 0.0
         share = share_when_removing(removed)
@@ -79,12 +86,12 @@ def fit_thresholds(
             threshold.copy_(value)
         raise
     if abs(share - target) > tolerance:
-        logger.warning(f"The closest to target={target} that these images allow is {share:.3f}; more images may help.")
+        logger.warning(f"target={target} was not met exactly: {share:.3f} is the closest. More images may help.")
     return share
 
 
 def _set_thresholds(reducer: Any, view: Any, state: Any, tokens: float, merge_share: float) -> None:
-    """So that the layer removes `tokens` of an average image."""
+    """Set a reducer's thresholds so that its layer removes `tokens` tokens from an average image."""
     prefix, num_tokens = state.num_prefix_tokens, state.num_patch_tokens
     valid = state.valid()
     if valid is None:
@@ -105,7 +112,7 @@ def _set_thresholds(reducer: Any, view: Any, state: Any, tokens: float, merge_sh
 
 
 def _cut(values: Tensor, count: int) -> float:
-    """A number between 0 and 1 that has the `count` smallest values at or below it, halfway to the next."""
+    """Return a number between 0 and 1 halfway between the `count` smallest values and the next one."""
     if count <= 0 or values.numel() == 0:
         return 0.0
     ascending = values.sort().values
@@ -115,7 +122,7 @@ def _cut(values: Tensor, count: int) -> float:
 
 
 class ClampThresholds(TrainerCallback):
-    """Keeps the thresholds between 0 and 1."""
+    """Keep the thresholds between 0 and 1 in training."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -160,39 +167,39 @@ LTMP = Method(
     title="LTMP",
     family="merging and pruning",
     summary=(
-        "In every layer tokens merge whose similarity is above one learned threshold, and those are pruned whose "
-        "importance is below another. Every image keeps as many as pass. The settings hold the thresholds it starts "
-        "from; the learned ones, two per layer, are with the weights."
+        "In every layer tokens merge if their similarity is above one learned threshold, and are pruned if their "
+        "importance is not above another. Images keep different numbers of tokens. The settings hold the initial "
+        "thresholds; the learned ones, two per layer, are stored with the weights."
     ),
     paper="Learned Thresholds Token Merging and Pruning for Vision Transformers",
     arxiv="2307.10780",
     details=(
-        "In every layer tokens merge whose similarity is above one threshold. Those are pruned whose importance, "
-        "the attention they receive, is not above another threshold. Training masks tokens instead of removing "
-        "them. It learns two numbers per layer, pulled towards `target` by a loss on the multiply-adds kept. "
+        "In every layer tokens merge if their similarity is above one threshold. They are pruned if their importance, "
+        "the attention they receive, is not above another threshold. Training masks tokens instead of removing them. "
+        "It learns two numbers per layer, with a loss that brings the share of the multiply-adds close to `target`. "
         "`calibrate` finds thresholds without training."
     ),
     limits=(
-        "What it costs depends on the image. It needs the attention map of every layer, so its attention is slower "
-        "than that of the other methods."
+        "The cost depends on the image. LTMP needs the attention map of every layer, so its attention is slower than "
+        "that of most other methods."
     ),
     ours=(
-        "the even/odd split and the importance look at live tokens only, so that what is trained is what runs; an "
-        "image in which nothing merges keeps its order; caps; calibration"
+        "the even/odd split and the importance use live tokens only, so that training computes what inference "
+        "computes; an image in which nothing merges keeps its order; `max_tokens`; calibration"
     ),
     needs="images",
     is_adaptive=lambda config: True,
     at_share=at_share,
     prepare=fit_thresholds,
-    # A small data set has few steps in its one epoch: smaller batches, and prune thresholds that move within them.
+    # A small data set has few steps in one epoch: `quick` has smaller batches, and a prune learning rate for them.
     recipes={
         "paper": THRESHOLDS,
         "quick": QUICK_THRESHOLDS,
         "demo": QUICK_THRESHOLDS,
     },
     paper_recipe=(
-        "From the code of its authors: one epoch, the frozen backbone, SGD without momentum, batch, learning "
-        "rates, label smoothing. Our own: the constant learning rate and no limit on gradients."
+        "The authors' code gives one epoch, the frozen backbone, SGD without momentum, the batch, the learning rates "
+        "and the label smoothing. Our own decisions are the constant learning rate and no limit on gradients."
     ),
     callbacks=lambda model: [ClampThresholds(model)],
     key_settings=("target",),

@@ -1,4 +1,4 @@
-"""`Method`: all that the rooms of this package ask of a method. What runs in a model is its file in `modeling/`."""
+"""`Method`: all that the rest of the package needs to know of a method. What runs in a model is in `modeling/`."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from ..modeling.configuration_base import KeepRateConfig, ReductionConfig
 from ..modeling.encoders import EncoderFacts
 
 
-# Fine-tuning after EViT's of DeiT, which BAT's logs follow; its batch of 512 is that of all devices together.
+# EViT's fine-tuning of DeiT, which BAT's logs follow too. The batch of 512 is that of all devices together.
 FINE_TUNE: dict[str, Any] = {
     "num_train_epochs": 30,
     "per_device_train_batch_size": 512,
@@ -39,45 +39,49 @@ class Method:
     """Describe a method to the rest of the package.
 
     Args:
-        config_class: Its configuration. `config_class.method` is the name by which it is asked for.
+        config_class: Its configuration class. `config_class.method` is the name of the method.
         title: Its name as its authors write it.
         family: What it does with tokens, in a word or two.
         summary: What it does, in a few sentences, for model cards and pages.
-        paper, arxiv: Where it comes from, or None.
+        paper: Title of its paper, or None.
+        arxiv: arXiv number of its paper, or None.
         details: How it works, for its page in the documentation.
         limits: What it cannot do, for that page.
-        ours: What in it is a decision of this library.
+        ours: Which decisions in it are those of this library, for that page and the table of methods.
         needs: What it must have before it reduces as it is set: "nothing", unlabelled "images" or "labels".
-        is_adaptive: Whether a setting lets images keep different numbers of tokens.
-        at_share: The setting that keeps a share of the multiply-adds, given the encoder's facts, the share and further
-            settings. None: no setting does.
-        fit_share: Instead of `at_share`: the setting that keeps a share on images, given a model that reduces nothing,
-            pixel values, the share and further settings.
-        untrained: The settings that a comparison tries on a checkpoint as it is, given facts and shares. None: those
-            at the shares.
-        prepare: What it learns from unlabelled images: given a reduced model, pixel values and a target, it fits the
-            model and returns the share of the multiply-adds that it then keeps.
-        learn_from_labels: What it learns from labelled images before it is trained: given a reduced model, a data
-            set, a folder to work in, the image processor and options.
-        why_not: Why a setting cannot run yet and what to do, or None.
-        recipes: Arguments of `TokenReduceTrainingArguments`, by the name of the recipe: "paper", "quick", and "demo"
-            where the demonstration's small model is trained.
-        paper_recipe: Where the values of the "paper" recipe are from, and which are a decision of this library.
-        callbacks: What its training needs besides, given the model.
-        token_decoder: Modules that bring its tokens back to all patches, to be compared with a teacher's; given the
-            model.
-        keep_rate_may_change: Whether its `keep_rate` can change while it trains.
+        is_adaptive: `is_adaptive(config)` returns whether images keep different numbers of tokens.
+        at_share: `at_share(facts, share, **settings)` returns the setting that keeps a share of the multiply-adds.
+            `facts` are those of the encoder. None: no setting does.
+        fit_share: `fit_share(model, pixel_values, share, **settings)` returns the setting that keeps a share on these
+            images, if `at_share` is None. The model reduces nothing.
+        untrained: `untrained(facts, shares)` returns the settings that a comparison tries on a checkpoint as it is.
+            None: the settings that keep these shares.
+        prepare: `prepare(model, pixel_values, target, **options)` fits a reduced model to unlabelled images, and
+            returns the share of the multiply-adds that it then keeps. None: the method learns nothing from them.
+        learn_from_labels: `learn_from_labels(model, dataset, folder, image_processor, **options)` fits a reduced model
+            to labelled images before it is trained. `folder` is for its files. None: the method learns nothing from
+            them.
+        why_not: `why_not(config)` returns why a setting cannot run yet and what to do, or None.
+        recipes: Arguments of `TokenReduceTrainingArguments` for each recipe: "paper", "quick", and "demo" if the
+            demonstration trains its small model by this method.
+        paper_recipe: Where the values of the "paper" recipe come from, and which of them this library chose.
+        callbacks: `callbacks(model)` returns the callbacks that its training needs.
+        token_decoder: `token_decoder(model)` returns modules that turn its tokens into one per patch, to compare them
+            with a teacher's. None: it needs none.
+        keep_rate_may_change: Whether its `keep_rate` can change during training.
         any_image_size: Whether it runs on images of another size than the model's own.
-        key_settings: The settings that a share decides, and that name a setting in tables.
-        shown_settings: The settings that a page shows. None: all.
-        learned_numbers: Numbers that it has learned, one per layer, by what they are called; given the model.
-        gathers_the_rest: Whether a token of many patches holds what would else be dropped.
-        tuned_settings: Values that the tuner tries of further settings, one at a time, besides the method's own. It
-            tries layers anyway where the method has a choice of them. None: the tuner leaves the method out, because
-            it must be trained before it is of use.
-        at_counts: The setting that leaves given numbers of patch tokens after the layers, and else is like a given
-            one; given the encoder's facts, that setting and the numbers. None: by its `r` or its `keep_rate`, if it
-            has one of the two.
+        key_settings: Fields that a share decides, and that name a setting in tables.
+        shown_settings: Fields that a page shows. None: all.
+        learned_numbers: `learned_numbers(model)` returns the numbers that it has learned, one per layer, by a label.
+        gathers_the_rest: Whether a token of many patches holds what other methods would drop.
+        tuned_settings: Values of further fields that the tuner tries, one field at a time, besides the default values.
+            The tuner also tries layers if the method has a choice of them. None: the tuner leaves the method out,
+            because it must be trained before it is of use.
+        at_counts: `at_counts(facts, setting, counts)` returns a setting that leaves the given number of patch tokens
+            after each layer, and is like `setting` in all else. None: its `r` or `keep_rate` does this, if it has one.
+
+    Example:
+        >>> Method(RandomConfig, "Random", "pruning", "Drops tokens at random.", at_share=RandomConfig.for_budget)
     """
 
     config_class: type[ReductionConfig]
@@ -99,8 +103,8 @@ class Method:
     why_not: Callable[[Any], str | None] = lambda config: None
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: RECIPES)
     paper_recipe: str = (
-        "All values are our own: this is the fine-tuning that the authors of EViT and BAT gave DeiT, so that methods "
-        "are compared on one schedule."
+        "All values are our own decision. They are those of EViT's and BAT's fine-tuning of DeiT, so that methods are "
+        "compared on one schedule."
     )
     callbacks: Callable[[PreTrainedModel], list[TrainerCallback]] = lambda model: []
     token_decoder: Callable[[PreTrainedModel], nn.ModuleDict] | None = None
@@ -115,22 +119,36 @@ class Method:
 
     @property
     def name(self) -> str:
+        """The name by which the method is asked for."""
         return str(self.config_class.method)
 
     @property
     def takes_layers(self) -> bool:
-        """Whether one can choose which layers reduce, when a setting for a share is asked for."""
-        given = set() if self.at_share is None else set(inspect.signature(self.at_share).parameters)
-        return "layers" in given | {one.name for one in fields(self.config_class)}
+        """Whether a setting for a share can be given the layers that reduce."""
+        arguments = set() if self.at_share is None else set(inspect.signature(self.at_share).parameters)
+        return "layers" in arguments | {entry.name for entry in fields(self.config_class)}
 
 
 def spread_layers(facts: EncoderFacts, *of_twelve: int) -> tuple[int, ...]:
-    """Layers of a model of 12 layers, moved in proportion to one of another depth."""
+    """Move layers of a model of 12 layers in proportion to the depth of another model.
+
+    Args:
+        facts: Facts of the other model's encoder.
+        *of_twelve: 0-based indices of layers in a model of 12 layers.
+
+    Example:
+        >>> spread_layers(facts, 3, 6, 9)  # (6, 12, 18) in a model of 24 layers
+    """
     return tuple(sorted({layer * facts.num_hidden_layers // 12 for layer in of_twelve}))
 
 
 def by_keep_rate(config_class: type[KeepRateConfig], *of_twelve: int) -> Callable[..., ReductionConfig]:
-    """`at_share` of a method that keeps a rate of the tokens in some layers."""
+    """Make the function `Method.at_share` of a method that keeps a share of the tokens in some layers.
+
+    Args:
+        config_class: Configuration class of the method.
+        *of_twelve: 0-based indices of its default layers in a model of 12 layers.
+    """
 
     def at_share(facts: EncoderFacts, share: float, **settings: Any) -> ReductionConfig:
         return config_class.for_budget(facts, share, **{"layers": spread_layers(facts, *of_twelve), **settings})

@@ -1,4 +1,4 @@
-"""PPT, described."""
+"""The description of PPT."""
 
 from typing import Any
 
@@ -17,22 +17,23 @@ PPT = Method(
     title="PPT",
     family="pruning or merging",
     summary=(
-        "In some layers each image either drops its least important tokens or merges its most similar ones, as many "
-        "either way. An image merges where no token is much more important than the others."
+        "In some layers each image either drops its least important tokens or merges its most similar ones, the same "
+        "number either way. An image merges if no token is much more important than the others."
     ),
     paper="PPT: Token Pruning and Pooling for Efficient Vision Transformers",
     arxiv="2310.01812",
     details=(
-        "The score of a patch token is the attention of the class token to it times the length of its value, as a "
-        "share of the sum. Where the variance of an image's scores is below `threshold`, the image takes a step of "
-        "ToMe: its `r` most similar pairs merge. Else its `r` tokens of the lowest score are dropped. All images keep "
+        "The score of a patch token is the attention of the class token to it times the length of its value, divided "
+        "by the sum over all patch tokens. If the variance of an image's scores is below `threshold`, its `r` most "
+        "similar pairs merge, as in ToMe. Otherwise its `r` tokens of the lowest scores are dropped. All images keep "
         "the same number of tokens."
     ),
     limits=(
-        "A layer removes at most half of the patch tokens that are present. It computes both ways for every image. An "
-        "encoder without a class token is scored by the attention of the mean token, which is our own way."
+        "A layer removes at most half of the patch tokens that are present. It computes both ways for every image. "
+        "In an encoder without a class token, the attention of the mean token gives the scores, which is our own "
+        "decision."
     ),
-    ours="scores are shares among the patch tokens; equal scores go by index",
+    ours="scores are shares of the sum over the patch tokens; equal scores are ordered by index",
     at_share=at_share,
     key_settings=("r",),
     shown_settings=("r", "prop_attn", "threshold"),

@@ -1,4 +1,4 @@
-"""`register_method`: methods of others."""
+"""`register_method`, which adds a method from outside the package."""
 
 import ast
 import atexit
@@ -28,16 +28,20 @@ ALLOWED = {"torch", "transformers", *sys.stdlib_module_names}
 
 
 def register_method(config_class: type[ReductionConfig], reducer_class: type[Reducer], method: Method) -> None:
-    """Add a method, which then works in `reduce_tokens`, `compare`, `show`, training and cards.
+    """Add a method of your own, which then works in `reduce_tokens`, `compare`, `show`, training and cards.
 
-    A model that runs it is saved with the method's file, and loads where neither this package nor that file is.
+    A model that runs the method is saved with the method's file. It loads where this package and that file are not
+    installed.
 
     Args:
         config_class: A frozen dataclass, subclass of `ReductionConfig`, with a `method` name that is not taken.
-        reducer_class: A subclass of `Reducer`, in the same file. That file imports torch, transformers and the
-            standard library, and of this package only `from hf_tokenreduce.modeling.<file> import <name>`; anything
-            else must stand inside `try:`.
-        method (`Method`): What the rest of the package reads of it.
+        reducer_class: A subclass of `Reducer`, in the same file. That file may import torch, transformers and the
+            standard library, and from this package only `from hf_tokenreduce.modeling.<file> import <name>`. Other
+            imports must be inside `try:`.
+        method (`Method`): Its description, which the rest of the package reads.
+
+    Raises:
+        ValueError: If an argument does not fit. The message says what to change.
 
     Example:
         >>> register_method(RandomConfig, RandomReducer, Method(RandomConfig, "Random", "pruning", "Drops any."))
@@ -46,12 +50,12 @@ def register_method(config_class: type[ReductionConfig], reducer_class: type[Red
     from . import METHODS
 
     if str(getattr(config_class, "__module__", "")).startswith("transformers_modules."):
-        return  # in a published folder a file that registers itself has nothing to do: its classes are found there
+        return  # a file in a published folder need not register itself, because its classes are found there
     name = getattr(config_class, "method", None)
     if not (inspect.isclass(config_class) and issubclass(config_class, ReductionConfig)):
         raise ValueError(f"config_class must be a dataclass that extends ReductionConfig, got {config_class!r}.")
     if "__dataclass_fields__" not in vars(config_class):
-        raise ValueError(f"{config_class.__name__} is no dataclass itself: put @dataclass(frozen=True) above it.")
+        raise ValueError(f"{config_class.__name__} is not a dataclass itself. Put @dataclass(frozen=True) above it.")
     if without := [f.name for f in fields(config_class) if not f.init or f.default is f.default_factory is MISSING]:
         raise ValueError(f"{config_class.__name__} has no default for {', '.join(without)}. Give every field one.")
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
@@ -60,7 +64,7 @@ def register_method(config_class: type[ReductionConfig], reducer_class: type[Red
             f'method: ClassVar[str | None] = "random". Got {name!r}.'
         )
     if name in METHODS or name in travelling.METHOD_CLASSES:
-        raise ValueError(f"There is a method {name!r} already. Choose another name than {', '.join(METHODS)}.")
+        raise ValueError(f"There is a method {name!r} already. Choose another name than these: {', '.join(METHODS)}.")
     if not (inspect.isclass(reducer_class) and issubclass(reducer_class, Reducer)):
         raise ValueError(f"reducer_class must extend Reducer, got {reducer_class!r}.")
     if not hasattr(Reducer, config_class.hook) or getattr(reducer_class, config_class.hook) is getattr(
@@ -74,7 +78,7 @@ def register_method(config_class: type[ReductionConfig], reducer_class: type[Red
         raise ValueError(f"method must be a Method that describes {config_class.__name__}, got {method!r}.")
     if method.needs == "labels" and method.why_not(config_class()) is None:
         raise ValueError(
-            f"{method.title} needs labels: why_not must say what is missing until it has learned from them."
+            f"{method.title} needs labels, so its why_not must say what is missing until it has learned from them."
         )
     _check_file(config_class, reducer_class)
     travelling.METHOD_CLASSES[name] = travelling.MethodClasses(config_class, reducer_class)
@@ -82,7 +86,7 @@ def register_method(config_class: type[ReductionConfig], reducer_class: type[Red
 
 
 def _check_file(config_class: type, reducer_class: type) -> None:
-    """Whether the file of the method can travel to the Hub."""
+    """Raise a `ValueError` if the file of the method cannot be saved with a model and run there."""
     module = sys.modules[config_class.__module__]
     if reducer_class.__module__ != config_class.__module__ or not getattr(module, "__file__", None):
         raise ValueError(
@@ -96,13 +100,13 @@ def _check_file(config_class: type, reducer_class: type) -> None:
     if bad := sorted(set(_imports_that_stay_behind(file))):
         raise ValueError(
             f"{file.name} is saved with the model, so it can import torch, transformers and the standard library, and "
-            "`from hf_tokenreduce.modeling.<file> import <name>`. Put into `try:` with `except ImportError:`, or "
-            f"leave out: {', '.join(bad)}."
+            "`from hf_tokenreduce.modeling.<file> import <name>`. Remove these imports, or put them inside `try:` "
+            f"with `except ImportError:`: {', '.join(bad)}."
         )
 
 
 def _imports_that_stay_behind(file: Path) -> Iterator[str]:
-    """Imports of what is not where the model is loaded, except those that a `try:` guards."""
+    """List the imports that may fail where the model is loaded, except those inside a `try:`."""
     tree = ast.parse(file.read_text())
     guarded = {
         node for block in ast.walk(tree) if isinstance(block, ast.Try) and block.handlers
@@ -122,10 +126,14 @@ def _imports_that_stay_behind(file: Path) -> Iterator[str]:
 
 
 def register_from_folder(name: str | Path, revision: str | None = None) -> None:
-    """Register the method of others that a folder or Hub id brings along, to run it here. It is code: only with trust.
+    """Register the method that a folder or Hub id brings along. This runs its code, so call it only if you trust it.
 
-    The file is what `write_extra_method` wrote, so its imports of the files beside it are turned back into the
-    package's. Where there is no such file, or the method is known, nothing happens.
+    `write_extra_method` wrote the file, so its imports of the files beside it become imports of the package again.
+    Nothing happens if there is no such file, or if the method is known.
+
+    Args:
+        name: Folder or Hub id of a model.
+        revision: Branch, tag or commit on the Hub.
     """
     from . import METHODS
 
@@ -138,26 +146,28 @@ def register_from_folder(name: str | Path, revision: str | None = None) -> None:
     if hasattr(module, "register"):
         module.register()
         return
-    found = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
-    configs = [value for value in found if inspect.isclass(value) and issubclass(value, ReductionConfig)]
-    reducers = [value for value in found if inspect.isclass(value) and issubclass(value, Reducer)]
+    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    configs = [value for value in own if inspect.isclass(value) and issubclass(value, ReductionConfig)]
+    reducers = [value for value in own if inspect.isclass(value) and issubclass(value, Reducer)]
     chosen = next((config for config in configs if config.method == method), None)
     if chosen is None or len(reducers) != 1:
         raise ValueError(f"{Path(file).name} of {name} must define a configuration of {method!r} and one reducer.")
-    register_method(chosen, reducers[0], Method(chosen, str(method), "a method of others", ""))
+    register_method(chosen, reducers[0], Method(chosen, str(method), "a method from outside this package", ""))
 
 
 def _method_and_file(name: str, revision: str | None) -> tuple[str | None, str | None]:
-    """The method that a folder or Hub id names, and the file that `extra_methods.py` imports. What is not there, or
-    cannot be read, is None: loading the model says why."""
+    """Return the method that a folder or Hub id names, and the file that `extra_methods.py` imports.
+
+    What is missing or cannot be read is None. Loading the model says why.
+    """
     where: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     try:
         config, table = (cached_file(name, file, **where) for file in ("config.json", "extra_methods.py"))
         if config is None or table is None:
             return None, None
         values = json.loads(Path(config).read_text())
-        found = re.search(r"^from \.(\w+) import", Path(table).read_text(), re.MULTILINE)
-        file = None if found is None else cached_file(name, f"{found[1]}.py", **where)
+        imported = re.search(r"^from \.(\w+) import", Path(table).read_text(), re.MULTILINE)
+        file = None if imported is None else cached_file(name, f"{imported[1]}.py", **where)
     except (OSError, ValueError):
         return None, None
     reduction = values.get("reduction") if isinstance(values, dict) else None
@@ -166,10 +176,11 @@ def _method_and_file(name: str, revision: str | None) -> tuple[str | None, str |
 
 
 def _run(file: str) -> ModuleType:
+    """Run a copy of the file, whose imports are those of the package, and return its module."""
     own = "|".join(file.stem for file in Path(travelling.__file__).parent.glob("*.py"))
     code = Path(file).read_text()
     code = re.sub(rf"(?m)^(\s*)from \.({own}) import", r"\1from hf_tokenreduce.modeling.\2 import", code)
-    place = Path(tempfile.mkdtemp(prefix="tokenreduce-method-"))  # stays for models that are saved again
+    place = Path(tempfile.mkdtemp(prefix="tokenreduce-method-"))  # kept for models that are saved again
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     copy = place / Path(file).name
     copy.write_text(code)

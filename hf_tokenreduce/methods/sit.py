@@ -1,4 +1,4 @@
-"""SiT, described, and how its networks get a start without training."""
+"""The description of SiT, and how its networks get a start without training."""
 
 import copy
 from typing import Any
@@ -21,13 +21,21 @@ from .token_decoder import reverse_modules
 
 
 def fit_slimming(model: PreTrainedModel, pixels: Tensor, target: Any = None, *, steps: int = 600) -> float:
-    """Teach the slimming networks, layer by layer, to pool neighbouring tokens: a start for training from which the
-    model can already be used. What it keeps is set by its `keep_rate`, so it takes no `target`.
+    """Teach the slimming networks, layer by layer, to pool neighbouring tokens.
 
-    steps: of 16 images each, per network.
+    The model can then be used, and it is a good start for training.
+
+    Args:
+        model: A model that SiT reduces.
+        pixels: Pixel values of the images, (B, C, H, W).
+        target: Must be None, because `keep_rate` of the configuration says what is kept.
+        steps: Number of steps for each network, of 16 images each.
+
+    Returns:
+        The share of the multiply-adds that the model keeps.
     """
     if target is not None:
-        raise ValueError("SiTConfig(keep_rate=...) says what is kept: leave target out.")
+        raise ValueError("SiTConfig(keep_rate=...) says what is kept, so leave target out.")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
     slimming = [reducer for reducer in encoder_of(model).reducers if reducer.num_slim is not None]
@@ -44,8 +52,11 @@ def fit_slimming(model: PreTrainedModel, pixels: Tensor, target: Any = None, *, 
 
 
 def _teach_pools(reducer: SiTReducer, state: TokenState, order: Tensor, steps: int, progress: Any) -> None:
-    """Teach the network of one layer which tokens belong to each slim token: a part of the image, or, once the tokens
-    are slim, a run of them, for those of neighbouring parts stand beside each other."""
+    """Teach the network of one layer which tokens belong to each slim token.
+
+    In the first layer that slims these are the tokens of a part of the image. Later they are tokens that follow each
+    other, because tokens of neighbouring parts are then beside each other.
+    """
     patches = state.hidden_states[:, state.num_prefix_tokens :].float()
     count, slim = patches.shape[1], reducer.fc2.out_features
     pool = torch.arange(count, device=patches.device) * slim // count
@@ -54,7 +65,7 @@ def _teach_pools(reducer: SiTReducer, state: TokenState, order: Tensor, steps: i
     share = F.one_hot(pool, slim).float()
     share = share / share.sum(dim=0)  # (N, K)
     generator = torch.Generator().manual_seed(0)
-    student = copy.deepcopy(reducer).float().requires_grad_()  # in float32 whatever the model's type
+    student = copy.deepcopy(reducer).float().requires_grad_()  # in float32, whatever the model's dtype is
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     with torch.enable_grad():
@@ -71,7 +82,7 @@ def _teach_pools(reducer: SiTReducer, state: TokenState, order: Tensor, steps: i
 
 
 def _neighbours_together(top: int, bottom: int, left: int, right: int, width: int) -> list[int]:
-    """The patches of a part of the grid, halved again and again, so that those close in the list are close in it."""
+    """List the patches of a part of the grid. It is halved again and again, so that neighbours stay close."""
     height, across = bottom - top, right - left
     if height * across <= 1:
         return [top * width + left] * (height * across)
@@ -85,7 +96,7 @@ def _neighbours_together(top: int, bottom: int, left: int, right: int, width: in
 
 
 def at_share(facts: EncoderFacts, share: float, **settings: Any) -> ReductionConfig:
-    """Shallow models slim earlier, or there would be nothing left to save."""
+    """Make the setting for a share. Shallow models slim earlier, or too few layers would be left to save in."""
     layers = spread_layers(facts, 5, 8, 9) if facts.num_hidden_layers >= 12 else spread_layers(facts, 2, 6)
     return SiTConfig.for_budget(facts, share, **{"layers": layers, **settings})
 
@@ -97,19 +108,19 @@ SIT = Method(
     title="SiT",
     family="slimming: soft mixtures",
     summary=(
-        "After some layers a small network weighs the patch tokens into fewer ones. The mixtures are soft and were "
-        "learned."
+        "After some layers a small network replaces the patch tokens by fewer tokens, which are soft mixtures of "
+        "them. The network is learned."
     ),
     paper="Self-slimmed Vision Transformer",
     arxiv="2111.12624",
     details=(
-        "After each of `layers` a small network weighs the patch tokens into fewer ones, softly. It is learned "
-        "with the dense model as teacher of its logits, and of its tokens through a token decoder that exists only "
-        "while training. `calibrate` teaches the networks to pool neighbours first, because the initialisation of "
-        "the authors makes every slim token nearly the mean of all."
+        "After each of `layers` a small network mixes the patch tokens into fewer ones, by soft weights. In training "
+        "the dense model is the teacher. It teaches the logits, and also the tokens, through a token decoder that "
+        "exists only in training. `calibrate` first teaches the networks to pool neighbouring tokens, because the "
+        "initialisation of the authors makes every slim token nearly the mean of all tokens."
     ),
-    limits="Without training it loses much accuracy; calibration is only a start.",
-    ours="the layers on 12-layer models; the calibrated start",
+    limits="Without training it loses much accuracy. Calibration is only a start.",
+    ours="the layers in models of 12 layers; the calibrated start",
     needs="images",
     at_share=at_share,
     prepare=fit_slimming,
@@ -126,14 +137,14 @@ SIT = Method(
             "logits_weight": 2.0,
             "token_weight": 2.0,
         },
-        # Its networks learn more than a backbone has to: twice the epochs of the others.
+        # The slimming networks have more to learn than a backbone, so it has twice the epochs of other methods.
         "quick": {**DISTILLED, "num_train_epochs": 6, "learning_rate": 1e-4},
         "demo": {**DISTILLED, "num_train_epochs": 2, "learning_rate": 5e-4},
     },
     paper_recipe=(
-        "From the code of its authors: batch, learning rates, weight decay, the number of epochs. Our own: "
-        "the cosine falls over all 135 epochs, where theirs falls over 125 and stays at its end for 10. Their "
-        "drop-path of 0.1 is left out, because the ViT and DeiT of transformers have none."
+        "The authors' code gives the batch, the learning rates, the weight decay and the number of epochs. Our own "
+        "decisions: the cosine falls over all 135 epochs, while the authors' falls over 125 and stays at its end for "
+        "10. The authors' drop-path of 0.1 is left out, because the ViT and DeiT of transformers have none."
     ),
     token_decoder=reverse_modules,
     any_image_size=False,

@@ -1,4 +1,7 @@
-"""The way back from SiT's slim tokens to all tokens, which its distillation needs. No published model contains it."""
+"""The token decoder of SiT: it turns slim tokens into one token per patch again, to compare them with a teacher's.
+
+Only training by distillation needs it. Published models do not contain it.
+"""
 
 from typing import Any
 
@@ -13,9 +16,15 @@ from ..modeling.sit import SiTConfig
 
 
 class ReverseSlimming(nn.Module):
-    """K slim tokens -> N tokens to compare with a teacher's: (B, K, D) -> (B, N, D).
+    """The token decoder of one layer: K slim tokens -> N tokens, (B, K, D) -> (B, N, D).
 
-    One network mixes along the tokens, K -> 4N -> N, without a shortcut; one along the features, D -> 4D -> D, with.
+    A first network mixes the tokens, K -> 4N -> N, without a shortcut. A second one mixes the features, D -> 4D -> D,
+    with a shortcut.
+
+    Args:
+        num_slim: Number of slim tokens, K.
+        num_tokens: Number of patches, N.
+        hidden_size: Number of features, D.
     """
 
     def __init__(self, num_slim: int, num_tokens: int, hidden_size: int):
@@ -38,11 +47,18 @@ class ReverseSlimming(nn.Module):
 
 
 def reverse_modules(model: PreTrainedModel) -> nn.ModuleDict:
-    """A `ReverseSlimming` for every layer of a SiT model from the first that slims on, by the layer's index."""
+    """Make the token decoders of a SiT model: a `ReverseSlimming` for each layer from the first that slims on.
+
+    Args:
+        model: A model that SiT reduces.
+
+    Returns:
+        The token decoders, by the index of the layer as a string.
+    """
     reduction = getattr(model.config, "reduction", None)
     if reduction is None or reduction.method != SiTConfig.method:
         raise ValueError(
-            f"This {type(model).__name__} slims nothing, so there is no way back to learn. Reduce it first: "
+            f"This {type(model).__name__} is not reduced by SiT, so it has no slim tokens to decode. Reduce it first: "
             "reduce_tokens(model, SiTConfig())."
         )
     facts = facts_of(model.config)
@@ -55,10 +71,17 @@ def reverse_modules(model: PreTrainedModel) -> nn.ModuleDict:
 
 
 def restore_hidden_states(model: PreTrainedModel, reverse: nn.ModuleDict) -> "Hooks":
-    """Let the model return, while it trains, hidden states of all tokens where its layers hand on slim ones.
+    """Make the model return hidden states of all tokens in training, also for layers that return slim tokens.
 
-    Hooks, so that the way back is computed within the model's forward: what wraps the model for many processes
-    watches the parameters that are used there.
+    This is done by hooks, so that the token decoder runs within the model's forward. A wrapper of the model for many
+    processes only watches parameters that are used there.
+
+    Args:
+        model: A model that SiT reduces.
+        reverse: Its token decoders, from `reverse_modules`.
+
+    Returns:
+        The hooks. Call `remove()` on them to end this.
     """
     encoder = encoder_of(model)
     prefix = encoder.facts.num_prefix_tokens
@@ -87,7 +110,7 @@ def restore_hidden_states(model: PreTrainedModel, reverse: nn.ModuleDict) -> "Ho
 
 
 class Hooks:
-    """Hooks that go together."""
+    """Several hooks, which are removed together."""
 
     def __init__(self, handles: list[RemovableHandle]):
         self.handles = handles

@@ -1,22 +1,24 @@
-"""Top-K, described."""
+"""The description of Top-K."""
 
 from ..modeling.topk import TopKConfig
 from .method import Method, by_keep_rate
 
 
 KEPT = (
-    "In each of `layers` the patch tokens that the class token attends to most are kept: a share `keep_rate` of those "
+    "Each of `layers` keeps the patch tokens that the class token attends to most: a share `keep_rate` of those "
     "present, rounded up. "
 )
-LIMITS = "An encoder without a class token is scored by the attention of the mean token, which is our own way."
+LIMITS = (
+    "In an encoder without a class token, the attention of the mean token gives the scores, which is our own decision."
+)
 
 TOPK = Method(
     TopKConfig,
     title="Top-K",
     family="pruning",
     summary=(
-        "In some layers only the patch tokens stay that the class token attends to most. The others are dropped, "
-        "without the fused token of EViT."
+        "Some layers keep only the patch tokens that the class token attends to most. The others are dropped, without "
+        "the fused token of EViT."
     ),
     details=KEPT + "The others are dropped.",
     limits=LIMITS,

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Sampling: as many tokens as an image's scores are spread over. ATS.
+"""ATS: sampling by class attention. Images with flat scores keep many tokens, images with a few high scores few.
 
 B images · H heads · N patch tokens, padded to the longest image · G points of the sampling grid
 """
@@ -22,16 +22,21 @@ from .tokens import TokenMap, TokenState, as_numbers
 
 @dataclass(frozen=True)
 class ATSConfig(ReductionConfig):
-    """Adaptive token sampling, after "Adaptive Token Sampling for Efficient Vision Transformers". Every image keeps as
-    many tokens as its scores are spread over. No parameters; works without training.
+    """Sample tokens by class attention, a number for each image that its scores decide (ATS).
 
-    layers: 0-based layers that sample, inside their attention.
-    num_tokens: points of the sampling grid, prefix tokens included: the most that a layer can keep. None: the tokens
-        that enter the model, so that only the scores decide.
-    score: "joint" (the authors' code: attention summed over heads times the length of the whole value vector) or
-        "per_head" (the paper's formula: the product in each head, normalised, then summed).
-    max_tokens: no image leaves one of `layers` with more tokens, prefix tokens included, whatever it shows: one
-        number, or a list with one number per entry of `layers`. The highest scores stay.
+    After "Adaptive Token Sampling for Efficient Vision Transformers". An image with flat scores keeps many tokens, an
+    image with a few high scores keeps few. ATS has no parameters and works without training.
+
+    Args:
+        layers: 0-based indices of the layers that sample, inside their attention.
+        num_tokens: Number of points of the sampling grid, prefix tokens included. A layer cannot keep more tokens.
+            None: the number of tokens that enter the model, so that only the scores decide.
+        score: "joint", as the authors' code computes it: attention summed over the heads, times the length of the
+            whole value vector. Or "per_head", the formula of the paper: the product in each head, normalised, then
+            summed over the heads.
+        max_tokens: Upper limit of the tokens that leave each of `layers`, prefix tokens included, whatever the image
+            shows. The tokens of the highest scores stay. One number, or a list with one number per entry of `layers`.
+            None: no limit.
     """
 
     method: ClassVar[str | None] = "ats"
@@ -55,6 +60,7 @@ class ATSConfig(ReductionConfig):
         )
 
     def cap(self, layer: int) -> int | None:
+        """Return `max_tokens` of a layer."""
         caps: Any = self.max_tokens
         return dict(zip(self.layers, caps, strict=True)).get(layer) if isinstance(caps, tuple) else caps
 
@@ -68,10 +74,10 @@ class ATSConfig(ReductionConfig):
 
 
 def significance(class_attention: Tensor, value_norms: Tensor, score: str) -> Tensor:
-    """Score of each patch token, (B, H, N) twice -> (B, N): class attention times the length of the value.
+    """Score each patch token by class attention times the length of its value: (B, H, N) twice -> (B, N).
 
-    "joint": attention summed over heads times the length of all heads' values concatenated. "per_head": the product
-    in each head, normalised there, and summed. Padding has attention 0 and so score 0.
+    "joint": attention summed over the heads, times the length of the concatenated values of all heads. "per_head":
+    the product in each head, normalised there, then summed. Padding has attention 0, so its score is 0.
     """
     tiny = torch.finfo(torch.float32).tiny
     if score == "per_head":
@@ -82,24 +88,25 @@ def significance(class_attention: Tensor, value_norms: Tensor, score: str) -> Te
 
 @torch.no_grad()
 def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_kept: int | None = None) -> TokenMap:
-    """Sample patch tokens by the inverse of their scores' distribution: (B, N), G = num_points.
+    """Sample patch tokens by the inverse of the distribution of their scores (B, N), with G = num_points.
 
-    The scores of an image, ascending, are summed up and stretched to run from 0 to 1. G points, evenly from the
-    smallest sum above 0 to 1, each pick the token whose sum is nearest (of equals the first); a token picked twice
-    is kept once. Kept tokens come in ascending order of score. Of more than `max_kept`, those of highest score stay.
+    The scores of an image are sorted from low to high and summed up; the sums are scaled to run from 0 to 1. G points
+    lie evenly between the smallest sum above 0 and 1. Each point picks the token whose sum is nearest, the first of
+    equally near ones. A token that is picked twice is kept once. Kept tokens come in ascending order of score. If more
+    than `max_kept` are picked, those of the highest scores stay.
     """
     num_tokens, tiny = scores.shape[1], torch.finfo(torch.float32).tiny
     scores = scores.nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max / 1e6)
     if valid is None:
         order = scores.argsort(dim=1, stable=True)
         shares = (scores / scores.sum(dim=1, keepdim=True).clamp(min=tiny)).gather(1, order)
-    else:  # padding comes last, and takes no part
+    else:  # padding is sorted to the end and takes no part
         order = scores.masked_fill(~valid, torch.inf).argsort(dim=1, stable=True)
         counts = valid.sum(dim=1, keepdim=True)
         real = _all_places(scores) < counts
         total = scores.masked_fill(~valid, 0.0).sum(dim=1, keepdim=True)
         shares = (scores / total.clamp(min=tiny)).gather(1, order).masked_fill(~real, 0.0)
-    sums = shares.cumsum(dim=1).cummax(dim=1).values  # summed in parallel, one may be a rounding below the one before
+    sums = shares.cumsum(dim=1).cummax(dim=1).values  # a parallel sum may round one below the one before
     lowest, highest = sums[:, :1], sums[:, -1:]
     if valid is not None:
         highest = sums.gather(1, (counts - 1).clamp(min=0))
@@ -125,7 +132,7 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
 
 
 class ATSReducer(Reducer):
-    """Samples tokens between softmax and values: only the sampled tokens' queries are computed. No parameters."""
+    """Sample tokens before attention, so that only the queries of sampled tokens are computed. No parameters."""
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)

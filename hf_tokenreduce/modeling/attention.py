@@ -1,8 +1,8 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Attention over even and packed tokens, with a weight per key, and the scores that methods read from it.
+"""Attention over even and packed tokens, with a bias per key, and the scores that methods read from it.
 
 B images · T tokens, of which the first P are prefix tokens and N = T - P patch tokens · Q query tokens · H heads ·
-d features per head. Of packed tokens there is one "image" of all rows, (1, H, sum of lengths, d).
+d features per head. Packed tokens are one "image" with the rows of all images: (1, H, sum of lengths, d).
 """
 
 import inspect
@@ -20,12 +20,12 @@ from .tokens import pad
 
 
 varlen_attn: Any = None
-with suppress(ImportError):  # in torch 2.10 and later
+with suppress(ImportError):  # exists in torch 2.10 and later
     from torch.nn.attention.varlen import varlen_attn
 
 
 def _takes_scale(kernel: Any) -> bool:
-    """Whether the kernel takes a scale of its own; its first release always divides by the root of the head size."""
+    """Return whether the kernel takes a scale. Its first release always divides by the root of the head size."""
     return kernel is not None and "scale" in inspect.signature(kernel).parameters
 
 
@@ -35,8 +35,10 @@ Lengths = tuple[int, ...] | None
 class PairBias(NamedTuple):
     """What is added to the logits of each pair of a query and a key, by their places in the image.
 
-    table: (H, T0, T0), for all places, prefix included
-    queries, keys: (B, Q) and (B, T) long, the place of each token; padded to the longest image where tokens are packed
+    Attributes:
+        table: (H, T0, T0), the bias of all pairs of places, prefix included.
+        queries: (B, Q) long, the place of each query, padded to the longest image if tokens are packed.
+        keys: (B, T) long, the place of each key, padded in the same way.
     """
 
     table: Tensor
@@ -44,30 +46,34 @@ class PairBias(NamedTuple):
     keys: Tensor
 
     def whole(self) -> Tensor:
-        """(B, H, Q, T)"""
+        """Return the bias of all images, (B, H, Q, T)."""
         index = self.queries[:, :, None] * self.table.shape[1] + self.keys[:, None, :]
         return self.table.flatten(1)[:, index].transpose(0, 1)
 
     def of_image(self, image: int, num_queries: int, num_keys: int) -> Tensor:
-        """(1, H, Q, T) without padding"""
+        """Return the bias of one image without padding, (1, H, Q, T)."""
         queries, keys = self.queries[image, :num_queries], self.keys[image, :num_keys]
         return self.table[:, queries][:, :, keys][None]
 
 
 class AttentionView(NamedTuple):
-    """What a hook may ask an attention layer for. Nothing is computed until a method is called, and what comes back
-    is even: padded with zeros to the longest image where tokens are packed.
+    """What a hook can read from an attention layer.
 
-    attention: the attention module
-    hidden_states: (B, T, D) or packed, its normalised input
-    key, value: (B, H, T, d) or packed; keys as queries meet them, with the rotation of their places if there is one
-    key_bias: (B, T) or packed, float32 added to the logits of each key, or None
-    num_prefix_tokens: P
-    lengths: the tokens of each image if packed, else None
-    received: (B, T) float32, the attention each token receives, mean over heads and live queries; after attention and
-        for reducers with `needs_received` only
-    content: (B, H, T, d) or packed, keys without their rotation, for what compares tokens. None: the same as `key`
-    pair_bias: what is added for each pair of places, or None
+    Nothing is computed until a method is called. The methods return even tensors: if tokens are packed, they are
+    padded with zeros to the longest image.
+
+    Attributes:
+        attention: The attention module.
+        hidden_states: (B, T, D) or packed, the normalised input of the module.
+        key: (B, H, T, d) or packed, with the rotation of their places if the encoder has one.
+        value: (B, H, T, d) or packed.
+        key_bias: (B, T) or packed, float32, added to the logits of each key. None: nothing is added.
+        num_prefix_tokens: P.
+        lengths: The number of tokens of each image if they are packed, else None.
+        received: (B, T) float32, the attention that each token receives, as the mean over heads and live queries. Only
+            after attention, and only for reducers with `needs_received`.
+        content: (B, H, T, d) or packed, the keys without rotation, to compare tokens by. None: the same as `key`.
+        pair_bias: What is added for each pair of places, or None.
     """
 
     attention: Any
@@ -82,10 +88,10 @@ class AttentionView(NamedTuple):
     pair_bias: PairBias | None = None
 
     def class_attention(self) -> Tensor:
-        """How much the class token attends to each token: (B, H, T) float32. One row per head, never the whole map.
+        """Return how much the class token attends to each token: (B, H, T) float32.
 
-        In a model without prefix tokens the mean of the tokens, each counted as often as it stands for a patch, asks
-        in the place of a class token.
+        Only this row of each head is computed, never the whole map. In a model without prefix tokens the mean token
+        takes the place of the class token; with a key bias, each token counts in it once per patch it stands for.
         """
         head_dim = self.attention.head_dim
         hidden_states, key, bias, padding = self.hidden_states, self.key, self.key_bias, None
@@ -113,7 +119,7 @@ class AttentionView(NamedTuple):
             return logits.softmax(dim=-1).squeeze(2)
 
     def _mean_token(self, bias: Tensor | None, padding: Tensor | None) -> Tensor:
-        """(B, 1, D)"""
+        """Return the mean of each image's tokens, weighted by size if there is a key bias: (B, 1, D)."""
         rows = self.hidden_states if self.lengths is None else pad(self.hidden_states, self.lengths)
         weights = torch.zeros(rows.shape[:2], device=rows.device) if bias is None else bias
         if padding is not None:
@@ -122,29 +128,29 @@ class AttentionView(NamedTuple):
             return (weights.softmax(dim=1)[:, None] @ rows.float()).to(rows.dtype)
 
     def patch_keys(self) -> Tensor:
-        """The keys of the patch tokens, averaged over the heads: (B, N, d) float32."""
+        """Return the keys of the patch tokens, averaged over the heads: (B, N, d) float32."""
         keys = self.key if self.content is None else self.content
-        # In the order in which they lie, so that no runtime makes a copy in another order.
+        # Averaged in the order of memory, so that no runtime makes a copy in another order.
         keys = keys.transpose(1, 2).mean(dim=2, dtype=torch.float32)
         if self.lengths is not None:
             keys = pad(keys, self.lengths)
         return keys[:, self.num_prefix_tokens :]
 
     def value_norms(self) -> Tensor:
-        """The length of each token's value vector in each head: (B, H, T) float32."""
-        norms = self.value.transpose(1, 2).float().norm(dim=-1)  # (B, T, H), the order in which values lie
+        """Return the length of each token's value vector in each head: (B, H, T) float32."""
+        norms = self.value.transpose(1, 2).float().norm(dim=-1)  # (B, T, H), the order of memory
         if self.lengths is not None:
             norms = pad(norms, self.lengths)
         return norms.transpose(1, 2)
 
 
 def split_heads(rows: Tensor, head_dim: int) -> Tensor:
-    """(B, T, H * d) -> (B, H, T, d)"""
+    """Split rows into heads: (B, T, H * d) -> (B, H, T, d)."""
     return rows.view(*rows.shape[:2], -1, head_dim).transpose(1, 2)
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A context in which float32 tensors stay float32, also under autocast."""
+    """Make a context in which float32 tensors stay float32, also under autocast."""
     if not torch.is_autocast_enabled(tensor.device.type):
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
@@ -161,15 +167,17 @@ def attend(
     pair_bias: PairBias | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention by the implementation the configuration names: (B, Q, H, d), packed if the queries are, and, from
-    eager attention, the map (B, H, Q, T), padded with zeros.
+    """Attend by the implementation that the configuration names.
 
-    Packed on CUDA and in half precision: one kernel of variable length. Else image by image, which on a CPU costs
-    little: the time is in the linear layers, and those see all rows at once.
+    Returns the output (B, Q, H, d), packed if the queries are packed. Eager attention also returns its map
+    (B, H, Q, T), padded with zeros.
+
+    Packed tokens on CUDA in half precision go through one kernel of variable length. Other packed tokens go image by
+    image, which costs little on a CPU: most time is spent in the linear layers, and those see all rows at once.
     """
     if query_lengths is None:
         pairs = None if pair_bias is None else pair_bias.whole()
-        # Theirs warns whoever asks it for attentions.
+        # The function of transformers warns a caller who asks for attentions, so such a call must reach it.
         by_sdpa = attention.config._attn_implementation == "sdpa" and not kwargs.get("output_attentions")
         attend_to_all = _attend_by_sdpa if by_sdpa else _attend_evenly
         return attend_to_all(attention, query, key, value, _logit_bias(key_bias, pairs), **kwargs)
@@ -210,10 +218,10 @@ def attend_with_map(
     lengths: Lengths = None,
     pair_bias: PairBias | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Attention for methods that need more of its map than a row: (output, map if eager, received attention (B, T)).
+    """Attend for methods that need the whole map: returns (output, map if eager, received attention (B, T)).
 
-    Image by image: one image's map fits into a CPU's cache, and two maps never exist at once. A graph of any number of
-    images cannot go through them one by one, so it has the maps of all.
+    It goes image by image: the map of one image fits into a CPU's cache, and two maps never exist at once. A graph for
+    any number of images cannot do this, so it computes the maps of all images together.
     """
     keep_maps = attention.config._attn_implementation == "eager"
     if lengths is None and torch.compiler.is_compiling():
@@ -257,16 +265,16 @@ def attend_masked(
     mask: Tensor,
     pair_bias: PairBias | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As `attend_with_map`, where nothing is removed but masked.
+    """Attend as `attend_with_map` does, with tokens that are masked instead of removed.
 
-    mask: (B, T), 1 for a live token and 0 for one that would be gone. Keys count by it, differentiably; queries that
-    are gone attend, but their attention is not counted as received.
+    mask: (B, T), 1 for a live token and 0 for a masked one. It weighs the keys and has a gradient. Masked queries
+    still attend, but their attention does not count as received.
     """
     bias = _logit_bias(key_bias, None if pair_bias is None else pair_bias.whole().float())
     with full_precision(query):
         logits = _logits(query, key, bias, attention.scaling)  # (B, H, T, T)
         highest = logits.detach().masked_fill((mask <= 0.5)[:, None, None, :], -torch.inf).amax(dim=-1, keepdim=True)
-        weights = (logits - highest).clamp(max=30).exp() * mask[:, None, None, :]  # of the dead, one may be far above
+        weights = (logits - highest).clamp(max=30).exp() * mask[:, None, None, :]  # a masked one can be far higher
         weights = weights / weights.sum(dim=-1, keepdim=True)
         live = (mask > 0.5).float()
         received = (weights.detach().mean(dim=1) * live[:, :, None]).sum(dim=1) / live.sum(dim=1, keepdim=True)
@@ -276,7 +284,7 @@ def attend_masked(
 
 
 def _logit_bias(key_bias: Tensor | None, pairs: Tensor | None) -> Tensor | None:
-    """What is added to the logits: (B, T) of keys as it is, or (B, H, Q, T) once pairs differ."""
+    """Join the biases of keys and pairs: (B, T) if there are only keys, else (B, H, Q, T)."""
     if pairs is None:
         return key_bias
     return pairs if key_bias is None else pairs + key_bias[:, None, None, :]
@@ -285,11 +293,10 @@ def _logit_bias(key_bias: Tensor | None, pairs: Tensor | None) -> Tensor | None:
 def fold_key_bias(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Widen the heads so that q·k * scaling carries the key bias, for kernels that take no mask.
+    """Widen the heads so that q·k * scaling contains the key bias, for kernels that take no mask.
 
-    Two extra channels hold bias / scaling, a high and a low part: together they keep float32's precision in half
-    types as well as 16 bits of it can. The heads grow to a multiple of 8, as flash kernels want; the caller crops
-    the output.
+    Two extra channels hold bias / scaling as a high and a low part. In half types the two parts together keep at least
+    16 bits of its precision. The heads grow to a multiple of 8, as flash kernels require; the caller crops the output.
     """
     extra = 2 + -(query.shape[-1] + 2) % 8
     wide_bias = key_bias[:, None, :, None] / scaling
@@ -306,14 +313,14 @@ def fold_key_bias(
 def _attend_evenly(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
-    """bias: (B, T) per key or (B, H, Q, T) per pair, or None"""
+    """Attend by the interface of transformers. bias: (B, T) per key or (B, H, Q, T) per pair, or None"""
     implementation = attention.config._attn_implementation
     mask = None
     head_dim = value.shape[-1]
     if bias is not None:
         if bias.ndim == 4 or implementation in ("eager", "sdpa"):
             mask = _as_mask(bias, query.dtype)
-        else:  # flash kernels take no mask; flex attention would recompile, and on CPU crash, with one
+        else:  # flash kernels take no mask; with one, flex attention would recompile, and crash on a CPU
             query, key, value = fold_key_bias(query, key, value, bias, attention.scaling)
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, attention.eager_attention_forward)
     output, weights = interface(
@@ -332,7 +339,7 @@ def _attend_evenly(
 def _attend_by_sdpa(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """What transformers does for "sdpa", without its copy and checks, which add up over layers and images."""
+    """Do what transformers does for "sdpa", without its copy and checks: they take time in every layer and image."""
     mask = None if bias is None else _as_mask(bias, query.dtype)
     dropout = attention.attention_dropout if attention.training else 0.0
     output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=attention.scaling)
@@ -344,9 +351,9 @@ def _as_mask(bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _logits(query: Tensor, key: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-    """(..., H, Q, T) float32. bias: per key, (T,) or (B, T), or per pair, (..., H, Q, T)"""
+    """Compute the logits (..., H, Q, T) float32. bias: per key, (T,) or (B, T), or per pair, (..., H, Q, T)"""
     if query.ndim == 3 and query.dtype == torch.float32 and bias is not None:
-        # scaling and bias inside the product: two passes over the map less
+        # scaling and bias are part of the product, which saves two passes over the map
         bias = bias if bias.ndim == 3 else bias.expand(len(query), 1, -1)
         return torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scaling)
     logits = (query * scaling @ key.transpose(-1, -2)).float()
@@ -392,7 +399,7 @@ def _attend_varlen(
 
 
 def _pack_heads(heads: Tensor) -> Tensor:
-    """(B, H, T, d) -> (1, H, B * T, d)"""
+    """Pack the heads of all images: (B, H, T, d) -> (1, H, B * T, d)."""
     return heads.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Importance and diversity: inattentive tokens are clustered, attentive ones fused where they are alike. BAT.
+"""BAT: the tokens of low class attention are clustered, and similar tokens of high class attention are fused.
 
 B images · N patch tokens · A attentive ones, I = N - A inattentive ones · K clusters · D features
 """
@@ -23,15 +23,20 @@ from .tokens import TokenMap, TokenState, apply_map
 
 @dataclass(frozen=True)
 class BATConfig(KeepRateConfig):
-    """Importance and diversity, after "Beyond Attentive Tokens". Tokens the class token attends to little are
-    clustered; among those it attends to much, the most similar are fused. Needs no training, gains by it.
+    """Cluster the tokens of low class attention, and fuse similar tokens of high class attention (BAT).
 
-    keep_rate: share of the patch tokens present that each of `layers` hands on, rounded up; one number, or a list
-        with one number per entry of `layers`.
-    layers: 0-based layers that reduce, between their attention and their MLP.
-    cluster_share: of the tokens handed on, the share that are clusters of inattentive tokens. 0 drops the inattentive.
-    fuse_share: how many attentive tokens are fused away, as a share of those that remain: at 0.2, 12 become 10.
-    prop_attn: a token that stands for s patches counts s times as a key.
+    After "Beyond Attentive Tokens". It needs no training, but training improves it. The *attentive* tokens are those
+    that the class token attends to most.
+
+    Args:
+        keep_rate: Share of the patch tokens present that leave each of `layers`, rounded up. One number, or a list
+            with one number per entry of `layers`.
+        layers: 0-based indices of the layers that reduce, between their attention and their MLP.
+        cluster_share: Share of the leaving tokens that are clusters of inattentive tokens. 0 drops the inattentive
+            tokens.
+        fuse_share: Number of attentive tokens that are fused into another, as a share of the attentive tokens that
+            remain: at 0.2, 12 tokens become 10.
+        prop_attn: Whether a token that stands for s patches counts s times as a key.
     """
 
     method: ClassVar[str | None] = "bat"
@@ -50,8 +55,7 @@ class BATConfig(KeepRateConfig):
         check_flag("BATConfig", "prop_attn", self.prop_attn)
 
     def split(self, count: int, leaving: int) -> tuple[int, int, int]:
-        """How `count` patch tokens become `leaving`: (attentive ones, those of them that fuse into another, clusters
-        of the rest)."""
+        """Return (attentive tokens, those of them that fuse, clusters of the others) to leave `leaving` of `count`."""
         clusters = rounded_half_up(self.cluster_share * leaving)
         fused = min(rounded_half_up(self.fuse_share * (leaving - clusters)), count - leaving)
         return leaving - clusters + fused, fused, clusters
@@ -66,12 +70,13 @@ class BATConfig(KeepRateConfig):
 
 
 def density_peaks(features: Tensor, num_clusters: int) -> Tensor:
-    """For each token (B, I, D) float32 the token that is the centre of its cluster, itself if it is one: (B, I) long.
+    """Cluster tokens: features (B, I, D) float32 -> (B, I) long, the centre of each token's cluster.
 
-    A token's density is exp(-mean squared distance to all), in units of the image's mean squared distance, so that it
-    can neither underflow nor depend on the features' scale. A token's peak is its distance to the nearest denser
-    token; the densest gets the largest distance there is. Centres are the tokens of highest density times peak;
-    others join the nearest centre. Ties go to the earlier token.
+    A token's density is exp(-mean squared distance to all tokens). Distances are divided by the image's mean squared
+    distance, so that the density neither underflows nor depends on the scale of the features. A token's peak is its
+    distance to the nearest denser token; the densest token gets the largest distance of the image. The tokens of
+    highest density times peak are the centres, and each other token joins the nearest centre. Of equal tokens the
+    earlier one wins.
     """
     count = features.shape[1]
     natural = torch.arange(count, device=features.device)
@@ -91,16 +96,16 @@ def density_peaks(features: Tensor, num_clusters: int) -> Tensor:
     peak = torch.where(peak == torch.inf, squares.amax(dim=(1, 2))[:, None], peak).sqrt()
     best = (density * peak).argsort(dim=1, descending=True, stable=True)[:, :num_clusters]
     centres = best.sort(dim=1).values
-    squares = squares.masked_fill(natural[:, None] == natural, -1.0)  # a centre is its own, also beside an equal one
+    squares = squares.masked_fill(natural[:, None] == natural, -1.0)  # a centre joins itself, not an equal token
     nearest = squares.gather(2, centres[:, None, :].expand(-1, count, -1)).argmin(dim=-1)
     return centres.gather(1, nearest)
 
 
 def fuse_alike(keys: Tensor, num_fused: int) -> Tensor:
-    """For each token (B, A, d) the token it goes into, itself for most: (B, A) long.
+    """Fuse the most similar tokens: keys (B, A, d) -> (B, A) long, where each token goes.
 
-    Tokens are dealt into two sets by even and odd position. Each of the even set has one best match in the odd set,
-    by cosine; the `num_fused` best matches are made. Ties go to the earlier token.
+    Even and odd positions are two sets. Each token of the even set has one best match in the odd set, by cosine. The
+    `num_fused` most similar of these pairs fuse. Of equal tokens the earlier one wins.
     """
     batch, count, _ = keys.shape
     keys = F.normalize(keys, dim=-1)
@@ -121,12 +126,12 @@ def keep_diverse(
     num_fused: int,
     num_clusters: int,
 ) -> TokenMap:
-    """Keep the attentive tokens but for those that fuse, and as many clusters of the others.
+    """Keep `num_attentive` tokens, fuse `num_fused` of them, and make `num_clusters` clusters of the others.
 
     scores: (B, N) float32, class attention; features: (B, N, D); keys: (B, N, d) float32; size: (B, N), None for ones
 
-    Every output token is the mean of what goes into it, weighted by score times size. Output order: that of the
-    tokens which the others go into. Without clusters the inattentive are dropped.
+    Every output token is the mean of the tokens that go into it, weighted by score times size. The receiving tokens
+    keep their order. Without clusters the inattentive tokens are dropped.
     """
     num_tokens = scores.shape[1]
     best_first = scores.argsort(dim=1, descending=True, stable=True)
@@ -148,7 +153,7 @@ def keep_diverse(
 
 
 class BATReducer(Reducer):
-    """Fuses and clusters tokens after attention. No parameters."""
+    """Fuse and cluster tokens after attention. No parameters."""
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)

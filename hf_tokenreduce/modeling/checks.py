@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""What the values of a method configuration are checked by. Errors say what was given and what to do."""
+"""Checks of the values of method configurations. Errors say what was given and what to do."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
@@ -8,12 +8,12 @@ from typing import Any
 from .encoders import EncoderFacts
 
 
-MOST_LAYERS = 1024  # that a list may name: no model has as many, and a message shall not print a million
-MOST = 2**16  # tokens of a sampling grid, or features: what is far beyond any model would only fill the memory
+MOST_LAYERS = 1024  # longest list of layers: no model has as many, and an error must not print a million numbers
+MOST = 2**16  # most points of a sampling grid, or features: far more than any model needs would only fill the memory
 
 
 def is_sequence(value: Any) -> bool:
-    """Whether it is a list of values, in an order that means something (a 0-d array is iterable by type alone)."""
+    """Return whether the value is an ordered list of values. A 0-d array is none, although its type is iterable."""
     return (
         isinstance(value, Iterable) and not isinstance(value, (str, Mapping, Set)) and getattr(value, "ndim", 1) == 1
     )
@@ -47,12 +47,12 @@ def checked_layers(owner: str, layers: Any) -> tuple[int, ...]:
         raise ValueError(f"{owner}: layers must be a list of 0-based layer indices, got {layers!r}.")
     layers = tuple(layers)
     if len(layers) > MOST_LAYERS:
-        raise ValueError(f"{owner}: layers names {len(layers)} layers, more than any model has.")
+        raise ValueError(f"{owner}: layers lists {len(layers)} layers, more than any model has.")
     for layer in layers:
         if not is_integer(layer) or layer < 0:
-            raise ValueError(f"{owner}: layers holds 0-based layer indices, got {layer!r} in {list(layers)}.")
+            raise ValueError(f"{owner}: layers must hold 0-based layer indices, got {layer!r} in {list(layers)}.")
     if len(set(layers)) != len(layers):
-        raise ValueError(f"{owner}: layers names a layer twice: {list(layers)}.")
+        raise ValueError(f"{owner}: layers lists a layer twice: {list(layers)}.")
     return tuple(int(layer) for layer in layers)
 
 
@@ -62,7 +62,7 @@ def checked_caps(owner: str, caps: Any, count: int | None, per: str) -> Any:
     values = tuple(caps) if is_sequence(caps) else (caps,)
     for value in values:
         if not is_integer(value) or value < 1:
-            raise ValueError(f"{owner}: max_tokens counts tokens: an integer of at least 1, or None, got {value!r}.")
+            raise ValueError(f"{owner}: max_tokens must be an integer of at least 1, or None, got {value!r}.")
     if not is_sequence(caps):
         return int(caps)
     if count is not None and len(values) != count:

@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""What every method configuration is: a small frozen dataclass that checks itself.
+"""Base classes of the method configurations, which are small frozen dataclasses that check their values.
 
-A reduction travels in `config.json` under the key `reduction`, as a dictionary with the method's name:
+`config.json` holds a reduction under the key `reduction`, as a dictionary with the method's name:
 `{"method": "tome", "r": 13, ...}`. Layer indices are 0-based everywhere.
 """
 
@@ -18,10 +18,14 @@ from .multiply_adds import even_share, largest_within, rounded_up_share
 
 @dataclass(frozen=True)
 class ReductionConfig:
-    """Base of all method configurations. A subclass names its `method`, or None if it is a base itself.
+    """Base class of all method configurations.
 
-    `__post_init__` checks the values by themselves; `check_fit` checks them against the facts of an encoder. `hook`
-    is where the method acts: the method of `Reducer` it overrides.
+    A subclass is a frozen dataclass. Its fields are the settings of the method, each with a default. It checks its
+    values in `__post_init__`, and checks them against the facts of an encoder in `check_fit`.
+
+    Attributes:
+        method: The name of the method. None for a base class, which is no method itself.
+        hook: Where the method acts: the name of the method of `Reducer` that it overrides.
     """
 
     method: ClassVar[str | None] = None
@@ -33,6 +37,7 @@ class ReductionConfig:
             raise TypeError(f"{cls.__name__} needs a method name of its own: method: ClassVar[str | None] = ...")
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the method's name and its settings, as `config.json` holds them."""
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
         return {"method": self.method, **values}
 
@@ -40,29 +45,41 @@ class ReductionConfig:
         """Raise a `ValueError` if this reduction cannot run in an encoder with these facts."""
 
     def untrained(self) -> str | None:
-        """What a model that starts with this setting has yet to learn, and how. None: nothing."""
+        """Say what a new model with this setting still has to learn, and how. None if it has nothing to learn."""
         return None
 
     def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
-        """How many patch tokens leave a layer if `count` enter it. Adaptive methods cannot say."""
+        """Return the number of patch tokens that leave a layer if `count` patch tokens enter it.
+
+        Adaptive methods raise a `ValueError`, because their number depends on the image.
+        """
         raise ValueError(
             f"How many tokens {type(self).__name__} keeps depends on the image: run the model on images and look at "
             "token_counts."
         )
 
     def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
-        """What the method itself computes in a layer which `count` patch tokens of an image enter."""
+        """Count the method's own multiply-adds in a layer if `count` patch tokens of an image enter it."""
         return 0
 
     @classmethod
     def for_budget(cls, config: PreTrainedConfig | EncoderFacts, share: float, **settings: Any) -> "ReductionConfig":
-        """The mildest setting that keeps at most `share` of the multiply-adds of a backbone's layers, what the method
-        itself computes included. `settings` are the other fields, such as `layers`. For methods that keep the same
-        number of tokens of every image.
+        """Make the mildest setting that keeps at most a share of the multiply-adds of the encoder's layers.
+
+        The multiply-adds of the method itself are counted too. Only methods that keep the same number of tokens for
+        every image have such a setting; the others raise a `ValueError`.
+
+        Args:
+            config: Configuration of the model, stock or reduced, or the facts of its encoder.
+            share: Share of the multiply-adds to keep, above 0 and at most 1.
+            **settings: Values of the other fields, such as `layers`.
+
+        Example:
+            >>> BATConfig.for_budget(model.config, 0.65)
         """
         raise ValueError(
-            f"{cls.__name__} has no setting for a budget: what it keeps depends on the images. LTMP is fitted to a "
-            "budget on images by hf_tokenreduce.calibrate."
+            f"{cls.__name__} has no setting for a budget, because what it keeps depends on the images. To fit LTMP to "
+            "a budget on images, use hf_tokenreduce.calibrate."
         )
 
     def _set(self, **values: Any) -> None:
@@ -72,11 +89,12 @@ class ReductionConfig:
 
 @dataclass(frozen=True)
 class KeepRateConfig(ReductionConfig):
-    """Base of methods that keep a share of the patch tokens in some layers, the same number of every image.
+    """Base class of methods that keep a share of the patch tokens in some layers, the same number for every image.
 
-    keep_rate: share of the patch tokens present that each of `layers` keeps, rounded up; one number, or a list with
-        one number per entry of `layers`.
-    layers: 0-based layers that reduce.
+    Args:
+        keep_rate: Share of the patch tokens present that each of `layers` keeps, rounded up. One number, or a list
+            with one number per entry of `layers`.
+        layers: 0-based indices of the layers that reduce.
     """
 
     method: ClassVar[str | None] = None
@@ -101,7 +119,7 @@ class KeepRateConfig(ReductionConfig):
         self._set(layers=layers, keep_rate=rates if per_layer else rates[0])
 
     def schedule(self) -> dict[int, float]:
-        """Keep rate of each layer that reduces."""
+        """Return the keep rate of each layer that reduces."""
         rates = [self.keep_rate] * len(self.layers) if isinstance(self.keep_rate, float) else self.keep_rate
         return dict(zip(self.layers, rates, strict=True))
 
@@ -109,7 +127,7 @@ class KeepRateConfig(ReductionConfig):
         check_layers_fit(type(self).__name__, self.layers, facts.num_hidden_layers)
 
     def untrained(self) -> str | None:
-        """What a model that starts with this setting has yet to learn, and how. None: nothing."""
+        """Say what a new model with this setting still has to learn: nothing."""
         return None
 
     def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
@@ -117,7 +135,7 @@ class KeepRateConfig(ReductionConfig):
 
     @classmethod
     def for_budget(cls, config: PreTrainedConfig | EncoderFacts, share: float, **settings: Any) -> "KeepRateConfig":
-        """One keep rate for all layers, in steps of 0.0001."""
+        """Make the setting that keeps at most `share` of the multiply-adds: one keep rate, in steps of 0.0001."""
         facts = facts_of(config)
 
         def keeping(steps: int) -> "KeepRateConfig":

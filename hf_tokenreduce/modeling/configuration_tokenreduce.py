@@ -1,8 +1,8 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Configurations that carry the configuration of a method: `TokenReduce<Stock>Config`, made when asked for.
+"""Configurations with a `reduction`: the classes `TokenReduce<Stock>Config`, each made when it is first asked for.
 
-`TokenReduceViTConfig` is a `ViTConfig` with a `reduction`, and so on for every stock configuration of a model that can
-be reduced. Inside a composite configuration the parts stay stock.
+For example, `TokenReduceViTConfig` is a `ViTConfig` with a `reduction`. Every stock configuration of a model that can
+be reduced has such a class. The parts inside a composite configuration stay stock.
 """
 
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from .methods import parse_reduction
 
 _StockConfig: Any = object  # the mixin is only used in front of a stock configuration, whose methods it extends
 
-# What reduced models return besides what their stock models do; Trainer does not take it for predictions.
+# Outputs of reduced models that stock models do not have. Trainer must not take them for predictions.
 EXTRA_OUTPUTS = (
     "token_counts",
     "patch_map",
@@ -32,8 +32,9 @@ EXTRA_OUTPUTS = (
 class TokenReduceConfigMixin(_StockConfig):
     """What the configuration of a reduced model adds to the stock one.
 
-    reduction: a method configuration, its dictionary form, or None (then the model computes what the stock one does).
-        It is checked whenever it is set, and read back as a method configuration.
+    Args:
+        reduction: A method configuration, its dictionary form, or None. With None the model computes what the stock
+            model does. The value is checked whenever it is set, and stored as a method configuration.
     """
 
     base_model_type: ClassVar[str]
@@ -50,13 +51,13 @@ class TokenReduceConfigMixin(_StockConfig):
         if key == "reduction":
             value = parse_reduction(value)
             parts = [getattr(self, part, None) for part in self.sub_configs]
-            if value is not None and all(isinstance(part, PreTrainedConfig) for part in parts):  # else made later
+            if value is not None and all(isinstance(part, PreTrainedConfig) for part in parts):  # else checked later
                 value.check_fit(facts_of(self))
         super().__setattr__(key, value)
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: class token, distillation token, registers."""
+        """Number of tokens before the patches: class token, distillation token, registers."""
         return facts_of(self).num_prefix_tokens
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,17 +67,17 @@ class TokenReduceConfigMixin(_StockConfig):
         return output
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        # Made anew: the code is saved beside the weights, so no entry may go on pointing at where it came from.
+        # Made again, because the code is saved beside the weights: no entry may still point to an earlier place.
         self.auto_map = self._code_references()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _code_references(self) -> dict[str, str]:
-        """Which class of which file each Auto class finds in a saved folder."""
+        """Return which class of which file each Auto class finds in a saved folder."""
         found = {"AutoConfig": f"configuration_tokenreduce.{type(self).__name__}"}
         architecture = (self.architectures or [""])[0].removeprefix(PREFIX)
         base = base_model_of(self)
         models = {"AutoModel": base} if base is not None else {}
-        if architecture:  # one that no Auto class knows is what AutoModel finds here
+        if architecture:  # here AutoModel finds a class that no other Auto class knows
             models |= dict.fromkeys(auto_classes_of(architecture) or ["AutoModel"], architecture)
         return found | {auto: f"modeling_tokenreduce.{PREFIX}{name}" for auto, name in models.items()}
 
@@ -84,7 +85,7 @@ class TokenReduceConfigMixin(_StockConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         part = cls.base_config_key
-        if part and part in config_dict:  # the folder is of a larger model, of which this is a part
+        if part and part in config_dict:  # the folder holds a larger model with this part inside
             config_dict = {"model_type": cls.base_model_type, **config_dict[part]}
         found = config_dict.get("model_type", cls.model_type)
         if found == cls.base_model_type:
@@ -100,13 +101,13 @@ class TokenReduceConfigMixin(_StockConfig):
 
 
 def reduced_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """`TokenReduce<Stock>Config` for a stock configuration class."""
+    """Return the class `TokenReduce<Stock>Config` of a stock configuration class."""
     name = PREFIX + stock.__name__
     if name not in globals():
         ignored = [*getattr(stock, "keys_to_ignore_at_inference", []), *EXTRA_OUTPUTS]
         body = {
             "__module__": __name__,
-            "__doc__": f"A `{stock.__name__}` with a `reduction`.",
+            "__doc__": f"A `{stock.__name__}` with a `reduction`: a method configuration, its dictionary, or None.",
             "__annotations__": {"reduction": Any},
             "reduction": None,
             "model_type": TYPE_PREFIX + stock.model_type,

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Pruning and merging in one step, each with its own count in every layer: DiffRate.
+"""DiffRate: pruning and merging in one step, with a number of tokens for each in every layer.
 
 B images · N patch tokens · D features
 """
@@ -23,13 +23,16 @@ from .tome import ToMeConfig
 
 @dataclass(frozen=True)
 class DiffRateConfig(ToMeConfig):
-    """Pruning and merging by class attention, after "DiffRate: Differentiable Compression Rate for Efficient Vision
-    Transformers". Tokens of the lowest score are dropped, the next ones merge into the others. Needs no training.
+    """Drop the tokens of the lowest class attention, and merge the next ones into the others (DiffRate).
 
-    r: patch tokens removed per layer (at most half of those present), by dropping and by merging. An integer, a list
-        with one integer per layer, or a tuple `(r, inflect)`, as ToMe has it.
-    prune_share: the share of the removed tokens that are dropped, the others merge; one number, or a list with one
-        number per layer.
+    After "DiffRate: Differentiable Compression Rate for Efficient Vision Transformers". Needs no training. The other
+    arguments are those of `ToMeConfig`.
+
+    Args:
+        r: Number of patch tokens that each layer removes, by dropping and by merging, at most half of those present.
+            An integer, a list with one integer per layer, or a tuple `(r, inflect)` as in `ToMeConfig`.
+        prune_share: Share of the removed tokens that are dropped; the others merge. One number, or a list with one
+            number per layer.
     """
 
     method: ClassVar[str | None] = "diffrate"
@@ -55,7 +58,7 @@ class DiffRateConfig(ToMeConfig):
             )
 
     def split(self, layer: int, count: int, facts: EncoderFacts) -> tuple[int, int]:
-        """How many patch tokens a layer (drops, merges) if `count` enter it."""
+        """Return how many patch tokens a layer (drops, merges) if `count` enter it."""
         removed = count - self.leaving(layer, count, facts)
         share: Any = self.prune_share
         dropped = rounded_half_up((share[layer] if isinstance(share, tuple) else share) * removed)
@@ -70,11 +73,11 @@ class DiffRateConfig(ToMeConfig):
 
 @torch.no_grad()
 def prune_and_merge(scores: Tensor, features: Tensor, num_dropped: int, num_merged: int) -> TokenMap:
-    """Drop the tokens of the lowest score, and let those of the next lowest go into what is most like them.
+    """Drop the tokens of the lowest scores, and merge each of the next ones into the remaining token most like it.
 
     scores: (B, N) float32; features: (B, N, D), compared by cosine in float32
 
-    Every output token is the plain mean of what goes into it. Output order: that of the tokens which stay.
+    Every output token is the plain mean of the tokens that go into it. The remaining tokens keep their order.
     """
     count = scores.shape[1]
     leaving, last = count - num_dropped - num_merged, count - num_dropped
@@ -89,7 +92,7 @@ def prune_and_merge(scores: Tensor, features: Tensor, num_dropped: int, num_merg
 
 
 class DiffRateReducer(Reducer):
-    """Prunes and merges tokens by class attention, after attention."""
+    """Drop and merge tokens by class attention, after attention."""
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Filtering: patches are judged before the first attention. DL-ViT.
+"""DL-ViT: a small network filters the patches before the first attention.
 
 B images · N patch tokens · D features
 """
@@ -45,16 +45,19 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class DLViTConfig(ReductionConfig):
-    """Token filtering, after "Predicting Token Impact Towards Efficient Vision Transformer". Before the first
-    attention a small network judges each embedded patch; those that do not matter are dropped.
+    """Drop the patches that a small network judges unimportant, before the first attention (DL-ViT).
 
-    threshold: patches of a higher probability stay, so images differ in their number of tokens; 0 keeps all.
-    keep_rate: instead of a threshold: the share of the patches with the highest probability stays, rounded up, the
-        same number for every image.
-    hidden_size: width of the filter's hidden layer. None: half the backbone's.
-    trained: whether the filter decides. As long as it is False, every patch stays.
-    max_tokens: with a threshold: no more tokens, prefix tokens included, whatever an image shows. The most probable
-        stay.
+    After "Predicting Token Impact Towards Efficient Vision Transformer". The network, called the filter, gives each
+    embedded patch a probability to matter. It must be trained on labels.
+
+    Args:
+        threshold: Patches of a higher probability stay, so the number of tokens differs between images. 0 keeps all.
+        keep_rate: Share of the patches that stay, those of the highest probability, rounded up: the same number for
+            every image. If it is set, it replaces the threshold.
+        hidden_size: Width of the filter's hidden layer. None: half of the backbone's width.
+        trained: Whether the filter decides. As long as it is False, every patch stays.
+        max_tokens: Upper limit of the tokens that stay with a threshold, prefix tokens included, whatever the image
+            shows. The most probable patches stay. None: no limit.
     """
 
     method: ClassVar[str | None] = "dlvit"
@@ -73,7 +76,7 @@ class DLViTConfig(ReductionConfig):
             check_size("DLViTConfig", "hidden_size", self.hidden_size)
         check_flag("DLViTConfig", "trained", self.trained)
         if is_sequence(self.max_tokens):
-            raise ValueError(f"DLViTConfig: max_tokens is one number, for it filters once, got {self.max_tokens!r}.")
+            raise ValueError(f"DLViTConfig: max_tokens must be one number, not a list, got {self.max_tokens!r}.")
         if self.keep_rate is not None:
             check_rate("DLViTConfig", self.keep_rate)
             if self.max_tokens is not None:
@@ -97,7 +100,7 @@ class DLViTConfig(ReductionConfig):
         return super().leaving(layer, count, facts) if self.keep_rate is None else self.keeps(count)
 
     def keeps(self, count: int) -> int:
-        """Patch tokens that stay by `keep_rate`."""
+        """Return the number of patch tokens that stay by `keep_rate`."""
         rate: Any = self.keep_rate
         return rounded_up_share(rate, count)
 
@@ -108,8 +111,10 @@ class DLViTConfig(ReductionConfig):
 
     @classmethod
     def for_budget(cls, config: PreTrainedConfig | EncoderFacts, share: float, **settings: Any) -> "DLViTConfig":
-        """A keep rate, in steps of 0.0001, that keeps the share once the filter is trained. Until then every patch
-        stays: `trained` is False unless it is among the settings."""
+        """Make the setting that keeps at most `share` once the filter is trained: a keep rate, in steps of 0.0001.
+
+        `trained` is False unless the settings say otherwise, and until then every patch stays.
+        """
         facts = facts_of(config)
 
         def keeping(steps: int, **changes: Any) -> "DLViTConfig":
@@ -120,9 +125,11 @@ class DLViTConfig(ReductionConfig):
 
 @torch.no_grad()
 def keep_above(scores: Tensor, threshold: float, max_kept: int | None = None, min_kept: int = 0) -> TokenMap:
-    """Keep the tokens whose score (B, N) is above the threshold, at most `max_kept` and at least `min_kept`, the
-    highest first. They stay in the order they have; images differ in their number."""
-    kept = ~(scores <= threshold)  # NaN stays: a broken image shall give a broken answer
+    """Keep the tokens whose score (B, N) is above the threshold, a number for each image. They keep their order.
+
+    At most `max_kept` and at least `min_kept` tokens stay, those of the highest scores.
+    """
+    kept = ~(scores <= threshold)  # NaN stays: a broken image must give a broken answer
     if min_kept > 0:
         kept |= ranks(scores) < min_kept
     if max_kept is not None:
@@ -132,15 +139,15 @@ def keep_above(scores: Tensor, threshold: float, max_kept: int | None = None, mi
 
 @torch.no_grad()
 def keep_highest(scores: Tensor, count: int) -> TokenMap:
-    """Keep the `count` tokens of highest score (B, N), the earlier of equals, in the order they have."""
+    """Keep the `count` tokens of the highest scores (B, N), of equal ones the earlier. They keep their order."""
     return TokenMap(_new_places(ranks(scores) < count), count)
 
 
 class DLViTReducer(Reducer):
-    """Filters the embedded patches, once. The first layer's reducer holds the filter; the others have nothing to do.
+    """Filter the embedded patches. The first layer's reducer holds the filter; the other reducers do nothing.
 
-    The filter judges a token beside the mean of all patch tokens of its image. It learns from labels, not through
-    the model: what is dropped has no gradient.
+    The filter reads a token and the mean of all patch tokens of its image. It learns from labels and not through the
+    model, because a dropped token has no gradient.
     """
 
     def __init__(self, facts: EncoderFacts, layer: int):
@@ -159,7 +166,7 @@ class DLViTReducer(Reducer):
                 logger.warning_once("DL-ViT's filter is not trained yet, so the model keeps every token.")
 
     def logits(self, patches: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N) float32, the logit of each patch's probability to matter."""
+        """Return the logit of each patch's probability to matter: (B, N, D) -> (B, N) float32."""
         mean = patches.mean(dim=1, keepdim=True).expand_as(patches)
         return self.fc2(F.gelu(self.fc1(self.norm(torch.cat([patches, mean], dim=-1))))).squeeze(-1).float()
 
@@ -174,13 +181,13 @@ class DLViTReducer(Reducer):
         logits = self.logits(state.hidden_states[:, state.num_prefix_tokens :].detach())
         if setting.keep_rate is not None:
             return apply_map(state, keep_highest(logits, setting.keeps(count)))
-        # Without a prefix token, an image without any patch could not go on.
+        # Without prefix tokens, an image must keep at least one patch.
         min_kept = 0 if state.num_prefix_tokens > 0 else 1
         return apply_map(state, keep_above(logits, _logit(setting.threshold), self.max_kept, min_kept))
 
 
 def _logit(probability: float) -> float:
-    """At the ends infinite, so that a threshold of 0 keeps whatever the filter says, and 1 nothing."""
+    """Return the logit of a probability, infinite at 0 and 1: a threshold of 0 then keeps all, and 1 nothing."""
     if probability in (0, 1):
         return math.inf if probability else -math.inf
     return math.log(probability / (1 - probability))

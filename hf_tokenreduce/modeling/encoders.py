@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Every encoder that can be reduced: how its layers look, where they are, what its readers want.
+"""The encoders that can be reduced: how their layers look, where they are, and what the code after them reads.
 
 A family is one entry of `TOWERS`. All other code asks `facts_of` for numbers and `encoder_of` for modules.
 """
@@ -15,18 +15,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 
-PREFIX = "TokenReduce"  # of the names of reduced classes
-TYPE_PREFIX = "tokenreduce_"  # of their model types
+PREFIX = "TokenReduce"  # begins the names of reduced classes
+TYPE_PREFIX = "tokenreduce_"  # begins their model types
 PAGE = "docs/encoders.md"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the layers of some families look: names of parts, and what a branch goes through before it is added.
+    """How the layers of some families look: the names of their parts.
 
-    after_attention, after_mlp: modules of the layer, or parameters that scale it, in their order
-    rotary: queries and keys of patches are rotated by their places
-    pair_bias: the layer's module that gives a bias for each pair of places, which may be None
+    Attributes:
+        after_attention, after_mlp: Modules or scaling parameters that a branch goes through before it is added.
+        rotary: Whether queries and keys of patches are rotated by their places.
+        pair_bias: The layer's module that gives a bias for each pair of places. The module may be None.
     """
 
     attention: str = "attention"
@@ -42,7 +43,7 @@ class Layout:
 
     @property
     def has_places(self) -> bool:
-        """Whether layers ask where in the image a token is."""
+        """Whether layers read where in the image a token is."""
         return self.rotary or self.pair_bias is not None
 
 
@@ -57,7 +58,7 @@ BEIT = Layout(after_attention=("dropout", "lambda_1", "drop_path"), after_mlp=("
 
 
 def patch_grid(config: PreTrainedConfig) -> tuple[int, int]:
-    """Rows and columns of patches of an image of the model's own size."""
+    """Return the rows and columns of patches of an image of the model's own size."""
     height, width = _both(config.image_size)
     patch_height, patch_width = _both(config.patch_size)
     return height // patch_height, width // patch_width
@@ -69,25 +70,27 @@ def image_shape(config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def two_products(config: PreTrainedConfig) -> int:
-    """Multiply-adds per token of an MLP of two linears."""
+    """Return the multiply-adds per token of an MLP with two linear layers."""
     return 2 * config.hidden_size * config.intermediate_size
 
 
 @dataclass(frozen=True)
 class Tower:
-    """Where a family's classes keep what is reduced.
+    """A family of encoders: its classes, and where they keep what is reduced.
 
-    model_type: of its configuration. classes: the stock classes that hold its layers
-    models: the stock classes that can be reduced, the one without a head first
-    layers: path from such a class to its list of layers
-    num_prefix_tokens: tokens before the patches; the first of them is the class token
-    wants_grid: whether what reads the last layer reads all patches, not only the prefix tokens
-    norm: path from such a class to the norm that all rows go through before they are read, if there is one
-    any_size: whether it takes images of any size as it is, else `interpolate_pos_encoding=True` says so
-    mlp_products: multiply-adds of the MLP for one token
-    patches: rows and columns of patches
-    inputs: shape of one input, without the batch
-    fixed: fields of the configuration that a reduced model sets
+    Attributes:
+        model_type: Model type of its configuration.
+        classes: Stock classes that hold its layers.
+        models: Stock classes that can be reduced, the one without a head first.
+        layers: Path from a class of `classes` to its list of layers.
+        num_prefix_tokens: Number of tokens before the patches. The first one is the class token.
+        wants_grid: Whether the code after the last layer reads all patches, not only the prefix tokens.
+        norm: Path from a class of `classes` to the norm that all rows go through before they are read, or None.
+        any_size: Whether it takes images of any size. If not, they need `interpolate_pos_encoding=True`.
+        mlp_products: Multiply-adds of the MLP for one token.
+        patches: Rows and columns of patches.
+        inputs: Shape of one input, without the batch.
+        fixed: Fields of the configuration that a reduced model sets.
     """
 
     model_type: str
@@ -144,7 +147,7 @@ TOWERS = (
         num_prefix_tokens=lambda config: 0,
         norm="layernorm",
     ),
-    # The encoder as its users want it: nothing masked, patches in their order.
+    # A reduced encoder masks nothing and keeps the patches in their order, as features need it.
     Tower("vit_mae", ("ViTMAEModel",), ("ViTMAEModel",), VIT, norm="layernorm", fixed={"mask_ratio": 0.0}),
     Tower(
         "audio-spectrogram-transformer",
@@ -207,26 +210,25 @@ TOWERS = (
     Tower("beit", ("BeitModel",), ("BeitModel", "BeitForImageClassification"), BEIT, norm="layernorm", any_size=True),
 )
 
-# Models of several parts that have one of the towers inside.
+# Models of several parts, one of which is an encoder of `TOWERS`.
 COMPOSITES = ("LlavaModel", "LlavaForConditionalGeneration", "DepthAnythingForDepthEstimation")
 
-# Their heads read every patch for itself, so a dropped patch keeps its last state.
+# The heads of these read each patch by itself, so a dropped patch keeps its last state.
 READ_EVERY_PATCH = (*COMPOSITES, "Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone")
 
-# Their heads read the prefix tokens alone, so no patch has to leave the last layer.
+# The heads of these read only the prefix tokens, so no patch has to leave the last layer.
 READ_PREFIX_ALONE = (
     "ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher",
     "ViTMSNForImageClassification", "ASTForAudioClassification",
 )  # fmt: skip
 
-# Their stock forward takes the mean over the batch whatever Trainer says of how many items there are in all.
+# The loss of these is the mean over the batch, even if Trainer gives the number of items of all batches.
 TAKE_MEAN_LOSS = ("CLIPForImageClassification", "SiglipForImageClassification", "BeitForImageClassification")
 
 MODELS = (*dict.fromkeys(name for tower in TOWERS for name in tower.models), *COMPOSITES)
 
 _BY_TYPE = {tower.model_type: tower for tower in TOWERS}
 _BY_CLASS = {name: tower for tower in TOWERS for name in tower.classes}
-
 
 AUTO_CLASSES = (
     "AutoModel",
@@ -240,7 +242,7 @@ AUTO_CLASSES = (
 
 
 def auto_classes_of(model: str) -> list[str]:
-    """The Auto classes through which transformers finds a stock class, by its name."""
+    """Return the Auto classes through which transformers finds a stock class, given its name."""
     found = []
     for name in AUTO_CLASSES:
         for known in getattr(modeling_auto, name)._model_mapping._model_mapping.values():
@@ -253,10 +255,11 @@ def auto_classes_of(model: str) -> list[str]:
 class EncoderFacts(NamedTuple):
     """What methods and counts need to know of an encoder.
 
-    reduction: the method configuration that it carries, or None
-    grid: rows and columns of patches of an image of the model's own size
-    mlp_products: multiply-adds of the MLP for one token
-    has_places: whether layers ask where in the image a token is (rotation, a bias per pair)
+    Attributes:
+        reduction: The method configuration of the model, or None.
+        grid: Rows and columns of patches of an image of the model's own size.
+        mlp_products: Multiply-adds of the MLP for one token.
+        has_places: Whether layers read where in the image a token is (rotation, or a bias per pair).
     """
 
     reduction: Any
@@ -279,18 +282,18 @@ class EncoderFacts(NamedTuple):
 
 
 def facts_of(config: PreTrainedConfig | EncoderFacts) -> EncoderFacts:
-    """The facts of the encoder that a configuration, stock or reduced, describes, alone or as a part."""
+    """Return the facts of the encoder that a configuration describes, stock or reduced, alone or as a part."""
     if not isinstance(config, PreTrainedConfig):
-        return config  # facts already, from a folder of another copy of this module
+        return config  # these are facts, perhaps made by another copy of this module
     inner, tower = _tower_config(config)
     if inner.num_hidden_layers < 1 or inner.num_attention_heads < 1:
         raise ValueError(
             f"num_hidden_layers={inner.num_hidden_layers} and num_attention_heads={inner.num_attention_heads} must be "
-            "at least 1. Look at config.json."
+            "at least 1. Correct config.json."
         )
     rows, columns = tower.patches(inner)
     if min(rows, columns) < 1:
-        raise ValueError(f"config.json: its sizes make {rows} x {columns} patches, and there must be at least one.")
+        raise ValueError(f"The sizes in config.json give {rows} x {columns} patches. There must be at least one.")
     return EncoderFacts(
         reduction=getattr(config, "reduction", None),
         hidden_size=inner.hidden_size,
@@ -304,24 +307,24 @@ def facts_of(config: PreTrainedConfig | EncoderFacts) -> EncoderFacts:
 
 
 def stock_type(config: Any) -> str:
-    """The model type of the stock configuration that this one is, or extends."""
+    """Return the model type of the stock configuration that this one is, or extends."""
     return type(config).model_type.removeprefix(TYPE_PREFIX)
 
 
 def base_model_of(config: Any) -> str | None:
-    """The stock class without a head, if the configuration is that of an encoder alone."""
+    """Return the stock class without a head, if the configuration describes an encoder alone."""
     tower = _BY_TYPE.get(stock_type(config))
     return None if tower is None else tower.models[0]
 
 
 def fixed_fields(config: Any) -> Mapping[str, Any]:
-    """The fields of its configuration that a reduced model sets."""
+    """Return the fields of the configuration that a reduced model sets."""
     tower = _BY_TYPE.get(stock_type(config))
     return (None if tower is None else tower.fixed) or {}
 
 
 def encoder_config(config: Any) -> Any:
-    """The configuration of the encoder alone: the part of a larger one, or it itself."""
+    """Return the configuration of the encoder alone: a part of a larger configuration, or the whole one."""
     return _tower_config(config)[0]
 
 
@@ -333,20 +336,17 @@ def _tower_config(config: Any) -> tuple[Any, Tower]:
         inner = getattr(config, name, None)
         if isinstance(inner, PreTrainedConfig) and stock_type(inner) in _BY_TYPE:
             return inner, _BY_TYPE[stock_type(inner)]
-    raise ValueError(f"A {type(config).__name__} describes no encoder that can be reduced. {what_can_be_reduced()}")
+    raise ValueError(f"A {type(config).__name__} has no encoder that can be reduced. {what_can_be_reduced()}")
 
 
 def what_can_be_reduced() -> str:
     families = dict.fromkeys(re.sub(r"(Vision)?(Model|For|Backbone)\w*$", "", name) for name in MODELS)
-    return f"What can be reduced is: {', '.join(families)}. {PAGE} lists the classes, and says how to add a family."
+    return f"These can be reduced: {', '.join(families)}. {PAGE} lists the classes and says how to add a family."
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """The encoder inside a model, stock or reduced.
-
-    module: the part that holds it, which may be the model itself
-    """
+    """The encoder inside a model, stock or reduced. `module` is the part that holds it, perhaps the model itself."""
 
     model: PreTrainedModel
     module: Any
@@ -362,7 +362,7 @@ class Encoder:
 
     @property
     def layers(self) -> Any:
-        """The list of its layers."""
+        """The list of the encoder's layers."""
         return self.module.get_submodule(self.tower.layers)
 
     @property
@@ -386,13 +386,13 @@ class Encoder:
         return _both(self.config.patch_size)
 
     def size_arguments(self, pixel_values: Tensor) -> dict[str, Any]:
-        """What a forward has to be told of images of this size."""
+        """Return the arguments that a forward needs for images of this size."""
         if self.tower.any_size or tuple(pixel_values.shape[-2:]) == self.image_size:
             return {}
         return {"interpolate_pos_encoding": True}
 
     def embed(self, *inputs: Any, **kwargs: Any) -> Tensor:
-        """(B, P + N0, D), the tokens that enter the first layer: a forward that goes no further."""
+        """Run a forward up to the first layer and return the tokens that enter it, (B, P + N0, D)."""
 
         def stop(hidden_states: Tensor) -> Tensor:
             raise _Entered(hidden_states)
@@ -405,11 +405,11 @@ class Encoder:
         raise RuntimeError(f"{type(self.model).__name__} did not run its encoder. Give it images.")
 
     def run(self, tokens: Tensor, **kwargs: Any) -> Any:
-        """The model's output if `tokens` (B, P + N0, D) enter its first layer."""
+        """Return the model's output if `tokens` (B, P + N0, D) enter its first layer."""
         shape = self.tower.inputs(self.config)
         inputs = tokens.new_zeros(1, *shape).expand(len(tokens), *shape)
         embeddings = self.module.embeddings
-        embeddings.forward = lambda *args, **kwargs: tokens  # instead of embedding what is replaced anyway
+        embeddings.forward = lambda *args, **kwargs: tokens  # embeds nothing: the tokens are replaced anyway
         try:
             with self._entrance(lambda hidden_states: tokens):
                 return self.model(inputs, **kwargs)
@@ -418,7 +418,7 @@ class Encoder:
 
     @contextmanager
     def _entrance(self, see: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """While it lasts, what enters the first layer goes through `see`."""
+        """Send what enters the first layer through `see`, inside the `with` block."""
         first = self.layers[0]
         if hasattr(first, "reducer"):
             first.entrance = see
@@ -441,7 +441,7 @@ class _Entered(Exception):
 
 
 def encoder_of(model: Any) -> Encoder:
-    """The encoder of a model that can be reduced or is; a ValueError of any other."""
+    """Return the encoder of a model that is reduced or can be. Any other model raises a `ValueError`."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         tower = _BY_CLASS.get(type(module).__name__.removeprefix(PREFIX))
         if tower is not None and isinstance(module, PreTrainedModel):

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Pruning by class attention, with what is dropped gathered in one token: EViT."""
+"""EViT: pruning by class attention, where one more token can hold the dropped ones."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,10 +11,13 @@ from .topk import TopKConfig, TopKReducer
 
 @dataclass(frozen=True)
 class EViTConfig(TopKConfig):
-    """Top-K that can gather what it drops, after "Not All Patches are What You Need". Needs no training.
+    """Keep the patch tokens that the class token attends to most, and fuse the others into one token (EViT).
 
-    fuse: the tokens not kept become one token, their sum weighted by class attention (weights not normalised). It
-        counts as an ordinary patch token afterwards.
+    After "Not All Patches are What You Need". Needs no training. The other arguments are those of `TopKConfig`.
+
+    Args:
+        fuse: Whether the tokens that are not kept become one token: their sum weighted by class attention, whose
+            weights are not normalised. Later layers treat it as an ordinary patch token. False drops these tokens.
     """
 
     method: ClassVar[str | None] = "evit"
@@ -31,7 +34,7 @@ class EViTConfig(TopKConfig):
 
 
 class EViTReducer(TopKReducer):
-    """Top-K, with the tokens not kept fused into one if the configuration says so."""
+    """Top-K, with the other tokens fused into one if the configuration says so."""
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)

@@ -1,9 +1,9 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Stock layers that hand on fewer tokens than they got.
+"""Stock layers that return fewer tokens than they get.
 
-A stock encoder runs its layers in a loop, each on what the last one returned. Reduced layers return a `Passage`, and
-the last one what the encoder's readers want; so the loop, and all that is around it, stays the stock model's. Layers
-and their attention keep their parameters under their names; a method's own are `reducer.*` of each layer.
+A stock encoder runs its layers in a loop: each layer gets what the layer before returned. A reduced layer returns a
+`Passage`, and the last one returns what the code after the encoder reads. So the loop and everything around it stay
+stock. Layers and their attention keep the names of their parameters; a method's own are `reducer.*` of each layer.
 """
 
 import sys
@@ -38,7 +38,14 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines of each token, (B, T, d) or 
 
 
 class Passage(NamedTuple):
-    """What a layer hands to the next one. shown: what it shows to those who capture hidden states."""
+    """What a layer returns to the next one.
+
+    Attributes:
+        shown: What is captured as hidden states.
+        state: The tokens.
+        counts: The number of tokens that left each layer so far.
+        kept: While tokens are masked, the mean share of the tokens that left each layer so far.
+    """
 
     shown: Tensor
     state: TokenState
@@ -47,7 +54,7 @@ class Passage(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-    """`shown`, and the fields of a `TokenState`."""
+    """`shown` of a `Passage`, and the fields of a `TokenState`."""
 
     shown: Tensor
     hidden_states: Tensor
@@ -65,7 +72,7 @@ class LayerOutput(NamedTuple):
 
 
 class Role(NamedTuple):
-    """What a layer needs to know of its encoder."""
+    """What a layer needs to know of its encoder. See `Tower` and `READ_EVERY_PATCH`."""
 
     is_last: bool
     num_prefix_tokens: int
@@ -74,8 +81,8 @@ class Role(NamedTuple):
 
 
 class ReducedAttention(nn.Module):
-    """The stock attention, except that a reducer may select the queries, that keys may carry a bias, and that tokens
-    bring their places with them."""
+    """The stock attention, with these additions: a reducer can select the queries, keys can have a bias, and tokens
+    know their places."""
 
     layout: ClassVar[Layout]
     q_proj: nn.Module
@@ -130,11 +137,12 @@ class ReducedAttention(nn.Module):
 
 
 class ReducedLayer(nn.Module):
-    """The stock layer with its reducer's hooks. Called, it takes and returns a `Passage`, except that the first layer
-    of all takes embedded tokens, and the last returns what the encoder's readers want.
+    """The stock layer with the hooks of its reducer. It takes and returns a `Passage`. But the first layer takes
+    embedded tokens, and the last layer returns what the code after the encoder reads.
 
-    If those read the prefix tokens alone, the last layer computes these alone, from the keys and values of all tokens:
-    the same numbers, without queries, output projection and MLP of patches. Then its reducer has nothing to do.
+    If that code reads only the prefix tokens, the last layer computes only them, from the keys and values of all
+    tokens. It gives the same numbers without the patches' queries, output projection and MLP. Its reducer then has
+    nothing to do.
     """
 
     layout: ClassVar[Layout]
@@ -162,11 +170,11 @@ class ReducedLayer(nn.Module):
         if recorder is None or not recorder.reads_prefix_alone:
             return False
         if self.training and any(parameter.requires_grad for parameter in self.reducer.parameters()):
-            return False  # they would have no gradient
-        return not any(module._forward_hooks for module in self.modules())  # else somebody looks at more
+            return False  # these parameters would have no gradient
+        return not any(module._forward_hooks for module in self.modules())  # a hook may read more than the prefix
 
     def _counts_of_papers(self, state: TokenState) -> Any:
-        """The tokens that would leave the layer if all of it were read."""
+        """Return the number of tokens that would leave the layer if all of it were computed."""
         if state.lengths is not None:
             return _counts(state)
         return state.num_prefix_tokens + self.reducer.leaving(state.num_patch_tokens)
@@ -179,7 +187,7 @@ class ReducedLayer(nn.Module):
         for_prefix: bool = False,
         **kwargs,
     ) -> LayerOutput:
-        # Where a stock model is traced it makes an attention_mask that masks nothing. One that masks was refused.
+        # A stock model that is traced makes an attention_mask that masks nothing. Any other mask was refused before.
         state = self._attention_block(TokenState(*state_fields), attention_mask, for_prefix, **kwargs)
         hidden_states = state.hidden_states
         branch = self.mlp(getattr(self, self.layout.norm_after)(hidden_states))  # type: ignore[operator]
@@ -194,7 +202,7 @@ class ReducedLayer(nn.Module):
     def _attention_block(
         self, state: TokenState, attention_mask: Tensor | None, for_prefix: bool, **kwargs
     ) -> TokenState:
-        # A method of its own, so that keys and values are freed before the MLP needs its memory.
+        # This is a separate method so that keys and values are freed before the MLP needs its memory.
         layout = self.layout
         rotary = None
         if layout.rotary:
@@ -219,7 +227,7 @@ class ReducedLayer(nn.Module):
             if not isinstance(part, nn.Module):
                 branch = part * branch
             elif lengths is not None and self.training and hasattr(part, "drop_prob"):
-                # Drawn once for each image. Packed, there is one row of all images.
+                # One draw for each image, although all packed images are one row.
                 drawn = part(branch.new_ones(len(lengths), 1))
                 branch = branch * drawn.repeat_interleave(torch.tensor(lengths, device=branch.device), dim=0)[None]
             else:
@@ -234,9 +242,9 @@ class ReducedLayer(nn.Module):
         interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> PairBias | None:
-        """The layer's own bias and the one that all layers share, for the places of the tokens."""
+        """Add the layer's own bias and the one that all layers share, for the places of the tokens."""
         heads = getattr(self, self.layout.attention).num_attention_heads
-        if shared is not None:  # may be, for tracing, a mask that masks nothing
+        if shared is not None:  # in tracing, it can be a mask that masks nothing
             shared = shared[:1] if shared.shape[1] == heads and shared.is_floating_point() else None
         table, own = shared, getattr(self, str(self.layout.pair_bias))
         if own is not None:
@@ -258,15 +266,15 @@ class ReducedLayer(nn.Module):
         return Passage(self._shown(state), state)
 
     def entrance(self, hidden_states: Tensor) -> Tensor:
-        """What enters the encoder goes through here, for `Encoder` to see and replace."""
+        """Return what enters the encoder. `Encoder` replaces this method to see or change it."""
         return hidden_states
 
     def _shown(self, state: TokenState) -> Tensor:
-        """What is captured as hidden states: a row per patch where readers want that, else tokens, padded with zeros.
-        Made only when somebody looks."""
+        """Return what is captured as hidden states: `_result`, but only if a forward hook reads it."""
         return self._result(state) if self._forward_hooks else state.hidden_states
 
     def _result(self, state: TokenState) -> Tensor:
+        """Return a row per patch where the code after the encoder reads that, else the tokens, padded with zeros."""
         if self.role.wants_grid or self.role.reads_every_patch:
             return on_grid(state)
         return state.hidden_states if state.lengths is None else pad(state.hidden_states, state.lengths)
@@ -291,22 +299,22 @@ class ReducedLayer(nn.Module):
 
 
 def _lengths_of_patch_rows(rows: Tensor, state: TokenState) -> Tensor:
-    """(B, N) float32, the length of the row of each patch token."""
+    """Return the length of the row of each patch token, (B, N) float32."""
     norms = rows.float().norm(dim=-1)
     norms = norms if state.lengths is None else pad(norms, state.lengths)
     return norms[:, state.num_prefix_tokens :]
 
 
 def _counts(state: TokenState) -> Any:
-    """The tokens of each image: one number, one per image, or (B,) where they are a tensor's, and need its device."""
+    """Count the tokens of each image: one number, a tuple with one per image, or a tensor (B,) if they are masked."""
     if state.mask is not None:
         return state.num_prefix_tokens + (state.mask > 0.5).sum(dim=1)
     return state.hidden_states.shape[1] if state.lengths is None else state.lengths
 
 
 def _stack_counts(counts: tuple[Any, ...], state: TokenState) -> Tensor:
-    """(B, L) long, of the counts of the layers. Numbers are collected and become one tensor at the end: a small
-    operation for each layer takes longer than it computes."""
+    """Make a tensor (B, L) long of the counts of all layers. It is made once, at the end, because a small operation
+    in each layer would take more time to start than to run."""
     device = state.hidden_states.device
     if state.mask is not None:
         return torch.stack(list(counts), dim=1)
@@ -317,8 +325,8 @@ def _stack_counts(counts: tuple[Any, ...], state: TokenState) -> Tensor:
 
 
 class FilledNorm(nn.Module):
-    """The stock norm behind the last layer, where a row per patch is read through it. A dropped patch gets the mean of
-    what the norm makes of the others: the norm of their mean is another, and a mean over patches would see it."""
+    """The stock norm after the last layer, for a row per patch. A dropped patch gets the mean of the normed rows of
+    the others. The norm of their mean would be different, and would change a mean over all patches."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         rows, recorder = super().forward(hidden_states), RECORDER.get()
@@ -330,14 +338,14 @@ class FilledNorm(nn.Module):
 
 
 def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
-    """(B, H, T, d) turned by cosines and sines (B, T, d), whose halves go with the halves of a head."""
+    """Rotate (B, H, T, d) by cosines and sines (B, T, d), whose halves belong to the halves of a head."""
     cosines, sines = (rows[:, None] for rows in rotary)
     first, second = heads.chunk(2, dim=-1)
     return heads * cosines + torch.cat([-second, first], dim=-1) * sines
 
 
 def _rotary_rows(tables: Rotary, state: TokenState) -> Rotary:
-    """Pick the tokens' rows, (B, T, d) or packed, from those of all places (N0, d). Prefix tokens are not turned."""
+    """Pick the tokens' rows, (B, T, d) or packed, from those of all places (N0, d). Prefix tokens are not rotated."""
     assert state.origin is not None
     rows = []
     for table, unturned in zip(tables, (1.0, 0.0), strict=True):
@@ -347,13 +355,13 @@ def _rotary_rows(tables: Rotary, state: TokenState) -> Rotary:
 
 
 def _token_places(state: TokenState) -> Tensor:
-    """(B, T) long, the place of each token among prefix tokens and patches."""
+    """Return the place of each token among prefix tokens and patches, (B, T) long."""
     assert state.origin is not None
     return _behind_prefix(state.origin, state.num_prefix_tokens)
 
 
 def _selected_places(state: TokenState, selected: TokenMap) -> Tensor:
-    """(B, Q) long, the places of the tokens that ask."""
+    """Return the places of the selected queries, (B, Q) long."""
     assert state.origin is not None
     count = max(selected.num_tokens) if isinstance(selected.num_tokens, tuple) else selected.num_tokens
     origin = state.origin[:, :count]
@@ -371,10 +379,9 @@ _classes: dict[Any, type[nn.Module]] = {}
 
 
 def _reduced_class(stock: type[nn.Module], base: type[nn.Module], layout: Layout) -> type[nn.Module]:
-    """A stock part with our forward, under its own name: that is what `_no_split_modules` and the capture of hidden
-    states and attentions look for.
+    """Make a subclass of a stock part with the forward of `base`: `ReducedLayer`, `ReducedAttention` or `FilledNorm`.
 
-    base: `ReducedLayer`, `ReducedAttention` or `FilledNorm`
+    It keeps the stock name, because `_no_split_modules` and the capture of hidden states and attentions look for it.
     """
     key = stock, base, layout
     if key not in _classes:
@@ -382,10 +389,10 @@ def _reduced_class(stock: type[nn.Module], base: type[nn.Module], layout: Layout
         body["__reduce_ex__"] = _reduce_to(key)
         if base is ReducedAttention:
             # Every family names these differently, and has an eager attention of its own.
-            for ours in ("o_proj", "scaling", "attention_dropout"):
-                theirs = getattr(layout, ours)
-                if theirs != ours:
-                    body[ours] = _named(theirs)
+            for name in ("o_proj", "scaling", "attention_dropout"):
+                stock_name = getattr(layout, name)
+                if stock_name != name:
+                    body[name] = _named(stock_name)
             body["eager_attention_forward"] = staticmethod(sys.modules[stock.__module__].eager_attention_forward)
         _classes[key] = type(stock.__name__, (base, stock), body)
     return _classes[key]
@@ -403,13 +410,13 @@ def _reduce_to(key: tuple[type[nn.Module], type[nn.Module], Layout]) -> Any:
 
 
 def _rebuild(stock: type[nn.Module], base: type[nn.Module], layout: Layout) -> nn.Module:
-    """Make the class of a pickled part again, which pickle cannot find by its name."""
+    """Make the class of a pickled part again, because pickle cannot find it by its name."""
     reduced = _reduced_class(stock, base, layout)
     return reduced.__new__(reduced)
 
 
 def inject(encoder: Encoder, facts: EncoderFacts, reads_every_patch: bool) -> None:
-    """Make the layers of an encoder reduced ones, in place. Their weights, and the names of these, stay."""
+    """Turn the layers of an encoder into reduced ones, in place. Weights and their names stay the same."""
     layout, layers = encoder.tower.layout, list(encoder.layers)
     for index, layer in enumerate(layers):
         attention = encoder.attention(layer)

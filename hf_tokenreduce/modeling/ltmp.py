@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Learned thresholds: similar tokens merge, unimportant ones are pruned. LTMP.
+"""LTMP: tokens merge or are pruned by learned thresholds of similarity and importance.
 
 B images · N patch tokens, padded to the longest image · d features of a key
 """
@@ -36,17 +36,21 @@ from .tokens import (
 
 @dataclass(frozen=True)
 class LTMPConfig(ReductionConfig):
-    """Learned thresholds, merging and pruning, after "Learned Thresholds Token Merging and Pruning for Vision
-    Transformers". In every layer tokens merge whose similarity is above one threshold, and those are pruned whose
-    importance is not above another: 2 numbers per layer, learned or calibrated.
+    """Merge similar tokens and prune unimportant ones, by two learned thresholds in every layer (LTMP).
 
-    merge, prune: whether each is done.
-    target: share of the multiply-adds to keep, which training aims at.
-    temperature: of the sigmoid whose slope the thresholds learn by (nothing is removed while they learn).
-    budget_weight: factor of the squared distance from `target` in the loss.
-    merge_threshold, prune_threshold: initial values, between 0 and 1. 1.0 merges nothing, 0.0 prunes nothing.
-    max_tokens: no image leaves a layer with more tokens, prefix tokens included: one number, or a list with one per
-        layer. The most important stay.
+    After "Learned Thresholds Token Merging and Pruning for Vision Transformers". The importance of a token is the
+    attention that it receives. The thresholds are learned in training or found by `calibrate`.
+
+    Args:
+        merge: Whether tokens merge if their similarity is above the merge threshold.
+        prune: Whether tokens are pruned if their importance is not above the prune threshold.
+        target: Share of the multiply-adds to keep, which training aims at.
+        temperature: Temperature of the sigmoid that gives the thresholds their gradient in training.
+        budget_weight: Factor of the squared distance from `target` in the loss.
+        merge_threshold: Initial merge threshold of every layer, between 0 and 1. 1.0 merges nothing.
+        prune_threshold: Initial prune threshold of every layer, between 0 and 1. 0.0 prunes nothing.
+        max_tokens: Upper limit of the tokens that leave a layer, prefix tokens included. The most important tokens
+            stay. One number, or a list with one number per layer. None: no limit.
     """
 
     method: ClassVar[str | None] = "ltmp"
@@ -64,7 +68,7 @@ class LTMPConfig(ReductionConfig):
         check_flag("LTMPConfig", "merge", self.merge)
         check_flag("LTMPConfig", "prune", self.prune)
         if not (self.merge or self.prune):
-            raise ValueError("LTMPConfig: with merge=False and prune=False nothing is left to do; set one to True.")
+            raise ValueError("LTMPConfig: merge=False and prune=False leave nothing to do. Set one of them to True.")
         for name, low, high in (("target", 0, 1), ("merge_threshold", 0, 1), ("prune_threshold", 0, 1)):
             value = getattr(self, name)
             if not is_number(value) or not low <= value <= high:
@@ -78,6 +82,7 @@ class LTMPConfig(ReductionConfig):
         self._set(max_tokens=checked_caps("LTMPConfig", self.max_tokens, None, "layer"))
 
     def cap(self, layer: int) -> int | None:
+        """Return `max_tokens` of a layer."""
         caps: Any = self.max_tokens
         return caps[layer] if isinstance(caps, tuple) else caps
 
@@ -91,8 +96,8 @@ class LTMPConfig(ReductionConfig):
 
     def untrained(self) -> str | None:
         return (
-            "LTMP starts with the thresholds of its configuration, and what it keeps is not `target` yet. Fit them to "
-            "images, hf_tokenreduce.calibrate(model, images, target), or train them."
+            "LTMP starts with the thresholds of its configuration and does not keep `target` yet. Fit the thresholds "
+            "to images by hf_tokenreduce.calibrate(model, images, target), or train them."
         )
 
     def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
@@ -100,12 +105,13 @@ class LTMPConfig(ReductionConfig):
 
 
 class ThresholdDecision(NamedTuple):
-    """What thresholds decide on the patch tokens of each image, all (B, N).
+    """What the thresholds decide for the patch tokens of each image. All tensors are (B, N).
 
-    target: long, the output token each goes into; -1 if pruned, or padding
-    receiver: long, the token each goes into before pruning; itself unless it merges
-    similarity: float32, cosine to the best match; -inf for tokens that cannot merge
-    importance: float32, of the receiver: the highest of those that go into it; -inf for padding
+    Attributes:
+        target: long, the output token that each token goes into. -1: pruned, or padding.
+        receiver: long, the token that each token goes into before pruning: itself unless it merges.
+        similarity: float32, the cosine to the best match. -inf for tokens that cannot merge.
+        importance: float32, the importance of the receiver: the highest of the tokens in it. -inf for padding.
     """
 
     target: Tensor
@@ -124,14 +130,14 @@ def decide_by_thresholds(
     num_prefix_tokens: int,
     max_kept: int | None = None,
 ) -> ThresholdDecision:
-    """Merge what is similar, then prune what is unimportant: `keys` (B, N, d), `importance` (B, N), `valid` (B, N),
-    None if there is no padding.
+    """Merge similar tokens, then prune unimportant ones.
 
-    The sequence of an image, prefix included, is dealt into two sets by even and odd position. An even token goes
-    into its best match of the odd set if their cosine is above `merge_threshold`; several may go into one. Output
-    tokens whose importance is above `prune_threshold` stay, at most `max_kept` of them, the most important first.
-    Output order: even tokens left over, then odd ones; an image in which nothing merges keeps its order. Without keys
-    nothing merges.
+    keys: (B, N, d), None to merge nothing; importance: (B, N); valid: (B, N), None if there is no padding
+
+    Even and odd positions of an image's sequence, prefix included, are two sets. An even token goes into its best
+    match of the odd set if their cosine is above `merge_threshold`. Several tokens can go into the same one. After
+    that, tokens whose importance is above `prune_threshold` stay, but only the `max_kept` most important ones. The
+    output has the remaining even tokens first, then the odd ones. An image in which nothing merges keeps its order.
     """
     batch, num_tokens = importance.shape
     natural = torch.arange(num_tokens, device=importance.device)
@@ -147,7 +153,7 @@ def decide_by_thresholds(
             if valid is not None:  # no match in padding
                 products = products.masked_fill(~valid[:, None, odd], -torch.inf)
             best, match = products.max(dim=-1)  # (B, N even)
-        best = best.clamp(max=1.0)  # whatever the rounding, a threshold of 1 merges nothing
+        best = best.clamp(max=1.0)  # a threshold of 1 merges nothing, despite rounding
         similarity[:, even] = best if valid is None else best.masked_fill(~valid[:, even], -torch.inf)
         merges = similarity > merge_threshold
         receiver = receiver.clone()
@@ -158,7 +164,7 @@ def decide_by_thresholds(
     if valid is not None:
         importance = importance.masked_fill(~valid, -torch.inf)
     importance = torch.full_like(importance, -torch.inf).scatter_reduce(1, receiver, importance, "amax")
-    if num_prefix_tokens == 0:  # an image without any token could not go on: its most important one stays
+    if num_prefix_tokens == 0:  # an image must keep at least one token: the most important one
         first = importance.masked_fill(receiver != natural, -torch.inf).argmax(dim=1, keepdim=True)
         importance = importance.scatter(1, first, torch.inf)
     stays = (receiver == natural) & (importance > prune_threshold)
@@ -175,7 +181,7 @@ def decide_by_thresholds(
 
 
 def budget_share(kept: Tensor, num_tokens: int, hidden_size: int) -> Tensor:
-    """Share of the multiply-adds kept when layer l passes on the share kept[l] of the tokens, by LTMP's formula."""
+    """Return the share of the multiply-adds if the share kept[l] of the tokens leaves layer l, by LTMP's formula."""
     before = F.pad(kept[:-1], (1, 0), value=1.0)
     n, d = num_tokens, hidden_size
     cost = 2 * before * n * d**2 + (before * n) ** 2 * d + 4 * kept * n * d**2
@@ -183,11 +189,11 @@ def budget_share(kept: Tensor, num_tokens: int, hidden_size: int) -> Tensor:
 
 
 class LTMPReducer(Reducer):
-    """Merges and prunes by two thresholds after attention.
+    """Merge and prune tokens by two thresholds, after attention.
 
-    In eval mode tokens are removed. In train mode, where the thresholds learn, they are masked: a mask of ones and
-    zeros with the slope of a sigmoid, by which keys count in attention. What a masked model computes for live tokens
-    is what the same model computes when it removes the others.
+    In eval mode tokens are removed. In train mode, where the thresholds learn, they are masked: attention weighs keys
+    by a mask of ones and zeros, which has the gradient of a sigmoid. For live tokens a masked model computes the same
+    as a model that removes the others.
     """
 
     merge_threshold: nn.Parameter
@@ -208,7 +214,7 @@ class LTMPReducer(Reducer):
     in_float32 = ("merge_threshold", "prune_threshold")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Thresholds go to another device with the model, but stay float32: a half type would round them."""
+        """Move thresholds to another device with the model, but keep them in float32: a half type would round them."""
         exact = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
         for name, parameter in self.named_parameters(recurse=False):
@@ -259,14 +265,14 @@ class LTMPReducer(Reducer):
         if state.lengths is not None:
             entering = sum(state.lengths) - len(counts) * state.num_prefix_tokens
         if not torch.compiler.is_compiling() and sum(counts) == entering:
-            return state  # no image loses a token; a graph cannot ask
+            return state  # no image loses a token; a compiled graph cannot check this
         if not self.settings.merge:
             return apply_map(state, TokenMap(decision.target, counts))
         size = torch.ones(decision.target.shape, device=view.key.device) if state.size is None else state.size
         return apply_map(state, merge(decision.target, counts, size, mass_is_size=True))
 
     def _mask(self, view: AttentionView, state: TokenState, mask: Tensor, rank: Tensor) -> TokenState:
-        # The decision is made on live tokens in the order they have when the others are removed, the rest behind them.
+        # Live tokens come first, in the order that they have when the others are removed, and decide alone.
         live = mask > 0.5
         order = torch.where(live, rank, rank.shape[1]).argsort(dim=1, stable=True)
         back = torch.empty_like(order).scatter(1, order, _positions(order))
@@ -293,9 +299,9 @@ class LTMPReducer(Reducer):
             if origin is not None:
                 inherited = representatives(origin, state.size, receiver, receiver.shape[1], order=back)
                 origin = torch.where(merged, origin, inherited)
-            stays_as_it_is = F.pad(merged, (state.num_prefix_tokens, 0))[..., None]  # its row is masked from here on
+            unchanged = F.pad(merged, (state.num_prefix_tokens, 0))[..., None]  # these rows are masked from now on
             state = state._replace(
-                hidden_states=torch.where(stays_as_it_is, state.hidden_states, means),
+                hidden_states=torch.where(unchanged, state.hidden_states, means),
                 size=torch.where(merged, size, sum_by_target(size, receiver, receiver.shape[1])),
                 origin=origin,
             )
@@ -310,9 +316,9 @@ class LTMPReducer(Reducer):
         )
 
     def _step(self, scores: Tensor, threshold: Tensor) -> Tensor:
-        """1 where a score is above the threshold, else 0; with the slope of a sigmoid in the threshold."""
+        """Return 1 where a score is above the threshold, else 0, with the gradient of a sigmoid for the threshold."""
         soft = torch.sigmoid((scores.clamp(min=-1e4) - threshold.float()) / self.settings.temperature)
-        return (scores > threshold).float() + (soft - soft.detach())  # in this order exactly 0 or 1
+        return (scores > threshold).float() + (soft - soft.detach())  # this order gives exactly 0 or 1
 
     def auxiliary_loss(self, kept: Tensor, num_tokens: int) -> Tensor:
         share = budget_share(kept, num_tokens, self.hidden_size)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Who merges into whom: best matches by similarity, and the map that follows from them.
+"""Which token merges into which: best matches by similarity, and the map that follows from them.
 
 B images · N patch tokens · A sources, R receivers among them · d features
 """
@@ -13,23 +13,23 @@ from .tokens import TokenMap, merge
 
 
 def pick(rows: Tensor, index: Tensor) -> Tensor:
-    """(B, N, d) at (B, M) -> (B, M, d)"""
+    """Pick rows (B, N, d) at index (B, M) -> (B, M, d)."""
     flat = index + torch.arange(rows.shape[0], device=rows.device)[:, None] * rows.shape[1]
     return rows.reshape(-1, rows.shape[2]).index_select(0, flat.flatten()).view(*index.shape, -1)
 
 
 def best_matches(sources: Tensor, receivers: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` sources that are most like a receiver: directions (B, A, d) and (B, R, d), float32.
+    """Find the `count` sources that are most like a receiver, given directions (B, A, d) and (B, R, d) float32.
 
     Returns their places among the sources, (B, count) long, the most similar first, and for every source the place of
-    its best match among the receivers, (B, A) long. Ties go to the earlier.
+    its best match among the receivers, (B, A) long. Of equal ones the earlier wins.
     """
     with full_precision(sources):
         return best_of(torch.bmm(sources, receivers.transpose(1, 2)), count)
 
 
 def best_of(similarity: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same, of any similarities of sources and receivers (B, A, R)."""
+    """Do the same for any similarities of sources and receivers (B, A, R)."""
     best, match = similarity.max(dim=-1)
     return best.sort(dim=-1, descending=True, stable=True).indices[:, :count], match
 
@@ -39,8 +39,8 @@ def into_most_similar(features: Tensor, sources: Tensor, receivers: Tensor, coun
 
     features: (B, N, d) float32; sources, receivers: (B, A) and (B, R) long, different tokens
 
-    Returns for each token the one that it goes into, itself for most, (B, N) long; and the tokens that go, (B, count),
-    the most similar first.
+    Returns for each token the one that it goes into, which is itself for most, (B, N) long; and the tokens that go
+    into another, (B, count), the most similar first.
     """
     batch, num_tokens, _ = features.shape
     directions = F.normalize(features, dim=-1)
@@ -53,12 +53,13 @@ def into_most_similar(features: Tensor, sources: Tensor, receivers: Tensor, coun
 def map_into(
     receiver: Tensor, num_tokens: int, mass: Tensor, *, mass_is_size: bool = False, keeps_all: bool = False
 ) -> TokenMap:
-    """The map by which each token goes into its `receiver` (B, N), -1 for one that is dropped; a receiver is its own.
+    """Make the map by which each token goes into its `receiver` (B, N). -1 drops a token.
 
-    mass, mass_is_size, keeps_all: as `merge` takes them; `num_tokens` receivers stay, in the order they have.
+    A receiver is its own receiver. The `num_tokens` receivers stay and keep their order. mass, mass_is_size and
+    keeps_all are those of `merge`.
     """
     stays = receiver == torch.arange(receiver.shape[1], device=receiver.device)
-    place = (stays.cumsum(dim=1) - 1).clamp(min=0)  # of numbers that are not finite no token may stay
+    place = (stays.cumsum(dim=1) - 1).clamp(min=0)  # values that are not finite can leave no token
     if keeps_all:
         target = place.gather(1, receiver)
     else:
@@ -67,5 +68,5 @@ def map_into(
 
 
 def sizes_of(size: Tensor | None, like: Tensor) -> Tensor:
-    """`size`, or ones (B, N) float32 where every token of `like` (B, N, ...) is one patch."""
+    """Return `size`, or ones (B, N) float32 if it is None: every token of `like` (B, N, ...) is then one patch."""
     return torch.ones(like.shape[:2], dtype=torch.float32, device=like.device) if size is None else size

@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Token merging by several criteria: similarity, informativeness and size. MCTF.
+"""MCTF: token merging by several criteria, which are similarity, attention received and size.
 
-B images · N patch tokens, dealt into A even and R odd ones · d features of a key
+B images · N patch tokens, A even and R odd ones · d features of a key
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,14 @@ from .tome import ToMeConfig
 
 @dataclass(frozen=True)
 class MCTFConfig(ToMeConfig):
-    """Token merging by several criteria, after "Multi-criteria Token Fusion with One-step-ahead Attention for
-    Efficient Vision Transformers". Tokens merge that are similar, receive little attention and stand for few patches.
-    Needs no training, gains by it.
+    """Merge tokens that are similar, receive little attention and stand for few patches (MCTF).
 
-    informativeness_weight: exponent of the criterion of attention received. 0 leaves it out.
-    size_weight: exponent of the criterion of size. 0 leaves it out.
+    After "Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision Transformers". It needs no
+    training, but training improves it. The other arguments are those of `ToMeConfig`.
+
+    Args:
+        informativeness_weight: Exponent of the criterion of attention received. 0 leaves this criterion out.
+        size_weight: Exponent of the criterion of size. 0 leaves this criterion out.
     """
 
     method: ClassVar[str | None] = "mctf"
@@ -54,13 +56,15 @@ def match_by_criteria(
     size_weight: float,
     num_prefix_tokens: int,
 ) -> TokenMap:
-    """Merge r patch tokens: `keys` (B, N, d), attention `received` (B, N), `size` (B, N) or None for ones; float32.
+    """Merge r patch tokens, at most half of N.
 
-    A pair's weight is its cosine, moved to between 0 and 1, times what each of both is worth: low attention received
-    and low size are worth most. The sequence, prefix included, is dealt into two sets by even and odd position. Half
-    of r go from the even set into their best match of the odd one; then the other half from the odd set, with what
-    they received, into the best of those left over. Means are weighted by attention received times size. Output order:
-    that of the tokens which the others go into.
+    keys: (B, N, d); received: (B, N), attention; size: (B, N), None for ones; all float32
+
+    The weight of a pair is its cosine, scaled to lie between 0 and 1, times the worth of both tokens. Tokens of low
+    attention received and low size are worth most. Even and odd positions of the sequence, prefix included, are two
+    sets. First, half of r tokens go from the even set into their best match of the odd set. Then the other half goes
+    from the odd set, with the tokens merged into them, into the best of the remaining even tokens. Means are weighted
+    by attention received times size. The receiving tokens keep their order.
     """
     batch, num_tokens, _ = keys.shape
     r = min(r, num_tokens // 2)
@@ -85,12 +89,12 @@ def match_by_criteria(
 
 
 def _inverse(values: Tensor) -> Tensor:
-    """(B, N) above 0 -> (B, N), 1 for the lowest of each image."""
+    """Invert values (B, N) above 0 and scale them, so that the lowest value of each image becomes 1."""
     return values.amin(dim=1, keepdim=True) / values
 
 
 class MCTFReducer(Reducer):
-    """Merges tokens by several criteria after attention."""
+    """Merge tokens by several criteria, after attention."""
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""The table of methods, and how a configuration is found in it."""
+"""The table of methods, and how a configuration is made and its reducer built from it."""
 
 import re
 import sys
@@ -29,13 +29,13 @@ from .topk import TopKConfig, TopKReducer
 
 
 class MethodClasses(NamedTuple):
-    """config: its settings, a dataclass. reducer: what does it in a layer."""
+    """The classes of a method: `config`, its settings, and `reducer`, which runs it in a layer."""
 
     config: type[ReductionConfig]
     reducer: type[Reducer]
 
 
-# By the name that a configuration carries.
+# The key is the name of the method.
 METHOD_CLASSES: dict[str, MethodClasses] = {
     str(classes.config.method): classes
     for classes in (
@@ -59,27 +59,27 @@ METHOD_CLASSES: dict[str, MethodClasses] = {
 
 
 def write_extra_method(folder: str | Path, reduction: ReductionConfig | None) -> None:
-    """Put the file of a method of others into a saved folder, beside ours, so that it travels with the model."""
+    """Copy the file of a method from outside the package into a saved folder, so that the folder can run it."""
     if reduction is None:
         return
     config, reducer = METHOD_CLASSES[str(reduction.method)]
     module = sys.modules[config.__module__]
     file = Path(str(module.__file__))
     if file.parent == Path(__file__).parent:
-        return  # ours, or one that came with the folder this model was loaded from
+        return  # a method of this package, or one from the folder that this model was loaded from
     code = re.sub(
         r"^(\s*)from hf_tokenreduce\.modeling\.(\w+) import", r"\1from .\2 import", file.read_text(), flags=re.M
     )
     (Path(folder) / file.name).write_text(code)
     (Path(folder) / "extra_methods.py").write_text(
-        f'"""The method that this model runs, which is not of hf_tokenreduce."""\n\n'
+        f'"""The method that this model runs. It is not part of hf_tokenreduce."""\n\n'
         f"from .{file.stem} import {config.__name__}, {reducer.__name__}\n\n\n"
         f"EXTRA_METHODS = (({config.__name__}, {reducer.__name__}),)\n"
     )
 
 
 def build_reducer(facts: EncoderFacts, layer: int) -> Reducer:
-    """The reducer of one layer, by `facts.reduction`."""
+    """Build the reducer of one layer for `facts.reduction`."""
     if facts.reduction is None:
         return Reducer(facts, layer)
     facts.reduction.check_fit(facts)
@@ -87,11 +87,11 @@ def build_reducer(facts: EncoderFacts, layer: int) -> Reducer:
 
 
 def parse_reduction(value: Any) -> ReductionConfig | None:
-    """A method configuration from one, from the dictionary form of one, or None for no reduction."""
+    """Make a method configuration of one, of its dictionary form, or of None, which stands for no reduction."""
     if value is None:
         return None
     if is_dataclass(value) and not isinstance(value, type) and hasattr(value, "method"):
-        # Rebuilt even if it is one: a configuration made by another copy of this module is another class.
+        # It is rebuilt, because another copy of this module may have made it, whose classes are not the same.
         value = {"method": value.method, **asdict(value)}
     if not isinstance(value, Mapping):
         raise ValueError(
@@ -103,7 +103,8 @@ def parse_reduction(value: Any) -> ReductionConfig | None:
     if not isinstance(method, str) or method not in METHOD_CLASSES:
         raise ValueError(
             f"Unknown reduction method {method!r}. The methods are: {', '.join(sorted(METHOD_CLASSES))}. Register "
-            "another one first, by register_method; from a model's folder tokenreduce takes it by --trust-remote-code."
+            "your own method first with register_method. For one in a model's folder, give --trust-remote-code to the "
+            "command."
         )
     known = [field.name for field in fields(METHOD_CLASSES[method].config)]
     unknown = [name for name in arguments if name not in known]

@@ -1,8 +1,8 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Stock models whose encoder reduces its tokens: `TokenReduce<Stock>`, made when asked for.
+"""Stock models whose encoder reduces its tokens: the classes `TokenReduce<Stock>`, each made when first asked for.
 
-`TokenReduceViTForImageClassification` is `ViTForImageClassification` with other layers, and so on for every class in
-`encoders.MODELS`. Parameter names stay those of the stock model; a method's own are `reducer.*` of each layer.
+For example, `TokenReduceViTForImageClassification` is `ViTForImageClassification` with reduced layers. Every class in
+`encoders.MODELS` has such a class. Parameters keep their stock names; a method's own are `reducer.*` of each layer.
 """
 
 import inspect
@@ -43,25 +43,26 @@ logger = logging.get_logger(__name__)
 class TokenReduceMixin(_StockModel):
     """What a reduced model adds to the stock one.
 
-    `forward` takes what the stock model's takes, and `output_patch_map`. Its output has besides the stock model's:
+    `forward` takes the arguments of the stock model and `output_patch_map`. Its output also has the fields below.
 
-    token_counts: long (B, L), the tokens that leave each layer, prefix tokens included. A classifier that reads prefix
-        tokens alone computes no more of its last layer, unless `output_patch_map=True`; then what a method would leave
-        there stands here if it is the same of every image, else what entered.
-    patch_map: long (B, N0), for each patch the row of the token that holds it, prefix tokens counted, -1 if it was
-        dropped. Only with `output_patch_map=True`. Where a model's readers want all patches, hidden states have a row
-        per patch already; else `unmerge(last_hidden_state, patch_map)` gives them one.
-    patch_weights: float32 (B, M, N0), instead of `patch_map` where tokens are mixtures of patches (SiT): what each
-        patch weighs in each of the last patch tokens.
-    last_states: (B, N0, D), where readers want every patch: the last state of each dropped one. Only with
-        `output_patch_map=True`.
-    auxiliary_loss: what a method adds to the task's loss in training, if it does. `loss` is then the sum of it and
-        `task_loss`. Whoever computes the task's loss outside, without `labels`, has to add it.
-    kept_shares: (L,) what it was computed from: the mean share of the tokens that each layer passes on.
+    Attributes:
+        token_counts: (B, L) long, the number of tokens that leave each layer, prefix tokens included. If a classifier
+            reads only prefix tokens, its last layer computes no patches unless `output_patch_map=True`. The last
+            number is then what the method would leave there, or what entered if that depends on the image.
+        patch_map: (B, N0) long, the row of the token that holds each patch, prefix tokens counted. -1: the patch was
+            dropped. Only with `output_patch_map=True`. Some models, such as CLIP and DINO, return a row per patch
+            already; for others `unmerge(last_hidden_state, patch_map)` makes one.
+        patch_weights: (B, M, N0) float32, the weight of each patch in each of the last patch tokens. It replaces
+            `patch_map` if tokens are mixtures of patches (SiT).
+        last_states: (B, N0, D), the last state of each dropped patch. Only with `output_patch_map=True`, and only for
+            models whose head reads every patch by itself.
+        auxiliary_loss: The method's own loss in training, if it has one. `loss` is the sum of it and `task_loss`. If
+            you compute the loss of the task yourself, without `labels`, add it.
+        kept_shares: (L,), the mean share of the tokens that leaves each layer. `auxiliary_loss` is computed from it.
     """
 
     def __init__(self, config, *inputs, **kwargs):
-        # By name: from a folder, configuration and model are classes of two modules.
+        # Compared by name, because code from a folder has other classes than this package.
         if type(config).model_type != self.config_class.model_type:
             raise ValueError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, got a {type(config).__name__}. Make one "
@@ -72,7 +73,7 @@ class TokenReduceMixin(_StockModel):
         encoder = encoder_of(self)
         if encoder.module is not self and encoder.config is config:  # a head on the model itself
             encoder.module.__class__ = reduced_model_class(type(encoder.module))
-            # The key is the class's name in every version; from 5.23 on, the dictionary would make it of the model.
+            # Every version looks up the class's name. From 5.23 on, the dictionary itself would set another key.
             recorded = encoder.module._can_record_outputs
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(encoder.module)), recorded)
         if encoder.facts.num_hidden_layers < 1:
@@ -80,17 +81,20 @@ class TokenReduceMixin(_StockModel):
         inject(encoder, encoder.facts, type(self).__name__.removeprefix(PREFIX) in READ_EVERY_PATCH)
         for reducer in encoder.reducers:
             self._initialize(reducer)
-            there = {name for name, _ in reducer.named_parameters()}
-            self._keep_in_fp32_modules_strict |= there & set(reducer.in_float32)
+            names = {name for name, _ in reducer.named_parameters()}
+            self._keep_in_fp32_modules_strict |= names & set(reducer.in_float32)
 
     def set_reduction(self, reduction) -> None:
         """Change the method in place.
 
-        Weights stay as they are; the learned parts of the method that was there are dropped, those of the new one
+        The weights stay as they are. The learned parts of the old method are dropped, and those of the new method
         start untrained.
 
         Args:
-            reduction: A method configuration, its dictionary form, or None.
+            reduction: A method configuration, its dictionary form, or None to reduce nothing.
+
+        Example:
+            >>> model.set_reduction(EViTConfig(keep_rate=0.5))
         """
         self._set_reduction(reduction)
         untrained = None if self.config.reduction is None else self.config.reduction.untrained()
@@ -99,7 +103,7 @@ class TokenReduceMixin(_StockModel):
 
     def _set_reduction(self, reduction) -> None:
         self.config.reduction = reduction
-        self.config.__dict__.pop("calibrated_share", None)  # it was that of another method, or of what it had learned
+        self.config.__dict__.pop("calibrated_share", None)  # it belongs to the old method and what that had learned
         encoder = encoder_of(self)
         for index, layer in enumerate(encoder.layers):
             like = next(layer.mlp.parameters())
@@ -108,11 +112,11 @@ class TokenReduceMixin(_StockModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """New weights start as in the stock model, whose own rule they follow: custom code would skip some modules."""
+        """Say no, so that new weights are initialised as in the stock model. Custom code would skip some modules."""
         return False
 
     def initialize_weights(self):
-        # Parts of a model initialise themselves, by methods that know linear layers and norms but no reducers.
+        # The methods of transformers initialise linear layers and norms, but do not know reducers.
         super().initialize_weights()
         for reducer in self.modules():  # none yet while the stock model is built
             if isinstance(reducer, Reducer):
@@ -120,17 +124,17 @@ class TokenReduceMixin(_StockModel):
 
     def _initialize(self, reducer: Reducer) -> None:
         if any(parameter.is_meta for parameter in reducer.parameters()):
-            return  # weights come later, and what misses some is initialised then
+            return  # weights are loaded later, and missing ones are initialised then
         for module in reducer.modules():
             self._initialize_weights(module)
         reducer.init_weights()
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """As the stock model's, but under the names the parameters have, not those of older versions: Trainer resumes
-        from a checkpoint without renaming."""
+        """Save as the stock model does, but with the current names of the parameters instead of those of older
+        versions, because Trainer resumes from a checkpoint without renaming."""
         if any(_values(reducer.built_for) != _values(self.config.reduction) for reducer in encoder_of(self).reducers):
             raise ValueError(
-                "config.reduction is not what this model runs: it was set without set_reduction, or by another model "
+                "config.reduction is not what this model runs. It was set without set_reduction, or by another model "
                 "that shares the configuration. Call model.set_reduction(...) with the setting you want, then save."
             )
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
@@ -143,15 +147,15 @@ class TokenReduceMixin(_StockModel):
     def _check_inputs(self, inputs: Any, attention_mask: Any, can_resize: bool, interpolates: bool) -> None:
         if attention_mask is not None and len(self.input_modalities) == 1:
             raise ValueError(
-                "attention_mask does not work with token reduction: it would name tokens that may be gone. Leave it "
-                "out, or use the stock model: hf_tokenreduce.restore(model)."
+                "attention_mask does not work with token reduction, because its tokens may be gone. Leave it out, or "
+                "use the stock model: hf_tokenreduce.restore(model)."
             )
         if not isinstance(inputs, Tensor):
             if self.main_input_name in ("pixel_values", "input_values") and len(self.input_modalities) == 1:
-                raise ValueError(f"{self.main_input_name} is missing: pass a batch of them.")
+                raise ValueError(f"{self.main_input_name} is missing. Pass a batch.")
             return
         if inputs.shape[0] == 0:
-            raise ValueError("The batch is empty: pass at least one image.")
+            raise ValueError("The batch is empty. Pass at least one image.")
         encoder = encoder_of(self)
         if encoder.tower.any_size or not can_resize or interpolates or inputs.ndim != 4:
             return
@@ -166,7 +170,7 @@ class TokenReduceMixin(_StockModel):
         self, stock_forward: Any, args: Any, kwargs: dict[str, Any], output_patch_map: bool
     ) -> tuple[Any, list[Encoded]]:
         outer = RECORDER.get()
-        if outer is not None:  # this is the model inside one with a head
+        if outer is not None:  # this model is inside a model with a head
             return stock_forward(self, *args, return_dict=True, **kwargs), outer.encoded
         recorder = Recorder(output_patch_map, type(self).__name__.removeprefix(PREFIX) in READ_PREFIX_ALONE)
         token = RECORDER.set(recorder)
@@ -177,7 +181,7 @@ class TokenReduceMixin(_StockModel):
         return output, recorder.encoded
 
     def _extended(self, output: Any, encoded: list[Encoded], num_items: Any) -> Any:
-        """The stock model's output with ours. The encoder ran once, or, without images, not at all."""
+        """Add our fields to the stock model's output. The encoder ran once, or not at all if there are no images."""
         values = dict(output.items())
         if len(encoded) == 1:
             one = encoded[0]
@@ -193,8 +197,8 @@ class TokenReduceMixin(_StockModel):
             if one.kept_shares is not None:
                 auxiliary_loss = self._auxiliary_loss(one.kept_shares)
                 if num_items is not None and getattr(self, "accepts_loss_kwargs", True):
-                    # Trainer divides nothing itself then: over accumulated batches and ranks, the parts must add up
-                    # to a mean.
+                    # Trainer then divides nothing itself: the parts of all accumulated batches and processes must add
+                    # up to a mean.
                     auxiliary_loss = auxiliary_loss * len(one.counts) / num_items
                 values["auxiliary_loss"] = auxiliary_loss
                 if values.get("loss") is not None:
@@ -207,7 +211,7 @@ class TokenReduceMixin(_StockModel):
         return encoder.reducers[0].auxiliary_loss(kept_shares, encoder.facts.num_tokens)
 
     def _without_padding(self, hidden: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """A norm has made something of the zeros behind shorter images; of a row per patch there is no padding."""
+        """Set padding rows to zero again, because a norm has changed them. A row per patch has no padding."""
         if encoder_of(self).tower.wants_grid:
             return hidden
         ends = torch.tensor(lengths, device=hidden.device)[:, None]
@@ -216,7 +220,7 @@ class TokenReduceMixin(_StockModel):
 
 
 def _values(reduction: Any) -> Any:
-    """A setting's values: from a folder, its class is of another module than that of the same setting made here."""
+    """Return the values of a setting, to compare settings whose classes come from different copies of the code."""
     return None if reduction is None else reduction.to_dict()
 
 
@@ -224,12 +228,12 @@ _output_classes: dict[type[ModelOutput], type[ModelOutput]] = {}
 
 
 def reduced_output_class(stock: type[ModelOutput]) -> type[ModelOutput]:
-    """`TokenReduce<Stock>Output`: the stock output with `EXTRA_OUTPUTS`."""
+    """Return the class `TokenReduce<Stock>Output`: the stock output with `EXTRA_OUTPUTS`."""
     if stock not in _output_classes:
         name = PREFIX + stock.__name__
         body = {
             "__module__": __name__,
-            "__doc__": f"A `{stock.__name__}` with what `TokenReduceMixin` says.",
+            "__doc__": f"A `{stock.__name__}` with the fields that `TokenReduceMixin` describes.",
             "__annotations__": dict.fromkeys(EXTRA_OUTPUTS, Tensor | None),
             **dict.fromkeys(EXTRA_OUTPUTS),
         }
@@ -238,7 +242,7 @@ def reduced_output_class(stock: type[ModelOutput]) -> type[ModelOutput]:
 
 
 def _recorded(stock_forward: Any) -> Any:
-    """A `forward`, or `get_image_features`, that runs the stock one and adds to its output."""
+    """Make a `forward`, or `get_image_features`, that runs the stock one and adds our fields to its output."""
     signature = inspect.signature(stock_forward)
     parameters = list(signature.parameters.values())
     place = len(parameters) - (parameters[-1].kind == inspect.Parameter.VAR_KEYWORD)
@@ -246,7 +250,7 @@ def _recorded(stock_forward: Any) -> Any:
     main = next(name for name in ("pixel_values", "input_values") if name in signature.parameters)
     places = {name: place for place, name in enumerate(signature.parameters, start=-1)}
     can_resize = "interpolate_pos_encoding" in signature.parameters
-    ordered = "noise" in signature.parameters  # patches are shuffled, unless they are told their order
+    ordered = "noise" in signature.parameters  # patches are shuffled unless `noise` gives their order
 
     @wraps(stock_forward)
     def forward(self, *args, output_patch_map: bool = False, return_dict: bool | None = None, **kwargs):
@@ -275,7 +279,7 @@ def _recorded(stock_forward: Any) -> Any:
 
 
 def _constructor(stock: type[PreTrainedModel]) -> Any:
-    """An `__init__` with the arguments of the stock one, which transformers looks at."""
+    """Make an `__init__` with the arguments of the stock one, because transformers reads them."""
 
     @wraps(stock.__init__)
     def __init__(self, config, *inputs, **kwargs):
@@ -285,7 +289,7 @@ def _constructor(stock: type[PreTrainedModel]) -> Any:
 
 
 def reduced_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`TokenReduce<Stock>` for a stock class in `MODELS`."""
+    """Return the class `TokenReduce<Stock>` of a stock class in `MODELS`."""
     name = PREFIX + stock.__name__
     if name in globals():
         return globals()[name]
@@ -307,13 +311,13 @@ def reduced_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     returned = inspect.unwrap(stock.forward).__annotations__.get("return")
     for output in (returned, *get_args(returned)):
         if isinstance(output, type) and issubclass(output, ModelOutput):
-            reduced_output_class(output)  # now, because a compiled forward cannot make a class
-    # Checkpoints on the Hub still carry the key names of older versions of transformers.
+            reduced_output_class(output)  # made now, because a compiled forward cannot make a class
+    # Checkpoints on the Hub still have the key names of older versions of transformers.
     model_type = stock.config_class.model_type
-    for theirs, ours in ((stock.__name__, name), (model_type, TYPE_PREFIX + model_type)):
-        conversions = get_checkpoint_conversion_mapping(theirs)
+    for stock_key, own_key in ((stock.__name__, name), (model_type, TYPE_PREFIX + model_type)):
+        conversions = get_checkpoint_conversion_mapping(stock_key)
         if conversions is not None:
-            register_checkpoint_conversion_mapping(ours, conversions, overwrite=True)
+            register_checkpoint_conversion_mapping(own_key, conversions, overwrite=True)
     made.register_for_auto_class((auto_classes_of(stock.__name__) or ["AutoModel"])[0])
     globals()[name] = made
     return made

@@ -1,8 +1,8 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Multiply-adds, which is what papers call FLOPs, by arithmetic: nothing runs here.
+"""Multiply-adds, which papers call FLOPs, computed by arithmetic: no model runs here.
 
-Counted are the products of the encoder's layers, linear and in attention, and those of the method itself. Not counted
-are norms, activations, embedding and head.
+The products in the encoder's linear layers and attention are counted, and those of the method itself. Norms,
+activations, embedding and head are not counted.
 """
 
 import math
@@ -23,13 +23,15 @@ def multiply_adds(
     reduction: Any = None,
     for_prefix: bool = False,
 ) -> Tensor:
-    """Multiply-adds of the encoder for each image: (B,) float64.
+    """Count the multiply-adds of the encoder for each image: (B,) float64.
 
-    token_counts: long (B, L), the tokens that leave each layer, as a reduced model returns them
-    num_tokens: tokens that enter the model, prefix tokens included
-    reduction: the method configuration that left these counts. None: a dense model.
-    for_prefix: count the last layer as it is computed where nobody reads its patches: the method has nothing to do
-        there, and queries, output projection and MLP are those of prefix tokens. By default as papers count.
+    Args:
+        config: Configuration of the model, or the facts of its encoder.
+        token_counts: (B, L) long, the number of tokens that leave each layer, as a reduced model returns it.
+        num_tokens: Number of tokens that enter the model, prefix tokens included.
+        reduction: The method configuration that gave these counts. None: a dense model.
+        for_prefix: Whether to count the last layer as it is computed if only prefix tokens are read: without the
+            method, and with queries, output projection and MLP of prefix tokens only. Papers count the whole layer.
     """
     facts = facts_of(config)
     width = facts.hidden_size
@@ -58,13 +60,16 @@ def multiply_adds(
 def shares_kept(
     config: PreTrainedConfig | EncoderFacts, token_counts: Tensor, num_tokens: int, reduction: Any
 ) -> Tensor:
-    """The share of a dense encoder's multiply-adds that each image costs, (B,) float64; arguments as above."""
+    """Return the share of a dense encoder's multiply-adds that each image costs, (B,) float64.
+
+    The arguments are those of `multiply_adds`.
+    """
     dense = multiply_adds(config, torch.full_like(token_counts[:1], num_tokens), num_tokens)
     return multiply_adds(config, token_counts, num_tokens, reduction) / dense
 
 
 def even_counts(reduction: Any, config: PreTrainedConfig | EncoderFacts) -> list[int]:
-    """The tokens that leave each layer, prefix included, by a method that keeps the same number of every image."""
+    """Count the tokens that leave each layer, prefix included, for a method that keeps as many of every image."""
     facts = facts_of(config)
     count, counts = facts.num_patches, []
     for layer in range(facts.num_hidden_layers):
@@ -74,19 +79,19 @@ def even_counts(reduction: Any, config: PreTrainedConfig | EncoderFacts) -> list
 
 
 def even_share(reduction: Any, config: PreTrainedConfig | EncoderFacts) -> float:
-    """The share of a dense model's multiply-adds that such a method keeps."""
+    """Return the share of a dense encoder's multiply-adds for a method that keeps as many tokens of every image."""
     facts = facts_of(config)
     return shares_kept(facts, torch.tensor([even_counts(reduction, facts)]), facts.num_tokens, reduction).item()
 
 
 def check_share(share: float) -> None:
-    """Raise a ValueError unless it is a share of multiply-adds that can be kept."""
+    """Raise a ValueError unless `share` is a number above 0 and at most 1."""
     if not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise ValueError(f"share is that of the multiply-adds to keep, above 0 and at most 1, got {share!r}.")
+        raise ValueError(f"share must be the share of multiply-adds to keep, above 0 and at most 1, got {share!r}.")
 
 
 def largest_within(share: float, most: int, share_at: Callable[[int], float]) -> int:
-    """The largest of 0, ..., most whose share, which grows with it, is at most `share`."""
+    """Find the largest number from 0 to `most` whose share is at most `share`. Shares must grow with the number."""
     check_share(share)
     if share_at(most) <= share:
         return most
@@ -104,25 +109,25 @@ def largest_within(share: float, most: int, share_at: Callable[[int], float]) ->
 
 
 def class_attention_cost(count: int, facts: EncoderFacts) -> int:
-    """Of the class token's query, and its products with the keys of `count` patch tokens and the prefix."""
+    """Count the class token's query and its products with the keys of `count` patch tokens and the prefix."""
     return (facts.hidden_size + count + facts.num_prefix_tokens) * facts.hidden_size
 
 
 def similarity_cost(count: int, facts: EncoderFacts) -> int:
-    """Count the products of the keys, averaged over heads, of one half of the tokens with the other."""
+    """Count the products of one half of the tokens with the other half, by keys averaged over the heads."""
     return products_of_keys(count // 2, count - count // 2, facts)
 
 
 def products_of_keys(sources: int, receivers: int, facts: EncoderFacts) -> int:
-    """Count the products of the keys, averaged over heads, of so many tokens with so many others."""
+    """Count the products of all `sources` with all `receivers`, by keys averaged over the heads."""
     return sources * receivers * (facts.hidden_size // facts.num_attention_heads)
 
 
 def rounded_up_share(rate: float, count: int) -> int:
-    """ceil(rate * count), at least 1, blind to the last digits of a float: 0.55 of 100 tokens are 55, not 56."""
+    """Return ceil(rate * count), at least 1. Rounding errors of floats are ignored: 0.55 of 100 is 55, not 56."""
     return max(1, math.ceil(rate * count - 1e-5))
 
 
 def rounded_half_up(value: float) -> int:
-    """The nearest integer, as blind: 0.15 * 10 becomes 2."""
+    """Return the nearest integer, and ignore rounding errors of floats in the same way: 0.15 * 10 becomes 2."""
     return math.floor(value + 0.5 + 1e-5)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Token merging that protects what stands alone: PiToMe.
+"""PiToMe: token merging that protects tokens which are not like others.
 
 B images · N patch tokens · d features of a key
 """
@@ -23,11 +23,14 @@ from .tome import ToMeConfig
 
 @dataclass(frozen=True)
 class PiToMeConfig(ToMeConfig):
-    """Token merging with protected tokens, after "Accelerating Transformers with Spectrum-Preserving Token Merging".
-    A token's energy says how many others are like it; those of high energy merge. Needs no training.
+    """Merge similar tokens of high energy, and protect the tokens of low energy (PiToMe).
 
-    margin: similarities above it count as alike in the first layer. From layer to layer it falls in a straight line,
-        to 0 behind the last.
+    After "Accelerating Transformers with Spectrum-Preserving Token Merging". The energy of a token is high if many
+    other tokens are like it. Needs no training. The other arguments are those of `ToMeConfig`.
+
+    Args:
+        margin: Similarity above which two tokens count as alike in the first layer. It falls linearly over the layers
+            and would reach 0 after the last one.
     """
 
     method: ClassVar[str | None] = "pitome"
@@ -49,18 +52,20 @@ class PiToMeConfig(ToMeConfig):
 
 
 def protects(layer: int, facts: EncoderFacts) -> bool:
-    """Whether a layer matches the tokens of highest energy alone: those of the second half do."""
+    """Return whether a layer matches only the tokens of highest energy. The layers of the second half do."""
     return 2 * layer >= facts.num_hidden_layers
 
 
 @torch.no_grad()
 def match_by_energy(keys: Tensor, size: Tensor | None, r: int, margin: float, protect: bool) -> TokenMap:
-    """Merge r of the patch tokens that have many like them: `keys` (B, N, d) float32, `size` (B, N) or None for ones.
+    """Merge r patch tokens that have many tokens like them, at most half of N.
 
-    A token's energy is the mean of ELU(cosine - margin) over all tokens. By falling energy the tokens are dealt into
-    sources and receivers in turn: all of them, and the r sources most like a receiver merge; or, with `protect`, the
-    first 2r, and all their sources merge. Means are weighted by size, r is at most half of N. Output order: that of
-    the tokens which the others go into.
+    keys: (B, N, d) float32; size: (B, N), None for ones
+
+    The energy of a token is the mean of ELU(cosine - margin) over all tokens. Sorted by
+    falling energy, tokens are sources and receivers in turn. The r sources most like a receiver merge into it. With
+    `protect` only the first 2r tokens take part, and all their sources merge. Means are weighted by size. The
+    receiving tokens keep their order.
     """
     num_tokens = keys.shape[1]
     r = min(r, num_tokens // 2)
@@ -74,7 +79,7 @@ def match_by_energy(keys: Tensor, size: Tensor | None, r: int, margin: float, pr
 
 
 class PiToMeReducer(Reducer):
-    """Merges similar tokens of high energy after attention."""
+    """Merge similar tokens of high energy, after attention."""
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Pruning or merging, decided for each image by how much its scores vary: PPT.
+"""PPT: each image is pruned or merged, which depends on how much its scores vary.
 
 B images · N patch tokens · d features of a key
 """
@@ -24,14 +24,17 @@ from .tome import ToMeConfig, match_most_similar
 
 @dataclass(frozen=True)
 class PPTConfig(ToMeConfig):
-    """Pruning or pooling, after "PPT: Token Pruning and Pooling for Efficient Vision Transformers". An image whose
-    scores vary little merges similar tokens, another one drops those of the lowest score; both remove as many. Needs
-    no training.
+    """Drop or merge tokens in each image, as many either way (PPT).
 
-    r: patch tokens removed by each of `layers` (at most half of those present), or a list with one integer per layer
-        of the model, which then says the layers too.
-    layers: 0-based layers that remove tokens. If r is a list, they are those whose number is above 0.
-    threshold: images whose scores, which sum to 1, have a variance below it merge.
+    After "PPT: Token Pruning and Pooling for Efficient Vision Transformers". If the scores of an image vary little,
+    its similar tokens merge, else its tokens of the lowest scores are dropped. Needs no training. The other arguments
+    are those of `ToMeConfig`.
+
+    Args:
+        r: Number of patch tokens that each of `layers` removes, at most half of those present. Or a list with one
+            integer per layer of the model, which then replaces `layers`.
+        layers: 0-based indices of the layers that remove tokens. If r is a list, the layers whose number is above 0.
+        threshold: An image merges if the variance of its scores is below this number. The scores sum to 1.
     """
 
     method: ClassVar[str | None] = "ppt"
@@ -63,12 +66,12 @@ class PPTConfig(ToMeConfig):
 def prune_or_merge(
     scores: Tensor, keys: Tensor, size: Tensor | None, r: int, threshold: float, num_prefix_tokens: int
 ) -> TokenMap:
-    """Remove r patch tokens of every image, by merging where its scores vary little, else by dropping.
+    """Remove r patch tokens of every image: by merging if its scores vary little, else by dropping.
 
     scores: (B, N) float32; keys: (B, N, d) float32; size: (B, N), None for ones
 
-    Scores are taken as shares of their sum. Output order: by merging that of `match_most_similar`, by dropping that of
-    the tokens which stay.
+    Scores are divided by their sum. An image that merges has the output order of `match_most_similar`; in other images
+    the remaining tokens keep their order.
     """
     tiny = torch.finfo(torch.float32).tiny
     shares = scores / scores.sum(dim=1, keepdim=True).clamp(min=tiny)
@@ -89,7 +92,7 @@ def prune_or_merge(
 
 
 class PPTReducer(Reducer):
-    """Prunes or merges tokens after attention, the same number of every image."""
+    """Drop or merge tokens after attention, the same number in every image."""
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Protected merging: important tokens stay, of the others the similar ones merge and the least important ones go.
+"""Protected merging: important tokens stay, similar ones of the others merge, the least important ones are dropped.
 
 B images · N patch tokens · D features
 """
@@ -21,8 +21,11 @@ from .tokens import TokenMap, TokenState, apply_map
 
 
 class Split(NamedTuple):
-    """What becomes of the patch tokens of a layer, in falling importance: the first are protected, the last dropped,
-    and of those between every second is a source, of which some merge."""
+    """How many patch tokens of a layer are protected, sources, merged and dropped.
+
+    By falling importance, the first tokens are protected and the last ones dropped. Every second token between them is
+    a source, and some of the sources merge.
+    """
 
     protected: int
     sources: int
@@ -32,16 +35,18 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class ProtectedConfig(KeepRateConfig):
-    """Protected merging, our own method. Important tokens stay as they are; of the others, similar ones merge and the
-    least important are dropped. Needs no training.
+    """Protect important tokens, merge similar ones of the others, and drop the least important ones.
 
-    keep_rate: share of the patch tokens present that each of `layers` hands on, rounded up; one number, or a list
-        with one number per entry of `layers`.
-    layers: 0-based layers that reduce, between their attention and their MLP.
-    protect_share: the share of the tokens present that can only receive others: the most important ones.
-    drop_share: the share of the removed tokens that are dropped: the least important ones. More are
-        dropped if not enough can merge.
-    prop_attn: a token that stands for s patches counts s times as a key.
+    This is our own method. Needs no training.
+
+    Args:
+        keep_rate: Share of the patch tokens present that leave each of `layers`, rounded up. One number, or a list
+            with one number per entry of `layers`.
+        layers: 0-based indices of the layers that reduce, between their attention and their MLP.
+        protect_share: Share of the tokens present that can only receive others: the most important ones.
+        drop_share: Share of the removed tokens that are dropped: the least important ones. More are dropped if not
+            enough tokens can merge.
+        prop_attn: Whether a token that stands for s patches counts s times as a key.
     """
 
     method: ClassVar[str | None] = "protected"
@@ -61,9 +66,9 @@ class ProtectedConfig(KeepRateConfig):
         check_flag("ProtectedConfig", "prop_attn", self.prop_attn)
 
     def split(self, count: int, leaving: int) -> Split:
-        """How `count` patch tokens become `leaving`."""
+        """Split `count` patch tokens so that `leaving` of them leave the layer."""
         removed, protected = count - leaving, int(self.protect_share * count)
-        # A source more needs two movable tokens: of fewer than 2 * merged + dropped the rest has to be dropped.
+        # Each merge needs two unprotected tokens. If there are fewer than 2 * merged + dropped, more are dropped.
         dropped = min(removed, max(rounded_half_up(self.drop_share * removed), 2 * removed - (count - protected)))
         sources = (count - protected - dropped) // 2 if dropped < removed else 0
         return Split(protected, sources, removed - dropped, dropped)
@@ -79,13 +84,12 @@ class ProtectedConfig(KeepRateConfig):
 
 @torch.no_grad()
 def merge_unprotected(importance: Tensor, features: Tensor, size: Tensor | None, split: Split) -> TokenMap:
-    """Drop the least important tokens, and let the sources that are most like another token go into it.
+    """Drop the least important tokens, and merge the sources that are most like another token into it.
 
     importance: (B, N) float32; features: (B, N, D), compared by cosine in float32; size: (B, N), None for ones
 
-    Sources are every second of the tokens that are neither protected nor dropped, in their natural order; all tokens
-    that are neither sources nor dropped receive. Means are weighted by size. Output order: that of the tokens which
-    the others go into.
+    Every second token that is neither protected nor dropped is a source, in the order of the image. All tokens that
+    are neither sources nor dropped can receive. Means are weighted by size. The receiving tokens keep their order.
     """
     count = importance.shape[1]
     best_first = importance.argsort(dim=1, descending=True, stable=True)
@@ -104,7 +108,7 @@ def merge_unprotected(importance: Tensor, features: Tensor, size: Tensor | None,
 
 
 class ProtectedReducer(Reducer):
-    """Merges and drops tokens that are not protected, after attention. No parameters."""
+    """Merge and drop tokens that are not protected, after attention. No parameters."""
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)

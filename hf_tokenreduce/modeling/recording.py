@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""What a forward tells besides its result, on the way from the last layer to the model that was called."""
+"""What a forward returns besides its result, on the way from the last layer to the model that was called."""
 
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -9,12 +9,15 @@ from torch import Tensor
 
 
 class Encoded(NamedTuple):
-    """What one run of the layers tells besides its result.
+    """What one run of the layers returns besides its result. See `TokenReduceMixin` for the fields of the same names.
 
-    counts: (B, L) long, the tokens that leave each layer, prefix tokens included
-    patch_map: (B, N0) long, for each patch the row of the token that holds it, prefix tokens counted, or None
-    kept_shares: (L,), the mean share of the tokens that each layer passes on, where tokens are masked
-    dropped: (B, N0) bool, the patches that no token holds, where readers get a row per patch; None if none can be
+    Attributes:
+        counts: (B, L) long, the number of tokens that leave each layer, prefix tokens included.
+        patch_map: (B, N0) long, the row of the token that holds each patch, prefix tokens counted, or None.
+        lengths: The number of tokens of each image after the last layer if they are packed, else None.
+        kept_shares: (L,), the mean share of the tokens that leaves each layer if tokens are masked, else None.
+        dropped: (B, N0) bool, the patches that no token holds, for a result with a row per patch. None: no patch can
+            be dropped.
     """
 
     counts: Tensor
@@ -27,10 +30,11 @@ class Encoded(NamedTuple):
 
 
 class Recorder:
-    """Collects the `Encoded` of the encoder runs of a forward.
+    """Collect the `Encoded` of the encoder runs of a forward.
 
-    track_patches: whether the patch map is asked for
-    reads_prefix_alone: whether nobody reads what patches leave the last layer with
+    Args:
+        track_patches: Whether the patch map is asked for.
+        reads_prefix_alone: Whether only the prefix tokens of the last layer are read.
     """
 
     def __init__(self, track_patches: bool, reads_prefix_alone: bool):
@@ -40,8 +44,8 @@ class Recorder:
 
 
 class CurrentRecorder:
-    """The recorder of the forward that runs, if there is one. Each thread has its own, but for what is being compiled:
-    a compiler cannot look into a `ContextVar`."""
+    """The recorder of the running forward, if there is one. Each thread has its own, except while a model is compiled,
+    because a compiler cannot read a `ContextVar`."""
 
     def __init__(self) -> None:
         self._variable: ContextVar[Recorder | None] = ContextVar("hf_tokenreduce_recorder", default=None)

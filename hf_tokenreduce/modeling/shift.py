@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Pruning by how far the MLP moves a token: representation shift."""
+"""Representation shift: pruning by how far the MLP moves a token."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,12 +14,15 @@ from .topk import keep_best
 
 @dataclass(frozen=True)
 class ShiftConfig(KeepRateConfig):
-    """Keep the patch tokens that a layer's MLP moves furthest, after "Representation Shift: Unifying Token Compression
-    with FlashAttention". It reads neither a class token nor an attention map. Needs no training.
+    """Keep the patch tokens that a layer's MLP moves furthest, and drop the others.
 
-    keep_rate: share of the patch tokens present that each of `layers` keeps, rounded up; one number, or a list with
-        one number per entry of `layers`.
-    layers: 0-based layers that drop tokens, after their MLP.
+    After "Representation Shift: Unifying Token Compression with FlashAttention". It reads neither a class token nor an
+    attention map. Needs no training.
+
+    Args:
+        keep_rate: Share of the patch tokens present that each of `layers` keeps, rounded up. One number, or a list
+            with one number per entry of `layers`.
+        layers: 0-based indices of the layers that drop tokens, after their MLP.
     """
 
     method: ClassVar[str | None] = "shift"
@@ -27,7 +30,7 @@ class ShiftConfig(KeepRateConfig):
 
 
 class ShiftReducer(Reducer):
-    """Keeps, after the layer, the share of patch tokens that its MLP moved furthest."""
+    """Keep, after the layer, the share of the patch tokens that its MLP moved furthest."""
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)

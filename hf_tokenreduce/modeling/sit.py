@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Slimming: fewer tokens, each a learned mixture of all. SiT.
+"""SiT: slimming to fewer tokens, each of which is a learned mixture of all.
 
 B images · N patch tokens · K slim ones · D features
 """
@@ -24,12 +24,15 @@ from .tokens import (
 
 @dataclass(frozen=True)
 class SiTConfig(KeepRateConfig):
-    """Self-slimming, after "Self-slimmed Vision Transformer". After each of `layers` a small network weighs the patch
-    tokens into fewer ones, softly. It needs training; `calibrate` gives it a start.
+    """Replace the patch tokens by fewer mixtures of them, which a small network learns (SiT).
 
-    keep_rate: what the i-th of `layers` hands on is the product of the first i rates times the patches of an image of
-        the model's own size, rounded down, at least 1. One number, or a list with one number per entry of `layers`.
-    layers: 0-based layers after which tokens are slimmed, ascending.
+    After "Self-slimmed Vision Transformer". It needs training; `calibrate` gives the networks a start.
+
+    Args:
+        keep_rate: The i-th of `layers` leaves the product of the first i rates times the number of patches of an
+            image of the model's own size, rounded down, but at least 1. One number, or a list with one number per
+            entry of `layers`.
+        layers: 0-based indices of the layers after which tokens are slimmed, in ascending order.
     """
 
     method: ClassVar[str | None] = "sit"
@@ -43,14 +46,14 @@ class SiTConfig(KeepRateConfig):
         if facts_of(facts).has_places and self.layers:
             raise ValueError(
                 "SiTConfig: SiT makes tokens that are mixtures of many patches and so have no place, but the "
-                "attention of this encoder (DINOv3, BEiT) asks for the place of every token. Use a method that "
+                "attention of this encoder (DINOv3, BEiT) needs the place of every token. Use a method that "
                 "keeps, merges or samples tokens: ToMe, EViT, Top-K, BAT, ATS, LTMP or DL-ViT."
             )
         if list(self.layers) != sorted(self.layers):
-            raise ValueError(f"SiTConfig: layers must ascend: each slims what the last one left. Got {self.layers}.")
+            raise ValueError(f"SiTConfig: layers must be in ascending order, got {list(self.layers)}.")
 
     def slim_tokens(self, facts: EncoderFacts) -> dict[int, int]:
-        """The patch tokens that leave each of the layers that slim."""
+        """Return the number of patch tokens that leave each layer that slims."""
         num_patches = facts_of(facts).num_patches
         share, present, tokens = 1.0, num_patches, {}
         for layer, rate in self.schedule().items():
@@ -65,7 +68,7 @@ class SiTConfig(KeepRateConfig):
 
     def untrained(self) -> str | None:
         return (
-            "SiT's networks are random, so the model is of no use yet. Fit them to images, "
+            "SiT's networks are random, so the model is of no use yet. Fit them to images by "
             "hf_tokenreduce.calibrate(model, images), or train them."
         )
 
@@ -75,8 +78,8 @@ class SiTConfig(KeepRateConfig):
 
 
 class SiTReducer(Reducer):
-    """Mixes the patch tokens into fewer after a layer. A small network gives each token a logit for each slim token;
-    a softmax over the tokens, sharpened by a learned `scale`, makes them weights.
+    """Mix the patch tokens into fewer ones, after a layer. A small network gives each token a logit for each slim
+    token, a learned `scale` sharpens the logits, and a softmax over the tokens turns them into weights.
     """
 
     scale: nn.Parameter
@@ -96,11 +99,11 @@ class SiTReducer(Reducer):
             init.ones_(self.scale)
 
     def logits(self, patches: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, K) float32: how much each token belongs to each slim token."""
+        """Return how much each token belongs to each slim token: (B, N, D) -> (B, N, K) float32."""
         return self.fc2(F.gelu(self.fc1(self.norm(patches)))).float() * self.scale.float()
 
     def weights(self, patches: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, K) float32: what each token gives to each slim token, summing to 1 over the tokens."""
+        """Return the weight of each token in each slim token, (B, N, D) -> (B, N, K) float32. They sum to 1 over N."""
         return self.logits(patches).softmax(dim=1)
 
     def after_layer(self, state: TokenState) -> TokenState:
@@ -110,6 +113,6 @@ class SiTReducer(Reducer):
         if patches.shape[1] < self.num_slim:
             raise ValueError(
                 f"{patches.shape[1]} patch tokens cannot be slimmed to {self.num_slim}. The images are smaller than "
-                "those the model was reduced for; give it larger ones."
+                "those the model was reduced for. Give it larger images."
             )
         return mix(state, self.weights(patches))

@@ -1,12 +1,12 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Tokens on their way through a model, and the one place that moves them.
+"""The state of the tokens in a model, and the only code that moves tokens.
 
 B images · T tokens per image, of which the first P are prefix tokens and N = T - P patch tokens · N0 patches of the
 image · M patch tokens after a map · D features
 
-Two layouts. Even: every image has T tokens, rows are (B, T, D). Packed: each image has its own number, rows are those
-of all images one after the other, (1, sum of lengths, D), and nothing is computed for padding. What is small, a number
-per token, is kept padded to the longest image in both: (B, N).
+There are two layouts. Even: every image has T tokens, and rows are (B, T, D). Packed: images have different numbers of
+tokens, and rows are those of all images one after the other, (1, sum of lengths, D), without padding. Small tensors,
+with one number per token, are padded to the longest image in both layouts: (B, N).
 """
 
 from itertools import accumulate
@@ -18,25 +18,24 @@ from torch.nn import functional as F
 
 
 class TokenState(NamedTuple):
-    """What goes into a layer and comes out of it. The hidden states come first, where transformers looks for them.
+    """What goes into a layer and comes out of it. The hidden states come first, where transformers reads them.
 
-    hidden_states: (B, T, D), or (1, sum of lengths, D) if packed
-    size: (B, N) float32, how many patches each patch token stands for. None: one each.
-    patch_map: (B, N0) long, the patch token that now holds each patch of the image, -1 if it was dropped. None: not
-        asked for.
-    num_prefix_tokens: P
-    num_patches: N0
-    lengths: the tokens of each image, prefix included, if packed; None if even
-    patch_weights: (B, N, N0) float32, instead of `patch_map` once tokens are mixtures: what each patch weighs in each
-        patch token.
-    mask, rank: only while thresholds are learned (then nothing is removed). (B, N) each: 1 for a live token and 0 for
-        one that would be gone, differentiable; and the place a live token would have among the patch tokens.
-    origin: (B, N) long, the patch whose position each patch token has: of the tokens it was made of, that of the
-        heaviest, of equals the last. None: no layer asks for positions.
-    last_states: (B, N0, D), for each dropped patch the last hidden state of the token that held it. None: not asked
-        for.
-    shift: (B, N) float32, how far the MLP of a layer has moved each token; between that MLP and the layer's end only,
-        for reducers with `needs_shift`.
+    Attributes:
+        hidden_states: (B, T, D), or (1, sum of lengths, D) if packed.
+        size: (B, N) float32, the number of patches that each patch token stands for. None: one each.
+        patch_map: (B, N0) long, the patch token that now holds each patch of the image. -1: dropped. None: not needed.
+        num_prefix_tokens: P.
+        num_patches: N0.
+        lengths: The number of tokens of each image, prefix included, if packed. None: even.
+        mask: (B, N), 1 for a live token and 0 for a masked one, with a gradient. Only while thresholds are learned.
+        rank: (B, N) long, with `mask`: the place that each live token has if the masked ones are removed.
+        patch_weights: (B, N, N0) float32, the weight of each patch in each patch token. It replaces `patch_map` once
+            tokens are mixtures.
+        origin: (B, N) long, the patch whose position each patch token has: that of its heaviest part, the last of
+            equal ones. None: no layer reads positions.
+        last_states: (B, N0, D), the last hidden state of the token that held each dropped patch. None: not needed.
+        shift: (B, N) float32, how far the layer's MLP has moved each token. Only for reducers with `needs_shift`, and
+            only between the MLP and the end of the layer.
     """
 
     hidden_states: Tensor
@@ -54,34 +53,33 @@ class TokenState(NamedTuple):
 
     @property
     def num_images(self) -> int:
-        """B"""
+        """The number of images, B."""
         return self.hidden_states.shape[0] if self.lengths is None else len(self.lengths)
 
     @property
     def num_patch_tokens(self) -> int:
-        """N: of every image if even, of the longest if packed."""
+        """The number of patch tokens, N: of every image if even, of the longest image if packed."""
         length = self.hidden_states.shape[1] if self.lengths is None else max(self.lengths)
         return length - self.num_prefix_tokens
 
     def valid(self) -> Tensor | None:
-        """(B, N) bool, which patch tokens are not padding. None: all."""
+        """Return which patch tokens are not padding, (B, N) bool. None: all of them."""
         if self.lengths is None:
             return None
         return _real(self.lengths, self.hidden_states.device)[:, self.num_prefix_tokens :]
 
 
 class TokenMap(NamedTuple):
-    """Which output token each patch token goes into. Prefix tokens cannot be named, so they cannot be touched.
+    """Which output token each patch token goes into. Prefix tokens are not part of it, so they always stay.
 
-    target: (B, N) long, from 0 to the image's number of output tokens - 1; -1: dropped, or padding. None: the first
-        `num_tokens` stay and the others are dropped, which a slice does.
-    num_tokens: M if the same for every image (the result is even), else the number for each (the result is packed)
-    weight: (B, N), factor each token enters its output token with. None: every output token is one input token as
-        it was.
-    size: (B, M), how many patches each output token stands for, where whoever made the map knows it.
-    keeps_all: whether no token is dropped, nor is there padding, so that no target is -1.
-
-    A number for each image of a batch of one is the same number for every image: its result is even.
+    Attributes:
+        target: (B, N) long, the output token, from 0. -1: dropped, or padding. None: the first `num_tokens` stay and
+            the others are dropped, which needs only a slice.
+        num_tokens: M if it is the same for every image: the result is even. Else a tuple with the number of each
+            image: the result is packed, or even if there is one image.
+        weight: (B, N), the factor of each token in its output token. None: every output token is one input token.
+        size: (B, M), the number of patches that each output token stands for, if already known. None: not known.
+        keeps_all: Whether no target is -1: no token is dropped, and there is no padding.
     """
 
     target: Tensor | None
@@ -103,7 +101,7 @@ def start(
     track_origin: bool = False,
     track_last_states: bool = False,
 ) -> TokenState:
-    """The state of embedded images: every patch is its own token."""
+    """Make the state of embedded images: every patch is one token."""
     batch, length, _ = hidden_states.shape
     num_patches = length - num_prefix_tokens
     each_its_own = None
@@ -127,10 +125,10 @@ def merge(
     mass_is_size: bool = False,
     keeps_all: bool = False,
 ) -> TokenMap:
-    """Every output token is the mean of the tokens that go into it, weighted by their `mass` (B, N).
+    """Make the map of a merge: every output token is the mean of its tokens, weighted by their `mass` (B, N).
 
-    mass_is_size: the mass of a token is the number of patches it stands for, so its sums are the new sizes.
-    keeps_all: no target is -1.
+    mass_is_size: whether the mass of a token is the number of patches it stands for, so that its sums are new sizes.
+    keeps_all: whether no target is -1.
     """
     totals = sum_by_target(mass, target, _widest(num_tokens), keeps_all)
     weight = mass / (totals.gather(1, target) if keeps_all else follow(target, totals, fill=1.0))
@@ -138,7 +136,7 @@ def merge(
 
 
 def prefix_alone(state: TokenState) -> TokenMap:
-    """The map that leaves no patch token."""
+    """Make the map that drops all patch tokens."""
     if state.lengths is None:
         return TokenMap(None, 0)
     images = len(state.lengths)
@@ -147,10 +145,10 @@ def prefix_alone(state: TokenState) -> TokenMap:
 
 
 def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
-    """Move everything a state knows of its tokens."""
+    """Apply a map to all that a state holds of its tokens."""
     if state.patch_weights is not None:
         raise ValueError(
-            "A map cannot move tokens that are mixtures of patches (SiT): what each patch weighs in them would be "
+            "A map cannot move tokens that are mixtures of patches (SiT), because the weights of the patches would be "
             "wrong afterwards. Let SiT reduce after all other methods."
         )
     target, num_tokens, weight, size, keeps_all = token_map
@@ -175,7 +173,7 @@ def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
 
 
 def _keep_first(state: TokenState, count: Any) -> TokenState:
-    """The first `count` patch tokens of every image, in the even layout, without a copy."""
+    """Keep the first `count` patch tokens of every image, in the even layout, without a copy."""
     patch_map = state.patch_map
     if patch_map is not None:
         patch_map = torch.where(patch_map < count, patch_map, -1)
@@ -191,8 +189,8 @@ def _keep_first(state: TokenState, count: Any) -> TokenState:
 def representatives(
     origin: Tensor, size: Tensor | None, target: Tensor, num_tokens: int, order: Tensor | None = None
 ) -> Tensor:
-    """(B, N) -> (B, M), the origin of the heaviest token that goes into each output token, of equals the last by
-    `order` (B, N), which are different numbers below N. None: as they stand."""
+    """Return the origin of the heaviest token in each output token, (B, N) -> (B, M). Of equally heavy ones it is the
+    last one by `order` (B, N), which holds different numbers below N, or by index if it is None."""
     count = target.shape[1]
     order = _positions(target, count) if order is None else order
     weight = order if size is None else size.round().long() * count + order
@@ -203,7 +201,7 @@ def representatives(
 
 
 def remember_dropped(state: TokenState, patch_map: Tensor | None) -> Tensor | None:
-    """`last_states` once the state's patches have gone to where the new `patch_map` says."""
+    """Return `last_states` after the state's patches have moved by the new `patch_map`."""
     if state.last_states is None or state.patch_map is None or patch_map is None:
         return state.last_states
     dropped = (patch_map < 0) & (state.patch_map >= 0)
@@ -212,11 +210,10 @@ def remember_dropped(state: TokenState, patch_map: Tensor | None) -> Tensor | No
 
 
 def on_grid(state: TokenState) -> Tensor:
-    """(B, P + N0, D): every patch gets the row of the token that holds it, so that whatever reads all patches reads
-    merged tokens as often as they stand for patches. A dropped patch gets its last state where those are kept, else
-    the mean of the others."""
+    """Return a row per patch, (B, P + N0, D): that of its token, so that a merged token counts once per patch. A
+    dropped patch has its last state if last states are kept, else the mean of the other rows."""
     if _is_untouched(state):
-        return state.hidden_states  # a method that removes nothing moves nothing
+        return state.hidden_states
     hidden_states = _even_rows(state)
     if state.patch_weights is not None:
         patches = _unmerged(hidden_states, state.patch_weights, "mean")
@@ -228,7 +225,7 @@ def on_grid(state: TokenState) -> Tensor:
 
 
 def dropped_patches(state: TokenState) -> Tensor | None:
-    """(B, N0) bool, the patches that no token holds; None where all are known to be held."""
+    """Return the patches that no token holds, (B, N0) bool, or None if certainly none was dropped."""
     return None if _is_untouched(state) or state.patch_map is None else state.patch_map < 0
 
 
@@ -238,13 +235,13 @@ def _is_untouched(state: TokenState) -> bool:
 
 
 def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean") -> Tensor:
-    """Put the tokens of a reduced model back on the grid of patches.
+    """Make one row per patch from the tokens of a reduced model.
 
     Args:
         hidden_states (`Tensor` of shape `(batch, tokens, features)`): Rows of tokens, prefix tokens included.
-        patch_map (`Tensor`): `patch_map` of the model's output, of shape `(batch, patches)`: for each patch the row
-            that holds it, -1 if it was dropped. For SiT `patch_weights`, of shape `(batch, patch tokens, patches)`:
-            then each patch gets the mean of the tokens it is in, by its weight in each.
+        patch_map (`Tensor`): `patch_map` of the model's output, of shape `(batch, patches)`: the row that holds each
+            patch, -1 if it was dropped. For SiT, `patch_weights` of shape `(batch, patch tokens, patches)`: each patch
+            then gets the mean of the tokens, weighted by its weight in each.
         fill (`str` or `Tensor`): What a dropped patch gets: `"mean"`, the mean of the rows of all other patches of
             its image; `"zero"`; or its row of a tensor of shape `(batch, patches, features)`.
 
@@ -262,8 +259,8 @@ def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean
         in_place = torch.arange(spare, hidden_states.shape[1], device=patch_map.device)
         if not torch.equal(patch_map, in_place.expand_as(patch_map)):
             raise ValueError(
-                "These hidden states have a row per patch already, as those of CLIP, SigLIP, DINO and others do: the "
-                f"patches are hidden_states[:, {spare}:]."
+                "These hidden states have a row per patch already, as in CLIP, SigLIP, DINO and others. The patches "
+                f"are hidden_states[:, {spare}:]."
             )
     return _unmerged(hidden_states, patch_map, fill)
 
@@ -281,7 +278,7 @@ def _unmerged(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor) -> T
 
 
 def fill_by_mean(rows: Tensor, dropped: Tensor) -> Tensor:
-    """Give the dropped ones (B, N) of the rows (B, N, D) the mean of the others of their image."""
+    """Set the dropped rows (B, N) of (B, N, D) to the mean of the other rows of their image."""
     dropped = dropped[..., None]
     count = (~dropped).sum(dim=1, keepdim=True).clamp(min=1)
     mean = torch.where(dropped, 0.0, rows).float().sum(dim=1, keepdim=True) / count
@@ -293,7 +290,7 @@ def _even_rows(state: TokenState) -> Tensor:
 
 
 def _rows_at(rows: Tensor, index: Tensor) -> Tensor:
-    """(B, N, D) at (B, M), where -1 reads any row: (B, M, D)"""
+    """Pick rows (B, N, D) at index (B, M), where -1 picks any row: (B, M, D)."""
     if rows.shape[1] == 0:
         return rows.new_zeros(*index.shape, rows.shape[2])
     flat = _even_starts(rows.shape[0], rows.shape[1], rows.device) + index.clamp(min=0)
@@ -301,11 +298,11 @@ def _rows_at(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def mix(state: TokenState, weights: Tensor) -> TokenState:
-    """Every output patch token is a mixture of all of its image: weights (B, N, M), even layout only."""
+    """Replace the patch tokens by mixtures of all of them, by weights (B, N, M). Even layout only."""
     if state.size is not None or state.origin is not None:
         raise ValueError(
-            "Tokens that stand for several patches, or that have a position, cannot be mixed: sizes and positions "
-            "would be wrong afterwards. Let SiT reduce a model whose tokens nothing has merged before."
+            "Tokens that stand for several patches, or that have a position, cannot be mixed, because sizes and "
+            "positions would be wrong afterwards. Let SiT reduce a model in which no method has merged tokens before."
         )
     prefix = state.num_prefix_tokens
     patches = state.hidden_states[:, prefix:]
@@ -323,10 +320,10 @@ def mix(state: TokenState, weights: Tensor) -> TokenState:
 
 
 def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tuple[int, ...] | None = None) -> Tensor:
-    """Apply a map to one row per token, even or packed by `lengths`: (B, P + N, D) -> (B, P + M, D), or packed.
+    """Apply a map to rows of tokens, even or packed by `lengths`: (B, P + N, D) -> (B, P + M, D), or packed.
 
-    Rows are moved in one flat view over all images, because whole-row copies and sums are several times faster there
-    than gather and scatter with an index expanded to every feature. Sums are formed in float32.
+    Rows are moved in one flat view of all images, because copies and sums of whole rows are several times faster
+    there than gather and scatter with an index for every feature. Sums are computed in float32.
     """
     if token_map.target is None:
         return rows[:, : num_prefix_tokens + _widest(token_map.num_tokens)]
@@ -360,12 +357,12 @@ def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tup
 
 
 def _merge_evenly(rows: Tensor, target: Tensor, num_tokens: int, weight: Tensor, num_prefix_tokens: int) -> Tensor:
-    """`move` where no token is dropped and the result is even, which needs a third of the operations: of a single
-    image these take longer than what they compute."""
+    """Do `move` for an even result without dropped tokens. This needs a third of the operations, and for a single
+    image most of the time goes into starting them."""
     batch, _, width = rows.shape
     length = num_prefix_tokens + num_tokens
     slot = target + num_prefix_tokens
-    if num_prefix_tokens:  # among the rows that are summed, so that no runtime cuts them apart and joins them again
+    if num_prefix_tokens:  # they are summed too, so that no runtime has to split and join the rows
         slot = torch.cat([_positions(slot, num_prefix_tokens), slot], dim=1)
         weight = F.pad(weight, (num_prefix_tokens, 0), value=1.0)
     if batch > 1:
@@ -376,26 +373,26 @@ def _merge_evenly(rows: Tensor, target: Tensor, num_tokens: int, weight: Tensor,
 
 
 def pad(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Packed rows (1, sum of lengths, ...) -> (B, longest, ...), zeros at the end of shorter images."""
+    """Pad packed rows (1, sum of lengths, ...) -> (B, longest, ...), with zeros after shorter images."""
     shape = (len(lengths), max(lengths))
     padded = rows.new_zeros(shape[0] * shape[1], *rows.shape[2:])
     return padded.index_copy(0, _places_in_padded(lengths, rows.device), rows[0]).unflatten(0, shape)
 
 
 def unpad(padded: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """(B, longest, ...) -> packed (1, sum of lengths, ...)"""
+    """Pack padded rows (B, longest, ...) -> (1, sum of lengths, ...)."""
     return padded.flatten(0, 1).index_select(0, _places_in_padded(lengths, padded.device))[None]
 
 
 def follow(index: Tensor, values: Tensor, fill: float) -> Tensor:
-    """`values` (B, M) at `index` (B, N), and `fill` where the index is -1. Follows one map after another."""
+    """Pick `values` (B, M) at `index` (B, N), and `fill` where the index is -1. It joins one map to another."""
     if values.shape[1] == 0:  # no token is left in any image
         return torch.full_like(index, fill, dtype=values.dtype)
     return torch.where(index < 0, fill, values.gather(1, index.clamp(min=0)))
 
 
 def sum_by_target(values: Tensor, target: Tensor, num_tokens: int, keeps_all: bool = False) -> Tensor:
-    """(B, N) -> (B, M), the sum over the tokens that go into each output token. keeps_all: no target is -1."""
+    """Sum the values of the tokens in each output token: (B, N) -> (B, M). keeps_all: no target is -1."""
     if keeps_all:
         return values.new_zeros(target.shape[0], num_tokens).scatter_add(1, target, values)
     sums = values.new_zeros(target.shape[0], num_tokens + 1)
@@ -403,10 +400,10 @@ def sum_by_target(values: Tensor, target: Tensor, num_tokens: int, keeps_all: bo
 
 
 def as_numbers(counts: Tensor, most: int) -> tuple[int, ...]:
-    """How many tokens each image keeps, (B,) long, as numbers of Python; no image keeps more than `most`.
+    """Turn the number of tokens that each image keeps, (B,) long and at most `most`, into Python numbers.
 
-    While a graph is exported these are names of numbers that only an image will give. The exporter must know their
-    bounds; below two tokens some steps would be others.
+    While a graph is exported these are symbols, and the exporter must know their bounds. With fewer than two tokens
+    some steps would differ.
     """
     numbers = tuple(counts.tolist())
     if torch.compiler.is_compiling():
@@ -417,7 +414,7 @@ def as_numbers(counts: Tensor, most: int) -> tuple[int, ...]:
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """(B, N) -> (B, N) long, each token's place if the highest score came first; of equals the earlier does."""
+    """Rank scores (B, N) -> (B, N) long, 0 for the highest. Of equal scores the earlier comes first."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     return torch.empty_like(order).scatter(1, order, _positions(order, order.shape[1]))
 
@@ -431,9 +428,9 @@ def _real(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _places_in_padded(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(sum of lengths,) long, where each packed row stands among the rows of all images padded to the longest.
+    """Return the place of each packed row among the rows of all padded images, (sum of lengths,) long.
 
-    The device is never asked for a number, such as how many places there are, so the host does not wait for it.
+    No number is read from the device, so the host does not wait for it.
     """
     total, longest = sum(lengths), max(lengths)
     starts = accumulate(lengths[:-1], initial=0)

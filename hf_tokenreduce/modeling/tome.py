@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Token merging: similar tokens become one. ToMe.
+"""ToMe: token merging, which turns similar tokens into one.
 
 B images · N patch tokens · d features of a key
 """
@@ -25,13 +25,18 @@ from .tokens import TokenMap, TokenState, apply_map, merge
 
 @dataclass(frozen=True)
 class ToMeConfig(ReductionConfig):
-    """Token merging, after "Token Merging: Your ViT But Faster". Acts in every layer; needs no training.
+    """Merge the most similar tokens in every layer (ToMe).
 
-    r: patch tokens merged away per layer (at most half of those present). An integer, a list with one integer per
-        layer, or a tuple `(r, inflect)`: a straight line over the layers from `r * (1 - inflect)` to
-        `r * (1 + inflect)`, so that `(r, -1.0)` merges most in the first layers and nothing in the last.
-    prop_attn: a token that stands for s patches counts s times as a key (log s is added to its attention logits).
-    inflect: where a tuple's second value is kept.
+    After "Token Merging: Your ViT But Faster". Needs no training.
+
+    Args:
+        r: Number of patch tokens that each layer removes by merging, at most half of those present. An integer, a list
+            with one integer per layer, or a tuple `(r, inflect)`. With a tuple the number changes linearly from
+            `r * (1 - inflect)` in the first layer to `r * (1 + inflect)` in the last, so `(r, -1.0)` merges most in
+            the first layers and nothing in the last.
+        prop_attn: Whether a token that stands for s patches counts s times as a key (log s is added to its attention
+            logits).
+        inflect: The second value of a tuple `r`, from -1 to 1. It is stored here.
     """
 
     method: ClassVar[str | None] = "tome"
@@ -50,17 +55,17 @@ class ToMeConfig(ReductionConfig):
             raise ValueError(f"{name}: inflect must lie between -1 and 1, got {inflect!r}.")
         per_layer = is_sequence(r)
         if per_layer and inflect:
-            raise ValueError(f"{name}: inflect={inflect!r} shapes a single r; with a list of r set it to 0.")
+            raise ValueError(f"{name}: inflect={inflect!r} needs a single r. With a list of r, set it to 0.")
         values = tuple(r) if per_layer else (r,)
         for value in values:
             if not is_integer(value) or value < 0:
-                raise ValueError(f"{name}: r counts tokens, so it must be an integer of at least 0, got {value!r}.")
+                raise ValueError(f"{name}: r must be an integer of at least 0 (a number of tokens), got {value!r}.")
         check_flag(name, "prop_attn", self.prop_attn)
-        # A list stays a list: as a tuple, that of two layers would read as (r, inflect).
+        # A list stays a list: a tuple of two numbers would be read as (r, inflect).
         self._set(r=[int(value) for value in values] if per_layer else int(r), inflect=float(inflect))
 
     def schedule(self, num_layers: int) -> list[int]:
-        """r of each layer."""
+        """Return the r of each layer."""
         r: Any = self.r
         if is_sequence(r):
             return list(r)
@@ -90,9 +95,16 @@ class ToMeConfig(ReductionConfig):
         layers: Sequence[int] | None = None,
         **settings: Any,
     ) -> "ToMeConfig":
-        """One r, or a list of r + 1 in the first layers and r in the others.
+        """Make the mildest setting that keeps at most a share of the multiply-adds of the encoder's layers.
 
-        layers: 0-based layers that merge, at more tokens each, so that fewer layers spend time on it. None: all.
+        The setting has one r, or a list with r + 1 in the first layers and r in the others.
+
+        Args:
+            config: Configuration of the model, stock or reduced, or the facts of its encoder.
+            share: Share of the multiply-adds to keep, above 0 and at most 1.
+            layers: 0-based indices of the layers that merge. With fewer layers each merges more tokens, and less time
+                is spent on finding them. None: all layers.
+            **settings: Values of the other fields.
         """
         facts = facts_of(config)
         places = range(facts.num_hidden_layers) if layers is None else sorted(set(layers))
@@ -111,11 +123,13 @@ class ToMeConfig(ReductionConfig):
 
 @torch.no_grad()
 def match_most_similar(keys: Tensor, size: Tensor | None, r: int, num_prefix_tokens: int) -> TokenMap:
-    """Merge the r patch tokens that are most like another: `keys` (B, N, d) float32, `size` (B, N) or None for ones.
+    """Merge the r patch tokens that are most like another one, at most half of N.
 
-    The sequence, prefix included, is dealt into two sets by even and odd position. Each token of the even set has
-    one best match in the odd set, by cosine; the r best pairs merge into their size-weighted mean, r being at most
-    half of N. Output order: the even tokens left over, then the odd ones.
+    keys: (B, N, d) float32; size: (B, N), None for ones
+
+    Even and odd positions of the sequence, prefix included, are two sets. Each token of the even set has one best
+    match in the odd set, by cosine. The r most similar of these pairs merge into their size-weighted mean. The output
+    has the remaining even tokens first, then the odd ones.
     """
     batch, num_tokens, _ = keys.shape
     r = min(r, num_tokens // 2)
@@ -132,8 +146,10 @@ def match_most_similar(keys: Tensor, size: Tensor | None, r: int, num_prefix_tok
 
 
 def _dealt_back(first: Tensor, second: Tensor) -> Tensor:
-    """Numbers of every other token, (B, N first) from the first token on and (B, N second) from the second, as those
-    of all: (B, N). They are joined, because runtimes take longer to write into a tensor."""
+    """Interleave the numbers of the first, third, ... token and those of the second, fourth, ... into (B, N).
+
+    They are stacked, because runtimes take longer to write into a tensor.
+    """
     count = first.shape[1] + second.shape[1]
     if count % 2:
         second = F.pad(second, (0, 1))
@@ -141,7 +157,7 @@ def _dealt_back(first: Tensor, second: Tensor) -> Tensor:
 
 
 class ToMeReducer(Reducer):
-    """Merges similar tokens after attention."""
+    """Merge similar tokens, after attention."""
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
-"""Pruning by class attention: Top-K.
+"""Top-K: pruning by class attention.
 
 B images · N patch tokens
 """
@@ -20,11 +20,12 @@ from .tokens import TokenMap, TokenState, apply_map, ranks
 
 @dataclass(frozen=True)
 class TopKConfig(KeepRateConfig):
-    """Keep the patch tokens the class token attends to most; the others are dropped. Needs no training.
+    """Keep the patch tokens that the class token attends to most, and drop the others. Needs no training.
 
-    keep_rate: share of the patch tokens present that each of `layers` keeps, rounded up; one number, or a list with
-        one number per entry of `layers`.
-    layers: 0-based layers that drop tokens, between their attention and their MLP.
+    Args:
+        keep_rate: Share of the patch tokens present that each of `layers` keeps, rounded up. One number, or a list
+            with one number per entry of `layers`.
+        layers: 0-based indices of the layers that drop tokens, between their attention and their MLP.
     """
 
     method: ClassVar[str | None] = "topk"
@@ -35,9 +36,9 @@ class TopKConfig(KeepRateConfig):
 
 
 def keep_best(scores: Tensor, count: int, fuse: bool = False) -> TokenMap:
-    """Keep the `count` patch tokens of highest score (B, N), the highest first; equal scores keep their order.
+    """Keep the `count` patch tokens of the highest scores (B, N), the highest first. Equal scores keep their order.
 
-    With `fuse` the others become one more token, the last: their sum, each weighted by its score.
+    With `fuse` the others become one more token, the last one: their sum, each weighted by its score.
     """
     rank = ranks(scores.detach())
     kept = rank < count
@@ -47,7 +48,7 @@ def keep_best(scores: Tensor, count: int, fuse: bool = False) -> TokenMap:
 
 
 class TopKReducer(Reducer):
-    """Keeps, after attention, the share of patch tokens that the class token attends to most."""
+    """Keep, after attention, the share of the patch tokens that the class token attends to most."""
 
     fuse = False
 
