@@ -59,10 +59,8 @@ class _Cut(Reducer):
         return self._first() if self.hook == "select_queries" else None
 
     def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
-        cuts = self.hook in (
-            "before_encoder",
-            "after_attention",
-        )  # a method before the encoder also cuts in each layer
+        # With a method before the encoder each layer still cuts to its own length.
+        cuts = self.hook in ("before_encoder", "after_attention")
         return apply_map(state, self._first()) if cuts else state
 
     def after_layer(self, state: TokenState) -> TokenState:
