@@ -149,7 +149,7 @@ def _fitting(settings: dict[str, Any], method: Method) -> dict[str, Any]:
 
 
 def _with_counts(setting: Any, facts: EncoderFacts, counts: Sequence[int]) -> ReductionConfig | None:
-    """Return the setting that leaves these numbers of patch tokens after the layers. None: there is no such setting."""
+    """Return the setting that leaves these numbers of patch tokens after the layers. None: there is none."""
     method = METHODS[setting.method]
     if method.at_counts is not None:
         return method.at_counts(facts, setting, counts)
