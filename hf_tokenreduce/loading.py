@@ -103,7 +103,7 @@ def load_model(
             f"model.safetensors of {name!r} lacks {some}, which config.json asks for, so a part of the model would be "
             "random. Save or download the model again, or train it first with tokenreduce train."
         )
-    # Without an accelerator, processes that were launched together find each other only if the first state has cpu=True.
+    # Without an accelerator, launched processes find each other only if their first state has cpu=True.
     model.to(PartialState(cpu=not torch.accelerator.is_available()).device)
     return model.eval(), processor
 

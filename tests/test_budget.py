@@ -74,9 +74,9 @@ REFUSED = [
     (("dlvit",), {"share": 0.5}, "its filter is not trained"),
     (("tomme",), {"share": 0.5}, "no method 'tomme'"),
     ((dict,), {"share": 0.5}, "no method <class 'dict'>"),
-    ((ToMeConfig(r=3),), {"share": 0.5}, r"share goes with a method's name .* not with ToMeConfig\(r=3"),
-    ((ToMeConfig(r=3),), {"images": PIXELS}, "images goes with a method's name"),
-    ((None,), {"image_processor": 3}, "image_processor goes with a method's name"),
+    ((ToMeConfig(r=3),), {"share": 0.5}, r"share can be given with a method's name .* not with ToMeConfig\(r=3"),
+    ((ToMeConfig(r=3),), {"images": PIXELS}, "images can be given with a method's name"),
+    ((None,), {"image_processor": 3}, "image_processor can be given with a method's name"),
 ]
 
 

@@ -381,7 +381,7 @@ def test_what_cannot_be_timed():
         ({"a": dense}, images[0], {}, "pixel_values must be"),
         ({"a": dense}, images, {"batch_sizes": [0]}, "must be at least 1"),
         ({"a": dense}, images, {"repeats": 0}, "must be at least 1"),
-        ({"a": dense}, images, {"dtypes": ["int8"]}, "no floating type"),
+        ({"a": dense}, images, {"dtypes": ["int8"]}, "not a floating type"),
     ):
         with pytest.raises(ValueError, match=message):
             benchmark(models, pixels, **{"repeats": 1, **options}, **QUICK)
