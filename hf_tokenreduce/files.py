@@ -123,9 +123,8 @@ def model_folder(folder: str | Path, with_card: bool = False) -> Iterator[Path]:
     for left in folder.glob(UNFINISHED.format("*")):
         if not _is_alive(left.name.split(".")[1]):  # it belongs to a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-    unfinished = folder / UNFINISHED.format(
-        os.getpid()
-    )  # inside `folder`, because its parent may be on another file system
+    # Inside `folder`, because its parent may be on another file system.
+    unfinished = folder / UNFINISHED.format(os.getpid())
     unfinished.mkdir()
     try:
         yield unfinished

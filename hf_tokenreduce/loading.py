@@ -199,9 +199,8 @@ def load_image_folder(name: str | Path) -> DatasetDict:
         for path in inner:
             parts[SPLITS.get(path.name, re.sub(r"\W", "_", path.name))].append(path)
     for split, paths in parts.items():
-        if not [
-            file for path in paths for file in path.rglob("*") if is_image(file)
-        ]:  # is_image also refuses names that are not UTF-8
+        # The list is complete, so that is_image refuses any name that is not UTF-8.
+        if not [file for path in paths for file in path.rglob("*") if is_image(file)]:
             raise ValueError(
                 f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."

@@ -23,9 +23,8 @@ from .quantize import MOST_IMAGES, PACKAGES, quantize
 from .readme import readme
 
 
-TOLERANCE = (
-    1e-4  # largest allowed difference between the runtime and PyTorch in float32, relative to the largest value
-)
+# Largest allowed difference between the runtime and PyTorch in float32, relative to the largest value.
+TOLERANCE = 1e-4
 LITTLE_AGREEMENT = 0.9  # export warns if fewer images get the same class in 8 bits
 # Stock classes whose graph was tried and does not work, with the reason.
 NO_GRAPH = {

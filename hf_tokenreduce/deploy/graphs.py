@@ -221,9 +221,8 @@ def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dt
     compiled = core.compile_model(graph, "CPU", options)
     request = compiled.create_infer_request()
 
-    def run(
-        inputs: Tensor, kept: Any = (core, graph, compiled)
-    ) -> list[Tensor]:  # a request needs all three to stay alive
+    # The default keeps the three objects alive, because a request needs them.
+    def run(inputs: Tensor, kept: Any = (core, graph, compiled)) -> list[Tensor]:
         found = request.infer([inputs.float().cpu().numpy()])
         return [torch.from_numpy(found[output].copy()) for output in found]
 

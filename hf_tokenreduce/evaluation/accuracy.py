@@ -205,7 +205,7 @@ def paired_bootstrap(right: np.ndarray, was_right: np.ndarray, seed: int = 0) ->
     count = len(right)
     lost, gained = int((was_right & ~right).sum()), int((right & ~was_right).sum())
     if not lost and not gained:
-        # The largest share of flipping images of which, with a chance of 2.5 %, none is among these.
+        # None of these images flips. With a larger share of flips, the chance to see none would be below 2.5 %.
         unseen = 100 * (1 - 0.025 ** (1 / count))
         return -unseen, unseen
     shares = [lost / count, gained / count, (count - lost - gained) / count]

@@ -39,12 +39,8 @@ class _Cut(Reducer):
 
     def __init__(self, oracle: SliceOracle, hook: str, layer: int, prefix: int):
         nn.Module.__init__(self)
-        self.oracle, self.hook, self.layer, self.prefix = (
-            (oracle,),
-            hook,
-            layer,
-            prefix,
-        )  # the tuple hides it from nn.Module
+        # In a tuple the oracle is not registered as a submodule.
+        self.oracle, self.hook, self.layer, self.prefix = (oracle,), hook, layer, prefix
 
     def _first(self) -> TokenMap:
         return TokenMap(None, self.oracle[0].lengths[self.layer] - self.prefix)

@@ -32,9 +32,8 @@ def weaker_first(reduction: ReductionConfig, facts: EncoderFacts) -> Iterator[Re
         return
     kept = {one.name: getattr(reduction, one.name) for one in fields(reduction) if one.name not in method.key_settings}
     layers = facts.num_hidden_layers
-    takes_layers = (
-        "layers" in inspect.signature(method.at_share).parameters
-    )  # such a method reduces in all layers by default
+    # A method that takes layers reduces in all of them by default.
+    takes_layers = "layers" in inspect.signature(method.at_share).parameters
     few = tuple(sorted({layers // 4, layers // 2, 3 * layers // 4}))
     share = even_share(reduction, facts)
     while share > LEAST_SHARE:

@@ -105,9 +105,8 @@ def pareto_front(trials: Trials, most: int) -> list[ReductionConfig]:
     If there are more than `most`, those nearest to evenly spread shares are taken.
     """
     front: list[tuple[ReductionConfig, Quality]] = []
-    for setting, quality in sorted(
-        measured(trials), key=lambda item: item[1].share
-    ):  # with equal shares the best is first
+    # With equal shares the best is first, because `measured` is sorted.
+    for setting, quality in sorted(measured(trials), key=lambda item: item[1].share):
         if not front or trials.order(quality) < trials.order(front[-1][1]):
             front.append((setting, quality))
     front.reverse()
