@@ -100,9 +100,9 @@ def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]] | Exception 
     if name not in MODELS:
         return None
     stock: Any = getattr(transformers, name)
-    ours = ("model_type", "reduction", "auto_map")
+    added = ("model_type", "reduction", "auto_map")
     try:
-        values = {key: value for key, value in config.to_dict().items() if key not in ours}
+        values = {key: value for key, value in config.to_dict().items() if key not in added}
         with torch.device("meta"):
             model = stock(stock.config_class(**values, attn_implementation=config._attn_implementation))
     except Exception as error:

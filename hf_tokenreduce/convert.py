@@ -29,7 +29,7 @@ def reduce_tokens(
     copy: bool = False,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Make a model that computes the same as `model`, but on fewer tokens.
+    """Make a reduced form of a model: the same task and the same weights, on fewer tokens.
 
     The result shares its parameters with `model`, and `model` stays as it was. The result has the same dtype and
     device, and begins in the same train or eval mode. If something changes a parameter in place, such as training or
