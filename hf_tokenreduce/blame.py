@@ -1,4 +1,4 @@
-"""Which file of a model's folder is at fault, in one line, when transformers cannot load it."""
+"""Say in one line which file of a model's folder is broken, if transformers cannot load the model."""
 
 import re
 from collections.abc import Iterator
@@ -16,10 +16,13 @@ from .modeling.encoders import MODELS, PREFIX
 
 @contextmanager
 def blaming(name: str, file: str, config: PreTrainedConfig | None = None) -> Iterator[None]:
-    """Turn what is raised while a file of a folder or Hub id is read into a ValueError that names the file.
+    """Turn an error while a file of a folder or Hub id is read into a ValueError that names the file.
 
-    config: of a model that is being built. What transformers' own class takes is not the configuration's fault, and
-        if the weights fit it, not the user's: that error is raised as it is.
+    Args:
+        name: The folder or Hub id.
+        file: Name of the file that is read.
+        config: Configuration of the model, if a model is being built. If transformers' own class accepts the
+            configuration and the weights fit, the error is a fault of this package, and it is raised unchanged.
     """
     try:
         yield
@@ -41,16 +44,16 @@ def blaming(name: str, file: str, config: PreTrainedConfig | None = None) -> Ite
             elif shapes is not None and _was_in_our_code(error):
                 raise
         raise ValueError(
-            f"{file} of {name!r} cannot be used: {one_sentence(why)} Compare it with that of the model it was made "
-            "of, or save or download the model again."
+            f"{file} of {name!r} cannot be used: {one_sentence(why)} Compare the file with that of the original "
+            "model, or save or download the model again."
         ) from error
 
 
 def check_sizes(name: str, config: PreTrainedConfig) -> None:
-    """Raise a ValueError if a folder's weights cannot fit its configuration, before a model of that size is built.
+    """Raise a ValueError if a folder's weights do not fit its configuration, before a model of that size is built.
 
-    A wrong size in config.json may ask for more memory than there is. Only weights that are here are looked at, and
-    none that are quantised: those have shapes of their own.
+    A wrong size in config.json may need more memory than there is. Only local weights are checked. Quantised weights
+    are not checked, because they have other shapes.
     """
     folder = Path(name)
     if not any(folder.glob("*.safetensors")) or hasattr(config, "quantization_config"):
@@ -60,17 +63,17 @@ def check_sizes(name: str, config: PreTrainedConfig) -> None:
     wanted = max((depth for depth in depths if isinstance(depth, int)), default=0)
     layers = [int(number) for key in _weight_shapes(folder) for number in re.findall(r"\.(\d+)\.", key)]
     if wanted > max(layers, default=-1) + 1:
-        raise ValueError(f"it has {max(layers, default=-1) + 1} layers, and {wanted} by config.json")
+        raise ValueError(f"it has {max(layers, default=-1) + 1} layers, but config.json asks for {wanted}")
     shapes = _shapes(config)
     if not isinstance(shapes, dict):
         return
     for key, found in _weight_shapes(folder).items():
         if shapes.get(key, found) != found:
-            raise ValueError(f"{key} has the shape {found}, and {shapes[key]} by config.json")
+            raise ValueError(f"{key} has the shape {found}, but config.json asks for {shapes[key]}")
 
 
 def one_sentence(error: BaseException | str, most: int = 200) -> str:
-    """An error's message on one line, with its kind where that says more."""
+    """Return an error's message on one line, with the type of the error if that says more."""
     text = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, (str, ValueError, OSError, SafetensorError)):
         text = f"{type(error).__name__}: {text}"
@@ -79,7 +82,7 @@ def one_sentence(error: BaseException | str, most: int = 200) -> str:
 
 
 def architecture_of(config: PreTrainedConfig) -> str | None:
-    """The stock class that a configuration names, or whose reduced form it names. None: it names none."""
+    """Return the stock class that a configuration names, also if it names the reduced form. None: it names none."""
     names = config.architectures
     if not names:
         return None
@@ -89,15 +92,17 @@ def architecture_of(config: PreTrainedConfig) -> str | None:
 
 
 def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]] | Exception | None:
-    """The shapes of the parameters that transformers' own class has by a configuration, or why it has none. None: it
-    is no class that can be reduced."""
+    """Return the shapes of all parameters that transformers' own class has with this configuration.
+
+    Returns the error if the class cannot be built, or None if the class is not one that can be reduced.
+    """
     name = architecture_of(config)
     if name not in MODELS:
         return None
     stock: Any = getattr(transformers, name)
-    ours = ("model_type", "reduction", "auto_map")
+    added = ("model_type", "reduction", "auto_map")
     try:
-        values = {key: value for key, value in config.to_dict().items() if key not in ours}
+        values = {key: value for key, value in config.to_dict().items() if key not in added}
         with torch.device("meta"):
             model = stock(stock.config_class(**values, attn_implementation=config._attn_implementation))
     except Exception as error:
@@ -106,7 +111,7 @@ def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]] | Exception 
 
 
 def _was_in_our_code(error: BaseException) -> bool:
-    """Whether our models were at work when it was raised: then it is a fault of ours."""
+    """Return whether an error was raised in `modeling/`. Then it is a fault of this package."""
     place, modeling = error.__traceback__, str(Path(__file__).parent / "modeling")
     while place is not None:
         if place.tb_frame.f_code.co_filename.startswith(modeling):
@@ -116,7 +121,7 @@ def _was_in_our_code(error: BaseException) -> bool:
 
 
 def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of a folder's weights, read from their heads."""
+    """Return the shapes of a folder's weights, from the headers of their files."""
     found = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:

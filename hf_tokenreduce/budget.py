@@ -1,4 +1,4 @@
-"""One way to say a budget: a method, the share of the multiply-adds to keep, and what the method needs for it."""
+"""Reduce a model by a method and a share of the multiply-adds, for `reduce_tokens` and for the command line."""
 
 from typing import Any
 
@@ -22,13 +22,15 @@ def reduce_to_share(
     image_processor: Any,
     settings: dict[str, Any],
 ) -> PreTrainedModel:
-    """`reduce_tokens` of a method by its name or configuration class."""
+    """Reduce a model by a method that is given by its name or configuration class, see `reduce_tokens`."""
     found = find_method(method)
     if share is not None:
         check_share(share)
     if share is None and images is not None and found.prepare is None:
-        raise ValueError(f"{found.title} learns nothing from images without a share. Give one, or no images.")
-    # From the model as it was: one that runs this very setting would share what is learned with the new one.
+        raise ValueError(
+            f"{found.title} learns nothing from images without a share. Give a share, or leave images out."
+        )
+    # Begin with the dense form. A model that runs this very setting would share its learned parts with the new one.
     model = reduce_tokens(model, None)
     fitted = share is not None and found.at_share is None and found.fit_share is not None
     setting = method_setting(model.config, found.name, None if fitted else share, settings)
@@ -37,12 +39,12 @@ def reduce_to_share(
     reason = found.why_not(setting)
     if share is not None and reason is not None:
         raise ValueError(
-            f"{found.title} at a share of {share}: {reason}. Its setting for that share is "
+            f"{found.title} cannot run at a share of {share}: {reason}. Its setting for that share is "
             f"{found.config_class.__name__}.for_budget(model.config, {share})."
         )
     if share is not None and images is None and (found.prepare is not None or fitted):
         raise ValueError(
-            f"{found.title} is fitted to a share of {share} on images, without labels: pass images=, a folder or "
+            f"{found.title} is fitted to a share of {share} on images without labels. Pass images=, a folder or "
             "pixel values, and for a folder image_processor= (on the command line --images FOLDER)."
         )
     if images is not None and found.prepare is None and not fitted:

@@ -1,4 +1,4 @@
-"""`calibrate`: what a reduced model needs to know of its images, found without labels and without training it."""
+"""`calibrate`: fit a reduced model to images, without labels and without training its weights."""
 
 import inspect
 from pathlib import Path
@@ -24,20 +24,21 @@ def calibrate(
     max_images: int = 128,
     **options: Any,
 ) -> float:
-    """Fit what a reduced model learns from unlabelled images: LTMP's thresholds, SiT's networks.
+    """Fit what a reduced model learns from images without labels, such as LTMP's thresholds or SiT's networks.
 
     Args:
-        model (`PreTrainedModel`): A model reduced by a method that learns from images.
+        model (`PreTrainedModel`): A model that is reduced by a method that learns from images.
         images (`Tensor`, `str` or `Path`): Pixel values (n, C, H, W), or a folder of images with or without
-            subfolders. They go through the model at once; of more than `max_images` an evenly spread part is taken.
-        target (`float`, *optional*): The share of the multiply-adds to keep, for methods that learn to keep one.
-        image_processor: The model's, for a folder.
-        max_images (`int`): The most images to take.
-        options: Further arguments of the method: LTMP's `merge_share`, the share of the removed tokens that merge
-            (0.8), and `tolerance`, how close to the target is close enough (0.005); SiT's `steps` per network (600).
+            subfolders. All images go through the model in one batch.
+        target (`float`, *optional*): Share of the multiply-adds to keep, for methods that learn to keep a share.
+        image_processor: Image processor of the model. It is needed if `images` is a folder.
+        max_images (`int`): Highest number of images. If there are more, an evenly spread part is used.
+        options: Further arguments of the method. LTMP takes `merge_share`, the share of the removed tokens that are
+            merged (0.8), and `tolerance`, the allowed distance from the target (0.005). SiT takes `steps`, the number
+            of training steps per network (600).
 
     Returns:
-        `float`: the share of its layers' multiply-adds that the model then keeps on these images.
+        `float`: Share of the multiply-adds of its layers that the model now keeps on these images.
 
     Example:
         >>> model = reduce_tokens(model, LTMPConfig())
@@ -48,35 +49,37 @@ def calibrate(
     if method is None or method.prepare is None:
         able = ", ".join(known.title for known in METHODS.values() if known.prepare is not None)
         raise ValueError(
-            f"This {type(model).__name__} has nothing to calibrate. calibrate is for models reduced by one of {able}: "
-            "reduce_tokens(model, LTMPConfig())."
+            f"This {type(model).__name__} has nothing to calibrate. calibrate is for models that are reduced by one "
+            f"of {able}, such as reduce_tokens(model, LTMPConfig())."
         )
     known = [name for name, p in inspect.signature(method.prepare).parameters.items() if p.kind is p.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"{method.title} takes no {', '.join(unknown)} for calibration, only {', '.join(known)}.")
+        raise ValueError(
+            f"The calibration of {method.title} takes no {', '.join(unknown)}. Its options are {', '.join(known)}."
+        )
     pixels = load_pixel_values(model, images, image_processor, max_images)
     with evaluating(model):
         _check_finite(model, pixels)
         kept = method.prepare(model, pixels, target, **options)
-    model.config.calibrated_share = round(kept, 4)  # what a folder says of itself: the images are not in it
+    model.config.calibrated_share = round(kept, 4)  # the folder of a saved model tells this, as it has no images
     return kept
 
 
 @torch.no_grad()
 def _check_finite(model: PreTrainedModel, pixels: Tensor) -> None:
     if not pixels.isfinite().all():
-        raise ValueError("The images are not finite when they are prepared: look at the image processor's settings.")
+        raise ValueError("The prepared images are not finite. Check the settings of the image processor.")
     first: Any = main_output(image_side(model)(pixels[:1]))
     if not first.isfinite().all():
         raise ValueError(
-            "What the model computes for the first image is not finite, so nothing can be fitted: its weights are "
-            "broken, or a half type overflows."
+            "What the model computes for the first image is not finite, so nothing can be fitted. Maybe its weights "
+            "are broken, or a half type overflows. Try to load it in float32."
         )
 
 
 def check_inputs(model: PreTrainedModel, inputs: Tensor) -> None:
-    """Raise a ValueError unless these are a batch of what the model takes: pixel values, or spectrograms."""
+    """Raise a ValueError unless the inputs are a batch of what the model takes: pixel values, or spectrograms."""
     encoder = encoder_of(model)
     shape = encoder.tower.inputs(encoder.config)
     if inputs.ndim != 1 + len(shape) or len(inputs) == 0:
@@ -87,8 +90,10 @@ def check_inputs(model: PreTrainedModel, inputs: Tensor) -> None:
 def load_pixel_values(
     model: PreTrainedModel, images: Tensor | str | Path, image_processor: Any, max_images: int
 ) -> Tensor:
-    """Pixel values (n, C, H, W) as they are, or of the images in a folder, on the model's device; at most
-    `max_images`, evenly spread."""
+    """Return pixel values (n, C, H, W) on the model's device, either the given ones or those of images in a folder.
+
+    If there are more than `max_images`, an evenly spread part is returned.
+    """
     if max_images < 1:
         raise ValueError(f"max_images must be at least 1, got {max_images}.")
     if isinstance(images, Tensor):
@@ -96,13 +101,13 @@ def load_pixel_values(
         return images[:: -(-len(images) // max_images)].to(model.device)
     if not isinstance(images, (str, Path)):
         raise ValueError(
-            f"images must be a folder or pixel values, got a {type(images).__name__}. Pictures become pixel values by "
-            'image_processor(pictures, return_tensors="pt")["pixel_values"].'
+            f"images must be a folder or pixel values, got a {type(images).__name__}. To make pixel values from "
+            'pictures, call image_processor(pictures, return_tensors="pt")["pixel_values"].'
         )
     folder = Path(images)
     files = sorted(file for file in folder.rglob("*") if is_image(file))
     if not files:
-        raise ValueError(f"No images in {folder}. Give a folder of images, with or without subfolders.")
+        raise ValueError(f"No images in {folder}. Give a folder that holds images, with or without subfolders.")
     if image_processor is None:
         raise ValueError("A folder of images needs image_processor=, such as AutoImageProcessor.from_pretrained(...).")
     chosen = files[:: -(-len(files) // max_images)]

@@ -1,4 +1,4 @@
-"""`reduce_tokens` and `restore`: a loaded model with other classes around the same weights."""
+"""`reduce_tokens` and `restore`: put other model classes around the same weights."""
 
 from copy import copy as shallow_copy
 from copy import deepcopy
@@ -29,28 +29,29 @@ def reduce_tokens(
     copy: bool = False,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Make a model that computes what `model` does on fewer tokens.
+    """Make a reduced form of a model: the same task and the same weights, on fewer tokens.
 
-    The result shares the parameters of `model`, which stays usable and as it was; dtype, device and train or eval mode
-    are kept, and the result has a mode of its own. What changes a parameter in place, such as training or
-    `.to(torch.bfloat16)`, changes it in both, unless `copy=True`. Learned parts of a method are shared if `reduction`
-    is what the model runs already; else they start untrained.
+    The result shares its parameters with `model`, and `model` stays as it was. The result has the same dtype and
+    device, and begins in the same train or eval mode. If something changes a parameter in place, such as training or
+    `.to(torch.bfloat16)`, the parameter changes in both models, unless `copy=True`. Learned parts of a method are
+    shared if the model already runs this `reduction`. Otherwise they start untrained.
 
     Args:
         model (`PreTrainedModel`): A model of transformers whose vision encoder can be reduced, such as a
-            `ViTForImageClassification`, a `CLIPModel` or a `Dinov2Model`, or one that is reduced already: then the
-            method is swapped.
-        reduction: A method configuration such as `ToMeConfig(r=13)`, its dictionary form, or None. Or a method by its
-            name or configuration class, `"tome"` or `ToMeConfig`, with `share` and `settings`.
-        share (`float`, *optional*): The share of the encoder's multiply-adds to keep.
-        images (`Tensor`, `str` or `Path`, *optional*): Unlabelled images for methods that need them to be fitted to a
-            share: pixel values, or a folder.
-        image_processor: The model's, for a folder.
-        copy (`bool`): Give the result parameters of its own.
+            `ViTForImageClassification`, a `CLIPModel` or a `Dinov2Model`. If it is already reduced, the result has the
+            new method instead.
+        reduction: A method configuration such as `ToMeConfig(r=13)`, its dictionary form, or None, which reduces
+            nothing. Or a method by its name or configuration class, `"tome"` or `ToMeConfig`, with `share` and
+            `settings`.
+        share (`float`, *optional*): Share of the encoder's multiply-adds to keep.
+        images (`Tensor`, `str` or `Path`, *optional*): Images without labels, for methods that are fitted to a share
+            on images: pixel values, or a folder.
+        image_processor: Image processor of the model. It is needed if `images` is a folder.
+        copy (`bool`): Give the result its own parameters.
         settings: Further fields of the method's configuration.
 
     Returns:
-        `PreTrainedModel`, a `TokenReduce...` class of the same kind.
+        `PreTrainedModel`: The reduced model. Its class is `TokenReduce` and the name of the stock class.
 
     Example:
         >>> model = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224")
@@ -64,8 +65,8 @@ def reduce_tokens(
     if not by_name and (share is not None or settings or images is not None or image_processor is not None):
         given = [*(["share"] if share is not None else []), *settings, *(["images"] if images is not None else [])]
         raise ValueError(
-            f"{', '.join(given) or 'image_processor'} goes with a method's name or configuration class, such as "
-            f'reduce_tokens(model, "tome", share=0.65), not with {reduction!r}, which is set already.'
+            f"{', '.join(given) or 'image_processor'} can be given with a method's name or configuration class, such "
+            f'as reduce_tokens(model, "tome", share=0.65), but not with {reduction!r}, which has all its settings.'
         )
     if by_name:
         from .budget import reduce_to_share
@@ -79,44 +80,45 @@ def reduce_tokens(
 
 
 def with_reduction(model: PreTrainedModel, reduction: Any) -> PreTrainedModel:
-    """`reduce_tokens` by a setting, for callers that let the method learn what it needs themselves."""
+    """Reduce a model by a setting, without a warning if the method is untrained. See `reduce_tokens`."""
     name = stock_name(model)
     if name is None:
         raise ValueError(
-            f"reduce_tokens cannot reduce a {type(model).__name__}. {what_can_be_reduced()} Of a wrapped model (PEFT, "
-            "compiled, parallel), pass the model inside."
+            f"reduce_tokens cannot reduce a {type(model).__name__}. {what_can_be_reduced()} If the model is wrapped "
+            "(PEFT, compiled, parallel), pass the model inside."
         )
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("This model holds an adapter (add_adapter), which would be lost. Merge it first.")
+        raise ValueError("This model has an adapter (add_adapter), which would be lost. Merge it first.")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise ValueError(
-            f"This {name} is quantised, so its layers are no longer those that are reduced. Reduce it first, save it, "
-            "then load the folder with quantization_config."
+            f"This {name} is quantised, so its layers have other classes and cannot be reduced. Reduce the model "
+            "first, save it, then load the folder with quantization_config."
         )
     reduced = _around_the_weights_of(model, reduced_model_class(getattr(transformers, name)))
     reduced._set_reduction(reduction)
     if _runs(model, reduced.config.reduction):
-        for ours, theirs in zip(encoder_of(reduced).layers, encoder_of(model).layers, strict=True):
-            ours.reducer = theirs.reducer
+        for new_layer, old_layer in zip(encoder_of(reduced).layers, encoder_of(model).layers, strict=True):
+            new_layer.reducer = old_layer.reducer
     return reduced
 
 
 def _runs(model: PreTrainedModel, reduction: ReductionConfig | None) -> bool:
-    """Whether a model is reduced by this very setting, whatever copy of its class either is of."""
+    """Return whether a model is reduced by this very setting, even if it has another copy of the setting's class."""
     if type(model).__name__ == stock_name(model):
         return False
-    ours, theirs = (None if one is None else one.to_dict() for one in (reduction, model.config.reduction))
-    return ours == theirs
+    wanted, own = (None if one is None else one.to_dict() for one in (reduction, model.config.reduction))
+    return wanted == own
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Make the stock transformers model with the weights of a reduced one.
+    """Make the stock model of transformers with the weights of a reduced model.
 
     Args:
-        model (`PreTrainedModel`): A model made by `reduce_tokens`, or loaded as a `TokenReduce...` class.
+        model (`PreTrainedModel`): A model that `reduce_tokens` made, or that was loaded as a `TokenReduce...` class.
 
     Returns:
-        `PreTrainedModel` of transformers. Learned parts of the method stay behind.
+        `PreTrainedModel`: The stock model. It shares its parameters with `model`, but has no learned parts of the
+            method.
 
     Example:
         >>> dense = restore(reduce_tokens(model, ToMeConfig(r=13)))
@@ -124,27 +126,28 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     name = stock_name(model)
     if name is None or type(model).__name__ == name:
         raise ValueError(
-            f"restore takes a model made by reduce_tokens or a TokenReduce... class, got a {type(model).__name__}."
+            f"restore takes a model that reduce_tokens made, or a TokenReduce... class, got a {type(model).__name__}."
         )
     return _around_the_weights_of(model, getattr(transformers, name))
 
 
 def stock_name(model: Any) -> str | None:
-    """The name of the stock class that this is, or reduces. None of any other model."""
-    # Exactly such a class: a subclass may compute something else. One loaded from a repository is our class by another
-    # module, so there the name decides.
-    theirs = type(model)
-    name = theirs.__name__.removeprefix(PREFIX)
+    """Return the name of the stock class of a stock or reduced model. None: it is another kind of model."""
+    # The class must match exactly, because a subclass may compute something else. A model that was loaded from a
+    # repository has a copy of the reduced class in another module, so there the name decides.
+    own = type(model)
+    name = own.__name__.removeprefix(PREFIX)
     if name not in MODELS:
         return None
     stock = getattr(transformers, name)
-    if theirs is stock:
+    if own is stock:
         return name
-    from_repository = theirs.__module__.startswith("transformers_modules.") and theirs.__name__ == PREFIX + name
-    return name if from_repository or theirs is reduced_model_class(stock) else None
+    from_repository = own.__module__.startswith("transformers_modules.") and own.__name__ == PREFIX + name
+    return name if from_repository or own is reduced_model_class(stock) else None
 
 
 def _convert_config(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """Make a configuration of another class with the same values, without the reduction."""
     values = config.to_dict()
     for name in ("model_type", "transformers_version", "reduction", "auto_map", "calibrated_share"):
         values.pop(name, None)
@@ -161,6 +164,7 @@ def _attention_kernels(config: PreTrainedConfig) -> Any:
 
 
 def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """Make a model of another class that shares the parameters of a model."""
     config = _convert_config(model.config, model_class.config_class)
     config.architectures = [model_class.__name__]
     options: dict[str, Any] = {}
@@ -172,7 +176,7 @@ def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedM
     containers = {id(part) for layer in encoder.layers for part in (layer, encoder.attention(layer))}
     if encoder.tower.norm is not None:
         containers.add(id(encoder.module.get_submodule(encoder.tower.norm)))
-    if fixed_fields(encoder.config):  # which the embeddings read in their configuration
+    if fixed_fields(encoder.config):  # the embeddings read these fields from their configuration
         containers.add(id(encoder.module.embeddings))
     _adopt(shell, model, containers)
     if hasattr(model, "generation_config"):
@@ -181,7 +185,7 @@ def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedM
 
 
 def _adopt(shell: nn.Module, model: nn.Module, containers: set[int]) -> None:
-    """Give `shell` the parameters and submodules of `model`, down to the containers, of which both have their own."""
+    """Give `shell` the parameters and submodules of `model`. Containers are not shared: each model has its own."""
     shell.training = model.training
     shell._parameters.update(model._parameters)
     shell._buffers.update(model._buffers)
@@ -191,18 +195,18 @@ def _adopt(shell: nn.Module, model: nn.Module, containers: set[int]) -> None:
     for name, child in shell.named_children():
         if name == "reducer":
             continue
-        theirs = getattr(model, name)
-        if any(id(part) in containers for part in theirs.modules()):
-            _adopt(child, theirs, containers)
+        source = getattr(model, name)
+        if any(id(part) in containers for part in source.modules()):
+            _adopt(child, source, containers)
         else:
-            setattr(shell, name, _own_modules(theirs))
+            setattr(shell, name, _own_modules(source))
 
 
 def _own_modules(module: nn.Module) -> nn.Module:
-    """A copy of a module and of those inside it that shares parameters and buffers, but not the train or eval mode."""
+    """Copy a module and its submodules. The copy shares parameters and buffers, but has its own train or eval mode."""
     own = shallow_copy(module)
     for name, value in vars(module).items():
-        if isinstance(value, dict):  # of parameters, of buffers, of hooks
+        if isinstance(value, dict):  # the dictionaries of parameters, buffers and hooks
             own.__dict__[name] = value.copy()
     own._modules = {name: child and _own_modules(child) for name, child in module._modules.items()}
     return own

@@ -1,4 +1,4 @@
-"""The table of what can be reduced, as the documentation shows it: `python -m hf_tokenreduce.families`."""
+"""Print the table of all encoders that can be reduced, for the documentation: `python -m hf_tokenreduce.families`."""
 
 import transformers
 
@@ -14,10 +14,10 @@ HEADER = (
 
 
 def families_table() -> str:
-    """Make the Markdown table with a row for every encoder, and one for the models that have it as a part.
+    """Make the Markdown table with one row for every encoder, and one row for models that contain an encoder.
 
     Returns:
-        `str`: The table, without a line break at its end.
+        `str`: The table, without a line break at the end.
 
     Example:
         >>> print(families_table())

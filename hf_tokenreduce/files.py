@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that know the settings they were made with."""
+"""Write files whole or not at all, and check with which settings a folder was made."""
 
 import json
 import os
@@ -13,34 +13,36 @@ from typing import Any
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes the place of `file` at the end: a reader finds the old file or the new one.
+    """Give a path to write to, which replaces `file` at the end. A reader finds either the old file or the new one.
 
-    Its name has the numbers of process and thread, so two of them do not write into one path.
+    The name of the path has the numbers of the process and the thread, so that two of them never write to one path.
     """
     unfinished = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield unfinished
         with unfinished.open("rb") as written:
-            os.fsync(written.fileno())  # else a machine that stops may keep the new name and lose the content
+            os.fsync(written.fileno())  # without this, a machine that crashes may keep the name and lose the content
         os.replace(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a text, as it is, or bytes."""
+    """Write a text or bytes to a file, whole or not at all."""
     with whole(file) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def known_settings(file: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Read the settings that a folder was made with. Raise a ValueError if they are others than are wanted now, or if
-    the file is broken."""
+    """Read the settings with which a folder was made.
+
+    Raises a ValueError if they differ from the wanted settings, or if the file is broken.
+    """
     try:
         found = json.loads(file.read_text())
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"{file} cannot be read ({error}), so nobody knows with which settings {file.parent} was made. Delete "
+            f"{file} cannot be read ({error}), so the settings with which {file.parent} was made are unknown. Delete "
             "that folder, or give another one."
         ) from error
     refuse_other_settings(file.parent, found, wanted)
@@ -48,38 +50,38 @@ def known_settings(file: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_settings(folder: Path, found: Any, wanted: dict[str, Any]) -> None:
-    """Raise a ValueError if a folder was made with other settings than are wanted now, and name those."""
-    found = found if isinstance(found, dict) else {}  # a file that somebody else wrote
+    """Raise a ValueError that names the differences, if a folder was made with other settings than the wanted ones."""
+    found = found if isinstance(found, dict) else {}  # another program may have written the file
     different = [name for name, value in wanted.items() if found.get(name) != value]
     if different:
-        told = "; ".join(_told_apart(name, found.get(name), wanted[name]) for name in different)
+        differences = "; ".join(_difference(name, found.get(name), wanted[name]) for name in different)
         raise ValueError(
-            f"{folder} was made with other settings: {told}. Give the settings of then, give another folder, or "
-            "delete this one to start anew."
+            f"{folder} was made with other settings: {differences}. Give the same settings as before, give another "
+            "folder, or delete this one to start again."
         )
 
 
-def _told_apart(name: str, was: Any, now: Any) -> str:
-    """What differs; of two dicts only the entries that do."""
+def _difference(name: str, was: Any, now: Any) -> str:
+    """Describe how a setting differs. For two dictionaries, describe only the entries that differ."""
     if isinstance(was, dict) and isinstance(now, dict):
         names = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-        return "; ".join(_told_apart(f"{name}.{key}", was.get(key), now.get(key)) for key in names)
+        return "; ".join(_difference(f"{name}.{key}", was.get(key), now.get(key)) for key in names)
     return f"{name} was {reprlib.repr(was)}, now {reprlib.repr(now)}"
 
 
 CONFIG = "config.json"
 UNFINISHED = ".{}.part"
-# Of a model that is replaced none of these may stay beside the new one's files.
+# If a model is replaced, none of these files of the old model may stay in the folder.
 WEIGHTS_AND_SETTINGS = (
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
     "preprocessor_config.json", "processor_config.json", "generation_config.json", "tokenizer*.json", "vocab.json",
     "merges.txt", "special_tokens_map.json", "model.onnx*", "model.pt2", "openvino_model.*", "export.json",
 )  # fmt: skip
-TOLD_OF_IT = ("README.md", "record.json", "token_map.png")
+WRITTEN_ABOUT_IT = ("README.md", "record.json", "token_map.png")
 
 
 def check_new_folder(folder: str | Path, overwrite: bool = False, option: str = "--output-dir") -> Path:
-    """Raise a ValueError unless a model can be written there. Call it before long work, so that none is in vain."""
+    """Raise a ValueError unless a model can be written to a folder. Call this before long work."""
     if not str(folder).strip():
         raise ValueError(f"{option} is empty. Name a folder.")
     folder = Path(folder)
@@ -92,34 +94,37 @@ def check_new_folder(folder: str | Path, overwrite: bool = False, option: str = 
             )
         if not (folder / CONFIG).is_file():
             raise ValueError(
-                f"{option} {folder} holds no model (no {CONFIG}) but other files, which --overwrite does not delete. "
-                "Name another folder."
+                f"{option} {folder} holds other files, but no model (no {CONFIG}). --overwrite does not delete other "
+                "files. Name another folder."
             )
     return folder
 
 
 def holds_something(folder: Path) -> bool:
-    """Whether a folder has files, besides what a killed process left unfinished."""
+    """Return whether a folder has files, apart from unfinished ones that a killed process left."""
     return any(not file.match(UNFINISHED.format("*")) for file in folder.iterdir())
 
 
 @contextmanager
 def model_folder(folder: str | Path, with_card: bool = False) -> Iterator[Path]:
-    """Give an empty folder to save a model in. At the end what is in it takes the place of the model in `folder`.
+    """Give an empty folder to save a model in. At the end its files replace the model in `folder`.
 
-    `folder` never holds a mixture that loads: until the new model is whole the old one stays as it is; then its
-    config.json goes first, and the new one comes last. If the work fails or is killed before, nothing has changed.
-    Files that are not a model's, such as checkpoints and anybody's own code, stay.
+    `folder` never holds a mixture of two models that can be loaded. The old model stays as it is until the new one is
+    complete. Then the old config.json is deleted first, and the new one is written last. If the work fails or is
+    killed before that, nothing has changed. Other files in the folder, such as checkpoints and your own code, stay.
 
-    with_card: also take away what was written about the old model.
+    Args:
+        folder: Folder of the model.
+        with_card: Also delete the card and the record of the old model.
     """
     folder = Path(folder)
     was_there = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(UNFINISHED.format("*")):
-        if not _is_alive(left.name.split(".")[1]):  # a process that was killed left it
+        if not _is_alive(left.name.split(".")[1]):  # it belongs to a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-    unfinished = folder / UNFINISHED.format(os.getpid())  # inside: beside the folder may be another file system
+    # Inside `folder`, because its parent may be on another file system.
+    unfinished = folder / UNFINISHED.format(os.getpid())
     unfinished.mkdir()
     try:
         yield unfinished
@@ -134,7 +139,7 @@ def _replace_model(new: Path, folder: Path, with_card: bool) -> None:
     names = sorted(os.listdir(new), key=lambda name: name == CONFIG)
     if (folder / CONFIG).is_file():
         (folder / CONFIG).unlink()
-        for pattern in WEIGHTS_AND_SETTINGS + (TOLD_OF_IT if with_card else ()):
+        for pattern in WEIGHTS_AND_SETTINGS + (WRITTEN_ABOUT_IT if with_card else ()):
             for old in folder.glob(pattern):
                 old.unlink()
     for name in names:
@@ -144,6 +149,7 @@ def _replace_model(new: Path, folder: Path, with_card: bool) -> None:
 
 
 def _is_alive(process: str) -> bool:
+    """Return whether a process with this number is running."""
     try:
         os.kill(int(process), 0)
     except (ProcessLookupError, ValueError):

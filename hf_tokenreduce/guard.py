@@ -1,4 +1,4 @@
-"""What the page does not answer: other web pages that reach it through the reader's browser, and endless requests."""
+"""Protect the page of `serve` from other web pages in the user's browser, and from requests that are too large."""
 
 import json
 from typing import Any
@@ -6,11 +6,14 @@ from urllib.parse import urlsplit
 
 
 class Guard:
-    """ASGI middleware that refuses requests before the page sees them.
+    """ASGI middleware that refuses requests before the page gets them.
 
-    hosts: the names under which the page may be asked for, and from which pages may ask it. A page of the web whose
-        name is made to lead here (DNS rebinding) sends its own name. None: any, for a page that is open to others.
-    most_bytes: of one request's body, all its files together.
+    Args:
+        app: The page.
+        hosts: Host names under which the page may be requested, and from whose pages requests may come. A web page
+            whose name was made to point here (DNS rebinding) sends its own name, and is refused. None: all names are
+            allowed, for a page that is open to others.
+        most_bytes: Largest size of one request's body in bytes, with all its files.
     """
 
     def __init__(self, app: Any, hosts: tuple[str, ...] | None, most_bytes: int):
@@ -29,7 +32,7 @@ class Guard:
         length = headers.get(b"content-length", "0")
         if not length.isdigit() or int(length) > self.most_bytes:
             await _refuse(
-                scope, send, 413, f"A request may have {self.most_bytes:,} bytes. Give fewer, smaller files."
+                scope, send, 413, f"A request may have at most {self.most_bytes:,} bytes. Give fewer or smaller files."
             )
             return
         received = 0
@@ -44,7 +47,7 @@ class Guard:
 
 
 def _name_in(given: str) -> str | None:
-    """The name in a Host or an Origin, without scheme and port."""
+    """Return the host name in a Host or Origin header, without scheme and port."""
     try:
         return urlsplit(given if "//" in given else f"//{given}").hostname
     except ValueError:

@@ -1,4 +1,4 @@
-"""From what a user types, a folder, a Hub id, a method's name, to models, images and settings."""
+"""Load models, images and settings from what a user types: a folder, a Hub id, the name of a method."""
 
 import glob
 import hashlib
@@ -40,30 +40,30 @@ from .pictures import IMAGE_SUFFIXES, is_image, read_picture
 from .tasks import task_of
 
 
-# What a folder of a split is called -> what we call it.
+# Name of a split's folder -> name of the split.
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
 def load_model(
     name: str, revision: str | None = None, trust_remote_code: bool = False, *, any_task: bool = False
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a model in eval mode and what prepares its images, from a folder or a Hub id.
+    """Load a model in eval mode and its image processor, from a folder or a Hub id.
 
     Args:
-        name (`str`): The folder or id.
-        revision (`str`, *optional*): Commit, tag or branch of a Hub id.
-        trust_remote_code (`bool`): Run the code that the model brings along.
-        any_task (`bool`): Take a model of any task that can be reduced, as its configuration says. By default it must
-            be an image classifier.
+        name (`str`): Folder or Hub id.
+        revision (`str`, *optional*): Commit, tag or branch of the Hub repository.
+        trust_remote_code (`bool`): Run code that is in the model's folder or repository.
+        any_task (`bool`): Allow models of any task that can be reduced. By default the model must be an image
+            classifier.
 
     Returns:
-        The model, and its image processor (of audio models the feature extractor).
+        The model, and its image processor. For audio models this is the feature extractor.
     """
-    # Without the flag our own classes load from their folders by what is installed: no code of the folder runs.
+    # Without trust_remote_code a reduced model loads with the installed classes. No code of its folder runs.
     if (Path(name) / "export.json").is_file():
         raise ValueError(
-            f"{name!r} is an exported model, a graph without PyTorch's weights: label images by tokenreduce predict, "
-            "or load it by hf_tokenreduce.load_exported. Other commands take the model that it was made of."
+            f"{name!r} is an exported model, a graph without weights of PyTorch. Label images with tokenreduce "
+            "predict, or load it with hf_tokenreduce.load_exported. For other commands give the original model."
         )
     where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code or None}
     if trust_remote_code:
@@ -84,34 +84,36 @@ def load_model(
         raise ValueError(f"{name!r} is a {type(model).__name__}. {what_can_be_reduced()}")
     if hasattr(config, "reduction") and not config.model_type.startswith(TYPE_PREFIX):
         raise ValueError(
-            f"config.json of {name!r} has a reduction, but its model_type {config.model_type!r} is not of a reduced "
-            "model, so it would do nothing. Take it out, and reduce the model: tokenreduce reduce."
+            f"config.json of {name!r} has a reduction, but its model_type {config.model_type!r} is not that of a "
+            "reduced model, so the reduction would do nothing. Delete it there, and reduce the model with tokenreduce "
+            "reduce."
         )
     missing = set(found["missing_keys"])
     if any_task and missing and all(name.startswith("pooler.") for name in missing):
-        # Many encoders were trained without one, such as DINO and MAE: better none than a random one.
+        # Many encoders were trained without a pooler, such as DINO and MAE. No pooler is better than a random one.
         model.pooler, missing = None, set()
     if missing:
         some = ", ".join(sorted(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         if all(part.split(".")[0] in ("classifier", "cls_classifier", "distillation_classifier") for part in missing):
             raise ValueError(
-                f"{name!r} has no trained {some}: its classifier would be random. Train it first: tokenreduce train."
+                f"{name!r} has no trained {some}, so its classifier would be random. Train it first with tokenreduce "
+                "train."
             )
         raise ValueError(
-            f"model.safetensors of {name!r} lacks {some}, which config.json asks for: a part of the model would be "
-            "random. Save or download the model again, or train it first: tokenreduce train."
+            f"model.safetensors of {name!r} lacks {some}, which config.json asks for, so a part of the model would be "
+            "random. Save or download the model again, or train it first with tokenreduce train."
         )
-    # Processes that were launched together without an accelerator only know of each other if the first state says so.
+    # Without an accelerator, launched processes find each other only if their first state has cpu=True.
     model.to(PartialState(cpu=not torch.accelerator.is_available()).device)
     return model.eval(), processor
 
 
 def _auto_class_of(name: str, config: PreTrainedConfig, architecture: str) -> Any:
-    """Return the Auto class, or class, that loads the model which a configuration names."""
+    """Return the class, in most cases an Auto class, that loads the model of a configuration."""
     if architecture not in MODELS:
         raise ValueError(f"{name!r} is a {architecture}. {what_can_be_reduced()}")
     task = task_of(architecture)
-    if task.auto_class == "AutoBackbone":  # it asks the Hub even for a folder
+    if task.auto_class == "AutoBackbone":  # AutoBackbone asks the Hub even for a local folder
         reduced = config.model_type.startswith(TYPE_PREFIX)
         stock = getattr(transformers, architecture)
         return reduced_model_class(stock) if reduced else stock
@@ -119,7 +121,7 @@ def _auto_class_of(name: str, config: PreTrainedConfig, architecture: str) -> An
 
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """All that prepares a model's inputs, images and texts, in one processor."""
+    """Load the processor of a model of images and texts, from a folder or a Hub id."""
     with blaming(name, "the processor's files"):
         return AutoProcessor.from_pretrained(
             name, revision=revision or "main", trust_remote_code=trust_remote_code or None
@@ -128,7 +130,7 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Weights are read in a moment: their bar would only hide what takes long."""
+    """Temporarily hide the bars of transformers. Weights load quickly, and their bar would hide slower steps."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -139,10 +141,16 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def load_images(name: str, split: str | None = None, limit: int | None = None, *, labelled: bool = True) -> Dataset:
-    """An image folder or a data set on the Hub, with columns image and label; of more than `limit` an even part.
+    """Load an image folder or a data set of the Hub, with the columns image and label.
 
-    split: by default the one there is, or what is called validation, test, or train, in this order.
-    labelled: whether there must be labels.
+    Args:
+        name: Folder or Hub id.
+        split: Name of the split. By default validation, test or train, in this order, or else the first split.
+        limit: Highest number of images. If there are more, an evenly spread part is returned.
+        labelled: Raise an error if there are no labels.
+
+    Returns:
+        The images of the split.
     """
     found = _load_splits(name)
     if split is None:
@@ -152,14 +160,14 @@ def load_images(name: str, split: str | None = None, limit: int | None = None, *
     dataset = found[split]
     if labelled and not isinstance(dataset.features.get("label"), ClassLabel):
         raise ValueError(
-            f"{name} has no classes: make one folder per class, at least two, or name a data set with a label column. "
-            "A metadata file among the images replaces the classes: move it away."
+            f"{name} has no classes. Make one folder per class, at least two, or name a data set with a label column. "
+            "If there is a metadata file among the images, move it away, because it replaces the classes."
         )
     return dataset if limit is None else dataset.select(spread(len(dataset), limit))
 
 
 def load_bank(name: str, images: Dataset, limit: int | None = None) -> Dataset | None:
-    """The images for training beside those of another split. None: there are none, or no labels."""
+    """Load the training images that belong to images of another split. None: there are none, or no labels."""
     found = _load_splits(name)
     if "label" not in images.column_names or "train" not in found or str(images.split) == "train":
         return None
@@ -172,14 +180,17 @@ def _load_splits(name: str) -> DatasetDict:
     try:
         found = load_dataset(name)
     except (DatasetNotFoundError, ConnectionError) as error:
-        raise ValueError(f"{name!r} is no folder here, and the Hub gives no such data set: {error}") from error
+        raise ValueError(f"{name!r} is no folder here, and the Hub has no such data set: {error}") from error
     assert isinstance(found, DatasetDict)
     return found
 
 
 def load_image_folder(name: str | Path) -> DatasetDict:
-    """Class folders as "train", or by split, if subfolders that hold folders only are called like one. The name of a
-    class or of a file says nothing of its split, unlike in `load_dataset("imagefolder")`: think of a test tube."""
+    """Load an image folder: either class folders, which become the split "train", or one folder of them per split.
+
+    There are splits if all subfolders hold only folders, and at least one is named like a split. The name of a class
+    or of a file never decides the split, as it does in `load_dataset("imagefolder")`: a class may be "test tube".
+    """
     folder = Path(name)
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     parts = {"train": [folder]}
@@ -188,7 +199,8 @@ def load_image_folder(name: str | Path) -> DatasetDict:
         for path in inner:
             parts[SPLITS.get(path.name, re.sub(r"\W", "_", path.name))].append(path)
     for split, paths in parts.items():
-        if not [file for path in paths for file in path.rglob("*") if is_image(file)]:  # which looks at every name
+        # The list is complete, so that is_image refuses any name that is not UTF-8.
+        if not [file for path in paths for file in path.rglob("*") if is_image(file)]:
             raise ValueError(
                 f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."
@@ -206,7 +218,7 @@ def _holds_folders_only(folder: Path) -> bool:
 
 
 def folder_split(name: str | Path, *wanted: str) -> Dataset:
-    """Of an image folder, the first of these splits that it has."""
+    """Return the first of the wanted splits that an image folder has."""
     found = load_image_folder(name)
     for split in wanted:
         if split in found:
@@ -215,7 +227,10 @@ def folder_split(name: str | Path, *wanted: str) -> Dataset:
 
 
 def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list[str]]:
-    """Images, and folders of images with or without subfolders, as pictures with names; at most `limit`, evenly."""
+    """Read images, and folders of images with or without subfolders. Returns pictures and their names.
+
+    If there are more than `limit`, an evenly spread part is read.
+    """
     files: list[Path] = []
     for name in names:
         path = Path(name)
@@ -231,35 +246,39 @@ def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most so many indices below `count`, evenly: images of a class lie beside each other."""
+    """Return at most `most` indices below `count`, evenly spread, because images of one class are neighbours."""
     chosen = min(count, most)
     return [place * count // chosen for place in range(chosen)]
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """A method's settings as they are typed: JSON."""
+    """Read the settings of a method from JSON."""
     try:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"The method's settings are not JSON ({error}). Write '{{\"keep_rate\": 0.5}}'.") from error
+        raise ValueError(
+            f"The method's settings are not JSON ({error}). Write them like '{{\"keep_rate\": 0.5}}'."
+        ) from error
     if not isinstance(settings, dict):
-        raise ValueError(f"The method's settings must be a JSON object, got {text!r}. Write '{{\"keep_rate\": 0.5}}'.")
+        raise ValueError(
+            f"The method's settings must be a JSON object, got {text!r}. Write them like '{{\"keep_rate\": 0.5}}'."
+        )
     return settings
 
 
 def method_setting(
     config: PreTrainedConfig, name: str, share: float | None = None, settings: dict[str, Any] | None = None
 ) -> ReductionConfig:
-    """A method's configuration by its name.
+    """Make the configuration of a method from the method's name.
 
     Args:
-        config: Of the model that it is for.
-        name (`str`): The method's name.
-        share (`float`, *optional*): The share of the multiply-adds to keep.
-        settings (`dict`, *optional*): The configuration's fields.
+        config: Configuration of the model.
+        name (`str`): Name of the method.
+        share (`float`, *optional*): Share of the multiply-adds to keep.
+        settings (`dict`, *optional*): Fields of the method's configuration.
 
     Returns:
-        `ReductionConfig`.
+        `ReductionConfig`: The configuration.
     """
     method, settings = find_method(name), dict(settings or {})
     known = [field.name for field in fields(method.config_class)]
@@ -275,21 +294,23 @@ def method_setting(
         raise ValueError(f"{method.title} has no setting for a share of the multiply-adds. Give its own settings.")
     if method.at_share is None:
         raise ValueError(
-            f"{method.config_class.__name__} has no setting for a budget: what it keeps depends on the images. It is "
-            f'fitted to one on images: reduce_tokens(model, "{name}", share={share}, images=..., image_processor=...).'
+            f"{method.config_class.__name__} has no setting for a share, because what it keeps depends on the images. "
+            f'Fit it on images: reduce_tokens(model, "{name}", share={share}, images=..., image_processor=...).'
         )
     return method.at_share(facts_of(config), share, **settings)
 
 
 def check_decided(method: Method, share: float | None, settings: dict[str, Any]) -> None:
-    """Raise a ValueError if settings are given that a share decides."""
+    """Raise a ValueError if settings are given together with the share that decides them."""
     both = sorted(set(settings) & set(method.key_settings))
     if both:
-        raise ValueError(f"A share of {share} decides {', '.join(both)} of {method.title}. Give one of the two.")
+        raise ValueError(
+            f"A share of {share} decides {', '.join(both)} of {method.title}. Give the share or the setting, not both."
+        )
 
 
 def contents(dataset: Dataset, image_column: str = "image") -> list[str]:
-    """A digest of each image's file, by which the same image is known under any name."""
+    """Return a digest of each image's file. It is the same for the same image under another name."""
     files = dataset.select_columns(image_column).cast_column(image_column, ImageFeature(decode=False))
     return [
         hashlib.sha256(file["bytes"] if file.get("bytes") else Path(file["path"]).read_bytes()).hexdigest()
@@ -298,7 +319,7 @@ def contents(dataset: Dataset, image_column: str = "image") -> list[str]:
 
 
 def image_names(dataset: Dataset, image_column: str = "image") -> list[str]:
-    """What to call each image of a data set: its file with the folder it is in, or its row."""
+    """Return a name for each image of a data set: its folder and file, or its row."""
     files = dataset.cast_column(image_column, ImageFeature(decode=False))[image_column]
     paths = [Path(file["path"]) if file and file.get("path") else None for file in files]
     return [f"row {row}" if path is None else "/".join(path.parts[-2:]) for row, path in enumerate(paths)]

@@ -1,4 +1,4 @@
-"""Eval mode for a while."""
+"""Temporarily switch models to eval mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode meanwhile, and afterwards the mode that each module had."""
+    """Switch models to eval mode, and afterwards give each module its old mode back."""
     modes = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()

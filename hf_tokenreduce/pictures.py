@@ -1,4 +1,4 @@
-"""Reading image files."""
+"""Read image files."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".ti
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file is an image by its name. Those that begin with a dot are not: macOS leaves such beside others."""
+    """Return whether a file is an image by its name. Names with a dot in front are not: macOS leaves such files."""
     if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith(".") or not file.is_file():
         return False
     try:
@@ -22,20 +22,20 @@ def is_image(file: Path) -> bool:
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
-    """Convert a picture to RGB. Of 16 bits a pixel the upper 8 are taken, where Pillow would clip: all but white."""
+    """Convert a picture to RGB. Of 16 bits per pixel the upper 8 are taken; Pillow would clip almost all to white."""
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture)
         if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                f"a picture of mode {picture.mode!r} has no known range of values. Save it with 8 or 16 bits a pixel"
+                f"a picture of mode {picture.mode!r} has no known range of values. Save it with 8 or 16 bits per pixel"
             )
         picture = Image.fromarray((values // 257).astype(np.uint8))
-    # By way of RGBA, which spares Pillow's warning about transparent palettes.
+    # Converting to RGBA first avoids Pillow's warning about transparent palettes.
     return picture.convert("RGBA" if "transparency" in picture.info else "RGB").convert("RGB")
 
 
 def read_picture(file: str | Path) -> Image.Image:
-    """Read an image file, upright and in RGB."""
+    """Read an image file as RGB, turned upright as its EXIF data say."""
     try:
         with Image.open(file) as picture:
             return as_rgb(ImageOps.exif_transpose(picture))

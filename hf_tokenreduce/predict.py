@@ -1,4 +1,4 @@
-"""`predict`: the class of every image of a folder, by a model of PyTorch or an exported one."""
+"""`predict`: label every image of a folder, with a PyTorch model or an exported one."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from .tasks import all_layers_act, task_of_model
 SETTINGS = "settings.json"
 
 Answer = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Give for pixel values the logits (B, classes), and the number of tokens that leave the last layer, (B,)."""
+"""A function: pixel values (B, C, H, W) -> logits (B, classes), and tokens that leave the last layer, (B,)."""
 
 
 def predict(
@@ -41,22 +41,24 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """Label images one after the other, as they are read.
 
-    A file that cannot be read has an `error` in the place of a label, and the others go on. Processes of `accelerate
-    launch` or `torchrun` share the images; each gives, and writes, its own part.
+    If a file cannot be read, its result has an `error` and no label, and the next files follow. Processes of
+    `accelerate launch` or `torchrun` share the images. Each process returns and writes its own part.
 
     Args:
-        model: An image classifier, or what `load_exported` returned.
+        model: An image classifier, or the result of `load_exported`.
         images: Files, and folders with or without subfolders.
-        image_processor: The model's. An exported model brings its own.
-        top_k (`int`): The number of classes to tell.
-        batch_size (`int`): The number of images at once.
-        num_workers (`int`): The number of processes that read images.
-        output_dir (`str` or `Path`, *optional*): Predictions are written there as they come, a line of JSON each, into
-            `part-0.jsonl` of the first process and so on. Called again, images that are there are left out.
-        progress (`bool`): Show a bar.
+        image_processor: Image processor of the model. An exported model has its own.
+        top_k (`int`): Number of classes to return for each image.
+        batch_size (`int`): Number of images per batch.
+        num_workers (`int`): Number of processes that read images.
+        output_dir (`str` or `Path`, *optional*): Folder to which predictions are written as they come, one line of
+            JSON each. The first process writes `part-0.jsonl`, and so on. If you call again, images that are in these
+            files are left out.
+        progress (`bool`): Show a progress bar.
 
     Returns:
-        An iterator of `dict`: `file`, `label`, `score`, `tokens`, and with `top_k` above 1 `others`.
+        An iterator over one `dict` per image: `file`, `label`, `score`, `tokens`, and `others` if `top_k` is above 1;
+            or `file` and `error`.
 
     Example:
         >>> for row in predict(load_exported("vit-tome-onnx"), ["photos"]):
@@ -69,7 +71,7 @@ def predict(
         )
     image_processor = image_processor or getattr(model, "image_processor", None)
     if image_processor is None:
-        raise ValueError("There is no image_processor: give that of the model.")
+        raise ValueError("There is no image_processor. Give the image processor of the model.")
     _check_classifier(model)
     device = model.device if isinstance(model, PreTrainedModel) else torch.device("cpu")
     processes = launched_processes(device)
@@ -85,7 +87,7 @@ def predict(
         processes.wait()
         known_settings(folder / SETTINGS, settings)
         done = {row["file"] for part in sorted(folder.glob("part-*.jsonl")) for row in read_lines(part)}
-        processes.wait()  # nobody writes before all have read
+        processes.wait()  # no process writes before all have read
     files = [file for file in find_images(images) if file not in done]
     mine = files[processes.rank :: processes.world]
     where = None if folder is None else folder / f"part-{processes.rank}.jsonl"
@@ -126,7 +128,7 @@ def _predict(
 
 
 def find_images(names: Sequence[str | Path]) -> list[str]:
-    """The image files, and those in folders, in the order of their names; each once."""
+    """List image files, and the image files in folders, sorted by name within each folder, each once."""
     found: dict[str, None] = {}
     for name in names:
         path = Path(name)
@@ -146,8 +148,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 class _Reader(torch.utils.data.Dataset):
-    """Batches of files as (those that could be read, what is wrong with the others, pixel values), for a
-    `DataLoader`."""
+    """Batches of files for a `DataLoader`: (readable files, other files with their errors, pixel values)."""
 
     def __init__(self, parts: list[list[str]], image_processor: Any):
         self.parts, self.image_processor = parts, image_processor
@@ -171,15 +172,15 @@ class _Reader(torch.utils.data.Dataset):
 def _answered(
     answer: Answer, files: list[str], pixel_values: Tensor
 ) -> tuple[list[str], list[tuple[str, str]], Tensor, Tensor]:
-    """Ask the model; if it fails, ask image by image, so that one image takes no other with it.
+    """Run the model on a batch. If it fails, run it image by image, so that only the images that fail are lost.
 
-    Returns the files that it answered, the others with the reason, and logits and tokens of those.
+    Returns the files that worked, the other files with their errors, and logits and tokens of the files that worked.
     """
     if not files:
         return [], [], pixel_values, pixel_values
     try:
         return files, [], *answer(pixel_values)
-    except Exception as error:  # of a runtime, each has its own
+    except Exception as error:  # each runtime has its own exceptions
         if len(files) == 1:
             reason = f"the model failed: {str(error).strip().splitlines()[0]}"
             return [], [(files[0], reason)], pixel_values, pixel_values
@@ -211,17 +212,19 @@ def _of_torch(model: PreTrainedModel) -> Answer:
 def _check_classifier(model: Any) -> None:
     if isinstance(model, ExportedModel):
         if model.record["input"] != "pixel_values":
-            raise ValueError(f"{model.folder} takes {model.record['input']}, and no images.")
+            raise ValueError(f"{model.folder} takes {model.record['input']} and not images.")
         if model.record["output"] == "logits":
             return
-        raise ValueError(f"{model.folder} gives features and no classes. Call what load_exported returns.")
+        raise ValueError(
+            f"{model.folder} returns features and not classes. To get them, call the model that load_exported returns."
+        )
     task = task_of_model(model).name
     if task != "image-classification":
-        raise ValueError(f"A {type(model).__name__} is for {task}, and predicts no classes of images.")
+        raise ValueError(f"A {type(model).__name__} is for {task}. It does not predict classes of images.")
 
 
 def _told(model: Any) -> Any:
-    """What predictions depend on, as a digest."""
+    """Return a digest of the model. If it changes, predictions may change."""
     if not isinstance(model, ExportedModel):
         return digest_of_model(model)
     files = sorted(

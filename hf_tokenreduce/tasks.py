@@ -1,4 +1,4 @@
-"""What models are for: the Auto class and the pipeline of each task, and what a model gives for images alone."""
+"""The task of a model: its Auto class, its pipeline, and what it computes from images alone."""
 
 from typing import Any, NamedTuple
 
@@ -11,13 +11,18 @@ from .modeling.encoders import PREFIX, READ_PREFIX_ALONE, auto_classes_of, what_
 
 
 class Task(NamedTuple):
-    """name: what transformers' pipeline calls it. auto_class: that loads its models."""
+    """A task.
+
+    Attributes:
+        name: Name of the task in transformers' pipeline.
+        auto_class: Auto class that loads models of the task.
+    """
 
     name: str
     auto_class: str
 
 
-# The first that knows a model's class is the model's.
+# The task of a model is the first one whose Auto class knows the model's class.
 TASKS = (
     Task("image-classification", "AutoModelForImageClassification"),
     Task("zero-shot-image-classification", "AutoModelForZeroShotImageClassification"),
@@ -25,10 +30,10 @@ TASKS = (
     Task("audio-classification", "AutoModelForAudioClassification"),
     Task("image-text-to-text", "AutoModelForImageTextToText"),
     Task("image-feature-extraction", "AutoModel"),
-    Task("backbone", "AutoBackbone"),  # a part of other models, which no pipeline runs
+    Task("backbone", "AutoBackbone"),  # part of other models; no pipeline runs it
 )
 
-# In the order in which an output is asked for what it is about.
+# The main output of a model is the first of these that it has.
 MAIN_OUTPUTS = (
     "logits",
     "logits_per_image",
@@ -41,21 +46,21 @@ MAIN_OUTPUTS = (
 
 
 def task_of(stock_class: str) -> Task:
-    """The task of a stock class, by its name."""
+    """Return the task of a stock class, by the name of the class."""
     found = auto_classes_of(stock_class)
     return next((task for task in TASKS if task.auto_class in found), TASKS[-2])
 
 
 def task_of_model(model: PreTrainedModel) -> Task:
-    """The task of a model that is, or can be, reduced."""
+    """Return the task of a model that is reduced or can be reduced."""
     name = stock_name(model)
     if name is None:
-        raise ValueError(f"A {type(model).__name__} has no task that is known here. {what_can_be_reduced()}")
+        raise ValueError(f"The task of a {type(model).__name__} is unknown. {what_can_be_reduced()}")
     return task_of(name)
 
 
 def main_output(output: Any) -> Tensor:
-    """Pick from a model's output the tensor that its users read: logits, depths, pooled or plain features."""
+    """Return the tensor of a model's output that its users read: logits, depths, pooled or plain features."""
     for name in MAIN_OUTPUTS:
         value = output.get(name)
         if isinstance(value, (tuple, list)):
@@ -66,7 +71,7 @@ def main_output(output: Any) -> Tensor:
 
 
 class ImageSide(nn.Module):
-    """What a model of images and texts computes of images alone: their features, and what a reduced model tells."""
+    """The image side of a model of images and texts. It returns the image features, and what a reduced model adds."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -78,13 +83,15 @@ class ImageSide(nn.Module):
 
 
 def all_layers_act(model: PreTrainedModel) -> dict[str, Any]:
-    """Options of a forward in which the last layer reduces too, although nobody reads its patches. Then the counts of
-    tokens are those that papers speak of, also by a method that decides for each image."""
+    """Return options of a forward pass in which the last layer reduces too, although its patches are not read.
+
+    Then the counts of tokens are the same as in papers, also for adaptive methods.
+    """
     name = type(model).__name__
     alone = name.startswith(PREFIX) and name.removeprefix(PREFIX) in READ_PREFIX_ALONE
     return {"output_patch_map": True} if alone else {}
 
 
 def image_side(model: PreTrainedModel) -> nn.Module:
-    """The model itself if it takes images alone, else its `ImageSide`."""
+    """Return the model itself if it takes images alone, else its `ImageSide`."""
     return ImageSide(model) if hasattr(model, "get_image_features") else model

@@ -1,4 +1,4 @@
-"""LTMP's thresholds in a file of their own."""
+"""`save_thresholds` and `load_thresholds`: LTMP's thresholds in a separate file."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,17 @@ KINDS = ("merge_threshold", "prune_threshold")
 
 
 def save_thresholds(model: PreTrainedModel, path: str | Path) -> None:
-    """Write an LTMP model's thresholds, 2 numbers per layer, to a safetensors file. Training may have carried one a
-    little out of the range from 0 to 1, where it does what the end of the range does; the file holds that.
+    """Write the thresholds of an LTMP model, 2 numbers per layer, to a safetensors file.
+
+    Training may move a threshold slightly out of the range from 0 to 1. It then acts like the end of the range, and
+    the file has that end.
+
+    Args:
+        model (`PreTrainedModel`): A model that is reduced by LTMP.
+        path (`str` or `Path`): The file. Missing folders are made.
+
+    Example:
+        >>> save_thresholds(model, "thresholds.safetensors")
     """
     reducers = _reducers(model)
     thresholds = {
@@ -38,10 +47,20 @@ def save_thresholds(model: PreTrainedModel, path: str | Path) -> None:
 
 @torch.no_grad()
 def load_thresholds(model: PreTrainedModel, path: str | Path, *, check_backbone: bool = True) -> None:
-    """Set an LTMP model's thresholds from a file of `save_thresholds`.
+    """Set the thresholds of an LTMP model from a file that `save_thresholds` wrote.
 
-    The file must come from the same backbone, whatever its dtype; `check_backbone=False` takes thresholds of another
-    one of the same depth, such as one fine-tuned since.
+    Args:
+        model (`PreTrainedModel`): A model that is reduced by LTMP.
+        path (`str` or `Path`): The file.
+        check_backbone (`bool`): Check that the thresholds were made for the same weights, in any dtype. Without the
+            check you can use thresholds of another model of the same depth, such as one before fine-tuning.
+
+    Raises:
+        ValueError: The file does not fit the model.
+
+    Example:
+        >>> model = reduce_tokens(model, LTMPConfig())
+        >>> load_thresholds(model, "thresholds.safetensors")
     """
     reducers = _reducers(model)
     with safe_open(path, framework="pt") as file:
@@ -50,8 +69,8 @@ def load_thresholds(model: PreTrainedModel, path: str | Path, *, check_backbone:
     kinds = [kind for kind in KINDS if hasattr(reducers[0], kind)]
     if sorted(thresholds) != sorted(kinds):
         raise ValueError(
-            f"{path} holds {sorted(thresholds) or 'nothing'}, the model has {kinds}. Reduce it with the setting the "
-            f"file was made with: {metadata.get('reduction', 'unknown')}."
+            f"{path} holds {sorted(thresholds) or 'nothing'}, the model has {kinds}. Reduce the model with the "
+            f"setting of the file: {metadata.get('reduction', 'unknown')}."
         )
     for kind, values in thresholds.items():
         if values.shape != (len(reducers),):
@@ -59,12 +78,12 @@ def load_thresholds(model: PreTrainedModel, path: str | Path, *, check_backbone:
         if not ((values >= 0) & (values <= 1)).all():
             raise ValueError(f"{path} has a {kind} that is not between 0 and 1: {values.tolist()}.")
     if check_backbone:
-        ours = {"model_type": stock_type(model.config), "fingerprint": _fingerprint(model)}
-        theirs = json.loads(metadata.get("backbone", "{}"))
-        if not _same_backbone(ours, theirs):
+        own = {"model_type": stock_type(model.config), "fingerprint": _fingerprint(model)}
+        of_file = json.loads(metadata.get("backbone", "{}"))
+        if not _same_backbone(own, of_file):
             raise ValueError(
-                f"{path} was made for other weights than this model's. Load the model they were made for, or pass "
-                "check_backbone=False if they are close relatives."
+                f"{path} was made for other weights than this model's. Load the model that it was made for, or pass "
+                "check_backbone=False if the weights are similar, for example after fine-tuning."
             )
     for kind, values in thresholds.items():
         for reducer, value in zip(reducers, values, strict=True):
@@ -75,15 +94,17 @@ def _reducers(model: PreTrainedModel) -> list[Any]:
     reduction = getattr(model.config, "reduction", None)
     if reduction is None or reduction.method != LTMPConfig.method:
         raise ValueError(
-            f"This {type(model).__name__} has no thresholds: it is not reduced by LTMP. Reduce it first: "
+            f"This {type(model).__name__} has no thresholds, because it is not reduced by LTMP. Reduce it first: "
             "reduce_tokens(model, LTMPConfig())."
         )
     return encoder_of(model).reducers
 
 
 def _fingerprint(model: PreTrainedModel) -> list[float]:
-    """The weights that scores depend on most, each projected on a fixed direction in units of its length, and that
-    length: close in any dtype."""
+    """Return two numbers for each weight that scores depend on most. They are nearly the same in any dtype.
+
+    The numbers are the projection of the weight on a fixed direction, relative to its norm, and its norm.
+    """
     numbers = []
     encoder = encoder_of(model)
     weights = [encoder.patch_projection.weight]
@@ -99,10 +120,11 @@ def _fingerprint(model: PreTrainedModel) -> list[float]:
     return numbers
 
 
-def _same_backbone(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    if ours["model_type"] != theirs.get("model_type") or len(ours["fingerprint"]) != len(
-        theirs.get("fingerprint", [])
-    ):
+def _same_backbone(own: dict[str, Any], of_file: dict[str, Any]) -> bool:
+    """Return whether two backbones have the same type and nearly the same fingerprint."""
+    if own["model_type"] != of_file.get("model_type"):
         return False
-    pairs = zip(ours["fingerprint"], theirs["fingerprint"], strict=True)
+    if len(own["fingerprint"]) != len(of_file.get("fingerprint", [])):
+        return False
+    pairs = zip(own["fingerprint"], of_file["fingerprint"], strict=True)
     return all(abs(a - b) <= 0.005 * max(1.0, abs(a)) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""The time that a call takes, on this processor or on a CUDA device."""
+"""Measure the time of a call, on the CPU or on a CUDA device."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import torch
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Time one call: by the clock, on a CUDA device by its own events, until its kernels are done."""
+    """Return the seconds that one call takes. On a CUDA device this includes its kernels, measured by CUDA events."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -23,7 +23,10 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def in_turns(calls: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[list[float]]:
-    """Time each call so many times, in turns after a warm-up: what slows the machine for a moment slows all."""
+    """Time each call `repeats` times after a warm-up, and return the seconds of each.
+
+    The calls take turns, so that a short disturbance of the machine affects all of them.
+    """
     seconds: list[list[float]] = [[] for _ in calls]
     for repeat in range(repeats + 1):
         for taken, call in zip(seconds, calls, strict=True):

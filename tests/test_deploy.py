@@ -86,9 +86,11 @@ def test_a_graph_of_a_fixed_number_of_images_takes_any(tmp_path):
         images = tiny_images(count)
         with torch.no_grad():
             torch.testing.assert_close(loaded(images), model(images).logits, atol=2e-5, rtol=0)
-    with pytest.raises(ValueError, match=r"takes inputs of the shape \(any number, 3, 32, 32\), got \[1, 3, 16, 16\]"):
+    with pytest.raises(ValueError, match=r"takes inputs of shape \(any number, 3, 32, 32\), got \[1, 3, 16, 16\]"):
         loaded(torch.zeros(1, 3, 16, 16))
-    with pytest.raises(ValueError, match=r"ATS keeps another number of tokens .* leave out batch_size=3, or give 1"):
+    with pytest.raises(
+        ValueError, match=r"ATS keeps a different number of tokens .* Leave out batch_size=3, or give 1"
+    ):
         export(reduce_tokens(model, ATSConfig(layers=(1,))), tmp_path / "a", batch_size=3)
 
 
@@ -315,8 +317,8 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no format 'tflite'. .*onnx, openvino, torch, aoti"):
         export(model, tmp_path / "a", format="tflite")
     for changes, what in (
-        ({"int8": True}, "8 bits are for OpenVINO, and the format is onnx"),
-        ({"int8": True, "format": "openvino"}, "8 bits are fitted to images: give images"),
+        ({"int8": True}, "8 bits work only in OpenVINO, but the format is onnx"),
+        ({"int8": True, "format": "openvino"}, "8 bits are fitted to images. Give images="),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=what):
@@ -331,7 +333,7 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
         )
         with pytest.raises(ValueError, match=r"torch\.export cannot follow the model .Could not guard"):
             export(model, tmp_path / "a", format="torch")
-    with pytest.raises(ValueError, match=r"has no export\.json: it is no exported model"):
+    with pytest.raises(ValueError, match=r"has no export\.json, so it is not an exported model"):
         load_exported(tmp_path)
     with pytest.raises(ValueError, match="Linear cannot be exported"):
         export(torch.nn.Linear(2, 2), tmp_path / "a")

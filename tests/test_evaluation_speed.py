@@ -377,11 +377,11 @@ def test_what_cannot_be_timed():
         ({}, images, {}, "nothing to time"),
         ({"net": nn.Linear(2, 2)}, images, {}, "'net' is a Linear"),
         ({"a": dense, "b": wide}, images, {}, r"differs from the first model in \['hidden_size'\]"),
-        ({"a": dense, "b": eager}, images, {}, "different kernels"),
+        ({"a": dense, "b": eager}, images, {}, "different attention kernels"),
         ({"a": dense}, images[0], {}, "pixel_values must be"),
         ({"a": dense}, images, {"batch_sizes": [0]}, "must be at least 1"),
         ({"a": dense}, images, {"repeats": 0}, "must be at least 1"),
-        ({"a": dense}, images, {"dtypes": ["int8"]}, "no floating type"),
+        ({"a": dense}, images, {"dtypes": ["int8"]}, "not a floating type"),
     ):
         with pytest.raises(ValueError, match=message):
             benchmark(models, pixels, **{"repeats": 1, **options}, **QUICK)

@@ -245,11 +245,11 @@ def test_bad_input(tmp_path, pair, photos):
     with pytest.raises(ValueError, match=r"has no classes of its own. Give it their names: .*zero_shot_classifier"):
         evaluate_model(model, photos, processor.image_processor)
     two = zero_shot_classifier(model, processor, ["cat", "dog"])
-    with pytest.raises(ValueError, match="is no label of the model"):
+    with pytest.raises(ValueError, match="is not a label of the model"):
         evaluate_model(two, photos, processor.image_processor)
     other = zero_shot_classifier(model, processor, ["a", "b", "c"])
     three = zero_shot_classifier(reduce_tokens(model, ToMeConfig(r=5)), processor, class_names_of(photos))
-    with pytest.raises(ValueError, match="classes of dense are others"):
+    with pytest.raises(ValueError, match="classes of dense differ"):
         evaluate_model(three, photos, processor.image_processor, dense=other)
 
 
@@ -300,7 +300,7 @@ def test_the_commands(call, tmp_path, pair, photos):
     processor.image_processor.save_pretrained(tmp_path / "vit")
     for command in (["evaluate"], ["compare", "-o", tmp_path / "vit-out"]):
         code, _, errors = call(*command, tmp_path / "vit", tmp_path / "photos", "--prompt", "a {}")
-        assert code == 2 and "A ViTForImageClassification reads no texts: leave them out." in errors
+        assert code == 2 and "A ViTForImageClassification reads no texts. Leave these options out." in errors
     assert not (tmp_path / "vit-out").exists()
 
 

@@ -123,7 +123,7 @@ def test_where_a_model_can_be_written(tmp_path):
         ("", False, "is empty"),
         (tmp_path / "file", True, "is a file"),
         (tmp_path / "model", False, "is not empty.*--overwrite"),
-        (tmp_path / "photos", True, "holds no model"),
+        (tmp_path / "photos", True, "no model"),
     ):
         with pytest.raises(ValueError, match=message):
             check_new_folder(folder, overwrite)

@@ -106,7 +106,7 @@ def outcome(capsys, *arguments):
 )
 def test_a_broken_file_is_named(folders, capsys, name, file, content, message):
     if name == "stock" and isinstance(content, dict) and "reduction" in content:
-        message = "is not of a reduced model"
+        message = "is not that of a reduced model"
     code, errors = outcome(capsys, "inspect", broken(folders, name, file, content))
     if message is not None:
         assert code == 2 and message in errors

@@ -105,7 +105,7 @@ def test_models_that_are_refused(tmp_path):
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     for name, words in (
-        (headless, r"no trained classifier\.bias, classifier\.weight: its classifier would be random"),
+        (headless, r"no trained classifier\.bias, classifier\.weight, so its classifier would be random"),
         (other, "is a ResNetForImageClassification. These can be reduced: ViT, DeiT, .*encoders.md"),
         (cut, "could not be loaded"),
     ):

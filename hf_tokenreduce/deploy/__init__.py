@@ -1,4 +1,4 @@
-"""Models as graphs that a runtime serves: `export` writes them, `load_exported` runs them."""
+"""Deploy models as graphs for a runtime: `export` writes graphs, `load_exported` loads them."""
 
 from .exported import ExportedModel, is_exported, load_exported
 from .exporting import export

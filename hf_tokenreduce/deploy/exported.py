@@ -1,4 +1,4 @@
-"""Exported models in their runtimes."""
+"""`load_exported` and `is_exported`: exported models, and how to run them in their runtimes."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,13 @@ RECORD = "export.json"
 
 
 class ExportedModel:
-    """A graph in its runtime, which takes any number of images.
+    """An exported graph in its runtime. It takes any number of images. `load_exported` makes it.
 
-    config: the stock model's, with its labels
-    image_processor: the model's, or None if it was exported without
-    record: what `export` said of it
+    Attributes:
+        folder: Folder of the exported model.
+        config: Configuration of the stock model, with its labels.
+        image_processor: Image processor of the model. None: the model was exported without it.
+        record: The content of `export.json`, as `export` returned it.
     """
 
     def __init__(self, folder: Path, config: Any, image_processor: Any, record: dict[str, Any], run: Any, size: Any):
@@ -28,14 +30,14 @@ class ExportedModel:
         self._run, self._size = run, size
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Compute logits, or features, of pixel values (B, C, H, W)."""
+        """Compute logits (B, classes), or features, from pixel values (B, C, H, W)."""
         return self.with_counts(inputs)[0]
 
     def with_counts(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Also tell how many tokens leave the last layer, (B,)."""
+        """Compute logits or features, and the number of tokens that leave the last layer, (B,)."""
         shape, given = self.record["shape"], list(inputs.shape)
         if given[1:] != shape or not len(inputs):
-            raise ValueError(f"The graph takes inputs of the shape (any number, {str(shape)[1:-1]}), got {given}.")
+            raise ValueError(f"The graph takes inputs of shape (any number, {str(shape)[1:-1]}), got {given}.")
         size = self._size or len(inputs)
         found = [self._run_part(part, size) for part in inputs.float().split(size)]
         main = torch.cat([outputs[0] for outputs in found])
@@ -44,6 +46,7 @@ class ExportedModel:
         return main, torch.cat([outputs[1][:, -1] for outputs in found])
 
     def _run_part(self, part: Tensor, size: int) -> list[Tensor]:
+        """Run the graph on at most `size` inputs. Fewer inputs are filled up with copies of the last one."""
         if len(part) == size:
             return self._run(part)
         filled = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
@@ -51,7 +54,14 @@ class ExportedModel:
 
 
 def is_exported(folder: str | Path) -> bool:
-    """Whether a folder holds what `export` wrote."""
+    """Return whether a folder holds a model that `export` wrote.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Whether it has an `export.json`.
+    """
     return (Path(folder) / RECORD).is_file()
 
 
@@ -63,19 +73,20 @@ def load_exported(
     dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> ExportedModel:
-    """Load a folder that `export` wrote.
+    """Load a model that `export` wrote.
 
     Args:
-        folder (`str` or `Path`): The folder.
-        threads (`int`, *optional*): Number of CPU threads. By default the runtime decides; for the formats torch and
-            aoti torch's own setting holds.
-        batch_size (`int`, *optional*): How many images it will mostly be given. OpenVINO is faster if it knows.
-        dtype (`str`): `"float32"`, or for OpenVINO `"bfloat16"`, which is faster and less exact.
-        trust_remote_code (`bool`): Needed for the formats torch and aoti: loading such a file may run code that is in
-            it. Graphs of ONNX and OpenVINO hold none.
+        folder (`str` or `Path`): Folder of the exported model.
+        threads (`int`, *optional*): Number of CPU threads. By default the runtime decides. The formats torch and aoti
+            always use torch's own setting.
+        batch_size (`int`, *optional*): Number of images that you usually pass at once. OpenVINO is faster if it knows
+            this number.
+        dtype (`str`): `"float32"`, or for OpenVINO also `"bfloat16"`, which is faster and less exact.
+        trust_remote_code (`bool`): Allow the formats torch and aoti. Loading such a file may run code that is in it.
+            ONNX and OpenVINO graphs hold no code.
 
     Returns:
-        `ExportedModel`: Called with pixel values it returns logits, or features.
+        `ExportedModel`: Call it with pixel values. It returns logits, or features.
 
     Example:
         >>> model = load_exported("vit-tome-openvino", threads=2)
@@ -83,7 +94,9 @@ def load_exported(
     """
     folder = Path(folder)
     if not is_exported(folder):
-        raise ValueError(f"{folder} has no {RECORD}: it is no exported model. Make one: tokenreduce export.")
+        raise ValueError(
+            f"{folder} has no {RECORD}, so it is not an exported model. Export a model with tokenreduce export."
+        )
     try:
         record = json.loads((folder / RECORD).read_text())
         format, size = record["format"], record["batch_size"]
@@ -92,8 +105,8 @@ def load_exported(
     check_format(format)
     if FORMATS[format].is_code and not trust_remote_code:
         raise ValueError(
-            f"{folder} has a graph of the format {format}, which may run code when it is loaded. If you trust whoever "
-            "made it, pass trust_remote_code=True (--trust-remote-code)."
+            f"{folder} has a graph of the format {format}, which may run code when it is loaded. If you trust the "
+            "person who made it, pass trust_remote_code=True (--trust-remote-code)."
         )
     if dtype != "float32" and (dtype != "bfloat16" or format != "openvino"):
         raise ValueError(f"dtype={dtype!r} is not possible in the format {format}. Leave it out.")

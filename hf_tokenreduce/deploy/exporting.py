@@ -1,4 +1,4 @@
-"""`export`: a model as a graph that a runtime serves."""
+"""`export`: write a model as a graph for a runtime."""
 
 import copy
 import json
@@ -23,12 +23,13 @@ from .quantize import MOST_IMAGES, PACKAGES, quantize
 from .readme import readme
 
 
-TOLERANCE = 1e-4  # of the largest value, between the runtime and PyTorch in float32
-LITTLE_AGREEMENT = 0.9  # of the images in one class, below which 8 bits are warned of
-# What was tried and does not come out right, by the name of the stock class.
+# Largest allowed difference between the runtime and PyTorch in float32, relative to the largest value.
+TOLERANCE = 1e-4
+LITTLE_AGREEMENT = 0.9  # export warns if fewer images get the same class in 8 bits
+# Stock classes whose graph was tried and does not work, with the reason.
 NO_GRAPH = {
-    "LlavaModel": "its graph takes one number of images only",
-    "LlavaForConditionalGeneration": "its graph takes one number of images only",
+    "LlavaModel": "its graph takes only one fixed number of images",
+    "LlavaForConditionalGeneration": "its graph takes only one fixed number of images",
     "Dinov2Backbone": "torch.export cannot follow how it makes its maps",
     "Dinov2WithRegistersBackbone": "torch.export cannot follow how it makes its maps",
     "DINOv3ViTBackbone": "torch.export cannot follow how it makes its maps",
@@ -48,27 +49,31 @@ def export(
     images: Tensor | str | Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a model as a graph for a runtime, and check it there.
+    """Write a model as a graph for a runtime, and check the graph there.
 
-    The folder holds the graph, a stock configuration with the labels, the image processor, and a README that says how
-    to run it. `load_exported` runs it.
+    The folder gets the graph, a stock configuration with the labels, the image processor, and a README that says how
+    to run the graph. `load_exported` loads the folder. If the graph's outputs differ from PyTorch's by more than 1e-4
+    of the largest value, nothing is written.
 
     Args:
         model (`PreTrainedModel`): A stock model that can be reduced, or a reduced one.
         folder (`str` or `Path`): The new folder.
-        image_processor: The model's, which is saved beside it. Also needed if `images` is a folder.
+        image_processor: Image processor of the model, which is saved in the folder. It is needed if `images` is a
+            folder.
         format (`str`): `"onnx"` for ONNX Runtime, `"openvino"` for OpenVINO, `"torch"` for a program of torch.export,
-            `"aoti"` for the same compiled by AOTInductor for this kind of processor.
-        batch_size (`int`, *optional*): The number of images that the graph takes. By default any number; a method that
-            decides for each image how many tokens it keeps takes one image at a time.
-        int8 (`bool`): Compute the layers that have weights in 8 bits, with ranges from `images`. For OpenVINO only.
-        images (`Tensor`, `str` or `Path`, *optional*): What the graph is checked on, and 8 bits are fitted to: pixel
-            values, or a folder of images. By default noise.
+            or `"aoti"` for such a program compiled by AOTInductor for this kind of processor.
+        batch_size (`int`, *optional*): Number of images that the graph takes. By default any number. With an adaptive
+            method, which decides for each image how many tokens it keeps, the graph always takes one image.
+        int8 (`bool`): Compute the layers that have weights in 8 bits, with ranges from `images`. OpenVINO only.
+        images (`Tensor`, `str` or `Path`, *optional*): Images on which the graph is checked, and to which 8 bits are
+            fitted: pixel values, or a folder of images. By default noise.
         overwrite (`bool`): Replace the model that is in the folder.
 
     Returns:
-        `dict`: What `export.json` in the folder holds: `format`, `output`, `batch_size`, and `largest_difference` to
-        PyTorch in units of the largest value; with `int8` the share of the images with the same class instead.
+        `dict`: The content of `export.json` in the folder: `format`, `output`, `batch_size` and others. The entry
+            `largest_difference` is the difference to PyTorch relative to the largest value. With `int8` there is
+            `same_class` instead, the share of the images that get the same class as in float32; for a model of
+            features it is `cosine`.
 
     Example:
         >>> model = reduce_tokens(model, "tome", share=0.65)
@@ -79,7 +84,7 @@ def export(
     most = MOST_IMAGES if int8 else 5
     given = None if images is None else load_pixel_values(model, images, image_processor, max_images=most).cpu()
     if model.dtype != torch.float32 or model.device.type != "cpu":
-        model = copy.deepcopy(model).float().cpu()  # graphs are for the CPU, in float32
+        model = copy.deepcopy(model).float().cpu()  # graphs compute on the CPU, in float32
     whole = Outputs(model)
     inputs = _inputs(model, given, max(batch_size or 0, 5))
     with evaluating(model), torch.no_grad():
@@ -118,8 +123,7 @@ def export(
 
 
 class Outputs(nn.Module):
-    """Return the tensor that users read of all that a model returns, and the number of tokens that leave each layer
-    if images differ in it."""
+    """A model that returns only its main output, and the tokens that leave each layer if images differ in them."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -133,6 +137,7 @@ class Outputs(nn.Module):
         return (found, output.token_counts) if self.tells_counts else found
 
     def main(self, inputs: Tensor) -> Tensor:
+        """Return the main output alone, on the CPU."""
         return main_output(self.side(inputs)).cpu()
 
 
@@ -140,20 +145,22 @@ def _check(model: Any, format: str, batch_size: int | None, int8: bool, images: 
     """Raise an error that says what to do, or return the number of images that the graph takes."""
     if int8 and format in FORMATS and format != "openvino":
         raise ValueError(
-            f"8 bits are for OpenVINO, and the format is {format}. Give format='openvino', or leave out int8."
+            f"8 bits work only in OpenVINO, but the format is {format}. Give format='openvino', or leave out int8."
         )
     check_format(format, True, PACKAGES if int8 else ())
     if stock_name(model) is None:
         raise ValueError(f"A {type(model).__name__} cannot be exported. {what_can_be_reduced()}")
     reason = NO_GRAPH.get(type(model).__name__.removeprefix(PREFIX))
     if type(model).__name__ == "ViTMAEModel":
-        reason = "it shuffles its patches by chance; reduce_tokens(model, None) does not, and can be exported"
+        reason = "it shuffles its patches at random. Export reduce_tokens(model, None), which does not"
     if reason is not None:
         raise ValueError(f"A {type(model).__name__} cannot be exported: {reason}.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if int8 and images is None:
-        raise ValueError("8 bits are fitted to images: give images, a folder of 100 or more of the kind to come.")
+        raise ValueError(
+            "8 bits are fitted to images. Give images=, a folder of 100 or more images of the kind that you expect."
+        )
     reduction = getattr(model.config, "reduction", None)
     method = method_of(reduction)
     reason = method.why_not(reduction)
@@ -163,14 +170,14 @@ def _check(model: Any, format: str, batch_size: int | None, int8: bool, images: 
         return batch_size
     if batch_size not in (None, 1):
         raise ValueError(
-            f"{method.title} keeps another number of tokens of every image, so its graph takes one image at a time: "
-            f"leave out batch_size={batch_size}, or give 1."
+            f"{method.title} keeps a different number of tokens of each image, so its graph takes one image at a "
+            f"time. Leave out batch_size={batch_size}, or give 1."
         )
     return 1
 
 
 def _inputs(model: PreTrainedModel, given: Tensor | None, count: int) -> Tensor:
-    """Images to check with: those given, as often as needed, or noise."""
+    """Return `count` images to check the graph with: the given ones, repeated as needed, or noise."""
     if given is not None:
         return given.repeat(-(-count // len(given)), *[1] * (given.ndim - 1))[:count].float()
     encoder = encoder_of(model)
@@ -179,7 +186,7 @@ def _inputs(model: PreTrainedModel, given: Tensor | None, count: int) -> Tensor:
 
 
 def _even_count(model: PreTrainedModel, inputs: Tensor) -> int | None:
-    """The tokens that leave the last layer, if it is one number for all images."""
+    """Return the number of tokens that leave the last layer. None: images differ in it."""
     reduction = getattr(model.config, "reduction", None)
     if reduction is None:
         return encoder_of(model).embed(inputs).shape[1]
@@ -189,19 +196,19 @@ def _even_count(model: PreTrainedModel, inputs: Tensor) -> int | None:
 
 
 def _compare(whole: Outputs, inputs: Tensor, format: str, place: Path, batch_size: int | None) -> dict[str, Any]:
-    """Run the graph on batches; raise a ValueError unless it computes what the model computes."""
+    """Run the graph on batches. Raise a ValueError if its outputs differ from the model's."""
     run = FORMATS[format].open(place, None, None, "float32")
     sizes = (1, 2, len(inputs)) if batch_size is None else (batch_size,)
     batches = [inputs[:size] for size in sizes] if batch_size is None else list(inputs.split(batch_size))
     differences = []
     for batch in batches:
         if batch_size in (None, len(batch)):
-            ours = whole.main(batch)
-            differences.append((run(batch)[0] - ours).abs().max() / ours.abs().max())
-    largest = torch.stack(differences).max().item()  # not a number, if one of them is not
+            expected = whole.main(batch)
+            differences.append((run(batch)[0] - expected).abs().max() / expected.abs().max())
+    largest = torch.stack(differences).max().item()  # nan if any of them is nan
     if not largest <= TOLERANCE:
         raise ValueError(
-            f"The exported graph differs from the model by {largest:.1e} of the largest value, above {TOLERANCE}. "
+            f"The exported graph differs from the model by {largest:.1e} of the largest value, more than {TOLERANCE}. "
             "Nothing was written."
         )
     return {"batch_sizes": list(sizes), "largest_difference": largest}
@@ -210,24 +217,27 @@ def _compare(whole: Outputs, inputs: Tensor, format: str, place: Path, batch_siz
 def _compare_classes(
     whole: Outputs, images: Tensor, count: int, format: str, place: Path, batch_size: int | None
 ) -> dict[str, Any]:
-    """Say how far 8 bits are from float32 on the images they were fitted to, the first `count` of the images."""
+    """Compare 8 bits with float32 on the first `count` images, to which the 8 bits were fitted."""
     run = FORMATS[format].open(place, None, None, "float32")
     parts = images.split(batch_size or 1)
-    theirs = torch.cat([run(part)[0] for part in parts])[:count]
-    ours = torch.cat([whole.main(part) for part in parts])[:count]
-    if not theirs.isfinite().all():
-        raise ValueError("In 8 bits the model gives numbers that are not finite. Nothing was written.")
-    if theirs.ndim == 2:
-        same = (theirs.argmax(dim=1) == ours.argmax(dim=1)).double().mean().item()
+    small = torch.cat([run(part)[0] for part in parts])[:count]
+    full = torch.cat([whole.main(part) for part in parts])[:count]
+    if not small.isfinite().all():
+        raise ValueError(
+            "In 8 bits the outputs of the model are not finite. Nothing was written. Leave out int8, or give other "
+            "images."
+        )
+    if small.ndim == 2:
+        same = (small.argmax(dim=1) == full.argmax(dim=1)).double().mean().item()
         if same < LITTLE_AGREEMENT:
             logger.warning(
-                f"In 8 bits the model predicts the same class as in float32 for {same:.0%} of the {len(ours)} images. "
-                "Give more images, or leave out int8."
+                f"In 8 bits the model predicts the same class as in float32 for only {same:.0%} of the {len(full)} "
+                "images. Give more images, or leave out int8."
             )
-        return {"same_class": same, "images": len(ours)}
-    return {"cosine": torch.cosine_similarity(theirs.flatten(1), ours.flatten(1)).mean().item(), "images": len(ours)}
+        return {"same_class": same, "images": len(full)}
+    return {"cosine": torch.cosine_similarity(small.flatten(1), full.flatten(1)).mean().item(), "images": len(full)}
 
 
 def _input_name(model: Any) -> str:
-    """The name of the input: `pixel_values`, of audio models `input_values`."""
+    """Return the name of the input: `input_values` for audio models, else `pixel_values`."""
     return "input_values" if getattr(model, "main_input_name", "") == "input_values" else "pixel_values"

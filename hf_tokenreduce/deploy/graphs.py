@@ -1,7 +1,7 @@
-"""The formats of graphs: what each needs, how it is written, and how its runtime is called.
+"""The formats of graphs: what each format needs, how it is written, and how its runtime is called.
 
-A graph takes one tensor of inputs, (B, ...), and gives one or two: logits or features (B, ...), and, where an image
-decides how many tokens it keeps, the number that leaves each layer, (B, L).
+A graph takes one tensor of inputs, (B, ...). It returns logits or features, (B, ...), and for adaptive methods also
+the number of tokens that leave each layer, (B, L).
 """
 
 import functools
@@ -24,18 +24,25 @@ from torch.export import ExportedProgram
 
 
 OPSET = 20
-INT64, BOOL = 7, 9  # ONNX' numbers for types
+INT64, BOOL = 7, 9  # numbers of these types in ONNX
 
-REDUCER = "reducer."  # how the names of what a method's own networks compute begin, in ONNX and OpenVINO
+REDUCER = "reducer."  # in ONNX and OpenVINO, the names of all nodes of a method's own networks begin with this
 
 Run = Callable[[Tensor], list[Tensor]]
-"""Run a graph once, on as many inputs as it takes."""
+"""A function that runs a graph once, on as many inputs as it takes."""
 
 
 class Format(NamedTuple):
-    """writes, runs: the packages that writing and running need, by the names that are imported. extra: what of this
-    package brings them, "" for none. file: the graph. is_code: whether loading it may run code that it holds. open:
-    (folder, threads, number of inputs or None, dtype) -> how to run it."""
+    """A format of graphs.
+
+    Attributes:
+        writes: Packages that are needed to write it, by their import names.
+        runs: Packages that are needed to run it, by their import names.
+        extra: Extra of this package that installs them. "": none is needed.
+        file: Name of the graph's file.
+        is_code: Whether loading the file may run code that it holds.
+        open: Opens a graph: (folder, number of threads, number of inputs or None, dtype) -> a function that runs it.
+    """
 
     writes: tuple[str, ...]
     runs: tuple[str, ...]
@@ -46,25 +53,25 @@ class Format(NamedTuple):
 
 
 def trace(module: nn.Module, inputs: Tensor, batch_size: int | None) -> ExportedProgram:
-    """Trace a module that gives a tensor or a tuple of them. batch_size: None for any number of inputs."""
+    """Trace a module that returns a tensor or a tuple of tensors, for `batch_size` inputs. None: any number."""
     example = inputs[: 2 if batch_size is None else batch_size]
     free = ({0: torch.export.Dim.DYNAMIC},) if batch_size is None else None
     with torch.no_grad(), quietly():
         try:
             program = torch.export.export(module, (example,), dynamic_shapes=free, strict=False)
-        except (UserError, RuntimeError) as error:  # what depends on numbers of an image, most of all
+        except (UserError, RuntimeError) as error:  # mostly because something depends on the values of an image
             raise ValueError(
-                f"torch.export cannot follow the model ({_first_line(error)}). If it has a method of your own, let "
-                "its shapes not depend on what an image shows, or export it for one image: batch_size=1."
+                f"torch.export cannot follow the model ({_first_line(error)}). If it has a method of your own, make "
+                "sure that no shape depends on the content of an image, or export it for one image with batch_size=1."
             ) from error
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # paths of our files on this machine
+            node.meta.pop("stack_trace", None)  # it has paths of the files on this machine
     return program
 
 
 def write(program: ExportedProgram, format: str, folder: Path, input_name: str, outputs: list[str]) -> None:
-    """Write a graph of a format into a folder."""
+    """Write a traced program into a folder as a graph of a format."""
     file = folder / FORMATS[format].file
     if format == "torch":
         torch.export.save(program, file)
@@ -82,7 +89,7 @@ def write(program: ExportedProgram, format: str, folder: Path, input_name: str, 
 
 
 def to_openvino(onnx_file: Path, file: Path) -> None:
-    """Write the graph of an ONNX file for OpenVINO, in float32."""
+    """Convert an ONNX file to a graph for OpenVINO, in float32."""
     openvino = importlib.import_module("openvino")
     with quietly():
         openvino.save_model(openvino.convert_model(onnx_file), file, compress_to_fp16=False)
@@ -104,14 +111,14 @@ def _write_onnx(program: ExportedProgram, file: Path, input_name: str, outputs: 
             lacking = re.search(r"No ONNX function found for <OpOverload\(op='(.+?)', overload='(.+?)'", str(error))
             why = f"ONNX has no {lacking[1]}.{lacking[2]}" if lacking else _first_line(error)
             raise ValueError(
-                f"The model cannot be written as ONNX, from which OpenVINO's graphs are made too: {why}. Let the "
-                "method do without that operation, or take the format torch."
+                f"The model cannot be written as ONNX, from which OpenVINO graphs are made too: {why}. Write the "
+                "method without that operation, or use the format torch."
             ) from error
         assert found is not None
         for node in found.model.graph:
             if ".reducer" in node.metadata_props.get("pkg.torch.onnx.name_scopes", ""):
                 node.name = REDUCER + str(node.name)
-            node.metadata_props.clear()  # of our modules and of torch's, which no runtime reads
+            node.metadata_props.clear()  # it is about modules of Python, and no runtime reads it
         found.save(file)
 
 
@@ -121,8 +128,10 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """What exporters say of other packages and of themselves is of no use to users; what they raise is. Nor do they
-    tell their makers what users do, which OpenVINO's converter and NNCF else do, by a process of its own each time."""
+    """Hide the messages of exporters, which are of no use to users, but not their errors. Also turn off telemetry.
+
+    OpenVINO's converter and NNCF would otherwise start a process each time to report what the user does.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "nncf")]
     levels = [logger.level for logger in loggers]
     sender: Any = None
@@ -145,9 +154,11 @@ def quietly() -> Iterator[None]:
 
 
 def _translations() -> dict[Any, Any]:
-    """What ONNX does for operations that torch does not translate, or not well. Its TopK puts the lower index first
-    of equal values, as a stable sort does; by torch's own translation the largest is searched for twice, for its
-    value and for its place."""
+    """Return ONNX translations of operations that torch does not translate, or translates badly.
+
+    Among equal values, ONNX's TopK puts the lower index first, as a stable sort does. Torch's own translation of `max`
+    searches twice, once for the value and once for its place.
+    """
     op = importlib.import_module("onnxscript").opset18
 
     def axis(number: int) -> Any:
@@ -162,14 +173,14 @@ def _translations() -> dict[Any, Any]:
         return (values, places) if keepdim else (op.Squeeze(values, axis(dim)), op.Squeeze(places, axis(dim)))
 
     def highest_so_far(self: Any, dim: int) -> Any:
-        """(B, N): for each number the highest up to it, and its place."""
+        """Return for each number the highest one up to it, and its place: (B, N) -> two (B, N)."""
         count = op.Gather(op.Shape(self), axis(1))
         up_to_it = op.Cast(op.Trilu(op.Expand(1.0, op.Concat(count, count, axis=0)), upper=0), to=BOOL)
         seen = op.Where(up_to_it, op.Unsqueeze(self, axis(1)), float("-inf"))
         return op.ReduceMax(seen, axis(2), keepdims=0), op.ArgMax(seen, axis=2, keepdims=0, select_last_index=1)
 
     def places_in_sorted(sorted_sequence: Any, self: Any) -> Any:
-        """(B, G): how many of the sorted (B, N) are below each number."""
+        """Count how many sorted values are below each number: sorted (B, N), numbers (B, G) -> (B, G)."""
         below = op.Less(op.Unsqueeze(sorted_sequence, axis(1)), op.Unsqueeze(self, axis(2)))
         return op.ReduceSum(op.Cast(below, to=INT64), axis(2), keepdims=0)
 
@@ -184,7 +195,7 @@ def _translations() -> dict[Any, Any]:
 def _open_onnx(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
-    # Else its threads wait busily for the next call, and slow whatever runs in between.
+    # Otherwise its threads wait busily for the next call, and slow down what runs in between.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -210,18 +221,19 @@ def openvino_core() -> Any:
 
 def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:
     core = openvino_core()
-    # Its own default may be bfloat16, by which numbers differ in the second digit.
+    # OpenVINO's own default may be bfloat16, where numbers differ in the second digit.
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     graph = core.read_model(folder / "openvino_model.xml")
     if batch_size is not None and graph.input().partial_shape[0].is_dynamic:
-        # With a number known beforehand, no operator has to find the shape of its output in every call.
+        # With a known number of images, no operator has to compute the shape of its output in every call.
         graph.reshape([batch_size, *[size.get_length() for size in list(graph.input().partial_shape)[1:]]])
     compiled = core.compile_model(graph, "CPU", options)
     request = compiled.create_infer_request()
 
-    def run(inputs: Tensor, kept: Any = (graph, compiled)) -> list[Tensor]:  # a request needs them
+    # The default keeps the two objects alive, because a request needs them.
+    def run(inputs: Tensor, kept: Any = (graph, compiled)) -> list[Tensor]:
         found = request.infer([inputs.float().cpu().numpy()])
         return [torch.from_numpy(found[output].copy()) for output in found]
 
@@ -252,9 +264,9 @@ FORMATS = {
 
 
 def check_format(format: str, writes: bool = False, more: tuple[str, ...] = ()) -> None:
-    """Raise a ValueError if there is no such format, an ImportError if packages that run it are missing, or `more`.
+    """Raise a ValueError if there is no such format, or an ImportError if packages are missing that run it.
 
-    writes: also those that write it
+    With `writes` the packages that write it must be there too, and so must the packages `more`.
     """
     if format not in FORMATS:
         raise ValueError(f"There is no format {format!r}. The formats are: {', '.join(FORMATS)}.")
@@ -267,4 +279,6 @@ def check_format(format: str, writes: bool = False, more: tuple[str, ...] = ()) 
             f"{' '.join(missing)}."
         )
     if writes and format == "aoti" and shutil.which("g++") is None and shutil.which("clang++") is None:
-        raise ValueError("The format aoti compiles C++, and there is no compiler here. Install g++, or take torch.")
+        raise ValueError(
+            "The format aoti compiles C++, but there is no compiler here. Install g++, or use the format torch."
+        )

@@ -1,4 +1,4 @@
-"""Graphs of OpenVINO in 8 bits: weights and activations of the layers that have weights."""
+"""Convert OpenVINO graphs to 8 bits: weights and activations of the layers that have weights."""
 
 import importlib
 import os
@@ -15,10 +15,10 @@ MOST_IMAGES = 300
 
 
 def quantize(graph_file: Path, inputs: Tensor, batch_size: int | None = None) -> None:
-    """Replace a graph by one of 8 bits, whose ranges come from inputs (n, ...), as many at once as the graph takes.
+    """Replace a graph by one in 8 bits, with ranges from inputs (n, ...), run `batch_size` at once.
 
-    Products without weights stay in float: those of attention, and those by which methods compare and choose tokens.
-    So do the networks by which a method decides.
+    Products without weights stay in float: the products of attention, and those with which methods compare and choose
+    tokens. The networks with which a method decides stay in float too.
     """
     nncf, openvino = importlib.import_module("nncf"), importlib.import_module("openvino")
     graph = openvino_core().read_model(graph_file)
@@ -33,7 +33,7 @@ def quantize(graph_file: Path, inputs: Tensor, batch_size: int | None = None) ->
             subset_size=len(parts),
             ignored_scope=nncf.IgnoredScope(names=in_float, validate=False),
         )
-    # Beside it first: the graph that was read still looks into its file.
+    # Write another file first: the graph that was read still reads from its own file.
     beside = graph_file.with_name("small.xml")
     openvino.save_model(small, beside, compress_to_fp16=False)
     for suffix in (".xml", ".bin"):
@@ -41,6 +41,7 @@ def quantize(graph_file: Path, inputs: Tensor, batch_size: int | None = None) ->
 
 
 def _stays_in_float(node: Any) -> bool:
+    """Return whether a node is a product without weights, or a product in a method's own network."""
     if node.get_type_name() != "MatMul":
         return False
     sources = [place.get_source_output().get_node() for place in node.inputs()]

@@ -1,4 +1,4 @@
-"""The README of an exported model: what it is, and the lines that run it."""
+"""The README of an exported model: what the model is, and the lines of code that run it."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from ..convert import stock_name
 from ..methods import method_of
 
 
-# How it reads what goes in, by the input's name.
+# Code that reads the input, by the name of the input.
 READ = {
     "pixel_values": """from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
@@ -24,6 +24,7 @@ config, processor = AutoConfig.from_pretrained("."), AutoFeatureExtractor.from_p
 sound = numpy.zeros(16000, dtype="float32")  # one channel, 16,000 numbers a second
 inputs = processor([sound]{times}, sampling_rate=16000, return_tensors="{kind}")["input_values"]""",
 }
+# Code that runs the graph, by its format.
 RUN = {
     "onnx": """import onnxruntime
 
@@ -43,10 +44,12 @@ answer = torch._inductor.aoti_load_package("model.pt2")(inputs)""",
 
 
 def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> str:
-    """Write the README of an exported model, from what its export.json says."""
+    """Return the text of the README of an exported model, from the content of its export.json."""
     reduction = getattr(model.config, "reduction", None)
     what = (
-        "no reduction" if reduction is None else f"{method_of(reduction).title}, `{json.dumps(reduction.to_dict())}`"
+        "without token reduction"
+        if reduction is None
+        else f"reduced by {method_of(reduction).title}, `{json.dumps(reduction.to_dict())}`"
     )
     name, size, of_torch = found["input"], found["batch_size"], found["format"] in ("torch", "aoti")
     times, kind = "" if size in (None, 1) else f" * {size}", "pt" if of_torch else "np"
@@ -55,24 +58,25 @@ def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> str:
     if of_torch and found["tokens"] is None:
         run += "[0]"
     last = "print(config.id2label[int(answer[0].argmax())])" if found["output"] == "logits" else "print(answer.shape)"
-    number = "Any number of inputs make a batch." if size is None else f"A batch has {size} input{'s' * (size > 1)}."
+    number = "takes any number of inputs at once" if size is None else f"takes {size} input{'s' * (size > 1)} at once"
     if found["int8"]:
         checked = (
-            f"Layers with weights compute in 8 bits. On the {found['images']} images that these were fitted to "
-            + (f"{found['same_class']:.1%} have the same class as in float32." if "same_class" in found
-               else f"the mean cosine to the features in float32 is {found['cosine']:.4f}.")
+            f"Layers with weights compute in 8 bits, fitted to {found['images']} images. On these images "
+            + (f"{found['same_class']:.1%} of the predicted classes are the same as in float32."
+               if "same_class" in found
+               else f"the mean cosine between the features and those in float32 is {found['cosine']:.4f}.")
         )  # fmt: skip
     else:
         checked = (
-            f"Checked against PyTorch on batches of {', '.join(map(str, found['batch_sizes']))}: the largest "
-            f"difference is {found['largest_difference']:.1e} of the largest value."
+            f"The graph was compared with PyTorch on batches of {', '.join(map(str, found['batch_sizes']))}. The "
+            f"largest difference is {found['largest_difference']:.1e} of the largest value."
         )
     if found["opset"]:
-        checked += f" ONNX opset {found['opset']}."
+        checked += f" The ONNX opset is {found['opset']}."
     return f"""# {folder.name}
 
-A {stock_name(model)} as a graph, with {what}. {number} Their size is fixed.
-In this folder:
+This is a {stock_name(model)} as a graph, {what}. The graph {number}. The size of an input is fixed.
+Run this in the folder:
 
 ```python
 {read}

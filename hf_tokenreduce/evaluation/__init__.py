@@ -1,4 +1,4 @@
-"""Evaluation: what a reduction costs in accuracy and what it saves, by arithmetic and by the clock."""
+"""Evaluation: measure what a reduction costs in accuracy, and what it saves in multiply-adds and in time."""
 
 from .accuracy import AccuracyReport, evaluate_model
 from .compare import compare, default_reductions, facts_for

@@ -1,4 +1,4 @@
-"""`evaluate_model`: accuracy on labelled images beside the model before reduction, image by image."""
+"""`evaluate_model`: accuracy on labelled images, compared image by image with the model before reduction."""
 
 import math
 from collections.abc import Sequence
@@ -29,16 +29,28 @@ NUM_RESAMPLES = 10_000
 
 @dataclass
 class AccuracyReport:
-    """Accuracies and their differences are in percent, intervals are of 95 %.
+    """The accuracy of a model, and what the model costs. Accuracies are in percent, and intervals cover 95 %.
 
-    top1_interval: Wilson's, of what other images of the kind would give
-    baseline_top1: of the model before reduction; `drop` is that less `top1`, and `drop_interval` a paired bootstrap's:
-        most of what makes accuracy vary from one set of images to another is common to both models
-    agreement: percent of the images for which both predict the same class
-    became_right, became_wrong: rows of the data set that only this model, or only the other, gets right
-    tokens: that leave the last layer, over images; `tokens_per_layer` are means
-    multiply_adds: of the whole model, over images; `mult_adds_ratio` is the share of its encoder's that is kept
-    per_image: rows of the data set, their classes, what was predicted first by both, tokens and multiply-adds
+    Attributes:
+        images: Number of images.
+        method: Name of the reduction method. None: the model is not reduced.
+        settings: Fields of the method's configuration.
+        top1: Top-1 accuracy.
+        top1_interval: Wilson's interval of `top1`, for other images of the same kind.
+        top5: Top-5 accuracy.
+        tokens: Number of tokens that leave the last layer: mean, quantiles, least and most over the images.
+        tokens_per_layer: Mean number of tokens that leave each layer.
+        multiply_adds: Multiply-adds of the whole model, summarised over the images like `tokens`.
+        mult_adds_ratio: Share of the encoder's multiply-adds that is kept.
+        baseline_top1: Top-1 accuracy of the model before reduction.
+        drop: `baseline_top1` minus `top1`.
+        drop_interval: Interval of `drop` by a paired bootstrap. It pairs the two models image by image, because most
+            of the variation between two sets of images is the same for both models.
+        agreement: Percentage of the images for which both models predict the same class.
+        became_right: Rows of the data set that only this model gets right.
+        became_wrong: Rows of the data set that only the model before reduction gets right.
+        per_image: One value per image: rows of the data set, labels, first predictions of both models, tokens and
+            multiply-adds.
     """
 
     images: int
@@ -60,7 +72,7 @@ class AccuracyReport:
     per_image: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but `per_image`."""
+        """Return all fields but `per_image`."""
         values = asdict(self)
         del values["per_image"]
         return values
@@ -79,20 +91,36 @@ def evaluate_model(
     label_column: str = "label",
     progress: bool = True,
 ) -> AccuracyReport:
-    """Accuracy of a classifier, reduced or not.
+    """Measure the accuracy of a classifier, reduced or not.
 
-    model: an image classifier, or a model of images and texts with class names, from `zero_shot_classifier`.
-    dataset: images with their classes, such as an image folder. A class is named by a label of the model, or begins
-        with its index: `0001_n01443537`.
-    dense: what to compare with: a model, which goes through the images beside this one, or the report that it got
-        on the same images. None: `restore(model)`; of a model that is not reduced, no comparison.
-    output_dir: what was measured is kept there as it comes, and the report in `report.json` at the end. Called again
-        after a crash, only what is missing is computed. What another model, data set or processor left there is a
-        `ValueError`.
-    num_workers: processes that read images
+    Processes of `accelerate launch` or `torchrun` share the images. Each process has the model on its own device, and
+    each gets the report of all images. Their `output_dir` must be on a file system that all of them share.
 
-    Processes of `accelerate launch` or `torchrun` share the images; each brings the model on its own device, and each
-    gets the report of all images. Their `output_dir` is on a file system they share.
+    Args:
+        model: An image classifier, or the result of `zero_shot_classifier` for a model of images and texts.
+        dataset: Images with their classes, such as an image folder. The name of a class is a label of the model, or
+            begins with its index: `0001_n01443537`.
+        processor: The image processor of the model.
+        dense: What to compare with. Either a model, which runs on the same images, or the report that
+            `evaluate_model` returned for that model on the same images. By default `restore(model)`. A model that is
+            not reduced is compared with nothing by default.
+        batch_size: Number of images per batch.
+        output_dir: Folder that keeps each result as it comes, and at the end the report in `report.json`. If you call
+            again after a crash, only the missing images are computed.
+        num_workers: Number of processes that read images.
+        image_column: Column of the data set that holds the images.
+        label_column: Column of the data set that holds the classes.
+        progress: Show a progress bar.
+
+    Returns:
+        The report. Its `per_image` has one row per image.
+
+    Raises:
+        ValueError: `output_dir` holds results of another model, data set or processor.
+
+    Example:
+        >>> report = evaluate_model(reduce_tokens(model, ToMeConfig(r=13)), photos, processor)
+        >>> report.top1, report.drop, report.drop_interval
     """
     check_data(dataset, batch_size, image_column=image_column, label_column=label_column)
     _check_model(model)
@@ -100,14 +128,19 @@ def evaluate_model(
     labels = [classes[label] if classes else label for label in dataset.with_format(None)[label_column]]
     highest = model.config.num_labels - 1
     if any(label is None or not 0 <= label <= highest for label in labels):
-        raise ValueError(f"The labels must be classes of the model, 0 to {highest}. Leave out images without a class.")
+        raise ValueError(
+            f"The labels must be classes of the model, which are 0 to {highest}. Leave out images without a class."
+        )
     given, beside = None, None
     if isinstance(dense, AccuracyReport):
         given = _given_predictions(dense, len(dataset))
     elif dense is not None:
         beside = dense
         if dense.config.id2label != model.config.id2label:
-            raise ValueError("The classes of dense are others than the model's, or in another order: compare its own.")
+            raise ValueError(
+                "The classes of dense differ from the classes of the model, or they are in another order. Give the "
+                "dense form of the same model."
+            )
     elif getattr(model.config, "reduction", None) is not None:
         beside = converted(model, restore)
 
@@ -129,27 +162,28 @@ def evaluate_model(
     with evaluating(*models), torch.no_grad():
         for rows, pixel_values in parts:
             records.add(_record(model, beside, rows, pixel_values))
-    found = records.gather()
+    results = records.gather()
     num_tokens = tokens_entering(model, sample_pixels(dataset, processor, image_column, 1))
-    report = _report(model, found, labels, given, num_tokens)
+    report = _report(model, results, labels, given, num_tokens)
     records.finish(report.to_dict())
     return report
 
 
 def class_indices(dataset: Dataset, label_column: str, label2id: dict[str, int]) -> list[int]:
-    """For each class of the data set its index in the model. Empty: the column holds indices and no names."""
+    """Return the model's index of each class of a data set. It is empty if the column has indices and no names."""
     names = getattr(dataset.features[label_column], "names", None)
     return [class_index(name, label2id) for name in names or []]
 
 
 def class_index(name: str, label2id: dict[str, int]) -> int:
+    """Return the model's index of a class, by its label or by the index that the name begins with."""
     if name in label2id:
         return int(label2id[name])
     index = name.split("_")[0]
     if not index.isdecimal() or int(index) >= len(label2id):
         raise ValueError(
-            f"The class {name!r} is no label of the model, nor does it begin with the index of one. Rename its folder "
-            f"to one of {', '.join(list(label2id)[:5])}, ... or to an index and anything, such as 0001_{name}."
+            f"The class {name!r} is not a label of the model, and does not begin with the index of a label. Rename "
+            f"its folder to one of {', '.join(list(label2id)[:5])}, ... or put an index in front, as in 0001_{name}."
         )
     return int(index)
 
@@ -163,15 +197,16 @@ def wilson_interval(correct: float, count: int, z: float = 1.959964) -> tuple[fl
 
 
 def paired_bootstrap(right: np.ndarray, was_right: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Of the drop in accuracy, in percent, for images drawn anew: bool (n,) twice.
+    """Compute the 95 % interval of the drop in accuracy, in percent: two bool (n,) -> (low, high).
 
-    An image can only count -1, 0 or 1, so that drawing how many of each there are is drawing images, and fast for any
-    number of them.
+    Each image counts -1, 0 or 1. Drawing how many images count which is the same as drawing the images themselves,
+    and it is fast for any number of images.
     """
     count = len(right)
     lost, gained = int((was_right & ~right).sum()), int((right & ~was_right).sum())
     if not lost and not gained:
-        unseen = 100 * (1 - 0.025 ** (1 / count))  # as many could flip, and none of them be among these
+        # None of these images flips. With a larger share of flips, the chance to see none would be below 2.5 %.
+        unseen = 100 * (1 - 0.025 ** (1 / count))
         return -unseen, unseen
     shares = [lost / count, gained / count, (count - lost - gained) / count]
     drawn = np.random.default_rng(seed).multinomial(count, shares, size=NUM_RESAMPLES)
@@ -180,13 +215,13 @@ def paired_bootstrap(right: np.ndarray, was_right: np.ndarray, seed: int = 0) ->
 
 
 def check_finite(outputs: Tensor, rows: Sequence[int], what: str = "model") -> None:
-    """Raise a ValueError that names the first image for which the numbers are not finite: they would rank anyhow."""
+    """Raise a ValueError that names the first image whose outputs are not finite. `topk` would rank them silently."""
     broken = ~outputs.flatten(1).isfinite().all(dim=1)
     if broken.any():
         row = rows[int(broken.nonzero()[0, 0])]
         raise ValueError(
-            f"What the {what} computes for row {row} of the data set is not finite. Its weights are broken, the image "
-            "processor is (image_std of 0?), or a half type overflows: load it in float32."
+            f"What the {what} computes for row {row} of the data set is not finite. Maybe its weights are broken, the "
+            "image processor is wrong (is image_std 0?), or a half type overflows. Try to load it in float32."
         )
 
 
@@ -208,9 +243,9 @@ def _record(model: Any, dense: Any, rows: list[int], pixel_values: Tensor) -> Pr
 
 
 def costs_of(model: PreTrainedModel, counts: Tensor, num_tokens: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a report says of a model's method and of its costs, and of those what is known per image.
+    """Return the fields of a report about the method and the costs, and the costs per image.
 
-    counts: long (n, L), the tokens that leave each layer; `num_tokens` enter the model.
+    counts (n, L), long: tokens that leave each layer. `num_tokens` is how many enter the model.
     """
     reduction = getattr(model.config, "reduction", None)
     multiplied = total_multiply_adds(model, counts, num_tokens=num_tokens)
@@ -226,15 +261,15 @@ def costs_of(model: PreTrainedModel, counts: Tensor, num_tokens: int) -> tuple[d
 
 
 def _report(
-    model: Any, found: dict[int, dict[str, Any]], labels: list[int], given: Tensor | None, num_tokens: int
+    model: Any, results: dict[int, dict[str, Any]], labels: list[int], given: Tensor | None, num_tokens: int
 ) -> AccuracyReport:
     from .metrics.accuracy.accuracy import top_k_hits
     from .metrics.agreement.agreement import agreement, flips
 
-    rows = sorted(found)
+    rows = sorted(results)
     truth = np.array([labels[row] for row in rows])
-    ranked = np.array([found[row]["ranked"] for row in rows])
-    costs, per_image = costs_of(inside(model), torch.tensor([found[row]["tokens"] for row in rows]), num_tokens)
+    ranked = np.array([results[row]["ranked"] for row in rows])
+    costs, per_image = costs_of(inside(model), torch.tensor([results[row]["tokens"] for row in rows]), num_tokens)
     right = top_k_hits(ranked, truth)
     per_image = {
         "rows": torch.tensor(rows),
@@ -250,17 +285,17 @@ def _report(
         per_image=per_image,
         **costs,
     )
-    if given is None and "dense" in found[rows[0]]:
-        given = torch.tensor([found[row]["dense"] for row in rows])
+    if given is None and "dense" in results[rows[0]]:
+        given = torch.tensor([results[row]["dense"] for row in rows])
     if given is not None:
-        theirs = given.numpy()
-        was_right = top_k_hits(theirs, truth)
+        dense_classes = given.numpy()
+        was_right = top_k_hits(dense_classes, truth)
         report.baseline_top1 = 100 * float(was_right.mean())
         report.drop = report.baseline_top1 - report.top1
         report.drop_interval = paired_bootstrap(right, was_right)
-        report.agreement = 100 * agreement(ranked[:, 0], theirs)
+        report.agreement = 100 * agreement(ranked[:, 0], dense_classes)
         report.became_right, report.became_wrong = (
-            per_image["rows"][torch.from_numpy(which)].tolist() for which in flips(ranked[:, 0], theirs, truth)
+            per_image["rows"][torch.from_numpy(which)].tolist() for which in flips(ranked[:, 0], dense_classes, truth)
         )
         per_image["dense_predictions"] = given
     return report
@@ -269,8 +304,8 @@ def _report(
 def _given_predictions(report: AccuracyReport, num_rows: int) -> Tensor:
     if report.images != num_rows or "predictions" not in report.per_image:
         raise ValueError(
-            f"dense is a report on {report.images} images, the data set has {num_rows}. Give the one that "
-            "evaluate_model returned for the same images, as it returned it, or the model itself."
+            f"dense is a report on {report.images} images, and the data set has {num_rows} images. Give the report "
+            "that evaluate_model returned for the same images, unchanged, or give the model itself."
         )
     return report.per_image["predictions"]
 
@@ -285,6 +320,6 @@ def _check_model(model: Any) -> None:
         )
     if task is not None and task != "image-classification":
         raise ValueError(
-            f"A {type(model).__name__} predicts no classes, so it has no accuracy. What a reduction costs its "
-            "features is measured by tokenreduce compare, or hf_tokenreduce.evaluation.compare."
+            f"A {type(model).__name__} predicts no classes, so it has no accuracy. To measure what a reduction does "
+            "to its features, use tokenreduce compare or hf_tokenreduce.evaluation.compare."
         )

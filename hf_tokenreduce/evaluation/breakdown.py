@@ -1,4 +1,4 @@
-"""Where the time of a forward goes: attention, linears, the method's decisions, moving tokens, the rest."""
+"""Where the time of a forward pass goes: attention, linear layers, the method's decisions, moving tokens, the rest."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from ..modeling.encoders import encoder_of
 from ..tasks import image_side
 
 
-# The first of these that an operation lies in: a projection that a score needs is scoring, not linear.
+# An operation counts for the first of these parts that it lies in. A projection inside scoring is scoring, not linear.
 PARTS = ("moving", "scoring", "linear", "attention")
 HOOKS = ("before_encoder", "select_queries", "after_attention", "after_layer")
 MOVES = ("apply_map", "mix", "move", "pad", "unpad")
@@ -24,16 +24,28 @@ PREFIX = "hf_tokenreduce::"
 
 
 def breakdown(model: PreTrainedModel, pixel_values: Tensor, repeats: int = 3) -> dict[str, float]:
-    """Shares of the time of a forward, which sum to 1.
+    """Measure the share of the time that each part of a forward pass takes. The shares sum to 1.
 
-    attention: its products and softmax
-    linear: its projections, and the MLP with its activation
-    scoring: what the method computes to decide: scores, similarities, matching, sorting
-    moving: applying the decision to hidden states, sizes and maps
-    other: embedding, norms, residuals, head
+    torch.profiler measures the time: the time of the kernels on CUDA, else the time of the CPU, Python included.
+    Profiling itself takes time, most of all for small operations. So the shares say where to look, and the benchmark
+    says how long a forward pass takes.
 
-    By torch.profiler: on CUDA of the time of the kernels, else of the CPU, Python included. Profiling costs time
-    itself, the more the smaller the operations are: the shares say where to look, the benchmark how long it takes.
+    Args:
+        model: The model, stock or reduced.
+        pixel_values: Images (B, C, H, W).
+        repeats: Number of forward passes that are profiled.
+
+    Returns:
+        The share of each part:
+
+        - `attention`: products and softmax of the attention.
+        - `linear`: projections of the attention, and the MLP with its activation.
+        - `scoring`: what the method computes to decide: scores, similarities, matching, sorting.
+        - `moving`: applying the decision to hidden states, sizes and maps.
+        - `other`: embedding, norms, residuals, head.
+
+    Example:
+        >>> breakdown(model, pixel_values)["scoring"]
     """
     cuda = pixel_values.is_cuda
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -56,8 +68,8 @@ def breakdown(model: PreTrainedModel, pixel_values: Tensor, repeats: int = 3) ->
 
 
 def _part_of(event: Any) -> str | None:
-    """The part that an event's own time belongs to; None for what is no part of a forward."""
-    if event.device_type != DeviceType.CPU:  # kernels count by the operations that launched them
+    """Return the part that an event's own time counts for. None: the event is not inside a forward pass."""
+    if event.device_type != DeviceType.CPU:  # a kernel counts for the operation that launched it
         return None
     labels = set()
     while event is not None:
@@ -71,8 +83,10 @@ def _part_of(event: Any) -> str | None:
 
 @contextmanager
 def labelled(model: PreTrainedModel) -> Iterator[None]:
-    """While it lasts, the parts of the model, stock or reduced, carry their name in a profile. Nothing it computes is
-    changed, and afterwards everything is as it was."""
+    """Give the parts of a model, stock or reduced, their names in a profile, for the duration of a `with` block.
+
+    The model computes the same, and afterwards everything is as it was.
+    """
     with ExitStack() as stack:
         encoder = encoder_of(model)
         for layer in encoder.layers:
@@ -91,8 +105,10 @@ def labelled(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _movers(model: nn.Module) -> list[tuple[Any, str]]:
-    """The functions that move tokens, in every module that a class of the model was written in. (A model loaded from
-    a repository has its own copy of them.)"""
+    """List the functions that move tokens, in every module that defines a class of the model.
+
+    A model that was loaded from a repository has its own copies of these functions.
+    """
     written_in = {part.__module__ for module in model.modules() for part in type(module).__mro__}
     found = []
     for name in sorted(written_in):

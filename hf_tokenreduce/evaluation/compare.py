@@ -1,4 +1,4 @@
-"""`compare`: one model, one data set, many settings: tables and a picture of what each costs and saves."""
+"""`compare`: measure many settings of one model on one data set, and write tables and a picture of the results."""
 
 import json
 import sys
@@ -71,28 +71,47 @@ def compare(
     runtime: str = "eager",
     progress: bool = True,
 ) -> Comparison:
-    """Measure the dense model and each reduction of it; write table.md, results.csv, results.json, pareto.png and
-    pareto.svg into `output_dir`.
+    """Measure the dense model and each reduction of it, and write tables and pictures.
 
-    model: a classifier, stock or reduced, for accuracy; so is a `zero_shot_classifier`. Of an encoder without a
-        classifier, or a model of images and texts as it is, features are compared: `evaluate_features`. A reduction
-        that it has already is measured with what it has learned.
-    dataset: with labels; features are compared without them too.
-    reductions: settings, and names of methods, which run at each of the `shares` of the multiply-adds. None: every
-        method that runs untrained, as by `default_reductions`. Those that learn from images are calibrated without
-        labels on `calibration_images` images, evenly spread over `calibration_dataset` or else over `dataset`; LTMP to
-        its `target`. What cannot run yet, such as DL-ViT without a trained filter, is left out, and says why.
-    tuned: settings that a search found, shown beside the others and in lines of their own: `tuning.held_out_from`.
-    bank: where features are compared, labelled images whose neighbours vote, such as those for training. None: those
-        of `dataset`, each without itself.
-    speed: also time each setting in turn with the dense model, on images of the data set, `speed_batch_size` (None:
-        `batch_size`) at once, `repeats` times.
-    runtime: where both are timed: "eager", "compiled", "onnx", "openvino" or "openvino-int8". Quality is
-        always that of PyTorch. What cannot run there, such as a method that decides for each image how many tokens it
-        keeps in a graph of several images, has no speed.
+    `output_dir` gets table.md, results.csv, results.json, pareto.png and pareto.svg. Every result is kept as it comes,
+    in results.jsonl and, image by image, in `settings/`. If you call again, also with more reductions, only what is
+    missing is measured. `compare` runs in one process; `evaluate_model` can use any number of them.
 
-    Every result is kept as it comes, in results.jsonl and, image by image, in `settings/`. Called again, also with
-    more reductions, only what is missing is measured. It runs in one process; `evaluate_model` in any number.
+    Args:
+        model: A classifier or a `zero_shot_classifier`, for accuracy. For an encoder without a classifier, or a plain
+            model of images and texts, features are compared as by `evaluate_features`. If the model is reduced, its
+            own reduction is measured with what it has learned.
+        dataset: Images with labels. Features can also be compared without labels.
+        processor: The image processor of the model.
+        reductions: Settings, and names of methods. A method that is given by name runs at each of the `shares`. By
+            default every method that runs untrained, see `default_reductions`. A setting that cannot run yet, such as
+            DL-ViT without a trained filter, is left out with the reason.
+        shares: Shares of the multiply-adds to keep, for methods that are given by name.
+        tuned: Settings that a search found, from `tuning.held_out_from`. They get lines of their own.
+        output_dir: Folder for the results.
+        bank: Labelled images whose neighbours vote where features are compared, such as the training images. By
+            default the images of `dataset`, each without itself.
+        batch_size: Number of images per batch.
+        num_workers: Number of processes that read images.
+        image_column: Column of the data set that holds the images.
+        label_column: Column of the data set that holds the classes.
+        calibration_images: Number of images on which methods that learn from images are calibrated, without labels.
+            LTMP is calibrated to its `target`.
+        calibration_dataset: Where these images come from, evenly spread. By default `dataset`.
+        speed: Also time each setting in turn with the dense model, on images of the data set.
+        speed_batch_size: Number of images per batch when time is measured. By default `batch_size`.
+        repeats: Number of times that each setting is timed.
+        runtime: Where time is measured: `"eager"`, `"compiled"`, `"onnx"`, `"openvino"` or `"openvino-int8"`. Accuracy
+            is always measured in PyTorch. A setting that cannot run there has no speed, for example an adaptive method
+            in a graph of several images.
+        progress: Show progress bars.
+
+    Returns:
+        The comparison: one row per setting, the dense model first.
+
+    Example:
+        >>> comparison = compare(model, photos, processor, ["tome", EViTConfig()], output_dir="comparison")
+        >>> print(comparison.to_markdown())
     """
     of_features = is_of_features(model, bank)
     columns = {"image_column": image_column, **({} if of_features else {"label_column": label_column})}
@@ -166,7 +185,7 @@ def compare(
                 row |= {"skipped": reason, "settings": reduction and reduction.to_dict(), "top1": None}
                 logger.warning(f"{name} is left out: {reason}")
             else:
-                if dense_report is None:  # read, not computed, if it is there already
+                if dense_report is None:  # if it is in the folder already, this only reads it
                     dense_report = measured(dense, key_of(None, ""), None)
                 report = dense_report if reduction is None else measured(reduced, key, dense_report)
                 row |= report.to_dict()
@@ -177,8 +196,8 @@ def compare(
                 row |= timed(inside(reduced), inside(dense), images, speed_batch_size, repeats, runtime)
             append_line(folder / "results.jsonl", row)
             done[key] = json.loads(json.dumps(row))
-        found = {"name": f"{name}, tuned", "label": f"{method_of(reduction).title}, tuned"}
-        rows.append(done[key] | (found if reduction in tuned else {}))
+        tuned_names = {"name": f"{name}, tuned", "label": f"{method_of(reduction).title}, tuned"}
+        rows.append(done[key] | (tuned_names if reduction in tuned else {}))
     comparison = Comparison(rows, folder)
     write_comparison(
         comparison, f"{Path(config.name_or_path or type(inside(model)).__name__).name}, {len(dataset)} images"
@@ -189,30 +208,30 @@ def compare(
 def _tell_how_long(
     model: PreTrainedModel, dataset: Dataset, processor: Any, image_column: str, batch_size: int, settings: int
 ) -> None:
-    """Print about how long it will take, by the time of one batch through the dense model."""
+    """Print an estimate of the total time, from the time of one batch through the dense model."""
     begin = time.perf_counter()
     pixels = sample_pixels(dataset, processor, image_column, batch_size).to(model.device)
     reading = time.perf_counter() - begin
     with evaluating(model), torch.no_grad():
         computing = min(seconds_of(partial(image_side(model), pixels), model.device) for _ in range(2))
     minutes = max(0, settings) * len(dataset) / len(pixels) * (reading + computing) / 60
-    told = f"{settings} settings on {len(dataset)} images: about {minutes:.0f} min at most, and the timing."
-    tqdm.write(told, sys.stderr)
+    estimate = f"{settings} settings on {len(dataset)} images take at most about {minutes:.0f} min, without timing."
+    tqdm.write(estimate, sys.stderr)
 
 
 def facts_for(
     model: PreTrainedModel | ZeroShotClassifier, dataset: Dataset, processor: Any, image_column: str = "image"
 ) -> EncoderFacts:
-    """The facts of a model's encoder on images as they are prepared, which may be of another size than its own.
+    """Return the facts of a model's encoder for prepared images, whose size may differ from the model's own.
 
     Args:
-        model: Stock or reduced.
-        dataset (`Dataset`): The images, of which one is looked at.
-        processor: What prepares them.
-        image_column: Where they are.
+        model: The model, stock or reduced.
+        dataset (`Dataset`): The images. Only one of them is read.
+        processor: The image processor of the model.
+        image_column: Column of the data set that holds the images.
 
     Returns:
-        `EncoderFacts`, which `default_reductions` takes.
+        `EncoderFacts`, which you can pass to `default_reductions`.
 
     Example:
         >>> settings = default_reductions(facts_for(model, photos, processor), [0.6])
@@ -228,19 +247,21 @@ def default_reductions(
     pixel_values: Tensor | None = None,
     names: Sequence[Any] | None = None,
 ) -> list[ReductionConfig]:
-    """Settings of every method that runs untrained, to be tried on a checkpoint.
+    """List settings of every method that runs untrained, to try them on a checkpoint.
 
     Args:
-        config: Of the model, or the facts of its encoder.
-        shares: The shares of the multiply-adds that settings are to keep.
-        model, pixel_values: The model and images, on which methods are fitted to the shares whose cost depends on the
-            images. Without them such methods have settings of their own: ATS samples from all tokens, from half and
+        config: Configuration of the model, or the facts of its encoder.
+        shares: Shares of the multiply-adds that the settings keep.
+        model: The model. Methods whose cost depends on the images are fitted to the shares on it and on
+            `pixel_values`. Without it such methods have fixed settings: ATS samples from all tokens, from half and
             from a quarter of them.
-        names: The methods to take. None: all.
+        pixel_values: Images for this fit.
+        names: Names of the methods to take. By default all.
 
     Returns:
-        `list`: The settings. Those that cannot keep so little, or cannot run in this encoder, are left out, and the
-            log says why. Layers are those the methods have on 12 layers, moved in proportion.
+        `list`: The settings. The layers are those that the methods reduce in a model of 12 layers, scaled to the depth
+            of this model. A setting that cannot keep so little, or cannot run in this encoder, is left out, and the
+            log says why.
 
     Example:
         >>> settings = default_reductions(model.config, [0.8, 0.5])
@@ -271,7 +292,7 @@ def default_reductions(
 def _with_usual(
     reductions: Sequence[Any], usual: list[ReductionConfig], shares: Sequence[float]
 ) -> list[ReductionConfig | dict[str, Any] | None]:
-    """The settings with those of a method in the place of its name."""
+    """Return the settings, where each name of a method is replaced by the settings of that method."""
     found: list[Any] = []
     for reduction in reductions:
         if not isinstance(reduction, str):
@@ -298,13 +319,13 @@ def _fits(setting: ReductionConfig, facts: EncoderFacts) -> bool:
 
 
 def describe(reduction: ReductionConfig | None) -> str:
-    """Name a setting shortly, by what differs from the method's defaults.
+    """Give a setting a short name, from the fields that differ from the method's defaults.
 
     Args:
-        reduction: The setting. None: nothing is reduced.
+        reduction: The setting. None stands for the dense model.
 
     Returns:
-        `str`: The method's title and its settings.
+        `str`: The title of the method and its settings.
 
     Example:
         >>> describe(ToMeConfig(r=13))
@@ -329,35 +350,39 @@ def describe(reduction: ReductionConfig | None) -> str:
 
 
 def is_of_features(model: Any, bank: Dataset | None) -> bool:
+    """Return whether features are compared, because the model predicts no classes."""
     if not isinstance(model, ZeroShotClassifier) and task_of_model(model).name != "image-classification":
         check_features_model(model)
         return True
     if bank is not None:
-        raise ValueError("bank is for comparing features, and this model predicts classes itself. Leave it out.")
+        raise ValueError("bank is for comparing features, but this model predicts classes itself. Leave bank out.")
     return False
 
 
 def reduced_as(model: Any, reduction: ReductionConfig | None) -> Any:
+    """Return a model or classifier with another reduction, in eval mode."""
     return converted(model, lambda one: with_reduction(one, reduction).eval())
 
 
 def labelled_digest(dataset: Dataset, image_column: str, label_column: str) -> str:
+    """Return the digest of a data set and its labels, if it has labels."""
     labelled = label_column in dataset.column_names
     return digest_of_data(dataset, image_column, list(dataset.with_format(None)[label_column]) if labelled else [])
 
 
 def why_it_cannot_run(model: Any, facts: EncoderFacts) -> str | None:
+    """Return why a reduced model cannot run on images of this size, or None if it can."""
     reduction = model.config.reduction
     method = method_of(reduction)
     if not method.any_image_size and facts.grid != facts_of(model.config).grid:
-        return "its networks are made for images of the model's own size, and these are of another"
+        return "its networks are made for images of the model's own size, and these images have another size"
     return method.why_not(reduction)
 
 
 def calibrate_once(
     model: PreTrainedModel, file: Path, source: Dataset, processor: Any, image_column: str, most: int
 ) -> str | None:
-    """Learn what the method needs, or read what was learned before. Returns why it could not be."""
+    """Calibrate a model, or read what it learned before. Returns why calibration failed, or None."""
     parameters = {name: p for name, p in model.named_parameters() if ".reducer." in name}
     if file.is_file():
         known = load_file(file)
@@ -376,7 +401,7 @@ def calibrate_once(
 
 
 def conditions_of(model: PreTrainedModel, batch_size: int, repeats: int, runtime: str) -> dict[str, Any]:
-    """Times of other conditions do not go into one table."""
+    """Return the conditions of a timing. Times of different conditions must not go into one table."""
     return {
         "batch_size": batch_size,
         "repeats": repeats,
@@ -396,6 +421,7 @@ def timed(
     repeats: int,
     runtime: str,
 ) -> dict[str, Any]:
+    """Time a model in turn with the dense one. All values are None if there are no images or it cannot run there."""
     names = ("images_per_second", "dense_images_per_second", "speedup", "speedup_interval", "speed_batch_size")
     if images is None:
         return dict.fromkeys(names)
@@ -418,6 +444,7 @@ def timed(
 
 
 def key_of(reduction: ReductionConfig | None, learned: str) -> str:
+    """Return the name under which the results of a setting are kept; `learned` is a digest of what it has learned."""
     how = None if reduction is None else reduction.to_dict()
     name = "dense" if reduction is None else str(reduction.method)
     return f"{name}-{digest([json.dumps(how, sort_keys=True).encode(), learned.encode()])[:12]}"

@@ -33,19 +33,28 @@ FEATURE_COLUMNS = (
 
 @dataclass
 class Comparison:
-    """rows: a record per setting, the dense model's first, with the keys that `pareto_plot` reads; a setting that was
-    left out has the reason under `skipped`. folder: where the files are."""
+    """The results of `compare`.
+
+    Attributes:
+        rows: One record per setting, the dense model first. `pareto_plot` reads these records. A setting that was left
+            out has the reason under `skipped`.
+        folder: Folder that holds the files.
+    """
 
     rows: list[dict[str, Any]]
     folder: Path
 
     @property
     def of_features(self) -> bool:
-        """Whether features were compared, instead of a classifier's accuracy."""
+        """Whether features were compared, not the accuracy of a classifier."""
         return any("pooled_cosine" in row for row in self.rows)
 
     def to_markdown(self) -> str:
-        """Images/s are the speed-up, measured beside the dense model each time, times its median rate."""
+        """Return the table in Markdown.
+
+        Each setting was timed in turn with the dense model. Its images/s are its speed-up times the dense model's
+        median images/s, so that the rows can be compared.
+        """
         rate = dense_rate(self.rows)
         columns = _columns(self.rows, rate)
         lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -54,8 +63,8 @@ class Comparison:
                 lines.append("| " + " | ".join(cell(row) for cell in columns.values()) + " |")
         voted = next((row for row in self.rows if row.get("knn") is not None), None)
         if voted is not None:
-            alone = f"; {voted['alone']} of the images find none of their class there" if voted["alone"] else ""
-            lines += ["", f"kNN: the {voted['neighbours']} nearest of {voted['bank_images']} images vote{alone}"]
+            alone = f" {voted['alone']} of the images have no image of their class there." if voted["alone"] else ""
+            lines += ["", f"kNN: the {voted['neighbours']} nearest of {voted['bank_images']} images vote.{alone}"]
         if rate is not None:
             how = next(row["speed_settings"] for row in self.rows if row.get("speed_settings"))
             batch = next(row["speed_batch_size"] for row in self.rows if row.get("speed_batch_size"))
@@ -65,7 +74,7 @@ class Comparison:
 
 
 def _columns(rows: list[dict[str, Any]], rate: float | None) -> dict[str, Callable[[dict[str, Any]], str]]:
-    """Head and cells of each column of the table."""
+    """Return for each column of the table its header, and a function that formats its cells."""
 
     def number(name: str, digits: int) -> Callable[[dict[str, Any]], str]:
         return lambda row: "" if row[name] is None else f"{row[name]:.{digits}f}"
@@ -79,7 +88,7 @@ def _columns(rows: list[dict[str, Any]], rate: float | None) -> dict[str, Callab
         columns |= {"top-1 %": known("top1", 1), **differing, "top-5 %": number("top5", 1)}
     elif any(row.get("knn") is not None for row in rows):
         columns |= {"kNN %": known("knn", 1), **differing}
-    elif any(row.get("agreement_interval") is not None for row in rows):  # of images without labels
+    elif any(row.get("agreement_interval") is not None for row in rows):  # the images have no labels
         columns |= {"same as dense %": known("agreement", 1)}
     if any("pooled_cosine" in row for row in rows):
         columns |= {"cosine, pooled": number("pooled_cosine", 4), "cosine, patches": number("patch_cosine", 4)}

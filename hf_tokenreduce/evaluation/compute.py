@@ -1,8 +1,8 @@
-"""Multiply-adds of a whole model, by arithmetic and counted on the real forward, and its parameters.
+"""Count the multiply-adds of a whole model, by arithmetic or on a real forward pass, and its parameters.
 
-A multiply-add is what papers on vision transformers call a FLOP: DeiT-S has 4.6 G of them, whose floating-point
-operations would be twice as many. Here the patch embedding and the head are counted too, as papers do; the share of a
-reduction that `hf_tokenreduce.modeling.multiply_adds` speaks of is that of the encoder's layers alone.
+Papers on vision transformers call a multiply-add a FLOP: DeiT-S has 4.6 G of them. The number of floating-point
+operations is twice as high. The counts here include the patch embedding and the head, as in papers. The share that
+`hf_tokenreduce.modeling.multiply_adds` computes for a reduction is about the encoder's layers alone.
 """
 
 from collections.abc import Iterator
@@ -23,17 +23,26 @@ from ..modes import evaluating
 from ..tasks import image_side, task_of_model
 
 
-# Children of larger models that do not read the encoder, or not once per image.
+# Parts of larger models that do not read the encoder, or do not run once per image.
 OTHER_PARTS = ("text_", "language_", "lm_head", "multi_modal", "neck", "head")
 
 
 def measured_multiply_adds(model: PreTrainedModel, pixel_values: Tensor, *, progress: bool = False) -> Tensor:
-    """Multiply-adds of each image, embedding and head included, as torch's counter sees them in the forward: (B,)
-    float64.
+    """Count the multiply-adds of each image with torch's counter in a real forward pass, embedding and head included.
 
-    The images go through the model one by one, so that each has its own count where a batch would share one. Attention
-    is computed in plain products meanwhile, because the counter does not know every fused kernel; what is multiplied
-    is the same.
+    The images go through the model one by one, so that each has its own count. Attention runs as plain matrix
+    products meanwhile, because the counter does not know every fused kernel. The number of products is the same.
+
+    Args:
+        model: The model, stock or reduced.
+        pixel_values: Images (B, C, H, W).
+        progress: Show a progress bar.
+
+    Returns:
+        The multiply-adds of each image: (B,), float64.
+
+    Example:
+        >>> measured_multiply_adds(model, pixel_values).mean()
     """
     if pixel_values.ndim != 4 or len(pixel_values) == 0:
         raise ValueError(f"pixel_values must be (B, C, H, W) with B above 0, got {tuple(pixel_values.shape)}.")
@@ -55,15 +64,27 @@ def total_multiply_adds(
     *,
     as_in_papers: bool = False,
 ) -> Tensor:
-    """The same by arithmetic: nothing runs. (B,) float64.
+    """Compute the multiply-adds of each image by arithmetic, without running the model, embedding and head included.
 
-    token_counts: long (B, L), as a reduced model returns them. None: those of a method that keeps the same number of
-        every image, or of a dense model; then B is 1. Adaptive methods cannot say, and raise a `ValueError`.
-    reduction: a method configuration or its dictionary form, instead of the one the model has. So a dense model
-        answers what it would cost, before anything is reduced.
-    num_tokens: that enter the model, prefix tokens included. None: those of an image of the model's own size.
-    as_in_papers: count the whole last layer. By default a reduced classifier that reads prefix tokens alone is counted
-        as it computes: without queries, output projection and MLP of the patches there.
+    Args:
+        model: The model, stock or reduced.
+        token_counts: Tokens that leave each layer, long (B, L), as a reduced model returns them. By default the counts
+            of a dense model or of a method that keeps the same number of tokens in every image; then B is 1.
+        reduction: A method configuration, or its dictionary form, to use instead of the model's own. With it you can
+            ask a dense model what it would cost after a reduction.
+        num_tokens: Number of tokens that enter the model, prefix tokens included. By default that of an image of the
+            model's own size.
+        as_in_papers: Count the whole last layer. By default a reduced classifier that reads only prefix tokens is
+            counted as it really computes: its last layer has no queries, output projection and MLP for the patches.
+
+    Returns:
+        The multiply-adds of each image: (B,), float64.
+
+    Raises:
+        ValueError: The method is adaptive and `token_counts` is missing. Its cost depends on the images.
+
+    Example:
+        >>> total_multiply_adds(model, reduction=ToMeConfig(r=13)).item()
     """
     facts = facts_of(model.config)
     is_dense = reduction is None and not type(model).__name__.startswith(PREFIX)
@@ -83,7 +104,16 @@ def total_multiply_adds(
 
 
 def dense_multiply_adds(model: PreTrainedModel, num_tokens: int | None = None) -> float:
-    """Count the multiply-adds of the whole model without its reduction."""
+    """Compute the multiply-adds of the whole model for one image, without its reduction.
+
+    Args:
+        model: The model, stock or reduced.
+        num_tokens: Number of tokens that enter the model, prefix tokens included. By default that of an image of the
+            model's own size.
+
+    Returns:
+        The multiply-adds, embedding and head included.
+    """
     facts = facts_of(model.config)
     if num_tokens is None:
         num_tokens = facts.num_tokens
@@ -92,8 +122,10 @@ def dense_multiply_adds(model: PreTrainedModel, num_tokens: int | None = None) -
 
 
 def outside_multiply_adds(model: PreTrainedModel, patches: int) -> int:
-    """Count the patch embedding and what reads the encoder's output: pooler, attention pooling, heads. Other parts of
-    a larger model, such as one for text, are not counted."""
+    """Count the multiply-adds of the patch embedding and of what reads the encoder's output: pooler, pooling, heads.
+
+    Other parts of a larger model, such as a text tower, are not counted.
+    """
     encoder = encoder_of(model)
     total = patches * encoder.patch_projection.weight.numel()
     for name, part in model.named_children():
@@ -103,9 +135,10 @@ def outside_multiply_adds(model: PreTrainedModel, patches: int) -> int:
 
 
 def _read_once(part: nn.Module, patches: int, skipped: set[int]) -> int:
+    """Count the multiply-adds of a module that runs once per image."""
     if id(part) in skipped:
         return 0
-    if isinstance(part, nn.MultiheadAttention):  # one query asks all patches
+    if isinstance(part, nn.MultiheadAttention):  # pooling: one query attends to all patches
         return (2 * patches + 2) * part.embed_dim**2 + 2 * patches * part.embed_dim
     if isinstance(part, nn.Linear):
         return part.weight.numel()
@@ -113,22 +146,33 @@ def _read_once(part: nn.Module, patches: int, skipped: set[int]) -> int:
 
 
 def facts_on(model: nn.Module, pixel_values: Tensor) -> EncoderFacts:
-    """The facts of a model's encoder, with the grid of these images, which may be of another size than its own."""
+    """Return the facts of a model's encoder with the grid of these images, whose size may differ from the model's."""
     encoder = encoder_of(model)
     height, width = encoder.patch_size
     return encoder.facts._replace(grid=(pixel_values.shape[-2] // height, pixel_values.shape[-1] // width))
 
 
 def tokens_entering(model: nn.Module, pixel_values: Tensor) -> int:
-    """The tokens of an image of this size that enter the first layer, prefix tokens included."""
+    """Return how many tokens of such an image enter the first layer, prefix tokens included."""
     return facts_on(model, pixel_values).num_tokens
 
 
 def describe_compute(model: PreTrainedModel, pixel_values: Tensor | None = None, *, progress: bool = False) -> dict:
-    """{"parameters", "multiply_adds": their `summary` over the images, "dense_multiply_adds", "share"}.
+    """Describe what a model computes.
 
-    With images it is measured on them; without, by arithmetic, which adaptive methods have no answer for. `share` is
-    the mean over a dense model's, of the whole model.
+    Args:
+        model: The model, stock or reduced.
+        pixel_values: Images (B, C, H, W) on which the multiply-adds are counted. By default they are computed by
+            arithmetic, which is not possible for adaptive methods.
+        progress: Show a progress bar.
+
+    Returns:
+        `dict`: `parameters`, their number; `multiply_adds`, summarised over the images (mean, quantiles, least and
+            most); `dense_multiply_adds`; and `share`, the mean of the multiply-adds divided by the dense model's. All
+            are about the whole model.
+
+    Example:
+        >>> describe_compute(model, pixel_values)["multiply_adds"]["mean"]
     """
     if pixel_values is None:
         counts, tokens = total_multiply_adds(model), None
@@ -145,7 +189,7 @@ def describe_compute(model: PreTrainedModel, pixel_values: Tensor | None = None,
 
 
 def summary(values: Tensor) -> dict[str, float]:
-    """Summarise one number per image: its mean, and what the images have that take the least and the most."""
+    """Summarise one number per image: mean, quantiles, least and most."""
     values = values.double()
     return {
         "mean": values.mean().item(),
@@ -158,6 +202,7 @@ def summary(values: Tensor) -> dict[str, float]:
 
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Temporarily switch to eager attention."""
     implementation = model.config._attn_implementation
     model.config._attn_implementation = "eager"
     try:
@@ -167,14 +212,14 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
-    """Say what a model is: backbone, task, method, settings, tokens per layer, multiply-adds, size.
+    """Describe a model: backbone, task, method, settings, tokens per layer, multiply-adds, size.
 
     Args:
-        model: Stock or reduced.
-        name: What to call it.
+        model: The model, stock or reduced.
+        name: Name of the model in the description.
 
     Returns:
-        `dict`: The entries. `multiply_adds` and `tokens_per_layer` are None where they depend on the image.
+        `dict`: The entries. `multiply_adds` and `tokens_per_layer` are None if they depend on the image.
 
     Example:
         >>> describe_model(model, "vit-tome")["share"]
@@ -206,10 +251,10 @@ def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
         described["tokens_per_layer"] = (
             [tokens] * facts.num_hidden_layers if reduction is None else even_counts(reduction, facts)
         )
-    except ValueError:  # adaptive: both depend on the image
+    except ValueError:  # the method is adaptive: both numbers depend on the image
         return described
     described["multiply_adds"] = round(total_multiply_adds(model).item())
     described["multiply_adds_as_in_papers"] = round(total_multiply_adds(model, as_in_papers=True).item())
-    # Of the encoder, as everywhere; patch embedding and head are in the numbers above.
+    # The share is about the encoder alone, as everywhere. The numbers above include patch embedding and head.
     described["share"] = 1.0 if reduction is None else round(even_share(reduction, facts), 4)
     return described

@@ -1,4 +1,4 @@
-"""`evaluate_features`: what a reduction costs the features of an encoder without a classifier, image by image."""
+"""`evaluate_features`: measure what a reduction does to the features of an encoder without a classifier."""
 
 import base64
 from collections import Counter
@@ -33,18 +33,30 @@ QUERIES_AT_ONCE = 1024
 
 @dataclass
 class FeatureReport:
-    """Accuracies and their differences are in percent, intervals are of 95 %.
+    """The quality of a model's features, and what the model costs. Accuracies are in percent; intervals cover 95 %.
 
-    pooled_cosine: the mean over images of the cosine between the pooled features and the dense model's
-    patch_cosine: the mean over patches and images, of the last hidden states put back on the grid
-    knn: accuracy of the class that the nearest neighbours vote for, if there are labels; `knn_interval` is Wilson's
-    neighbours, bank_images: how many vote, of how many; `alone` images find none of their class among them
-    baseline_knn: of the model before reduction, whose bank are its own features; `drop` is that less `knn`, and
-        `drop_interval` a paired bootstrap's
-    agreement: percent of the images for which both vote for the same class
-    tokens: that leave the last layer, over images; `tokens_per_layer` are means
-    multiply_adds: of the whole model, over images; `mult_adds_ratio` is the share of its encoder's that is kept
-    per_image: pooled features, cosines, tokens and multiply-adds; with labels those, and what was voted for
+    Attributes:
+        images: Number of images.
+        method: Name of the reduction method. None: the model is not reduced.
+        settings: Fields of the method's configuration.
+        tokens: Number of tokens that leave the last layer: mean, quantiles, least and most over the images.
+        tokens_per_layer: Mean number of tokens that leave each layer.
+        multiply_adds: Multiply-adds of the whole model, summarised over the images like `tokens`.
+        mult_adds_ratio: Share of the encoder's multiply-adds that is kept.
+        pooled_cosine: Cosine between the pooled features of the model and of the dense model, as a mean over images.
+        patch_cosine: Cosine between the last hidden states of both models, put back on the grid of patches, as a mean
+            over patches and images.
+        knn: Accuracy of the class that the nearest neighbours vote for. None: there are no labels.
+        knn_interval: Wilson's interval of `knn`.
+        neighbours: Number of neighbours that vote.
+        bank_images: Number of images from which the neighbours are taken.
+        alone: Number of images for which none of these images has the same class.
+        baseline_knn: `knn` of the model before reduction. Its neighbours are found by its own features.
+        drop: `baseline_knn` minus `knn`.
+        drop_interval: Interval of `drop` by a paired bootstrap.
+        agreement: Percentage of the images for which the neighbours by both models vote for the same class.
+        per_image: One value per image: pooled features, cosines, tokens and multiply-adds; with labels also the labels
+            and the classes that were voted for.
     """
 
     images: int
@@ -68,7 +80,7 @@ class FeatureReport:
     per_image: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but `per_image`."""
+        """Return all fields but `per_image`."""
         values = asdict(self)
         del values["per_image"]
         return values
@@ -92,18 +104,23 @@ def evaluate_features(
 
     Args:
         model (`PreTrainedModel`): An encoder without a classifier, such as a `Dinov2Model`, or a model of images and
-            texts such as a `CLIPModel`, of which the image side is looked at. Reduced or not.
+            texts, such as a `CLIPModel`, whose image side is used. It may be reduced or not.
         dataset (`Dataset`): Images. Without a column of labels only cosines are measured.
-        processor: What prepares the images.
-        bank (`Dataset`, *optional*): Labelled images whose neighbours vote. By default those of `dataset`, each
-            without itself.
-        baseline (`FeatureReport`, *optional*): What the model before reduction got on the same images. By default it
-            is measured too.
-        output_dir: What was measured is kept there as it comes, and the report in `report.json` at the end. Called
-            again after a crash, only what is missing is computed.
+        processor: The image processor of the model.
+        bank (`Dataset`, *optional*): Labelled images from which the neighbours are taken. By default those of
+            `dataset`, each without itself.
+        baseline (`FeatureReport`, *optional*): Report of the model before reduction on the same images. By default
+            that model is measured too.
+        batch_size: Number of images per batch.
+        output_dir: Folder that keeps each result as it comes, and at the end the report in `report.json`. If you call
+            again after a crash, only the missing images are computed.
+        num_workers: Number of processes that read images.
+        image_column: Column of the data set that holds the images.
+        label_column: Column of the data set that holds the classes.
+        progress: Show a progress bar.
 
     Returns:
-        `FeatureReport`. Of a model that is not reduced it has no cosines.
+        `FeatureReport`. It has no cosines if the model is not reduced.
 
     Example:
         >>> report = evaluate_features(reduce_tokens(model, ToMeConfig(r=8)), photos, processor)
@@ -115,7 +132,7 @@ def evaluate_features(
     check_data(dataset, batch_size, **columns)
     if bank is not None:
         if not labelled:
-            raise ValueError("bank is for neighbours' classes, but the data set has no labels. Leave it out.")
+            raise ValueError("bank gives the classes of neighbours, but the data set has no labels. Leave bank out.")
         check_data(bank, batch_size, **columns)
     labels, bank_labels = _labels(dataset, bank, label_column) if labelled else (None, None)
     folder = None if output_dir is None else Path(output_dir)
@@ -134,8 +151,8 @@ def evaluate_features(
             )  # fmt: skip
         if baseline.images != len(dataset) or (labelled and "predictions" not in baseline.per_image):
             raise ValueError(
-                f"baseline is a report on {baseline.images} images, the data set has {len(dataset)}. Give the one "
-                "that evaluate_features returned for the same images, as it returned it, or leave it out."
+                f"baseline is a report on {baseline.images} images, and the data set has {len(dataset)} images. Give "
+                "the report that evaluate_features returned for the same images, unchanged, or leave baseline out."
             )
 
     found, done = _extract(model, beside, dataset, processor, labels or [], folder, **options)
@@ -163,12 +180,14 @@ def evaluate_features(
 
 
 def pooled_features(model: PreTrainedModel, output: Any) -> Tensor:
-    """What stands for an image: what the model pools or projects; without that the class token, if that is what its
-    readers read, or else the mean of the patches.
+    """Return one feature vector per image.
+
+    This is what the model pools or projects. A model that does neither gives its class token, if users of the model
+    read that token, else the mean of its patches.
 
     Args:
-        model: A reduced model, which may have no reduction.
-        output: That of `image_side(model)`, with `output_patch_map=True`.
+        model: A model made by `reduce_tokens`, also by `reduce_tokens(model, None)`.
+        output: Output of `image_side(model)`, called with `output_patch_map=True`.
 
     Returns:
         `Tensor` of shape `(batch, features)`, float32.
@@ -185,12 +204,13 @@ def pooled_features(model: PreTrainedModel, output: Any) -> Tensor:
 
 
 def patch_features(model: PreTrainedModel, output: Any) -> Tensor:
-    """The last hidden states on the grid of patches: merged tokens as often as they stand for patches, and where a
-    patch was dropped the mean of the others.
+    """Put the last hidden states back on the grid of patches.
+
+    A merged token is repeated for each of its patches. A dropped patch gets the mean of the others.
 
     Args:
-        model: A reduced model, which may have no reduction.
-        output: That of `image_side(model)`, with `output_patch_map=True`.
+        model: A model made by `reduce_tokens`, also by `reduce_tokens(model, None)`.
+        output: Output of `image_side(model)`, called with `output_patch_map=True`.
 
     Returns:
         `Tensor` of shape `(batch, patches, features)`, float32.
@@ -213,25 +233,25 @@ def nearest_neighbour_classes(
     temperature: float = TEMPERATURE,
     leave_one_out: bool = False,
 ) -> Tensor:
-    """The class that each query's nearest neighbours vote for, with weights `exp(cosine / temperature)`.
+    """Return the class that each query's nearest neighbours vote for, with weights `exp(cosine / temperature)`.
 
     Args:
         queries (`Tensor`): Features of shape `(n, features)`.
         bank (`Tensor`): Features of shape `(m, features)`.
-        labels (`Tensor`): The class of each row of the bank, long.
-        k (`int`): How many neighbours vote, or all there are if they are fewer.
-        temperature (`float`): A lower one lets the nearest decide.
-        leave_one_out (`bool`): The bank is the queries; none votes for itself.
+        labels (`Tensor`): Class of each row of the bank, long.
+        k (`int`): Number of neighbours that vote. If the bank has fewer images, all of them vote.
+        temperature (`float`): Temperature of the weights. With a lower temperature the nearest neighbours decide.
+        leave_one_out (`bool`): Set this if the bank is the queries. Then no query votes for itself.
 
     Returns:
-        `Tensor` of shape `(n,)`, long. Of classes with equal votes it is the first.
+        `Tensor` of shape `(n,)`, long. If classes have equal votes, it is the first of them.
 
     Example:
         >>> classes = nearest_neighbour_classes(features, features, labels, leave_one_out=True)
     """
     k = min(k, len(bank) - leave_one_out)
     if k < 1:
-        raise ValueError("There is no neighbour to vote: give at least one more labelled image.")
+        raise ValueError("There is no neighbour to vote. Give at least one more labelled image.")
     bank, found = F.normalize(bank.double(), dim=-1), []
     for start, some in zip(range(0, len(queries), QUERIES_AT_ONCE), queries.split(QUERIES_AT_ONCE), strict=True):
         cosines = F.normalize(some.double(), dim=-1) @ bank.T
@@ -246,6 +266,7 @@ def nearest_neighbour_classes(
 
 
 def check_features_model(model: PreTrainedModel) -> None:
+    """Raise a ValueError unless the features of this model can be compared."""
     task = task_of_model(model).name
     if task not in TASKS:
         raise ValueError(
@@ -267,7 +288,7 @@ def _extract(
     image_column: str,
     progress: bool,
 ) -> tuple[dict[str, Tensor], Records]:
-    """Measure each row that `folder` lacks: pooled features, tokens of each layer, cosines to a dense model."""
+    """Measure each row that `folder` lacks: pooled features, tokens of each layer, cosines with a dense model."""
     settings = {
         "model": digest_of_model(model),
         "dense": None if dense is None else digest_of_model(dense),
@@ -294,15 +315,15 @@ def _record(model: PreTrainedModel, dense: PreTrainedModel | None, rows: list[in
     check_finite(pooled, rows)
     record = {"rows": rows, "pooled": list(map(_encoded, pooled.cpu())), "tokens": output.token_counts.tolist()}
     if dense is not None:
-        theirs = image_side(dense)(pixel_values, output_patch_map=True)
-        cosines = F.cosine_similarity(patch_features(model, output), patch_features(dense, theirs), dim=-1)
-        record["pooled_cosine"] = F.cosine_similarity(pooled, pooled_features(dense, theirs), dim=-1).tolist()
+        of_dense = image_side(dense)(pixel_values, output_patch_map=True)
+        cosines = F.cosine_similarity(patch_features(model, output), patch_features(dense, of_dense), dim=-1)
+        record["pooled_cosine"] = F.cosine_similarity(pooled, pooled_features(dense, of_dense), dim=-1).tolist()
         record["patch_cosine"] = cosines.mean(dim=1).tolist()
     return record
 
 
 def _encoded(features: Tensor) -> str:
-    """Every bit of them, in a quarter of the letters that digits would take."""
+    """Encode features without loss, in a quarter of the characters that decimal digits would take."""
     return base64.b64encode(features.numpy().astype("<f4").tobytes()).decode()
 
 
@@ -316,16 +337,20 @@ def _labels(dataset: Dataset, bank: Dataset | None, label_column: str) -> tuple[
     voting = labels if bank is None else list(bank.with_format(None)[label_column])
     if any(not isinstance(label, int) or label < 0 for label in (*labels, *voting)):
         raise ValueError(
-            f"The column {label_column!r} must hold a class, from 0, of each image. Leave out images without one, or "
-            "the column: dataset.remove_columns(...)."
+            f"The column {label_column!r} must hold a class, from 0, of each image. Leave out the images without a "
+            "class, or leave out the column: dataset.remove_columns(...)."
         )
     named = getattr(dataset.features[label_column], "names", None)
     if bank is not None and getattr(bank.features[label_column], "names", None) != named:
-        raise ValueError("The classes of bank are others than the data set's, or in another order: use the same.")
+        raise ValueError(
+            "The classes of bank differ from the classes of the data set, or they are in another order. Use the same "
+            "classes in the same order."
+        )
     return labels, voting
 
 
 def _count_votes(report: FeatureReport, votes: Tensor, truth: Tensor, baseline: FeatureReport | None) -> None:
+    """Add to a report what the votes say: accuracy, and its drop from the baseline."""
     from .metrics.agreement.agreement import agreement
 
     right = (votes == truth).numpy()
@@ -333,9 +358,9 @@ def _count_votes(report: FeatureReport, votes: Tensor, truth: Tensor, baseline: 
     report.knn_interval = wilson_interval(int(right.sum()), len(right))
     report.per_image |= {"labels": truth, "predictions": votes}
     if baseline is not None:
-        theirs = baseline.per_image["predictions"]
-        was_right = (theirs == truth).numpy()
+        dense_votes = baseline.per_image["predictions"]
+        was_right = (dense_votes == truth).numpy()
         report.baseline_knn = 100 * float(was_right.mean())
         report.drop = report.baseline_knn - report.knn
         report.drop_interval = paired_bootstrap(right, was_right)
-        report.agreement = 100 * agreement(votes.numpy(), theirs.numpy())
+        report.agreement = 100 * agreement(votes.numpy(), dense_votes.numpy())

@@ -1,6 +1,6 @@
-"""Peak memory of one forward: on CUDA by torch's own account, on a CPU in a process of its own.
+"""Peak memory of one forward pass: on CUDA from torch's own counters, on a CPU in a separate process.
 
-Run as a module it is that process: `python -m hf_tokenreduce.evaluation.memory MODEL IMAGES THREADS` prints MiB.
+`python -m hf_tokenreduce.evaluation.memory MODEL IMAGES THREADS` is that process. It prints the number of MiB.
 """
 
 import os
@@ -18,8 +18,10 @@ MIB = 2**20
 
 
 def peak_memory(model: nn.Module, pixel_values: Tensor) -> float | None:
-    """MiB that a forward needs at its peak above what the model and the images take. None on a CPU without Linux's
-    /proc. The model must be one that pickles."""
+    """Measure the peak memory of one forward pass, in MiB above what the model and the images take.
+
+    The model must be picklable. Returns None on a CPU where Linux's /proc is missing.
+    """
     if pixel_values.is_cuda:
         return _on_cuda(model, pixel_values)
     if not Path("/proc/self/clear_refs").exists():
@@ -33,7 +35,7 @@ def peak_memory(model: nn.Module, pixel_values: Tensor) -> float | None:
             [sys.executable, "-m", __name__, *files, str(torch.get_num_threads())],
             capture_output=True,
             text=True,
-            # Below this size malloc keeps what is freed; above, it goes back to the system and the peak is real.
+            # malloc keeps freed blocks below this size. It gives larger ones back to the system, so the peak is real.
             env={
                 **os.environ,
                 "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -58,6 +60,7 @@ def _on_cuda(model: nn.Module, pixel_values: Tensor) -> float:
 
 
 def _resident(field: str) -> float:
+    """Read a memory field of this process from /proc, in MiB."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
 
@@ -65,7 +68,7 @@ def _resident(field: str) -> float:
 def main() -> None:
     model_file, images_file, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    init_hf_modules()  # where the code of a model's own repository is imported from
+    init_hf_modules()  # unpickling may import code that came with a model's repository
     # Both files were written by the process that started this one.
     model = torch.load(model_file, weights_only=False).eval()
     pixel_values = torch.load(images_file)

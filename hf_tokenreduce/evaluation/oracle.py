@@ -1,4 +1,4 @@
-"""The slice oracle: what reducing tokens would give if deciding and moving cost nothing."""
+"""The slice oracle: how fast a reduced model would be if deciding and moving tokens took no time."""
 
 from typing import Any
 
@@ -14,11 +14,12 @@ from ..tasks import image_side, main_output
 
 
 class SliceOracle(nn.Module):
-    """The dense model, except that where a method acts it cuts the sequence to the length the method leaves there.
+    """The dense model, but where a method would act, the sequence is cut to the length that the method leaves.
 
-    dense: a model that reduces nothing, whose weights it shares
-    hook: where the method acts
-    lengths: the tokens that leave each layer, prefix included. May be set anew between calls.
+    Args:
+        dense: A model that reduces nothing. The oracle shares its weights.
+        hook: The hook where the method acts.
+        lengths: Number of tokens that leave each layer, prefix tokens included. It may be changed between calls.
     """
 
     def __init__(self, dense: PreTrainedModel, hook: str, lengths: list[int] | None = None):
@@ -34,9 +35,12 @@ class SliceOracle(nn.Module):
 
 
 class _Cut(Reducer):
+    """Keep the first tokens of a layer, as many as the oracle says."""
+
     def __init__(self, oracle: SliceOracle, hook: str, layer: int, prefix: int):
         nn.Module.__init__(self)
-        self.oracle, self.hook, self.layer, self.prefix = (oracle,), hook, layer, prefix  # in a tuple: no submodule
+        # In a tuple the oracle is not registered as a submodule.
+        self.oracle, self.hook, self.layer, self.prefix = (oracle,), hook, layer, prefix
 
     def _first(self) -> TokenMap:
         return TokenMap(None, self.oracle[0].lengths[self.layer] - self.prefix)
@@ -51,7 +55,8 @@ class _Cut(Reducer):
         return self._first() if self.hook == "select_queries" else None
 
     def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
-        cuts = self.hook in ("before_encoder", "after_attention")  # before the encoder, the next layer's length
+        # With a method before the encoder each layer still cuts to its own length.
+        cuts = self.hook in ("before_encoder", "after_attention")
         return apply_map(state, self._first()) if cuts else state
 
     def after_layer(self, state: TokenState) -> TokenState:

@@ -1,4 +1,4 @@
-"""`pareto_plot`: accuracy against multiply-adds and against speed, several settings of several methods."""
+"""`pareto_plot`: draw accuracy against multiply-adds and against speed, for many settings of many methods."""
 
 import json
 import statistics
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from ..methods import METHODS
 
 
-# Told apart by shape, filling, dash and the label at their end; the greys alone would do, colour is a help. They are
-# given in the order in which the methods are listed.
+# Marker, whether it is filled, line style and colour of each method, in the order in which the methods are listed.
+# Lines can be told apart by marker, line style and label alone, so the picture also works without colour.
 STYLES = [
     ("o", True, "-", "#1b4f9c"),
     ("s", True, "--", "#b8541a"),
@@ -21,6 +21,7 @@ STYLES = [
     ("P", True, "-", "#a3243b"),
     ("X", True, "-", "#111111"),
 ]
+# For further lines: a second line of a method, or a method that is not listed here.
 OTHERS = [
     ("<", True, "-", "#336666"),
     (">", False, "--", "#664433"),
@@ -29,7 +30,7 @@ OTHERS = [
 ]
 
 
-# What stands for quality, in the order in which records are asked for it, with the name of its axis.
+# Measures of quality with the names of their axes. The first one that the records have is drawn.
 QUALITIES = {
     "top1": "top-1 accuracy, %",
     "knn": "accuracy of nearest neighbours, %",
@@ -48,21 +49,33 @@ class Point(NamedTuple):
 def pareto_plot(
     rows: Sequence[Mapping[str, Any]] | str | Path, path: str | Path | Sequence[str | Path], title: str = ""
 ) -> None:
-    """Draw records, or those of a JSON file, into a picture of the kind that the name of `path` ends with; or into
-    several, such as a .png and a .svg.
+    """Draw quality against multiply-adds and against speed.
 
-    Of a record the keys are `method` (None for the dense model), `top1`, and `mult_adds_ratio` and `speedup`, of
-    which one may be missing in all records. There may be `label` (a name for the line, instead of the method's),
-    `top1_interval`, `speedup_interval`, `dense_images_per_second` (then speed is also given in images/s) and
-    `baseline_top1`, which stands for the dense model where no record does. Where features were compared, `knn`
-    stands for `top1` in all of these, or `pooled_cosine` if there is no `knn` either.
+    A record has these keys:
+
+    - `method`: name of the method, or None for the dense model.
+    - `top1`: accuracy in percent. Where features were compared, `knn` takes its place in all keys, or `pooled_cosine`
+      if there is no `knn` either.
+    - `mult_adds_ratio` and `speedup`: the costs. One of the two may be missing in all records.
+    - `label`, optional: name of the line, instead of the method's.
+    - `top1_interval` and `speedup_interval`, optional.
+    - `dense_images_per_second`, optional: with it speed is also shown in images/s.
+    - `baseline_top1`, optional: accuracy of the dense model, if no record is about the dense model.
+
+    Args:
+        rows: Records, such as `Comparison.rows`, or a JSON file of them.
+        path: The picture, or several of them. The suffix says which kind it is, such as .png or .svg.
+        title: Title of the picture.
+
+    Example:
+        >>> pareto_plot("comparison/results.json", "pareto.svg")
     """
     given: Any = json.loads(Path(rows).read_text()) if isinstance(rows, (str, Path)) else rows
     quality = next((name for name in QUALITIES if any(row.get(name) is not None for row in given)), "top1")
     records: list[Any] = [row for row in given if row.get(quality) is not None]
     reduced = [row for row in records if row.get("method") is not None]
     if not reduced:
-        raise ValueError("There is nothing to draw: no record has a method and its top1.")
+        raise ValueError("There is nothing to draw: no record has both a method and a top1.")
     panels = [name for name in ("mult_adds_ratio", "speedup") if any(row.get(name) is not None for row in reduced)]
     if not panels:
         raise ValueError("The records have neither mult_adds_ratio nor speedup to draw accuracy against.")
@@ -144,7 +157,7 @@ def _describe_speed(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _round_steps(rate: float) -> Any:
-    """Ticks at round numbers of images/s, on an axis of speed-ups."""
+    """Put ticks at round numbers of images/s, on an axis of speed-ups."""
     from matplotlib.ticker import Locator, MaxNLocator
 
     class RoundRates(Locator):
@@ -159,7 +172,7 @@ def _round_steps(rate: float) -> Any:
 
 
 def _label_ends(axis: Any, ends: list[tuple[str, Point, str]], right: bool) -> None:
-    """Names in a column beside the cheap ends of the lines, at the ends' heights but never on each other."""
+    """Write the names of the lines in a column beside their cheap ends, at the ends' heights, without overlap."""
     low, high = axis.get_xlim()
     room = (0.1 + 0.02 * max(len(label) for label, _, _ in ends)) * (high - low)
     axis.set_xlim(low - (0 if right else room), high + (room if right else 0))
@@ -176,15 +189,18 @@ def _label_ends(axis: Any, ends: list[tuple[str, Point, str]], right: bool) -> N
 
 
 def dense_rate(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Images/s of the dense model, the median of what was measured beside each setting. Times a setting's speed-up it
-    gives images/s that can be compared, which what was measured in other moments of a machine cannot."""
+    """Return the median images/s of the dense model, which was timed again beside each setting.
+
+    The speed-up of a setting times this number gives images/s that can be compared. Images/s that were measured at
+    different moments cannot, because the machine may have been slower.
+    """
     rates = [row["dense_images_per_second"] for row in rows if row.get("dense_images_per_second")]
     return statistics.median(rates) if rates else None
 
 
 def spread_apart(heights: Sequence[float], distance: float, bottom: float, top: float) -> list[float]:
-    """Ascending heights, moved as little as it takes to be `distance` apart, and within bounds if they fit there."""
-    groups: list[list[float]] = []  # of the wanted heights; a group stands centred on their mean
+    """Move ascending heights as little as possible until they are `distance` apart, within bounds if they fit."""
+    groups: list[list[float]] = []  # wanted heights that would overlap; a group is centred on their mean
     for height in heights:
         groups.append([height])
         while len(groups) > 1 and _lowest(groups[-1], distance) < _highest(groups[-2], distance) + distance:
@@ -211,7 +227,7 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def _styles(reduced: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each line. A second line of a method, and a method unknown here, take what is left over."""
+    """Choose a style for each line. A second line of a method, or an unknown method, takes one of `OTHERS`."""
     left, found, taken = list(OTHERS), {}, set()
     usual = dict(zip(METHODS, STYLES, strict=False))
     for row in reduced:

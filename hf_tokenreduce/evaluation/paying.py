@@ -1,4 +1,4 @@
-"""Which settings pay: a reduction that is slower than the dense model on this device is of no use there."""
+"""Find settings that pay: a reduction that is not faster than the dense model on a device is of no use there."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -16,29 +16,31 @@ from ..modeling.multiply_adds import even_share
 from ..tasks import image_side
 
 
-STEP = 0.05  # of the share from one setting that is tried to the next
-LEAST_SHARE = 0.3  # lower ones are not tried
+STEP = 0.05  # how far the share falls from one try to the next
+LEAST_SHARE = 0.3  # lower shares are not tried
 
 
 def weaker_first(reduction: ReductionConfig, facts: EncoderFacts) -> Iterator[ReductionConfig]:
-    """Settings of the same method that take less time, the nearest first: the same share of the multiply-adds by fewer
-    layers that reduce, where the method has them all, then lower and lower shares.
+    """Generate settings of the same method that take less time, the nearest first.
 
-    There are none where a setting alone does not decide what is kept, or where networks have learned for one setting.
+    If the method reduces in all layers by default, the first of them reaches the same share of the multiply-adds with
+    fewer layers that reduce. Then the share falls step by step. There are no settings for adaptive methods, where the
+    setting alone does not decide what is kept, and for methods whose networks were trained for one setting.
     """
     method = method_of(reduction)
     if method.at_share is None or method.is_adaptive(reduction) or method.prepare is not None:
         return
     kept = {one.name: getattr(reduction, one.name) for one in fields(reduction) if one.name not in method.key_settings}
     layers = facts.num_hidden_layers
-    takes_layers = "layers" in inspect.signature(method.at_share).parameters  # which all of them reduce by default
+    # A method that takes layers reduces in all of them by default.
+    takes_layers = "layers" in inspect.signature(method.at_share).parameters
     few = tuple(sorted({layers // 4, layers // 2, 3 * layers // 4}))
     share = even_share(reduction, facts)
     while share > LEAST_SHARE:
         for options in ({"layers": few}, {}) if takes_layers else ({},):
             try:
                 setting = method.at_share(facts, share, **kept, **options)
-            except ValueError:  # out of reach, at the latest in so few layers
+            except ValueError:  # this share is out of reach, at least with so few layers
                 continue
             if setting != reduction:
                 yield setting
@@ -53,11 +55,18 @@ def nearest_that_pays(
     times: Callable[[Callable[[], Any]], float],
     ratio: Callable[[list[float], list[float]], tuple[float, tuple[float, float]]],
 ) -> tuple[dict[str, Any], float] | None:
-    """The nearest setting of a model's method that is faster than the dense model, and how many times. None: none of
-    those that could be tried.
+    """Find the nearest setting of a model's method that is faster than the dense model.
 
-    times: runs what it is given, once, and returns the seconds that took
-    ratio: of two lists of seconds, the median and its interval
+    Args:
+        model: The reduced model.
+        dense: The dense model.
+        batches: Images, batch by batch.
+        repeats: Number of times that each batch is timed.
+        times: Calls a function once and returns the seconds that it took.
+        ratio: Returns the median ratio of two lists of seconds, and the interval of the median.
+
+    Returns:
+        The setting as a dictionary, and its speed-up over dense. None: no setting that was tried is faster.
     """
     for setting in weaker_first(model.config.reduction, encoder_of(model).facts):
         candidate = with_reduction(dense, setting).eval()

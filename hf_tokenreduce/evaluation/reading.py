@@ -1,4 +1,4 @@
-"""Images of a data set as batches of pixel values, read anew only where they are needed."""
+"""Read images of a data set as batches of pixel values, only those that are needed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +24,7 @@ def batches(
     title: str = "",
     progress: bool = True,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """These rows of a data set, batch by batch, with their pixel values, under a progress bar."""
+    """Yield rows of a data set batch by batch, with their pixel values (B, C, H, W), and show a progress bar."""
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     reader = _Reader(dataset.with_format(None), parts, image_column, processor)
     loader: Any = DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(parts)))
@@ -35,7 +35,7 @@ def batches(
 
 
 def sample_pixels(dataset: Dataset, processor: Any, image_column: str, most: int) -> Tensor:
-    """Pixel values of at most so many images, evenly spread."""
+    """Return the pixel values of at most `most` images, evenly spread over the data set."""
     rows = spread(len(dataset), most)
     return _Reader(dataset.with_format(None), [rows], image_column, processor)[0][1]
 
@@ -58,24 +58,24 @@ class _Reader(torch.utils.data.Dataset):
             except Exception as error:  # Pillow raises whatever its parsers trip over
                 raise ValueError(
                     f"Row {row} of the data set holds no readable image in its column {self.image_column!r} "
-                    f"({error}). Repair it, or leave it out by dataset.select(...)."
+                    f"({error}). Repair the image, or leave the row out with dataset.select(...)."
                 ) from error
         return rows, self.processor(photos, return_tensors="pt")["pixel_values"]
 
 
 def check_data(dataset: Any, batch_size: int, **columns: str) -> None:
-    """A `ValueError` unless it is one split, with rows and these columns, given as `image_column="image"`."""
+    """Raise a ValueError unless this is one split with rows and the given columns, such as `image_column="image"`."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"dataset must be one split of a data set, got a {type(dataset).__name__}. Load it by "
+            f"dataset must be one split of a data set, got a {type(dataset).__name__}. Load one with "
             'load_dataset("imagefolder", data_dir=..., split="validation").'
         )
     missing = [name for name in columns.values() if name not in dataset.column_names]
     if missing or len(dataset) == 0:
         wanted = ", ".join(f"{option}={name!r}" for option, name in columns.items())
         raise ValueError(
-            f"The data set has {len(dataset)} rows and the columns {dataset.column_names}; there must be rows, and "
-            f"the columns {wanted}."
+            f"The data set has {len(dataset)} rows and the columns {dataset.column_names}. It must have rows, and the "
+            f"columns {wanted}."
         )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

@@ -1,4 +1,4 @@
-"""Results that are kept as they come, by one process or several, so that nothing is computed twice."""
+"""Keep results as they come, in one process or several, so that nothing is computed twice."""
 
 import hashlib
 import json
@@ -17,40 +17,51 @@ from ..files import known_settings, write_whole
 
 
 Progress = dict[str, Any]
-"""Of a batch: `rows`, and under other names a list with a value per row each."""
+"""The results of a batch: `rows`, and under each other name a list with one value per row."""
 
 
 class Processes(NamedTuple):
-    """rank of `world`; `state` is accelerate's, None of one process alone."""
+    """The processes that were launched together.
+
+    Attributes:
+        rank: Number of this process.
+        world: Number of processes.
+        state: State of `accelerate`. None: there is only one process.
+    """
 
     rank: int = 0
     world: int = 1
     state: Any = None
 
     def wait(self) -> None:
+        """Wait until all processes are here."""
         if self.state is not None:
             self.state.wait_for_everyone()
 
 
 def launched_processes(device: torch.device) -> Processes:
-    """Those that `accelerate launch` or `torchrun` started together."""
+    """Find the processes that `accelerate launch` or `torchrun` started together."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched == 1:
         return Processes()
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes != launched:
         raise ValueError(
-            f"{launched} processes were launched and do not know of each other. On a machine without accelerators, "
+            f"{launched} processes were launched, but they do not know each other. On a machine without accelerators, "
             "make the first PartialState or Accelerator with cpu=True."
         )
     return Processes(state.process_index, state.num_processes, state)
 
 
 class Records:
-    """What is known of each row. With a folder, each process appends what it adds to a file of its own there, a line
-    per batch, and begins with what all files hold.
+    """The results of each row. With a folder, each process appends a line per batch to its own file there.
 
-    settings: what the results depend on; a folder whose `settings.json` says otherwise is refused.
+    At the beginning, each process reads what all files hold.
+
+    Args:
+        folder: Folder of the files. None: nothing is kept.
+        settings: What the results depend on. A folder with another `settings.json` is refused.
+        processes: The processes that share the rows.
     """
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any], processes: Processes):
@@ -71,7 +82,7 @@ class Records:
         for part in sorted(self.folder.glob("part-*.jsonl")):
             for record in read_lines(part):
                 self._take(record)
-        processes.wait()  # nobody writes before all have read
+        processes.wait()  # no process writes before all have read
 
     def add(self, record: Progress) -> None:
         self._take(record)
@@ -79,12 +90,13 @@ class Records:
             append_line(self.file, record)
 
     def gather(self) -> dict[int, dict[str, Any]]:
-        """By row, of all processes. A row that two of them computed counts once."""
+        """Return the results of all processes by row. A row that two of them computed counts once."""
         if self.processes.world == 1:
             return self.done
         return {row: values for part in gather_object([self.done]) for row, values in part.items()}
 
     def finish(self, report: dict[str, Any]) -> None:
+        """Write `report.json`."""
         if self.folder is not None and self.processes.rank == 0:
             write_whole(self.folder / "report.json", json.dumps(report, indent=1))
         self.processes.wait()
@@ -96,7 +108,7 @@ class Records:
 
 
 def read_lines(file: Path) -> list[Any]:
-    """The records of a file, without the line that a killed process left unfinished."""
+    """Read the records of a file, without a line that a killed process left unfinished."""
     records = []
     for line in file.read_text().splitlines() if file.is_file() else []:
         try:
@@ -107,8 +119,9 @@ def read_lines(file: Path) -> list[Any]:
 
 
 def append_line(file: Path, record: Any) -> None:
+    """Append a record to a file as one line of JSON."""
     with file.open("ab+") as lines:
-        # A line after one that was left unfinished would be lost with it.
+        # If the last line is unfinished, begin a new one: otherwise this record would be lost with it.
         if lines.tell() > 0:
             lines.seek(-1, os.SEEK_END)
             if lines.read(1) != b"\n":
@@ -117,7 +130,7 @@ def append_line(file: Path, record: Any) -> None:
 
 
 def digest_of_model(model: nn.Module) -> str:
-    """Of its weights and of how it reduces."""
+    """Return a digest of a model's weights and of its reduction."""
     reduction = getattr(model.config, "reduction", None)
     named = (item for name, tensor in sorted(model.state_dict().items()) for item in (name.encode(), _bytes(tensor)))
     how = [type(model).__name__, None if reduction is None else reduction.to_dict()]
@@ -125,7 +138,7 @@ def digest_of_model(model: nn.Module) -> str:
 
 
 def digest_of_data(dataset: Dataset, image_column: str, labels: list[int]) -> str:
-    """Of the labels, and of the images' names, or their size where they have none; not of every pixel."""
+    """Return a digest of the labels and of the names and file sizes of the images. Pixels are not read."""
 
     def parts() -> Iterable[bytes]:
         yield json.dumps(labels).encode()
@@ -142,11 +155,12 @@ def digest_of_data(dataset: Dataset, image_column: str, labels: list[int]) -> st
 
 
 def digest(parts: Iterable[Any]) -> str:
-    found = hashlib.sha256()
+    """Return a digest of several parts, each bytes or a buffer."""
+    sha = hashlib.sha256()
     for part in parts:
-        found.update(part)
-        found.update(b"\0")
-    return found.hexdigest()[:32]
+        sha.update(part)
+        sha.update(b"\0")
+    return sha.hexdigest()[:32]
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""How `benchmark` runs a model in each runtime: eager or compiled PyTorch, or a graph in ONNX Runtime or OpenVINO."""
+"""Run a model for `benchmark` in each runtime: eager or compiled PyTorch, or a graph in ONNX Runtime or OpenVINO."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -13,33 +13,47 @@ from ..deploy.graphs import FORMATS, check_format, to_openvino, trace, write
 from ..deploy.quantize import PACKAGES, quantize
 
 
-# Runtime -> the format of its graphs; "" where PyTorch runs the model itself.
+# Runtime -> format of its graphs. "" means that PyTorch runs the model itself.
 RUNTIMES = {"eager": "", "compiled": "", "onnx": "onnx", "openvino": "openvino", "openvino-int8": "openvino"}
-CALIBRATION_IMAGES = 128  # that 8 bits are fitted to, at most
+CALIBRATION_IMAGES = 128  # 8 bits are fitted to at most so many images
 
 
 class Graphs:
-    """The graphs of a benchmark, each written once, into a folder that lives as long as the benchmark."""
+    """The graphs of a benchmark. Each is written once, into a folder that is deleted after the benchmark.
+
+    Args:
+        folder: Folder for the graphs.
+        inputs: Images (n, C, H, W) with which graphs are traced, and to which 8 bits are fitted.
+        threads: Number of CPU threads.
+    """
 
     def __init__(self, folder: str | Path, inputs: Tensor, threads: int):
         self.folder, self.threads = Path(folder), threads
         self.inputs = inputs.float().cpu()
-        self.places: dict[str, Path] = {}  # of each name a folder of its own, whatever signs the name has
+        self.places: dict[str, Path] = {}  # name -> its folder; the name may have characters that a folder cannot have
 
     def open(
         self, name: str, module: nn.Module, runtime: str, batch_size: int, dtype: str, one_by_one: bool = False
     ) -> Callable[[Tensor], Any]:
-        """Write the graph of a module that gives one tensor, if it is not written yet, and return how to run it on
-        `batch_size` images at once, which OpenVINO is told beforehand.
+        """Write the graph of a module that returns one tensor, if it is not there yet, and open it.
 
-        one_by_one: the graph takes one image and no more
+        Args:
+            name: Name of the model.
+            module: The module.
+            runtime: One of `RUNTIMES` that needs a graph.
+            batch_size: Number of images per call. OpenVINO is told this number, which makes it faster.
+            dtype: Type in which the runtime computes.
+            one_by_one: Make a graph that takes exactly one image.
+
+        Returns:
+            A function that runs the graph.
         """
         fixed = 1 if one_by_one else None
         onnx = self.places.setdefault(name, self.folder / str(len(self.places))) / "onnx"
         if not onnx.is_dir():
             onnx.mkdir(parents=True)
             module = _OneInput(copy.deepcopy(module).float().cpu().eval())
-            inputs = self.inputs[:1].repeat(2, 1, 1, 1)  # two, from which torch.export sees that their number is free
+            inputs = self.inputs[:1].repeat(2, 1, 1, 1)  # with two images torch.export sees that their number is free
             write(trace(module, inputs, fixed), "onnx", onnx, "pixel_values", ["output"])
         place = onnx.with_name(runtime)
         if not place.is_dir():
@@ -52,7 +66,7 @@ class Graphs:
 
 
 def check_runtimes(runtimes: Sequence[str], device: torch.device) -> None:
-    """Raise an error unless all of them are known, and can run here."""
+    """Raise an error unless all runtimes are known and can run here."""
     unknown = [name for name in runtimes if name not in RUNTIMES]
     if unknown or not runtimes:
         known = ", ".join(RUNTIMES)
@@ -61,12 +75,12 @@ def check_runtimes(runtimes: Sequence[str], device: torch.device) -> None:
         if not RUNTIMES[name]:
             continue
         if device.type != "cpu":
-            raise ValueError(f"The runtime {name} is timed on the CPU, and the device is {device}. Give device='cpu'.")
+            raise ValueError(f"The runtime {name} is timed on the CPU, but the device is {device}. Give device='cpu'.")
         check_format(RUNTIMES[name], True, PACKAGES if name == "openvino-int8" else ())
 
 
 def why_not(runtime: str, adaptive: bool, batch_size: int, dtype: str) -> str | None:
-    """Why a model does not run there. None: it does."""
+    """Return why a model cannot run in a runtime, or None if it can."""
     if not RUNTIMES[runtime]:
         return None
     if adaptive and batch_size > 1:
@@ -77,7 +91,7 @@ def why_not(runtime: str, adaptive: bool, batch_size: int, dtype: str) -> str | 
 
 
 class _OneInput(nn.Module):
-    """A module of any arguments, as one of one tensor, whose number of images is free."""
+    """Wrap a module so that it takes exactly one tensor. Then torch.export accepts any number of images."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -88,7 +102,7 @@ class _OneInput(nn.Module):
 
 
 class MainOutput(nn.Module):
-    """A model's graph for the clock: what `export` writes, without the counts of tokens."""
+    """What a model computes in a graph that is timed: the same as `export` writes, without the counts of tokens."""
 
     def __init__(self, model: Any):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`benchmark`: how fast reduced models are beside the dense model and beside the ideal, all in one run."""
+"""`benchmark`: measure how fast reduced models are, compared with the dense model and with the ideal, in one run."""
 
 import copy
 import importlib
@@ -33,7 +33,7 @@ from .speed_report import BenchmarkReport, SpeedRow
 
 Timer = Callable[[Callable[[], Any]], float]
 
-MOST_BATCHES = 16  # different ones that the repeats go through
+MOST_BATCHES = 16  # the repeats go through at most so many different batches
 
 
 def benchmark(
@@ -54,21 +54,41 @@ def benchmark(
     progress: bool = True,
     timer: Timer | None = None,
 ) -> BenchmarkReport:
-    """Time models of one size beside each other. The dense model is among them: the one that is not reduced, or else
-    `restore` of the first, under the name "dense".
+    """Time models of one size, compared with the dense model.
 
-    pixel_values: (n, C, H, W), the images. The repeats go through them batch by batch, all models through the same,
-        so adaptive methods are timed on images that differ. Too few for a batch are repeated.
-    repeats, warmup: in every repeat all models run in turn, so that what disturbs the machine falls on all alike.
-    device: None: the first model's. threads: None: torch's setting. Both hold for all models.
-    runtimes: "eager"; "compiled" by torch.compile, where adaptive methods run as they are; "onnx", "openvino" and
-        "openvino-int8", on the CPU, as graphs of a fixed number of images, where adaptive methods run one image at
-        a time. Each model is held against the dense one in the same runtime, and the first runtime's.
-    oracle: also time the slice oracle of each reduced model: the dense model cut, for free, to the mean number of
-        tokens that each layer leaves of this batch; where images differ also to the most ("padded").
-    breakdown, memory: also measure where the time goes, and the peak memory of a forward.
-    suggest: where a model is not faster than dense, look for the nearest setting of its method that is.
-    timer: runs what it is given, once, and returns the seconds that took. None: CUDA events or the clock.
+    The dense model is the one that is not reduced. If all are reduced, `restore` makes it from the first one, under
+    the name "dense". In every repeat all models run in turn, so that a disturbance of the machine affects all of them.
+
+    Args:
+        models: Models by name.
+        pixel_values: Images (n, C, H, W). The repeats go through them batch by batch, and all models get the same
+            batch, so adaptive methods are timed on different images. If there are fewer images than a batch needs,
+            they are repeated.
+        batch_sizes: Numbers of images per batch.
+        dtypes: Names of floating types.
+        repeats: Number of times that each model is timed.
+        warmup: Number of rounds before that, which are not timed.
+        threads: Number of CPU threads, for all models. By default torch's setting.
+        device: Device, for all models. By default the device of the first model.
+        runtimes: `"eager"`; `"compiled"`, which is torch.compile, where adaptive methods run eagerly; or `"onnx"`,
+            `"openvino"` and `"openvino-int8"`, on the CPU, as graphs of a fixed number of images, where adaptive
+            methods run one image at a time. Each model is compared with the dense one in the same runtime, and with
+            the dense one in the first runtime.
+        oracle: Also time the slice oracle of each reduced model: the dense model, cut to the mean number of tokens
+            that each layer of the reduced model leaves of this batch. The cut takes no time. If images keep different
+            numbers of tokens, a second oracle has the highest number instead of the mean ("padded").
+        breakdown: Also measure where the time goes.
+        memory: Also measure the peak memory of a forward pass.
+        suggest: If a model is not faster than dense, look for the nearest setting of its method that is.
+        progress: Show a progress bar.
+        timer: Calls a function once and returns the seconds that it took. By default CUDA events or the clock.
+
+    Returns:
+        The report: one row for each model, batch size, dtype and runtime.
+
+    Example:
+        >>> report = benchmark({"tome": reduce_tokens(model, ToMeConfig(r=13))}, pixel_values)
+        >>> print(report.to_markdown())
     """
     _check(models, pixel_values, batch_sizes, repeats, warmup)
     first = next(iter(models.values()))
@@ -125,7 +145,7 @@ def _time_batches(
     counts = {name: [_token_counts(model, batch) for batch in batches] for name, model in ready.items()}
     even = {name: all(bool((c == c[:1]).all()) for c in found) for name, found in counts.items()}
     adaptive = {name for name, model in ready.items() if not even[name] or _keeps_varying(model)}
-    # By (runtime, name, what): "" the model, "oracle" and "padded" its slice oracles.
+    # Keys are (runtime, name, kind). The kind is "" for the model, or "oracle" and "padded" for its slice oracles.
     runs: dict[tuple[str, str, str], Any] = {}
     oracles: dict[tuple[str, str, str], SliceOracle] = {}
     lengths: dict[tuple[str, str, str], list[list[int]]] = {}
@@ -147,7 +167,7 @@ def _time_batches(
             if not oracle or _method(model) is None or (RUNTIMES[runtime] and name in adaptive):
                 continue
             hook = model.config.reduction.hook
-            # Of a stock model's weights, so that not even an unused hook is paid for.
+            # The oracle has the weights of a stock model, so that not even an unused hook takes time.
             ideal = {"oracle": [c.double().mean(dim=0).round().long().tolist() for c in counts[name]]}
             if name in adaptive and batch_size > 1:
                 ideal["padded"] = [c.amax(dim=0).tolist() for c in counts[name]]
@@ -168,7 +188,7 @@ def _time_batches(
     order = list(runs)
     for repeat in range(-warmup, repeats):
         which = max(repeat, 0) % len(batches)
-        turn = repeat % len(order)  # another begins each time, so that none always follows the same
+        turn = repeat % len(order)  # another model begins each time, so none always follows the same one
         for key in order[turn:] + order[:turn]:
             run = runs[key]
             if key in oracles:
@@ -245,8 +265,11 @@ def _suggest(
 
 
 def _ratio(above: list[float], below: list[float]) -> tuple[float, tuple[float, float]]:
-    """The median of the ratios, and an interval for it of at least 95 %, or of all ratios where they are less than 6:
-    from as low to as high a ratio as that many coin tosses bound the median by."""
+    """Return the median of the ratios of each repeat, and its interval of at least 95 %, without assuming a shape.
+
+    Each ratio is above or below the true median like a coin toss. The ends of the interval are ratios chosen by that
+    rule. With fewer than 6 ratios the interval spans all of them.
+    """
     ratios = sorted(a / b for a, b in zip(above, below, strict=True))
     count, outside, chance = len(ratios), 0, 0.0
     while chance + math.comb(count, outside) / 2**count <= 0.025:
@@ -257,6 +280,7 @@ def _ratio(above: list[float], below: list[float]) -> tuple[float, tuple[float, 
 
 
 def _token_counts(model: PreTrainedModel, images: Tensor) -> Tensor:
+    """Return the number of tokens that leave each layer: (B, C, H, W) -> (B, L)."""
     output = image_side(model)(images)
     if _method(model) is not None:
         return output.token_counts.cpu()
@@ -265,7 +289,7 @@ def _token_counts(model: PreTrainedModel, images: Tensor) -> Tensor:
 
 
 def _keeps_varying(model: PreTrainedModel) -> bool:
-    """Whether a method decides for each image how many tokens it keeps, also if these images happen to be alike."""
+    """Return whether a method is adaptive, even if these images happen to keep the same number of tokens."""
     reduction = getattr(model.config, "reduction", None)
     if reduction is None:
         return False
@@ -278,6 +302,7 @@ def _keeps_varying(model: PreTrainedModel) -> bool:
 
 
 def _batches(images: Tensor, batch_size: int, most: int) -> list[Tensor]:
+    """Split images into at most `most` full batches. If there are too few for one batch, they are repeated."""
     if len(images) < batch_size:
         images = images.repeat(-(-batch_size // len(images)), 1, 1, 1)
     count = min(len(images) // batch_size, most, MOST_BATCHES)
@@ -285,7 +310,7 @@ def _batches(images: Tensor, batch_size: int, most: int) -> list[Tensor]:
 
 
 def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model itself if it is there already, else a copy: the caller's is left as it is."""
+    """Return the model itself if it has this device and type, else a copy: the caller's model stays as it is."""
     if model.device == device and model.dtype == dtype:
         return model
     return copy.deepcopy(model).to(device=device, dtype=dtype)
@@ -310,7 +335,7 @@ def _method(model: PreTrainedModel) -> str | None:
 def _floating(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"{name!r} is no floating type of torch. Use float32, bfloat16 or float16.")
+        raise ValueError(f"{name!r} is not a floating type of torch. Use float32, bfloat16 or float16.")
     return found
 
 
@@ -318,8 +343,8 @@ def _settings(named, device, threads, dtypes, runtimes, repeats, warmup, pixel_v
     kernels = {model.config._attn_implementation for model in named.values()}
     if len(kernels) > 1:
         raise ValueError(
-            f"The models attend by different kernels, {sorted(kernels)}, so their ratios would not be the methods'. "
-            "Call set_attn_implementation on each, with one name."
+            f"The models use different attention kernels, {sorted(kernels)}, so their speeds cannot be compared. Call "
+            "set_attn_implementation on each, with the same name."
         )
     return {
         "device": device_name(device),
@@ -340,6 +365,7 @@ def _version(runtime: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -361,22 +387,22 @@ def _sizes(model: PreTrainedModel) -> dict[str, Any]:
 
 def _check(models: Any, pixel_values: Tensor, batch_sizes: Sequence[int], repeats: int, warmup: int) -> None:
     if not models:
-        raise ValueError('There is nothing to time: give models by name, such as {"tome": reduce_tokens(...)}.')
+        raise ValueError('There is nothing to time. Give models by name, such as {"tome": reduce_tokens(...)}.')
     for name, model in models.items():
         if stock_name(model) is None:
             raise ValueError(
-                f"{name!r} is a {type(model).__name__}, which cannot be timed beside its parts. "
-                f"{what_can_be_reduced()} Of a wrapped model, give the model inside."
+                f"{name!r} is a {type(model).__name__}, which cannot be timed here. {what_can_be_reduced()} If the "
+                "model is wrapped, give the model inside."
             )
     if "dense" in models and _method(models["dense"]) is not None and all(map(_method, models.values())):
-        raise ValueError("The model called 'dense' is reduced: call it by its method.")
+        raise ValueError("The model called 'dense' is reduced. Give it the name of its method.")
     first = next(iter(models.values()))
     for name, model in models.items():
-        theirs, ours = _sizes(model), _sizes(first)
-        differing = [key for key, value in ours.items() if theirs[key] != value]
+        sizes = _sizes(model)
+        differing = [key for key, value in _sizes(first).items() if sizes[key] != value]
         if differing:
             raise ValueError(
-                f"{name!r} differs from the first model in {differing}: time models of one size together."
+                f"{name!r} differs from the first model in {differing}. Time models of one size together."
             )
     if pixel_values.ndim != 4 or len(pixel_values) == 0:
         raise ValueError(f"pixel_values must be (n, C, H, W) with n above 0, got {tuple(pixel_values.shape)}.")

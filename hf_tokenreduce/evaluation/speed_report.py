@@ -1,4 +1,4 @@
-"""What `benchmark` found: rows, tables, files, and several of them as one."""
+"""`BenchmarkReport`: the results of `benchmark` as rows, tables and files, and several reports combined into one."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,23 +13,37 @@ COMPARABLE = ("device", "threads", "dtypes", "attention", "runtimes", "torch")
 
 
 def conditions_line(settings: Mapping[str, Any]) -> str:
+    """Return the conditions of a timing in one line."""
     s = settings
     return f"{s['device']}, {s['threads']} threads, {s['attention']} attention, torch {s['torch']}"
 
 
 @dataclass
 class SpeedRow:
-    """One model at one batch size and dtype in one runtime.
+    """The speed of one model at one batch size and dtype in one runtime.
 
-    tokens: that leave the last layer: mean, least and most
-    p50_ms, p95_ms: of the time a batch takes; images_per_second by the median
-    speedup: over dense, the median of the ratios in each repeat; `speedup_interval` is that median's, 95 %
-    speedup_over_first: over dense in the first of several runtimes: what both gains are together
-    oracle_share: the oracle's time over the model's: how much of the ideal is reached; `over_padded`: the time of
-        the oracle cut to the longest image of the batch over the model's, for methods that keep different numbers
-    peak_memory_mib: above what the model and the images take
-    breakdown: see `hf_tokenreduce.evaluation.breakdown`
-    nearest: of a row that does not pay, the nearest setting of its method that was found to, and its speed-up
+    Attributes:
+        name: Name of the model.
+        method: Name of its method. None: the model is not reduced.
+        batch_size: Number of images per batch.
+        dtype: Name of the floating type.
+        runtime: Name of the runtime.
+        tokens: Number of tokens that leave the last layer: mean, least and most over the images.
+        p50_ms: Median time of a batch, in milliseconds.
+        p95_ms: 95 % of the batches took at most this time, in milliseconds.
+        images_per_second: Images per second, from the median time.
+        speedup: Speed-up over dense: the median of the ratios in each repeat.
+        speedup_interval: Interval of that median, of 95 %.
+        speedup_over_first: Speed-up over dense in the first of several runtimes: the gain of reduction and runtime
+            together.
+        oracle_share: Time of the slice oracle divided by the model's time: how much of the ideal is reached.
+        oracle_share_interval: Interval of `oracle_share`.
+        over_padded: Time of the oracle that is cut to the longest image of the batch, divided by the model's time. It
+            is for methods that keep different numbers of tokens.
+        peak_memory_mib: Peak memory in MiB, above what the model and the images take.
+        memory_over_dense: Peak memory divided by the dense model's.
+        breakdown: Share of the time of each part, see `hf_tokenreduce.evaluation.breakdown`.
+        nearest: For a model that does not pay, the nearest setting of its method that does, and its speed-up.
     """
 
     name: str
@@ -54,14 +68,19 @@ class SpeedRow:
 
     @property
     def pays(self) -> bool:
-        """Whether it is faster than dense, by more than the noise."""
+        """Whether the model is faster than dense, by more than the noise."""
         return self.speedup_interval[0] > 1
 
 
 @dataclass
 class BenchmarkReport:
-    """settings: what was measured on, and how; only reports that agree in them can be combined.
-    left_out: what could not be timed, and why"""
+    """The results of `benchmark`.
+
+    Attributes:
+        settings: The device, and how time was measured. Only reports with the same conditions can be combined.
+        rows: One row for each model, batch size, dtype and runtime.
+        left_out: What could not be timed, and why.
+    """
 
     settings: dict[str, Any]
     rows: list[SpeedRow] = field(default_factory=list)
@@ -70,6 +89,11 @@ class BenchmarkReport:
     def row(
         self, name: str, batch_size: int | None = None, dtype: str | None = None, runtime: str | None = None
     ) -> SpeedRow:
+        """Return the only row of a model, for the batch size, dtype and runtime that are given.
+
+        Raises:
+            ValueError: There is no such row, or there are several.
+        """
         wanted = (name, batch_size, dtype, runtime)
         found = [
             row
@@ -78,14 +102,16 @@ class BenchmarkReport:
         ]
         if len(found) != 1:
             known = sorted(set(map(_identity, self.rows)))
-            raise ValueError(f"{len(found)} rows are {wanted}. Name one of {known}.")
+            raise ValueError(f"{len(found)} rows match {wanted}. Name one of {known}.")
         return found[0]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the report as a dictionary, which `from_dict` reads."""
         return {"settings": self.settings, "rows": [asdict(row) for row in self.rows], "left_out": self.left_out}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BenchmarkReport":
+        """Make a report from the result of `to_dict`."""
         rows = [SpeedRow(**row) for row in values["rows"]]
         for row in rows:
             row.speedup_interval = tuple(row.speedup_interval)  # type: ignore[assignment]
@@ -96,17 +122,20 @@ class BenchmarkReport:
         return cls(dict(values["settings"]), rows, list(values.get("left_out", [])))
 
     def save(self, path: str | Path) -> None:
+        """Write the report to a JSON file."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> "BenchmarkReport":
+        """Read a report from a JSON file."""
         return cls.from_dict(json.loads(Path(path).read_text()))
 
     def to_markdown(self) -> str:
+        """Return the report as tables in Markdown."""
         s = self.settings
         first = next(iter(s["runtimes"]))
         lines = [
-            f"{conditions_line(s)}; medians of {s['repeats']} repeats in turn, in brackets the interval of the median",
+            f"{conditions_line(s)}; medians of {s['repeats']} repeats in turn, intervals of medians in brackets",
             "",
             "| model | runtime | batch | dtype | tokens leaving | ms | p95 | images/s | speed-up over dense "
             f"| over dense {first} | of the oracle | over padded | peak MiB | peak over dense |",
@@ -147,6 +176,7 @@ class BenchmarkReport:
         return "\n".join(lines)
 
     def _what_does_not_pay(self) -> list[str]:
+        """Return a line of advice for each reduced model that is not faster than dense."""
         lines = []
         for row in self.rows:
             if row.method is None or row.pays:
@@ -159,10 +189,10 @@ class BenchmarkReport:
             advice = "Use the dense model here."
             if row.nearest is not None:
                 setting, speedup = row.nearest
-                advice = f"The nearest setting of its method that does: {json.dumps(setting)}, {speedup:.2f} x dense."
+                advice = f"The nearest setting of its method that pays: {json.dumps(setting)}, {speedup:.2f} x dense."
             elif paying:
                 nearest = min(paying, key=lambda size: abs(size - row.batch_size))
-                advice = f"Use the dense model here; at batch {nearest} it pays."
+                advice = f"Use the dense model here. At batch {nearest} the reduction pays."
             lines.append(
                 f"- {row.name} does not pay on this device at batch {row.batch_size} in {row.dtype}, {row.runtime}: "
                 f"{row.speedup:.2f} x dense. {advice}"
@@ -171,7 +201,20 @@ class BenchmarkReport:
 
 
 def combine(reports: Iterable[BenchmarkReport | Mapping[str, Any]]) -> BenchmarkReport:
-    """One report of several, which may have been stored. Only what was measured alike can stand in one table."""
+    """Combine several reports into one, if they were measured under the same conditions.
+
+    Args:
+        reports: Reports, or their dictionary forms.
+
+    Returns:
+        One report with all rows.
+
+    Raises:
+        ValueError: The conditions differ, or two reports have rows with the same name.
+
+    Example:
+        >>> combine([BenchmarkReport.load("a.json"), BenchmarkReport.load("b.json")]).to_markdown()
+    """
     read = [report if isinstance(report, BenchmarkReport) else BenchmarkReport.from_dict(report) for report in reports]
     if not read:
         raise ValueError("There are no reports to combine.")
@@ -188,7 +231,7 @@ def combine(reports: Iterable[BenchmarkReport | Mapping[str, Any]]) -> Benchmark
         key = _identity(row)
         if row.method is not None and key in rows:
             raise ValueError(f"Two reports have a row {key}. Give the models different names, or leave one out.")
-        rows.setdefault(key, row)  # the dense model is in every report; its rows only differ by noise
+        rows.setdefault(key, row)  # every report has the dense model, and its rows differ only by noise
     left_out = [text for report in read for text in report.left_out]
     return BenchmarkReport(dict(settings), list(rows.values()), left_out)
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a model of images and texts, with texts for its classes, is called like a classifier."""
+"""Zero-shot classification: use a model of images and texts as an image classifier, with texts for its classes."""
 
 import copy
 import re
@@ -25,18 +25,25 @@ TEXTS_AT_ONCE = 256
 
 @dataclass
 class ZeroShotOutput(ModelOutput):
-    """logits: (B, classes). token_counts: of a reduced model, as its own output has them."""
+    """The output of a `ZeroShotClassifier`.
+
+    Attributes:
+        logits: (B, classes).
+        token_counts: Tokens that leave each layer, (B, L). None: the model is not reduced.
+    """
 
     logits: Tensor | None = None
     token_counts: Tensor | None = None
 
 
 class ZeroShotClassifier(ImageSide):
-    """A model of images and texts whose classes are texts. Made by `zero_shot_classifier`.
+    """A model of images and texts as a classifier of images. `zero_shot_classifier` makes it.
 
-    text_embeddings: (classes, D), each of length 1
-    labels: what data may call each class, with its index
-    names: what each class is called
+    Args:
+        model: The model of images and texts.
+        text_embeddings: Embedding of each class, (classes, D), each of length 1.
+        names: Name of each class.
+        labels: Index of each class, by all names that data may use for it.
     """
 
     text_embeddings: Tensor
@@ -49,7 +56,7 @@ class ZeroShotClassifier(ImageSide):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """That of the model, with these classes."""
+        """The configuration of the model, with the classes of this classifier."""
         config = copy.copy(self.model.config)
         config.id2label, config.label2id = dict(enumerate(self.names)), self.labels
         return config
@@ -59,7 +66,7 @@ class ZeroShotClassifier(ImageSide):
         return self.model.device
 
     def around(self, model: PreTrainedModel) -> "ZeroShotClassifier":
-        """The same classes of a model with the same text tower, such as a reduced one."""
+        """Make a classifier of the same classes from a model with the same text tower, such as a reduced one."""
         return ZeroShotClassifier(model, self.text_embeddings, self.names, self.labels)
 
     def forward(self, pixel_values: Tensor, **options: Any) -> ZeroShotOutput:
@@ -77,17 +84,17 @@ def zero_shot_classifier(
     class_names: Sequence[str] | Mapping[str, str],
     prompts: Sequence[str] = (PROMPT,),
 ) -> ZeroShotClassifier:
-    """Make a classifier of a model of images and texts. The texts go through its own text tower once.
+    """Make an image classifier from a model of images and texts. Its text tower embeds the class names once.
 
     Args:
         model (`PreTrainedModel`): A `CLIPModel` or `SiglipModel`, reduced or not.
-        processor: Its processor (`AutoProcessor`), or its tokenizer.
-        class_names: The name of each class, which data may also write with underscores; or a mapping from what data
-            call each class to its name, such as `class_names_of(dataset)` gives.
-        prompts: Texts with `{}` where the name goes. Each class is the mean of its texts' embeddings.
+        processor: The processor of the model (`AutoProcessor`), or its tokenizer.
+        class_names: Name of each class; a data set may also write them with underscores. Or a mapping from the name in
+            the data set to the name of the class, such as `class_names_of(dataset)`.
+        prompts: Texts with `{}` where the name goes. A class is the mean of the embeddings of its texts.
 
     Returns:
-        `ZeroShotClassifier`, which `evaluate_model` and `compare` take.
+        `ZeroShotClassifier`, which you can pass to `evaluate_model` and `compare`.
 
     Example:
         >>> classifier = zero_shot_classifier(model, processor, ["cat", "dog"])
@@ -118,7 +125,22 @@ def zero_shot_classifier(
 
 
 def class_names_of(dataset: Dataset, label_column: str = "label") -> dict[str, str]:
-    """What a data set calls its classes, such as `0001_great_white_shark`, with their names: great white shark."""
+    """Return a readable name for each class of a data set.
+
+    Args:
+        dataset: The data set.
+        label_column: Column that holds the classes.
+
+    Returns:
+        `dict`: From the name in the data set, such as `0001_great_white_shark`, to the name of the class, `great white
+            shark`.
+
+    Raises:
+        ValueError: The classes have no names, or their names are numbers.
+
+    Example:
+        >>> classifier = zero_shot_classifier(model, processor, class_names_of(photos))
+    """
     feature = dataset.features.get(label_column)
     if not isinstance(feature, ClassLabel):
         raise ValueError(
@@ -128,20 +150,20 @@ def class_names_of(dataset: Dataset, label_column: str = "label") -> dict[str, s
     for label in feature.names:
         if re.fullmatch(r"n\d{8}|\d{3,}", plain_name(label)):
             raise ValueError(
-                f"The class {label!r} is a number, of which no text tower knows what it stands for. Give the names of "
-                "all classes, in their order: --class-names a,b,c, or a file with one name a line; in Python "
-                "class_names=[...]. A folder is found by its name, or by the index that it begins with."
+                f"The class {label!r} is a number, and a text tower does not know what the number stands for. Give "
+                "the names of all classes, in their order: --class-names a,b,c, or a file with one name per line; in "
+                "Python class_names=[...]. A folder belongs to a class by its name, or by the index at its beginning."
             )
     return {label: plain_name(label) for label in feature.names}
 
 
 def plain_name(label: str) -> str:
-    """Without an index in front, and with spaces for underscores."""
+    """Return a label without the index in front, and with spaces instead of underscores."""
     return re.sub(r"^\d+_+(?=.)", "", label).replace("_", " ").strip()
 
 
 def typed_names(text: str) -> list[str]:
-    """Names as they are typed: with commas between them, or the name of a file with one a line."""
+    """Read the class names that a user typed: names with commas between them, or a file with one name per line."""
     parts = Path(text).read_text().splitlines() if Path(text).is_file() else text.split(",")
     return [part.strip() for part in parts if part.strip()]
 
@@ -153,9 +175,14 @@ def as_classifier(
     class_names: str | None = None,
     prompts: Sequence[str] = (),
 ) -> PreTrainedModel | ZeroShotClassifier:
-    """A model as it is evaluated by a user who typed `class_names` and `prompts`, or neither.
+    """Return a model ready to be evaluated: a `ZeroShotClassifier` if it reads texts, else the model itself.
 
-    load_processor: brings what reads texts, if it is needed.
+    Args:
+        model: The model.
+        load_processor: Loads the processor that reads texts. It is called only if it is needed.
+        dataset: The images. Their classes are used if `class_names` is None.
+        class_names: What the user typed for --class-names.
+        prompts: What the user typed for --prompt.
     """
     check_typed(model, class_names, prompts)
     if task_of_model(model).name != TASK:
@@ -165,28 +192,28 @@ def as_classifier(
 
 
 def check_typed(model: PreTrainedModel, class_names: str | None, prompts: Sequence[str]) -> None:
-    """A `ValueError` if a user typed names or prompts for a model that reads no texts."""
+    """Raise a ValueError if a user typed names or prompts for a model that reads no texts."""
     if (class_names is not None or prompts) and task_of_model(model).name != TASK:
         raise ValueError(
             "--class-names and --prompt are for models that compare images with texts, such as CLIP and SigLIP. A "
-            f"{type(model).__name__} reads no texts: leave them out."
+            f"{type(model).__name__} reads no texts. Leave these options out."
         )
 
 
 def inside(model: Any) -> PreTrainedModel:
-    """The model of transformers, which may be inside a classifier."""
+    """Return the model of transformers, which may be inside a `ZeroShotClassifier`."""
     return model.model if isinstance(model, ZeroShotClassifier) else model
 
 
 def converted(model: Any, convert: Callable[[PreTrainedModel], PreTrainedModel]) -> Any:
-    """What `convert` makes of a model, as a classifier of the same classes if it was inside one."""
+    """Convert a model, or the model inside a `ZeroShotClassifier`, which keeps its classes."""
     return model.around(convert(model.model)) if isinstance(model, ZeroShotClassifier) else convert(model)
 
 
 @torch.no_grad()
 def _embed(model: Any, processor: Any, texts: list[str]) -> Tensor:
-    """(texts, D), each of length 1."""
-    # SigLIP reads its last place, and was trained with every text filled up to the longest.
+    """Return the embeddings of texts: (texts, D), each of length 1."""
+    # SigLIP reads the last position, and was trained with all texts padded to the same length.
     padding = "max_length" if stock_type(model.config) == "siglip" else True
     longest = model.config.text_config.max_position_embeddings
     options = {"padding": padding, "max_length": longest, "truncation": True, "return_tensors": "pt"}
@@ -205,8 +232,8 @@ def _check_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"Two classes are called {', '.join(map(repr, twice))}, so their texts would be the same. Tell them apart "
-            "by --class-names, or class_names=[...]."
+            f"Two classes are called {', '.join(map(repr, twice))}, so their texts would be the same. Give them "
+            "different names with --class-names, or class_names=[...]."
         )
 
 

@@ -1,4 +1,4 @@
-"""Tuning: the search for the reduction that costs a model least on given images."""
+"""Tuning: search for the reduction that changes a model least on given images."""
 
 from .found import bring_learned, held_out_from
 from .report import TuningReport, read_tuned

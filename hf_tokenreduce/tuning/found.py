@@ -1,4 +1,4 @@
-"""What a search found, beside other settings: on images that it did not see, with what its methods learned."""
+"""Compare what a search found with other settings, on images that the search did not see."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,13 @@ def held_out_from(
     """Prepare a comparison of what a search found with other settings, on images that the search did not see.
 
     Args:
-        folder: What `tune` was given as `output_dir`.
-        dataset (`Dataset`): Images. Those that were searched on are left out, under whatever names.
-        image_column: Where they are.
+        folder: The `output_dir` of `tune`.
+        dataset (`Dataset`): Images. Images that the search used are left out, even if their files have other names.
+        image_column: Column of the data set that holds the images.
 
     Returns:
-        The images, and the settings that were found: the chosen one, the best of each other method, and the front.
+        The other images, and the settings that were found: the chosen one, the best of each other method, and the
+        front.
 
     Example:
         >>> images, found = held_out_from("tuned", photos)
@@ -34,16 +35,16 @@ def held_out_from(
     seen = set(json.loads((Path(folder) / SEARCHED).read_text()))
     unseen = [row for row, name in enumerate(contents(dataset, image_column)) if name not in seen]
     if not unseen:
-        raise ValueError(f"All {len(dataset)} images were searched on for {folder}. Give others.")
+        raise ValueError(f"The search of {folder} used all of these {len(dataset)} images. Give other images.")
     return dataset.select(unseen), [setting for setting in found if setting is not None]
 
 
 def bring_learned(folder: str | Path, output_dir: str | Path) -> None:
-    """Let a comparison take what methods learned in a search, instead of fitting them to the images it reports on.
+    """Copy what methods learned in a search, so that a comparison does not fit them to the images it reports on.
 
     Args:
-        folder: What `tune` was given as `output_dir`.
-        output_dir: What `compare` will be given.
+        folder: The `output_dir` of `tune`.
+        output_dir: The `output_dir` of the comparison, before you call `compare`.
 
     Example:
         >>> bring_learned("tuned", "comparison")

@@ -1,4 +1,4 @@
-"""Which images a search looks at, and which its report is measured on: no image is in both."""
+"""Split images into those that a search uses and those that its report is measured on. No image is in both parts."""
 
 import random
 from collections.abc import Sequence
@@ -10,22 +10,27 @@ MOST_SEARCHED = 500
 
 
 class Parts(NamedTuple):
-    """Rows of a data set. search: in the order in which growing subsets take them; report: ascending."""
+    """Rows of a data set in two parts.
+
+    Attributes:
+        search: Rows to search on. Growing subsets take them in this order.
+        report: Rows to report on, ascending.
+    """
 
     search: list[int]
     report: list[int]
 
 
 def split_rows(labels: Sequence[int] | None, count: int, seed: int) -> Parts:
-    """Split rows into a part to search on and a part to report on, each class in halves.
+    """Split rows into a part to search on and a part to report on, half of each class in each part.
 
     Args:
-        labels: The class of each row. None: the rows have none.
-        count (`int`): How many rows there are.
-        seed (`int`): Another one gives another split.
+        labels: Class of each row. None: the rows have no labels.
+        count (`int`): Number of rows.
+        seed (`int`): Seed of the split.
 
     Returns:
-        `Parts`: At most 500 rows are searched on; all others are reported on.
+        `Parts`: At most 500 rows to search on. All others are for the report.
 
     Example:
         >>> split_rows([0, 0, 1, 1], 4, seed=0)
@@ -42,7 +47,7 @@ def split_rows(labels: Sequence[int] | None, count: int, seed: int) -> Parts:
 
 
 def subset_sizes(count: int) -> list[int]:
-    """Say how many images each round of a search looks at: about four times as many each time, all at the end."""
+    """Return how many images each round of a search uses: about four times as many in each, all in the last."""
     sizes = [count]
     while sizes[0] >= 64:
         sizes.insert(0, max(sizes[0] // 4, 32))

@@ -1,4 +1,4 @@
-"""`TuningReport`: what a search found, as a table, a picture and a file for programs."""
+"""`TuningReport`: the result of a search, as a table, a picture and a file for programs."""
 
 import json
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from ..files import write_whole
 
 
 FILE = "tuning.json"
-SEARCHED = Path("search") / "images.json"  # the images that were searched on, by their content
+SEARCHED = Path("search") / "images.json"  # digests of the images that the search used
 MEANINGS = {
-    "share": "at most {:.4g} of the encoder's multiply-adds (0.015 more where it depends on the images)",
-    "speedup": "at least {:.4g} times as fast as dense on this device",
+    "share": "at most {:.4g} of the encoder's multiply-adds (0.015 more for methods whose cost depends on the images)",
+    "speedup": "at least {:.4g} times the speed of the dense model on this device",
     "max_drop": "a drop of at most {:.4g} points",
 }
 ROLES = {
@@ -24,24 +24,30 @@ ROLES = {
     "default": "best single default",
     "front": "on the front",
 }
-LEFT_OUT = ("became_right", "became_wrong", "key")  # rows of the data set, and a file's name
+LEFT_OUT = ("became_right", "became_wrong", "key")  # only of use inside the folder of the comparison
 
 
 @dataclass
 class TuningReport:
-    """What `tune` found.
+    """The result of `tune`.
 
-    model: its name
-    target: {"kind": "share", "speedup" or "max_drop", "value"}
-    images: how many were searched on, and how many others it is reported on
-    labelled: whether the images have labels. Without them a drop is what agreement with the dense model lacks of 100.
-    tried, methods: how many settings of which methods were tried; some may have failed
-    seconds: what the trials of the search took, over all runs of it
-    chosen: the record of the chosen setting among `rows`; the dense model's if none pays or does what was asked for
-    why: what decided, in a sentence, if it was not the target alone
-    begun_from: what the given model was reduced by, if it was; the search began with its dense form
-    rows: records on the held-out images, the dense model's first. They have what records of `compare` have, `roles`,
-        and under `search` what was measured on the images of the search.
+    Attributes:
+        model: Name of the model.
+        target: The target: `kind`, which is "share", "speedup" or "max_drop", and `value`.
+        seed: Seed of the split and of the search.
+        images: Number of images that were searched on (`search`), and of the others, for the report (`report`).
+        labelled: Whether the images have labels. Without labels the drop is 100 minus the agreement with the dense
+            model.
+        tried: Number of settings that were tried; some may have failed.
+        methods: Titles of the methods that were tried.
+        seconds: Time of all trials of the search, also of earlier runs that were stopped.
+        chosen: The record of the chosen setting among `rows`. If no setting pays or meets the target, it is the record
+            of the dense model.
+        why: One sentence about the choice, if something else than the target decided.
+        begun_from: Name of the reduction that the given model had. The search began with its dense form.
+        rows: Records on the held-out images, the dense model first. They are like the records of `compare`, with
+            `roles`, and under `search` the results on the images of the search.
+        folder: Folder of the report.
     """
 
     model: str
@@ -59,36 +65,37 @@ class TuningReport:
     folder: Path = field(default=Path())
 
     def to_dict(self) -> dict[str, Any]:
-        """All but `folder`."""
+        """Return all fields but `folder`."""
         values = asdict(self)
         del values["folder"]
         return values
 
     def found_by(self) -> str:
-        """Say for the model's card how its setting was found."""
+        """Return the text for the model's card about how its setting was found."""
         wanted = MEANINGS[self.target["kind"]].format(self.target["value"])
         return (
             f"The setting was found by tokenreduce tune for {wanted}, seed {self.seed}: {self.tried} settings of "
-            f"{len(self.methods)} methods were tried on {self.images['search']} images. {self._judged()}"
+            f"{len(self.methods)} methods were tried on {self.images['search']} images. {self._quality()}"
         )
 
-    def _judged(self) -> str:
+    def _quality(self) -> str:
+        """Return one sentence about the chosen setting on the held-out images."""
         row, count = self.chosen, self.images["report"]
         if row["method"] is None:
             return f"The report is on {count} other images."
-        known = f"On {count} other images, which the search never saw, "
+        start = f"On {count} other images, which the search did not use, "
         if row.get("pooled_cosine") is not None:
-            return known + f"the cosine to the dense model's features is {row['pooled_cosine']:.4f}."
+            return start + f"the cosine to the dense model's features is {row['pooled_cosine']:.4f}."
         if self.labelled:
-            return known + "the drop of the accuracy is {:.1f} points ({:.1f} to {:.1f}).".format(
+            return start + "the accuracy drops by {:.1f} points ({:.1f} to {:.1f}).".format(
                 row["drop"], *row["drop_interval"]
             )
-        return known + "{:.1f} % of the images ({:.1f} to {:.1f}) keep the dense model's class.".format(
+        return start + "{:.1f} % of the images ({:.1f} to {:.1f}) keep the dense model's class.".format(
             row["agreement"], *row["agreement_interval"]
         )
 
     def to_markdown(self) -> str:
-        """The page of the search: what was chosen and why, and the table of the held-out images."""
+        """Return the page of the search: what was chosen and why, and the table of the held-out images."""
         wanted = MEANINGS[self.target["kind"]].format(self.target["value"])
         minutes = f"{self.seconds / 60:.0f} min" if self.seconds >= 90 else f"{self.seconds:.0f} s"
         chosen = self.chosen["name"]
@@ -98,14 +105,15 @@ class TuningReport:
             f"Chosen: **{chosen}**." + (f" {self.why}" if self.why else ""),
             "",
             f"{self.tried} settings of {len(self.methods)} methods ({', '.join(self.methods)}) were tried on "
-            f"{self.images['search']} images in {minutes}, with seed {self.seed}. {self._judged()}",
+            f"{self.images['search']} images in {minutes}, with seed {self.seed}. {self._quality()}",
         ]
         if self.begun_from is not None:
-            lines[-1] += f" The model was reduced already, by {self.begun_from}: the search began with its dense form."
+            lines[-1] += f" The model was already reduced by {self.begun_from}. The search began with its dense form."
         rows = [row | {"name": _named(row)} for row in self.rows]
-        lines += ["", "On the images that the search never saw:", "", Comparison(rows, self.folder).to_markdown(), ""]
+        lines += ["", "On the images that the search did not use:", "", Comparison(rows, self.folder).to_markdown()]
         lines += [
-            "Intervals are of 95 %; those of a drop are paired with the dense model on the same images.",
+            "",
+            "Intervals cover 95 %. The interval of a drop pairs both models image by image.",
             "",
             "![Quality against cost](pareto.png)",
         ]
@@ -128,25 +136,25 @@ def write_report(report: TuningReport) -> None:
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Choose what the picture shows: the front is a line of its own, and the others go by their method."""
+    """Choose what the picture shows: the front is one line, and each other method has its own line."""
     front = [row | {"label": "front"} for row in rows if "front" in row["roles"] or "chosen" in row["roles"]]
     others = [row for row in rows if set(row["roles"]) & {"runner-up", "default"} and "chosen" not in row["roles"]]
     return [row for row in rows if row["method"] is None] + others + front
 
 
 def read_tuned(folder: str | Path) -> dict[str, Any]:
-    """Read what a search found from its folder.
+    """Read the report of a search from its folder.
 
     Args:
-        folder: What `tune` was given as `output_dir`.
+        folder: The `output_dir` of `tune`.
 
     Returns:
-        `dict`: As `TuningReport.to_dict` gives it.
+        `dict`: The same as `TuningReport.to_dict` returns.
 
     Example:
         >>> read_tuned("tuned")["chosen"]["settings"]
     """
     file = Path(folder) / FILE
     if not file.is_file():
-        raise ValueError(f"{folder} has no {FILE}. Give the folder that tokenreduce tune wrote, when it has ended.")
+        raise ValueError(f"{folder} has no {FILE}. Give the folder that tokenreduce tune wrote, after it has ended.")
     return json.loads(file.read_text())

@@ -1,6 +1,7 @@
-"""The search: successive halving over growing subsets of the images, then small changes of what the best remove where.
+"""The search: successive halving over growing subsets of the images, then small changes of the best settings.
 
-Everything here asks `Trials`, which remembers; so it goes the same way again after it was stopped.
+The small changes are about how many tokens each layer removes. Everything here asks `Trials`, which remembers all
+results. So a search that was stopped takes the same way again.
 """
 
 import math
@@ -17,40 +18,49 @@ from .space import Variant, even_setting, shape_of
 from .trials import Quality, Trials
 
 
-TOLERANCE = 0.015  # of the share, for methods whose cost depends on the images: others than they were fitted on
-MOST_MOVES = 50  # of one climb
+TOLERANCE = 0.015  # how far an adaptive method may exceed the share, because it was fitted on other images
+MOST_MOVES = 50  # changes that one climb tries
 CLIMBS = 2
 FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-STEP = 0.02  # of the share, where the cheapest setting within a drop is looked for
-LEAST_SHARE = 0.3  # lower ones are not tried where no share is asked for
-FIRST_SHARE = 0.7  # at which methods are told apart before it is known what share a drop allows
-TIMINGS = 4  # until the share is found at which a variant is as fast as wanted
+STEP = 0.02  # step of the share in the search for the cheapest setting within a drop
+LEAST_SHARE = 0.3  # lower shares are not tried if the target is a speed-up or a drop
+FIRST_SHARE = 0.7  # methods are compared at this share before it is known which share a drop allows
+TIMINGS = 4  # tries to find the share at which a variant is as fast as wanted
 
 
 class Target(NamedTuple):
-    """kind: "share" of the multiply-adds at most, "speedup" at least, or "max_drop" of the accuracy at most."""
+    """What a search is asked for.
+
+    Attributes:
+        kind: "share", the highest share of the multiply-adds; "speedup", the lowest speed-up; or "max_drop", the
+            largest drop of the accuracy in points.
+        value: The number.
+    """
 
     kind: str
     value: float
 
 
 class Candidate(NamedTuple):
+    """A variant, and its setting at one share."""
+
     variant: Variant
     setting: ReductionConfig
 
 
 class Clock(NamedTuple):
-    """Seconds of trials: when the search began, and when it is to end."""
+    """Begin and end of the search, in seconds of trials."""
 
     begin: float
     end: float
 
     def at(self, part: float) -> float:
+        """Return the time when this part of the search, from 0 to 1, is over."""
         return self.begin + part * (self.end - self.begin)
 
 
 def search(trials: Trials, variants: Sequence[Variant], target: Target, seed: int, end: float) -> None:
-    """Try settings until the trials' clock is at `end` or nothing is left to try; `trials` knows them all then."""
+    """Try settings until the clock of `trials` is at `end` or nothing is left to try. `trials` keeps all results."""
     clock = Clock(trials.clock, end)
     variants = _in_turns(variants)
     if target.kind == "share":
@@ -62,14 +72,14 @@ def search(trials: Trials, variants: Sequence[Variant], target: Target, seed: in
 
 
 def measured(trials: Trials) -> list[tuple[ReductionConfig, Quality]]:
-    """Settings that were measured on all images of the search, with what was found; the best first."""
+    """List the settings that were measured on all images of the search, with their quality, the best first."""
     found = [(setting, trials.known_quality(setting)) for setting in trials.tried()]
     whole = [(setting, quality) for setting, quality in found if quality is not None]
     return sorted(whole, key=lambda item: trials.order(item[1]))
 
 
 def meets(trials: Trials, target: Target, setting: ReductionConfig, quality: Quality) -> bool:
-    """Whether a setting does what was asked for, on the images of the search."""
+    """Return whether a setting meets the target on the images of the search."""
     if target.kind == "share":
         adaptive = method_of(setting).is_adaptive(setting)
         return quality.share <= target.value + (TOLERANCE if adaptive else 1e-9)
@@ -80,7 +90,7 @@ def meets(trials: Trials, target: Target, setting: ReductionConfig, quality: Qua
 
 
 def choose(trials: Trials, target: Target) -> ReductionConfig | None:
-    """The best of the settings that do what was asked for, within a drop the cheapest; None if there is none."""
+    """Return the best setting that meets the target, or for a drop the cheapest one. None: no setting meets it."""
     able = [(setting, quality) for setting, quality in measured(trials) if meets(trials, target, setting, quality)]
     if not able:
         return None
@@ -90,10 +100,13 @@ def choose(trials: Trials, target: Target) -> ReductionConfig | None:
 
 
 def pareto_front(trials: Trials, most: int) -> list[ReductionConfig]:
-    """Settings that no other one beats in both multiply-adds and quality, the mildest first; of more than `most`
-    those nearest to evenly spread shares."""
+    """List the settings that no other setting beats in both multiply-adds and quality, the mildest first.
+
+    If there are more than `most`, those nearest to evenly spread shares are taken.
+    """
     front: list[tuple[ReductionConfig, Quality]] = []
-    for setting, quality in sorted(measured(trials), key=lambda item: item[1].share):  # of equal shares the best first
+    # With equal shares the best is first, because `measured` is sorted.
+    for setting, quality in sorted(measured(trials), key=lambda item: item[1].share):
         if not front or trials.order(quality) < trials.order(front[-1][1]):
             front.append((setting, quality))
     front.reverse()
@@ -106,7 +119,7 @@ def pareto_front(trials: Trials, most: int) -> list[ReductionConfig]:
 
 
 def what_is_reached(trials: Trials, variants: Sequence[Variant]) -> str:
-    """The lowest share that a setting keeps, in steps of 0.01, in words."""
+    """Say in words which share is the lowest that a setting keeps, in steps of 0.01."""
     even = []
     for variant in variants:
         method = METHODS[variant.method]
@@ -114,11 +127,12 @@ def what_is_reached(trials: Trials, variants: Sequence[Variant]) -> str:
             even.append(variant)
     for hundredths in range(1, 100):
         if any(even_setting(variant, trials.facts, hundredths / 100) is not None for variant in even):
-            return f"the least that a setting keeps of this model is {hundredths / 100:.2f}. Give that or more."
-    return "what these methods keep depends on the images. Give a higher share, or let other methods be tried too."
+            return f"the lowest share that a setting keeps of this model is {hundredths / 100:.2f}. Give that or more."
+    return "what these methods keep depends on the images. Give a higher share, or try other methods too."
 
 
 def _for_share(trials: Trials, variants: Sequence[Variant], share: float, seed: int, clock: Clock) -> None:
+    """Search for the best setting that keeps at most a share."""
     candidates = _at(trials, variants, share)
     trials.plan(_images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials), clock.end)
     ranked = _halve(trials, candidates, subset_sizes(len(trials.dataset)), clock.begin, clock.at(0.5))
@@ -129,7 +143,7 @@ def _for_share(trials: Trials, variants: Sequence[Variant], share: float, seed: 
 
 
 def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, seed: int, clock: Clock) -> None:
-    """At first the share stands for the time; then the best of some methods, in all and in few layers, are timed."""
+    """Search for the best setting with a speed-up. Compare methods by share first, then time the best of them."""
     sizes = subset_sizes(len(trials.dataset))
     least = max(1 / speedup, LEAST_SHARE)
     candidates = _at(trials, variants, least)
@@ -152,7 +166,7 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
     able = [found for _, found in fitted]
     start = next((found for found in able if shape_of(found.setting, trials.facts) is not None), able[0])
     best = _climb_from(trials, able, shares[trials.key(start.setting)], seed, clock, climbs=1)
-    for candidate in best[:1]:  # the climb changed where tokens are removed, and so the time
+    for candidate in best[:1]:  # the climb changed where tokens are removed, which changes the time
         share = _share_at_speed(trials, candidate.variant, speedup, least)
         found = None if share is None else _candidate(trials, candidate.variant, share)
         if found is not None:
@@ -161,6 +175,7 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
 
 
 def _for_drop(trials: Trials, variants: Sequence[Variant], most: float, seed: int, clock: Clock) -> None:
+    """Search for the cheapest setting whose drop is at most `most` points."""
     sizes = subset_sizes(len(trials.dataset))
     candidates = _at(trials, variants, FIRST_SHARE)
     forwards = _images(trials, len(variants)) + CLIMBS * _climbing(trials) + _of_front(trials)
@@ -170,7 +185,7 @@ def _for_drop(trials: Trials, variants: Sequence[Variant], most: float, seed: in
     if lowest is None:
         return
     share = lowest[1]
-    if share < FIRST_SHARE - 0.1:  # what is best at another share may be another method
+    if share < FIRST_SHARE - 0.1:  # another method may be the best at this share
         good = [candidate.variant for candidate in ranked[: max(6, len(ranked) // 3)]]
         ranked = _halve(trials, _at(trials, good, share), sizes[-2:], trials.clock, clock.at(0.5))
     best = _climb_from(trials, ranked, share, seed, clock)
@@ -181,11 +196,11 @@ def _for_drop(trials: Trials, variants: Sequence[Variant], most: float, seed: in
 def _lowest_within(
     trials: Trials, candidates: Sequence[Candidate], most: float, highest: float, until: float
 ) -> tuple[Candidate, float] | None:
-    """The variant, and the share, with the fewest multiply-adds whose drop is at most `most`."""
+    """Find by bisection the candidate with the lowest share whose drop is at most `most`, and that share."""
     best: tuple[Candidate, float] | None = None
     for candidate in candidates:
         steps = round((highest - LEAST_SHARE) / STEP)
-        low, high = 0, steps + 1  # low keeps within the drop, or is the highest share
+        low, high = 0, steps + 1  # `low` is within the drop, or is the highest share
         while high - low > 1 and (best is None or trials.clock <= until):
             middle = (low + high) // 2
             share = highest - middle * STEP
@@ -201,9 +216,10 @@ def _lowest_within(
 
 
 def _share_at_speed(trials: Trials, variant: Variant, speedup: float, share: float) -> float | None:
-    """The share at which a variant is as many times faster than dense, or slightly more. None: it is not seen to be.
+    """Find the share at which a variant has the wanted speed-up over dense, or slightly more. None: it was not found.
 
-    The time is taken to fall as the share does: what a setting takes more than its share is what it costs to decide.
+    The next share is chosen as if time fell exactly as the share does. What a setting takes on top of its share is the
+    time to decide and to move tokens, which is taken as constant.
     """
     best: float | None = None
     for _ in range(TIMINGS):
@@ -222,9 +238,9 @@ def _share_at_speed(trials: Trials, variant: Variant, speedup: float, share: flo
 def _halve(
     trials: Trials, candidates: Iterable[Candidate], sizes: Sequence[int], begin: float, end: float
 ) -> list[Candidate]:
-    """Measure all on few images, the better quarter on more, and so on; the best first.
+    """Measure all candidates on few images, the better quarter on more images, and so on. Returns the best first.
 
-    The best of each method and each method's own setting stay to the end, to be shown beside the chosen one.
+    The best candidate of each method and the default of each method stay to the end, because the report shows them.
     """
     ranked: list[Candidate] = []
     for round_, size in enumerate(sizes):
@@ -240,7 +256,7 @@ def _halve(
         ranked = [candidate for _, candidate in found]
         best_of = _of_different_methods(ranked)
         quarter = math.ceil(len(ranked) / 4)
-        # The best of each method first: where time ends within a round, none is lost.
+        # The best of each method go first. If time ends within a round, no method is lost.
         candidates = best_of + [
             candidate
             for place, candidate in enumerate(ranked)
@@ -252,7 +268,7 @@ def _halve(
 def _climb_from(
     trials: Trials, ranked: Sequence[Candidate], share: float, seed: int, clock: Clock, climbs: int = CLIMBS
 ) -> list[Candidate]:
-    """Climb from the best candidates whose layers can take other numbers, one of each method; all, the best first."""
+    """Climb from the best candidates whose shape can be changed, one of each method. Returns all, the best first."""
     starts: list[Candidate] = []
     for candidate in _of_different_methods(ranked):
         shape = shape_of(candidate.setting, trials.facts)
@@ -269,9 +285,10 @@ def _climb_from(
 
 
 def _climb(trials: Trials, best: Candidate, share: float, chance: random.Random, until: float) -> Candidate:
-    """Change how much a layer removes, or a setting, as long as that brings the model nearer to the dense one.
+    """Change how much a layer removes, or a setting, as long as this brings the model nearer to the dense one.
 
-    Few images say whether to look at more. All are looked at only at the end, by the caller.
+    A change is measured on few images first, and on more images if it looks good. The caller measures the end result
+    on all images.
     """
     sizes = subset_sizes(len(trials.dataset))
     few, more = sizes[-3:][0], sizes[-2:][0]
@@ -297,11 +314,13 @@ def _climb(trials: Trials, best: Candidate, share: float, chance: random.Random,
 
 
 def _is_nearer(trials: Trials, one: Candidate, other: Candidate, count: int) -> bool:
-    ours, theirs = (trials.quality(candidate.setting, count) for candidate in (one, other))
-    return ours is not None and theirs is not None and ours.distance < theirs.distance
+    """Return whether one candidate is nearer to the dense model than another, on the first `count` images."""
+    first, second = (trials.quality(candidate.setting, count) for candidate in (one, other))
+    return first is not None and second is not None and first.distance < second.distance
 
 
 def _moves(variant: Variant) -> Iterator[tuple[Any, ...]]:
+    """Generate the changes that a climb tries of a variant."""
     for layer, part in enumerate(variant.shape or ()):
         yield ("scale", layer, 1)
         if part > 0:
@@ -317,7 +336,7 @@ def _moves(variant: Variant) -> Iterator[tuple[Any, ...]]:
 
 
 def _moved(variant: Variant, move: tuple[Any, ...], step: float) -> Variant:
-    """The variant after a move; `step` says how far, from 0 to 1."""
+    """Return the variant after a change. `step` is the size of the change, from 0 to 1."""
     if move[0] == "set":
         return replace(variant, settings={**variant.settings, move[1]: move[2]})
     parts = list(variant.shape or ())
@@ -343,7 +362,7 @@ def _fill_front(trials: Trials, best: Sequence[Candidate], until: float) -> None
 
 
 def _at(trials: Trials, variants: Sequence[Variant], share: float) -> Iterator[Candidate]:
-    """The variants at a share, each setting once; made when their turn comes, as some are fitted on images."""
+    """Generate the variants at a share, each setting once. They are made one by one, as some are fitted on images."""
     seen = set()
     for variant in variants:
         candidate = _candidate(trials, variant, share)
@@ -358,7 +377,7 @@ def _candidate(trials: Trials, variant: Variant, share: float) -> Candidate | No
 
 
 def _of_different_methods(ranked: Sequence[Candidate]) -> list[Candidate]:
-    """The first candidate of each method."""
+    """Return the first candidate of each method."""
     found: dict[str, Candidate] = {}
     for candidate in ranked:
         found.setdefault(candidate.variant.method, candidate)
@@ -366,7 +385,7 @@ def _of_different_methods(ranked: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _few_of_each_method(trials: Trials, ranked: Sequence[Candidate], methods: int = 4) -> list[Candidate]:
-    """The best candidate of each of the best methods, and the best one that reduces in at most half of the layers."""
+    """Return of each of the best methods the best candidate, and the best that reduces in at most half the layers."""
     found: list[Candidate] = []
     for name in list(dict.fromkeys(candidate.variant.method for candidate in ranked))[:methods]:
         own = [candidate for candidate in ranked if candidate.variant.method == name]
@@ -376,13 +395,13 @@ def _few_of_each_method(trials: Trials, ranked: Sequence[Candidate], methods: in
 
 
 def _layers(trials: Trials, candidate: Candidate) -> int:
-    """How many layers reduce; an adaptive method may do so in all."""
+    """Return how many layers reduce. All layers of an adaptive method may reduce."""
     shape = shape_of(candidate.setting, trials.facts)
     return trials.facts.num_hidden_layers if shape is None else sum(part > 0 for part in shape)
 
 
 def _in_turns(variants: Sequence[Variant]) -> list[Variant]:
-    """One of each method, then the next of each: where time ends early, every method was tried."""
+    """Order variants so that methods take turns. If time ends early, every method was tried."""
     of_method: dict[str, list[Variant]] = {}
     for variant in variants:
         of_method.setdefault(variant.method, []).append(variant)
@@ -394,7 +413,7 @@ def _is_default(variant: Variant) -> bool:
 
 
 def _images(trials: Trials, variants: int) -> int:
-    """About how many forwards a halving takes."""
+    """Estimate how many forward passes of one image a halving takes."""
     total, before, left = 0, 0, variants
     for size in subset_sizes(len(trials.dataset)):
         total, before, left = total + left * (size - before), size, math.ceil(left / 4) + 6
@@ -402,6 +421,7 @@ def _images(trials: Trials, variants: int) -> int:
 
 
 def _climbing(trials: Trials) -> int:
+    """Estimate how many forward passes of one image a climb takes."""
     sizes = subset_sizes(len(trials.dataset))
     return MOST_MOVES * (sizes[-3:][0] + sizes[-2:][0]) // 2
 

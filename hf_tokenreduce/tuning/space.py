@@ -1,4 +1,4 @@
-"""What the tuner searches: methods, the layers that reduce, how much each of them removes, and further settings."""
+"""What the tuner tries: methods, which layers reduce, how much each of them removes, and further settings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,21 +12,23 @@ from ..modeling.encoders import EncoderFacts
 from ..modeling.multiply_adds import even_counts, even_share, largest_within
 
 
-# Layers of a model of 12: all, every second, the later ones, and few. Few take less time for the same multiply-adds,
-# because every layer that reduces scores, sorts and moves tokens.
+# Layers of a model of 12: all, every second, the later ones, and few. Few layers take less time for the same
+# multiply-adds, because every layer that reduces scores, sorts and moves tokens.
 SCHEDULES = (
     tuple(range(12)), (3, 6, 9), tuple(range(1, 11)), (1, 3, 5, 7, 9), (0, 2, 4, 6, 8, 10), tuple(range(3, 12)),
     (2, 5, 8), (1, 4, 7), (4, 8), (3, 7), (2, 4, 6), (4,),
 )  # fmt: skip
-FITTED_SCHEDULES = 2  # the first ones, of methods that have to be fitted on images, which takes many forwards
+FITTED_SCHEDULES = 2  # only so many for methods that are fitted on images, because that takes many forward passes
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with all that a share leaves open.
+    """A method with everything that the share of the multiply-adds does not decide.
 
-    settings: fields of its configuration that are not the method's own
-    shape: how the tokens that are removed are spread over the layers, as parts of 1. None: as the method does it.
+    Attributes:
+        method: Name of the method.
+        settings: Fields of its configuration that differ from the defaults.
+        shape: How the removed tokens are spread over the layers, as parts that sum to 1. None: as the method does it.
     """
 
     method: str
@@ -35,13 +37,13 @@ class Variant:
 
 
 def searched_methods(names: Sequence[str] | None = None) -> list[Method]:
-    """Find the methods that a search tries.
+    """List the methods that a search tries.
 
     Args:
-        names: Of methods. None: all that need no training first.
+        names: Names of methods. By default all methods that do not have to be trained first.
 
     Returns:
-        `list` of `Method`: In the order in which tables show them.
+        `list` of `Method`: By default in the order in which tables show them, else in the order of `names`.
 
     Example:
         >>> [method.title for method in searched_methods()]
@@ -66,7 +68,7 @@ def _why_left_out(method: Method) -> str | None:
 
 
 def variants_of(method: Method, facts: EncoderFacts) -> list[Variant]:
-    """List what is tried of a method: the method as it is, then other layers, and one other value at a time."""
+    """List what is tried of a method: its defaults, then other layers, then one other setting at a time."""
     schedules = SCHEDULES if method.at_share is not None else SCHEDULES[:FITTED_SCHEDULES]
     layers = [spread_layers(facts, *of_twelve) for of_twelve in schedules] if method.takes_layers else []
     tried: list[dict[str, Any]] = [{}, *({"layers": some} for some in dict.fromkeys(layers))]
@@ -78,32 +80,35 @@ def even_setting(variant: Variant, facts: EncoderFacts, share: float) -> Reducti
     """Find the mildest setting of a variant that keeps at most a share of the multiply-adds.
 
     Args:
-        variant (`Variant`): Of a method that has a setting for a share.
-        facts: Of the encoder, on images of the size in question.
-        share (`float`): To keep.
+        variant (`Variant`): The variant. Its method must have a setting for a share without images.
+        facts: Facts of the encoder for images of the size in question.
+        share (`float`): Share of the multiply-adds to keep.
 
     Returns:
-        `ReductionConfig`, or None if the variant cannot keep so little or cannot run in this encoder.
+        `ReductionConfig`. None: the variant cannot keep so little, or it cannot run in this encoder.
 
     Example:
         >>> even_setting(Variant("tome", {"layers": (3, 6, 9)}), facts, 0.65)
     """
     method = METHODS[variant.method]
     if method.at_share is None:
-        raise ValueError(f"{method.title} is fitted to a share on images.")
+        raise ValueError(f"{method.title} is fitted to a share on images, so it has no setting without images.")
     try:
         if variant.shape is not None:
             return _shaped(variant, facts, share)
         setting = method.at_share(facts, share, **variant.settings)
         setting.check_fit(facts)
-    except ValueError:  # out of reach, or not made for this encoder
+    except ValueError:  # the share is out of reach, or the setting does not fit this encoder
         return None
     return setting
 
 
 def shape_of(setting: ReductionConfig, facts: EncoderFacts) -> tuple[float, ...] | None:
-    """Say how the tokens that a setting removes are spread over the layers, or None if it cannot be spread otherwise:
-    it is adaptive, removes nothing, or has one number for all layers."""
+    """Return how a setting spreads the removed tokens over the layers, as parts that sum to 1.
+
+    Returns None if they cannot be spread differently: the setting is adaptive, removes nothing, or has one number for
+    all layers.
+    """
     try:
         counts = [facts.num_patches, *(count - facts.num_prefix_tokens for count in even_counts(setting, facts))]
         removed = [before - after for before, after in pairwise(counts)]
@@ -115,7 +120,7 @@ def shape_of(setting: ReductionConfig, facts: EncoderFacts) -> tuple[float, ...]
 
 
 def _shaped(variant: Variant, facts: EncoderFacts, share: float) -> ReductionConfig | None:
-    """The setting of a variant with a shape: the fewest tokens removed, spread so, that keep at most the share."""
+    """Find the mildest setting with the variant's shape that keeps at most the share."""
     method, shape = METHODS[variant.method], variant.shape or ()
     like = method.config_class(**_fitting(variant.settings, method))
 
@@ -139,11 +144,12 @@ def _shaped(variant: Variant, facts: EncoderFacts, share: float) -> ReductionCon
 
 
 def _fitting(settings: dict[str, Any], method: Method) -> dict[str, Any]:
-    """Without layers: a shape says which reduce."""
+    """Return the settings without `layers`, because the shape says which layers reduce."""
     return {name: value for name, value in settings.items() if name != "layers"}
 
 
 def _with_counts(setting: Any, facts: EncoderFacts, counts: Sequence[int]) -> ReductionConfig | None:
+    """Return the setting that leaves these numbers of patch tokens after the layers. None: there is none."""
     method = METHODS[setting.method]
     if method.at_counts is not None:
         return method.at_counts(facts, setting, counts)

@@ -1,4 +1,4 @@
-"""`Trials`: what is known of each setting on the images that are searched on. Each result is kept as it comes."""
+"""`Trials`: measure settings on the images of a search, and keep each result as it comes."""
 
 import json
 import math
@@ -34,21 +34,23 @@ from .space import Variant, even_setting
 
 CALIBRATION_IMAGES = 100
 TIMED_REPEATS = 5
-# By how many points the accuracy drops, as a rule, for a divergence of 1: seen with all methods on photographs, for
-# divergences from 0.04 to 0.5. A drop on some hundreds of images is uncertain by about a point, and so is this.
+# As a rule, the accuracy drops by so many points for a divergence of 1. This was measured with all methods on
+# photographs, for divergences from 0.04 to 0.5. A drop that is measured on some hundreds of images is uncertain by
+# about one point, and so is a drop that is estimated from the divergence.
 POINTS_OF_DISTANCE = 35.0
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What a setting does to images that were searched on.
+    """The quality and the cost of a setting on images of the search.
 
-    images: how many
-    distance: the mean over them of the Kullback-Leibler divergence from the dense model's classes to these; of
-        features one less their cosine
-    agreement: percent of them whose first class is that of the dense model
-    drop: of the accuracy, in percent; without labels what agreement lacks of 100. None for features.
-    share: of the encoder's multiply-adds
+    Attributes:
+        images: Number of images.
+        distance: Mean Kullback-Leibler divergence from the dense model's class probabilities to those of the setting.
+            For features, 1 minus the cosine.
+        agreement: Percentage of the images that get the dense model's class. None for features.
+        drop: Drop of the accuracy in percentage points. Without labels, 100 minus the agreement. None for features.
+        share: Share of the encoder's multiply-adds that is kept.
     """
 
     images: int
@@ -59,14 +61,22 @@ class Quality:
 
 
 class Trials:
-    """Tries settings on a model, and remembers.
+    """Try settings on a model, and remember the results.
 
-    model: a classifier or an encoder, stock or reduced
-    dataset: the images to search on; each prefix of it is a sample
-    labels: the class of each image in the model; None where features are compared. Without labels of its own a data
-        set takes the dense model's classes for them.
-    folder: keeps what was measured; called again with the same settings, it is read there
-    calibrated: the folder for what methods learn
+    Args:
+        model: A classifier or an encoder, stock or reduced.
+        dataset: Images to search on. The first images of it are a sample of all.
+        labels: The model's index of the class of each image. None: features are compared, or the images have no labels
+            and the dense model's classes take their place.
+        processor: The image processor of the model.
+        folder: Folder that keeps the results. A later search with the same settings reads them there.
+        calibrated: Folder for what methods learn.
+        of_features: Compare features, not classes.
+        batch_size: Number of images per batch, also when time is measured.
+        runtime: Where time is measured.
+        image_column: Column of the data set that holds the images.
+        num_workers: Number of processes that read images.
+        progress: Show progress bars.
     """
 
     def __init__(
@@ -95,7 +105,7 @@ class Trials:
         self.speeds: dict[str, dict[str, Any]] = {}
         self.fits: dict[str, Any] = {}
         self.settings: dict[str, Any] = {}
-        self.clock = 0.0  # seconds that the trials took which were asked for, also if that was before a resumption
+        self.clock = 0.0  # seconds that all requested trials took, also those of an earlier run that was stopped
         self.asked: set[int] = set()
         self.progress, self.bar, self.bar_at, self.timed = progress, logging.tqdm(disable=True), 0, False
         for line in read_lines(self.file):
@@ -111,22 +121,24 @@ class Trials:
         self.labels = self.classes if labels is None or self.classes is None else torch.tensor(list(labels))
 
     def order(self, quality: Quality) -> float:
-        """By what settings are sorted, the best first: the distance; where there are labels and all images were seen,
-        the drop of the accuracy in points, and as much again by what the distance says of it."""
+        """Return the number by which settings are sorted, the lowest and best first.
+
+        This is the distance. If there are labels and the setting was measured on all images, it is the drop of the
+        accuracy in points, plus the drop that the distance predicts.
+        """
         if self.labelled and quality.drop is not None and quality.images == len(self.dataset):
             return quality.drop + POINTS_OF_DISTANCE * quality.distance
         return quality.distance
 
     def plan(self, images: int, end: float) -> None:
-        """Begin the bar that says how long it takes: the forwards of single images that are planned, or the seconds
-        until the clock ends."""
+        """Begin the progress bar: over `images` forward passes of one image, or over seconds if `end` is finite."""
         self.bar.close()
         self.timed = math.isfinite(end)
         total, unit = (round(end - self.clock), "s") if self.timed else (images, "image")
         self.bar = logging.tqdm(desc="searching", total=total, unit=unit, disable=not self.progress)
 
     def setting_at(self, variant: Variant, share: float) -> ReductionConfig | None:
-        """The setting of a variant that keeps at most a share of the multiply-adds; None if there is none."""
+        """Find the setting of a variant that keeps at most a share of the multiply-adds. None: there is none."""
         method = METHODS[variant.method]
         if method.at_share is not None:
             return even_setting(variant, self.facts, share)
@@ -138,7 +150,7 @@ class Trials:
                 dense = inside(self.dense)
                 assert method.fit_share is not None
                 found = method.fit_share(dense, pixels.to(dense.device), share, **variant.settings).to_dict()
-            except ValueError:  # out of reach
+            except ValueError:  # the share is out of reach
                 pass
             self._keep({"fit": key, "setting": found, "seconds": time.perf_counter() - begin})
         self._ask(self.fits[key])
@@ -147,8 +159,10 @@ class Trials:
         return None if values is None else method.config_class(**fields)
 
     def quality(self, setting: ReductionConfig, count: int) -> Quality | None:
-        """Measure a setting on the first `count` images, of which those that were seen before are not seen again. None
-        if it cannot run in this model."""
+        """Measure a setting on the first `count` images. None: it cannot run in this model.
+
+        Images on which it was measured before are not computed again.
+        """
         key = self.key(setting)
         known = self.qualities.get(key, [])
         begin = known[-1]["end"] if known else 0
@@ -160,7 +174,7 @@ class Trials:
         return self.known_quality(setting, count)
 
     def known_quality(self, setting: ReductionConfig, count: int | None = None) -> Quality | None:
-        """What is known of a setting on the first `count` images, by default all; None if that is not known yet."""
+        """Return the quality of a setting on the first `count` images, by default all. None: it is not known yet."""
         lines = self.qualities.get(self.key(setting), [])
         count = len(self.dataset) if count is None else count
         if not lines or lines[-1].get("failed") or lines[-1]["end"] < count:
@@ -177,7 +191,7 @@ class Trials:
         return Quality(count, sum(column["distance"]) / count, agreement, drop, sum(column["share"]) / count)
 
     def speedup(self, setting: ReductionConfig) -> float | None:
-        """Time a setting in turn with the dense model on this device. None if it cannot run in this model."""
+        """Time a setting in turn with the dense model on this device. None: it cannot run in this model."""
         key = self.key(setting)
         if key not in self.speeds:
             begin = time.perf_counter()
@@ -198,14 +212,15 @@ class Trials:
         return self.speeds[key]["speedup"]
 
     def known_speedup(self, setting: ReductionConfig) -> float | None:
+        """Return the speed-up of a setting. None: it was not timed."""
         return self.speeds.get(self.key(setting), {}).get("speedup")
 
     def tried(self) -> list[ReductionConfig]:
-        """All settings that were measured on images, in the order in which they were tried."""
+        """List all settings that were measured on images, in the order in which they were tried."""
         return [self.settings[key] for key in self.qualities]
 
     def reduced(self, setting: ReductionConfig) -> tuple[Any, str | None]:
-        """The model with a setting, and what it has to learn learned; or why that cannot be."""
+        """Return the model with a setting, calibrated if the method needs it, and the reason if it cannot run."""
         model = reduced_as(self.model, setting)
         reason = why_it_cannot_run(model, self.facts)
         if reason is None and method_of(setting).prepare is not None and not self._is_own(setting):
@@ -216,11 +231,13 @@ class Trials:
         return model, reason
 
     def key(self, setting: ReductionConfig) -> str:
+        """Return the name under which the results of a setting are kept."""
         key = key_of(setting, "")
         self.settings.setdefault(key, setting)
         return key
 
     def _is_own(self, setting: ReductionConfig) -> bool:
+        """Return whether the given model is reduced by this setting. Then it has learned already."""
         own = getattr(self.model.config, "reduction", None)
         return own is not None and own.to_dict() == setting.to_dict()
 
@@ -246,7 +263,7 @@ class Trials:
         return line | found | {"seconds": time.perf_counter() - start}
 
     def _run(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Outputs in float32, and the tokens that leave each layer where they differ between images."""
+        """Return outputs in float32, and the tokens that leave each layer if images may differ in them."""
         one = inside(model)
         pixels = pixels.to(one.device)
         if self.of_features:
@@ -294,8 +311,10 @@ class Trials:
             self.fits[line["fit"]] = line
 
     def _ask(self, line: dict[str, Any]) -> None:
-        """Count a result's time when it is asked for first: so a search that goes on after it was stopped decides by
-        the clock what it would have decided without the stop."""
+        """Add the time of a result to the clock when it is first asked for.
+
+        So a search that was stopped and continues makes the same decisions by the clock as one without the stop.
+        """
         if id(line) in self.asked:
             return
         self.asked.add(id(line))
@@ -305,6 +324,7 @@ class Trials:
 
 
 def _distances(dense: Tensor, reduced: Tensor, of_features: bool) -> list[float]:
+    """Return the distance of each image, see `Quality`."""
     dense, reduced = dense.double(), reduced.double()
     if of_features:
         return (1 - F.cosine_similarity(dense, reduced, dim=-1)).tolist()

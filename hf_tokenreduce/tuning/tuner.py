@@ -1,5 +1,4 @@
-"""`tune`: the best reduction for a model, images and a device, searched on a part of the images and reported on the
-others."""
+"""`tune`: search for the best reduction of a model on a part of the images, and report on the other images."""
 
 import json
 import math
@@ -40,7 +39,7 @@ from .space import Variant, searched_methods, variants_of
 from .trials import CALIBRATION_IMAGES, Trials
 
 
-MODEL = "model"  # the folder of the chosen model, in that of the report
+MODEL = "model"  # folder of the chosen model, inside the folder of the report
 MOST_ON_FRONT = 6
 
 
@@ -66,40 +65,45 @@ def tune(
     record: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> TuningReport:
-    """Search for the reduction that changes a model least at a cost, or costs least at a change. Nothing is trained.
+    """Search for the reduction that changes a model least at a given cost, or that costs least at a given change.
 
-    Settings are told apart by how far the model's outputs go from the dense model's. Where there are labels, the drop
-    of the accuracy counts as much, between settings that were measured on all images of the search.
+    Nothing is trained. Settings are compared by the distance of the model's outputs from the dense model's. If there
+    are labels, the drop of the accuracy counts as much, among settings that were measured on all images of the search.
 
-    The images are split into a part to search on, at most 500, and the others, on which the report is measured. What
-    was tried is kept as it comes: stopped and called again, it goes on where it was and comes to the same result.
+    The images are split into at most 500 to search on, and the others, for the report. Each result is kept as it
+    comes. If you stop `tune` and call it again, it continues and comes to the same result.
 
     Args:
-        model: A classifier, a `zero_shot_classifier`, or an encoder whose features are compared. If it is reduced
-            already, the search begins with its dense form, and that reduction is one of those tried.
-        dataset (`Dataset`): Images. With labels the report is of accuracy; without, of the share of the images that
-            get the dense model's class.
-        processor: What prepares the images.
-        share (`float`, *optional*): The share of the multiply-adds to keep at most; a method whose cost depends on the
-            images may exceed it by 0.015. One of the three targets is given.
-        speedup (`float`, *optional*): How many times as fast as dense at least, on this device at this batch size.
-        max_drop (`float`, *optional*): By how many points the accuracy, without labels the agreement, drops at most;
-            the cheapest setting within it is looked for.
-        output_dir: Gets report.md, tuning.json, pareto.png, pareto.svg, and in `model` the chosen model with its card.
+        model: A classifier, a `zero_shot_classifier`, or an encoder whose features are compared. If it is already
+            reduced, the search begins with its dense form, and its reduction is one of those that are tried.
+        dataset (`Dataset`): Images. With labels the report is about accuracy. Without labels it is about the share of
+            the images that get the dense model's class.
+        processor: The image processor of the model.
+        share (`float`, *optional*): Target: the highest share of the multiply-adds to keep. A method whose cost
+            depends on the images may exceed it by 0.015. Give exactly one of the three targets.
+        speedup (`float`, *optional*): Target: the lowest speed-up over dense, on this device at this batch size.
+        max_drop (`float`, *optional*): Target: the largest drop of the accuracy in points, or without labels of the
+            agreement. The search then looks for the cheapest setting within it.
+        output_dir: Folder for report.md, tuning.json, pareto.png and pareto.svg. The chosen model and its card go into
+            its subfolder `model`.
         methods: Names of the methods to try. By default all that run untrained.
-        minutes (`float`, *optional*): The most that the trials take; the report takes its time afterwards. By default
-            as long as there is something to try.
-        seed (`int`): Decides the split and the search.
-        batch_size (`int`): Images at once, also where time is measured.
-        speed (`bool`): Also time what is reported, and choose dense if nothing is faster on this device. False: the
-            model is for another device.
-        repeats (`int`): How often the report times each setting.
+        minutes (`float`, *optional*): The most time for the trials. The report takes extra time afterwards. By default
+            the search goes on as long as there is something to try.
+        seed (`int`): Seed of the split and of the search.
+        batch_size (`int`): Number of images per batch, also when time is measured.
+        speed (`bool`): Also time the settings of the report, and choose the dense model if nothing is faster on this
+            device. Set it to False if the model is for another device.
+        repeats (`int`): Number of times that the report times each setting.
         runtime (`str`): Where time is measured: `"eager"`, `"compiled"`, `"onnx"`, `"openvino"` or `"openvino-int8"`.
-        record (`Mapping`, *optional*): What the card is to know besides: `base_model`, `eval_dataset`, `command` and
-            others of a training's record.
+        num_workers (`int`): Number of processes that read images.
+        image_column (`str`): Column of the data set that holds the images.
+        label_column (`str`): Column of the data set that holds the classes.
+        record (`Mapping`, *optional*): Further entries for the card, such as `base_model`, `eval_dataset` and
+            `command`, as in the record of a training.
+        progress (`bool`): Show progress bars.
 
     Returns:
-        `TuningReport`: The chosen setting, and all that is shown beside it, on the held-out images.
+        `TuningReport`: The chosen setting and the other settings of the report, on the held-out images.
 
     Example:
         >>> report = tune(model, photos, processor, share=0.65, output_dir="tuned")
@@ -109,8 +113,8 @@ def tune(
     of_features = is_of_features(model, None)
     if of_features and target.kind == "max_drop":
         raise ValueError(
-            f"max_drop={max_drop} is of accuracy or agreement, and a {type(model).__name__} predicts no classes. Give "
-            "share or speedup."
+            f"max_drop={max_drop} is about accuracy or agreement, but a {type(model).__name__} predicts no classes. "
+            "Give share or speedup."
         )
     check_data(dataset, batch_size, image_column=image_column)
     check_runtimes([runtime], CPU)
@@ -189,27 +193,29 @@ def _target(
     given = {name: value for name, value in (("share", share), ("speedup", speedup), ("max_drop", max_drop))
              if value is not None}  # fmt: skip
     if len(given) != 1:
-        told = " and ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
+        got = " and ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
         raise ValueError(
-            f"Give one target: share, such as 0.65 of the multiply-adds, speedup, such as 1.5, or max_drop, such as 1 "
-            f"point. Got {told}."
+            f"Give one target: share, such as 0.65 of the multiply-adds; speedup, such as 1.5; or max_drop, such as 1 "
+            f"point. Got {got}."
         )
     ((kind, value),) = given.items()
     if kind == "share":
         check_share(value)
     elif kind == "speedup" and not 1 < value < math.inf:
-        raise ValueError(f"speedup is how many times as fast as dense, above 1, got {value!r}.")
+        raise ValueError(
+            f"speedup is the speed divided by the dense model's speed. It must be above 1, got {value!r}."
+        )
     elif kind == "max_drop" and not 0 <= value < 100:
-        raise ValueError(f"max_drop is in points of the accuracy, from 0 to below 100, got {value!r}.")
+        raise ValueError(f"max_drop is in points of the accuracy. It must be from 0 to below 100, got {value!r}.")
     if kind == "speedup" and not speed:
-        raise ValueError(f"speedup={value} needs time to be measured: leave speed=False (--no-speed) out.")
+        raise ValueError(f"For speedup={value} time must be measured. Leave speed=False (--no-speed) out.")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be above 0, got {minutes!r}.")
     return Target(kind, float(value))
 
 
 def _labels(model: Any, dataset: Dataset, label_column: str) -> list[int] | None:
-    """The class of each image in the model; None if there are no labels."""
+    """Return the model's index of the class of each image. None: there are no labels."""
     given = _raw_labels(dataset, label_column)
     if given is None:
         return None
@@ -217,7 +223,9 @@ def _labels(model: Any, dataset: Dataset, label_column: str) -> list[int] | None
     labels = [classes[label] if classes and label is not None else label for label in given]
     highest = model.config.num_labels - 1
     if any(label is None or not 0 <= label <= highest for label in labels):
-        raise ValueError(f"The labels must be classes of the model, 0 to {highest}. Leave out images without a class.")
+        raise ValueError(
+            f"The labels must be classes of the model, which are 0 to {highest}. Leave out images without a class."
+        )
     return labels
 
 
@@ -229,13 +237,13 @@ def _parts(dataset: Dataset, labels: list[int] | None, seed: int) -> Parts:
     count = len(dataset)
     if count < LEAST_IMAGES:
         raise ValueError(
-            f"There are {count} images. A search on some and a report on others take at least {LEAST_IMAGES}, and say "
-            "little below some hundreds. Give more images."
+            f"There are {count} images. A search on some and a report on the others take at least {LEAST_IMAGES}, and "
+            "reliable results take some hundreds. Give more images."
         )
     if labels is not None and len(set(labels)) == 1:
         raise ValueError(
-            f"All {count} images are of one class, so nobody could see that others are confused. Give images of at "
-            "least two classes."
+            f"All {count} images are of one class, so errors between classes cannot be seen. Give images of at least "
+            "two classes."
         )
     return split_rows(labels, count, seed)
 
@@ -243,8 +251,8 @@ def _parts(dataset: Dataset, labels: list[int] | None, seed: int) -> Parts:
 def _check_classes(trials: Trials) -> None:
     if trials.classes is not None and trials.labels is trials.classes and len(set(trials.classes.tolist())) == 1:
         raise ValueError(
-            f"The dense model gives all {len(trials.classes)} images one class, so nobody could see that others are "
-            "confused. Give images of at least two classes."
+            f"The dense model gives all {len(trials.classes)} images one class, so errors between classes cannot be "
+            "seen. Give images of at least two classes."
         )
 
 
@@ -253,7 +261,7 @@ def _folder(folder: Path) -> Path:
         raise ValueError(f"output_dir {folder} is a file. Name a folder.")
     others = [file for file in folder.iterdir() if file.name != "search"] if folder.is_dir() else []
     if others and not (folder / "search" / "settings.json").is_file():
-        raise ValueError(f"output_dir {folder} is not empty, and no search was made there. Name another folder.")
+        raise ValueError(f"output_dir {folder} is not empty, but it holds no search. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -261,8 +269,10 @@ def _folder(folder: Path) -> Path:
 def _shown(
     trials: Trials, variants: Sequence[Variant], target: Target, chosen: ReductionConfig | None, end: float
 ) -> list[tuple[ReductionConfig, list[str]]]:
-    """The settings that are measured on the held-out images, each with its roles. The search alone decides: nothing of
-    the held-out images is known here."""
+    """List the settings that are measured on the held-out images, each with its roles.
+
+    Only the results of the search decide here. Nothing about the held-out images is known yet.
+    """
     roles: dict[str, tuple[ReductionConfig, list[str]]] = {}
 
     def add(setting: ReductionConfig, role: str) -> None:
@@ -287,12 +297,12 @@ def _shown(
 
 
 def _best_default(trials: Trials, variants: Sequence[Variant], share: float, end: float) -> ReductionConfig | None:
-    """The best of the methods' own settings at a share; when the clock has ended, the best of those that are known."""
+    """Find the best default of all methods at a share. After the end of the clock only known results are compared."""
     best: tuple[float, ReductionConfig] | None = None
     for name in dict.fromkeys(variant.method for variant in variants):
         ended = trials.clock > end
         if ended and METHODS[name].at_share is None:
-            continue  # it would have to be fitted on images
+            continue  # this method would have to be fitted on images
         setting = trials.setting_at(Variant(name), share)
         count = len(trials.dataset)
         quality = None
@@ -304,24 +314,27 @@ def _best_default(trials: Trials, variants: Sequence[Variant], share: float, end
 
 
 def _why_dense(trials: Trials, target: Target) -> str:
-    """Why the dense model is what is asked for, where no setting is; or a ValueError that says what can be reached."""
+    """Say why the dense model is chosen. Raise a ValueError if the target is one that cannot be reached."""
     if target.kind == "max_drop":
         drops = [quality.drop for _, quality in measured(trials) if quality.drop is not None]
-        told = f"the least that was seen is {min(drops):.1f}" if drops else "none could be measured"
-        return f"No setting that was tried keeps the drop within {target.value:g} points: {told}. Use dense."
+        seen = f"the smallest drop was {min(drops):.1f}" if drops else "no drop could be measured"
+        return f"No setting that was tried keeps the drop within {target.value:g} points: {seen}. Use the dense model."
     if target.kind == "share":
-        raise ValueError(f"share={target.value:g} is kept by no setting that was tried. Give a higher share.")
+        raise ValueError(f"No setting that was tried keeps share={target.value:g} or less. Give a higher share.")
     fastest = max((row["speedup"] or 0.0 for row in trials.speeds.values()), default=0.0)
     if fastest > 1:
         raise ValueError(
-            f"speedup={target.value:g} cannot be reached on this device at batch {trials.batch_size}: the most that "
-            f"was seen is {fastest:.2f}. Give less, or another batch size."
+            f"speedup={target.value:g} cannot be reached on this device at batch {trials.batch_size}: the highest "
+            f"speed-up was {fastest:.2f}. Give a lower one, or another batch size."
         )
-    return f"No setting that was tried is faster than dense on this device at batch {trials.batch_size}. Use dense."
+    return (
+        f"No setting that was tried is faster than the dense model on this device at batch {trials.batch_size}. Use "
+        "the dense model."
+    )
 
 
 def _with_dense_classes(trials: Trials, images: Dataset, label_column: str, folder: Path, num_workers: int) -> Dataset:
-    """The images with the class that the dense model gives each, so that accuracy is agreement with it."""
+    """Label each image with the class that the dense model gives it, so that accuracy is agreement with that model."""
     options: dict[str, Any] = {"batch_size": trials.batch_size, "num_workers": num_workers, "progress": False}
     unknown = images.add_column(label_column, [0] * len(images))
     report = evaluate_model(
@@ -334,7 +347,7 @@ def _with_dense_classes(trials: Trials, images: Dataset, label_column: str, fold
 def _rows(
     trials: Trials, comparison: Comparison, shown: list[tuple[ReductionConfig, list[str]]], of_dense_classes: bool
 ) -> list[dict[str, Any]]:
-    """The records of the comparison, with roles, and what was seen on the images of the search."""
+    """Return the records of the comparison, with their roles and with the results on the images of the search."""
     rows = []
     for row in comparison.rows:
         own = next(((one, roles) for one, roles in shown if one.to_dict() == row["settings"]), None)
@@ -342,7 +355,7 @@ def _rows(
         row = {name: value for name, value in row.items() if name not in LEFT_OUT}
         row |= {"roles": [] if own is None else own[1], "search": None if quality is None else asdict(quality)}
         if of_dense_classes and not row.get("skipped"):
-            # Labels were the dense model's classes: what looks like accuracy is agreement with it.
+            # The labels were the dense model's classes, so what looks like accuracy is agreement with it.
             row |= {"agreement": row["top1"], "agreement_interval": row["top1_interval"]}
             row |= dict.fromkeys(("top1", "top1_interval", "top5", "baseline_top1"))
         rows.append(row)
@@ -350,25 +363,28 @@ def _rows(
 
 
 def _decided(rows: list[dict[str, Any]], target: Target, speed: bool, why: str) -> tuple[dict[str, Any], str]:
-    """The record that is chosen, and why if it is not that of the search: what is not faster is of no use here."""
+    """Return the chosen record, and a reason if it is not the search's choice, because that one is not faster."""
     wanted = next((row for row in rows if "chosen" in row["roles"]), rows[0])
     chosen = wanted
     if speed and wanted is not rows[0]:
-        # A default keeps the share that was asked for, but was not held to another target.
+        # A default keeps the share that was asked for. It was not checked against the other kinds of target.
         roles = {"runner-up", "default"} if target.kind == "share" else {"runner-up"}
         able = [wanted, *(row for row in rows if roles & set(row["roles"]))]
         paying = [row for row in able if (row["speedup_interval"] or [0])[0] > 1]  # by more than the noise
         chosen = paying[0] if paying else rows[0]
-        told = f"{wanted['name']}, which the search found, "
+        speed_of_wanted = f"{wanted['name']}, which the search found, "
         if wanted["speedup"] is None:
-            told += "does not run in this runtime at this batch size"
+            speed_of_wanted += "does not run in this runtime at this batch size"
         else:
-            told += f"is {wanted['speedup']:.2f} times as fast as dense"
+            speed_of_wanted += f"has {wanted['speedup']:.2f} times the speed of the dense model"
         if not paying:
             batch = rows[0]["speed_batch_size"]
-            why = f"Nothing that does what was asked for pays on this device at batch {batch}: {told}. Use dense."
+            why = (
+                f"No setting that meets the target pays on this device at batch {batch}: {speed_of_wanted}. Use the "
+                "dense model."
+            )
         elif chosen is not wanted:
-            why = f"{told} on this device, which does not pay; this is the next that does."
+            why = f"{speed_of_wanted} on this device, which does not pay. This is the next setting that pays."
     if not why and chosen is wanted and wanted is not rows[0]:
         why = _what_is_missed(wanted, target)
     if chosen is not wanted or wanted is rows[0]:
@@ -378,17 +394,17 @@ def _decided(rows: list[dict[str, Any]], target: Target, speed: bool, why: str) 
 
 
 def _what_is_missed(row: dict[str, Any], target: Target) -> str:
-    """Say what the held-out images show of a target that the search kept."""
+    """Say if the held-out images show that the target is missed, although the search met it."""
     drop = row.get("drop")
     if target.kind == "speedup" and row["speedup"] is not None and row["speedup"] < target.value:
-        return f"Timed again, it is {row['speedup']:.2f} times as fast as dense, below {target.value:g}."
+        return f"Timed again, its speed-up over dense is {row['speedup']:.2f}, below {target.value:g}."
     if target.kind == "max_drop" and drop is not None and drop > target.value:
         return f"On the held-out images its drop is {drop:.1f} points, above {target.value:g}."
     return ""
 
 
 def _save(report: TuningReport, trials: Trials, processor: Any, known: Mapping[str, Any]) -> None:
-    """Write the chosen model, as `tokenreduce reduce` does, with a record and a card of how it was found."""
+    """Write the chosen model, as `tokenreduce reduce` does, with a record and a card that say how it was found."""
     row = report.chosen
     if row["method"] is None:
         reduced = converted(trials.model, lambda one: reduced_as(one, None))

@@ -7,7 +7,17 @@ METRICS = ("accuracy", "agreement")
 
 
 def metric_path(name: str) -> Path:
-    """The folder that `evaluate.load` takes."""
+    """Return the folder of a metric, for `evaluate.load`.
+
+    Args:
+        name: "accuracy" or "agreement".
+
+    Returns:
+        The folder.
+
+    Example:
+        >>> evaluate.load(str(metric_path("accuracy"))).compute(predictions=[1, 0], references=[1, 1])
+    """
     if name not in METRICS:
         raise ValueError(f"There is no metric {name!r}. The metrics are: {', '.join(METRICS)}.")
     return Path(__file__).resolve().parent / name

@@ -1,4 +1,4 @@
-"""Top-1 and top-k accuracy as a module of the `evaluate` library."""
+"""Top-1 and top-k accuracy for the `evaluate` library."""
 
 from typing import Any
 
@@ -7,21 +7,21 @@ import evaluate
 import numpy as np
 
 
-DESCRIPTION = "The share of the images whose true class is the predicted one, or among the first k predictions."
+DESCRIPTION = "The share of the images whose true class is the first prediction, or is among the first k predictions."
 
 INPUTS = """
-predictions: the class predicted for each image, or for each a list of classes, the most probable first.
+predictions: the predicted class of each image, or a list of classes for each image, the most probable first.
 references: the true class of each image.
-top_k: with lists, the ks to count. The key of the first prediction is `accuracy`, that of k `top_k_accuracy`.
+top_k: the values of k to use, if predictions are lists. The result for 1 is called `accuracy`, for 5 `top_5_accuracy`.
 """
 
 
 def top_k_hits(predictions: Any, references: Any, k: int = 1) -> np.ndarray:
-    """bool (n,): whether the true class is among the first k predictions, which are (n,) or ranked (n, m)."""
+    """Return whether the true class is among the first k predictions: (n,) or ranked (n, m) -> bool (n,)."""
     ranked = np.asarray(predictions)
     ranked = ranked[:, None] if ranked.ndim == 1 else ranked
     if not 1 <= k <= ranked.shape[1]:
-        raise ValueError(f"k={k} predictions are to be counted, and {ranked.shape[1]} are given for each image.")
+        raise ValueError(f"k={k} is not possible: there are {ranked.shape[1]} predictions for each image.")
     return (ranked[:, :k] == np.asarray(references)[:, None]).any(axis=1)
 
 

@@ -1,4 +1,4 @@
-"""How often two models say the same, and what became right or wrong, as a module of the `evaluate` library."""
+"""How often two models predict the same class, and what became right or wrong, for the `evaluate` library."""
 
 from typing import Any
 
@@ -11,19 +11,20 @@ DESCRIPTION = "The share of the images for which a model predicts the class that
 
 INPUTS = """
 predictions: the class that the model predicts for each image.
-references: the class that the other model, such as the one before token reduction, predicts.
-labels: the true classes, if they are known: then also how many images flipped either way.
+references: the class that the other model, such as the model before token reduction, predicts for each image.
+labels: the true class of each image, optional. With it the metric also counts the images that became right or wrong.
 """
 
 
 def flips(predictions: Any, references: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of the images that only the model gets right, and of those that only the other does."""
+    """Return the indices of the images that only the model gets right, and of those that only the other gets right."""
     predictions, references, labels = (np.asarray(values) for values in (predictions, references, labels))
     right, was_right = predictions == labels, references == labels
     return np.flatnonzero(right & ~was_right), np.flatnonzero(~right & was_right)
 
 
 def agreement(predictions: Any, references: Any) -> float:
+    """Return the share of the images for which both are the same."""
     return float((np.asarray(predictions) == np.asarray(references)).mean())
 
 
