@@ -25,7 +25,9 @@ from .options import (
 
 @app.command(epilog="tokenreduce card vit-tome --base-model google/vit-base-patch16-224 --base-license apache-2.0")
 def card(
-    folder: Annotated[Path, typer.Argument(help="Folder of a saved model, or for the cards of --records.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a saved model, or for the cards of --records.", metavar="FOLDER")
+    ],
     base_model: Annotated[str | None, typer.Option(help="Hub id of the model that was reduced.", metavar="ID")] = None,
     base_license: Annotated[
         str | None, typer.Option(help="License of that model, such as apache-2.0.", metavar="NAME")
@@ -97,7 +99,7 @@ def export(
 
 @app.command(epilog="tokenreduce publish vit-tome your-name/vit-tome --dry-run upload")
 def publish(
-    folder: Annotated[Path, typer.Argument(help="Folder of a saved model with its processor.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model with its processor.", metavar="FOLDER")],
     repo_id: Annotated[str, typer.Argument(help="Hub id of the repository: namespace/name.", metavar="REPO_ID")],
     dry_run: Annotated[
         Path | None,

@@ -362,8 +362,8 @@ def test_the_example(tmp_path):
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert "6 images labelled, 0 skipped, 40.1% of their patches" in done.stdout
-    assert "on 1 images held out the filter keeps 50.0% of the patches" in done.stdout
+    assert "6 images were labelled and 0 skipped. The labels keep 40.1% of the patches" in done.stdout
+    assert "On 1 held-out images the filter keeps 50.0% of the patches" in done.stdout
     assert set(stored(tmp_path / "out" / "labels")["label"]) == {3, 4}
     record = json.loads((tmp_path / "out" / "model" / "record.json").read_text())
     assert record["base_model"] == "stock"
