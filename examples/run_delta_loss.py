@@ -53,8 +53,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     keep.add_argument(
         "--keep_share", type=float, help="Keep this share of all patches, those with the largest deltas."
     )
-    parser.add_argument("--labeller", choices=LABELLERS, default="exact", help="How deltas are measured.")
-    parser.add_argument("--mask", choices=MASKS, default="remove", help="How a patch is masked.")
+    parser.add_argument(
+        "--labeller",
+        choices=LABELLERS,
+        default="exact",
+        help="Forwards per image: one per patch, one per 2 x 2 patches, or one gradient.",
+    )
+    parser.add_argument(
+        "--mask", choices=MASKS, default="remove", help="Remove the token of a masked patch, or set it to zero."
+    )
     parser.add_argument("--label_batch_size", type=int, default=64, help="Number of masked copies per batch.")
     parser.add_argument(
         "--on_error", choices=["stop", "skip"], default="stop", help="What to do about an image that cannot be read."
