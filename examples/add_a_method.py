@@ -20,9 +20,10 @@ from hf_tokenreduce.modeling.topk import keep_best
 class RandomConfig(KeepRateConfig):
     """Keep random patch tokens, at the same positions in every image. Needs no training.
 
-    keep_rate: share of the patch tokens that each of `layers` keeps, rounded up.
-    layers: layers that drop tokens between their attention and their MLP, counted from 0.
-    seed: seed of the random positions.
+    Args:
+        keep_rate: Share of the patch tokens that each of `layers` keeps, rounded up.
+        layers: Layers that drop tokens between their attention and their MLP, counted from 0.
+        seed: Seed of the random positions.
     """
 
     method: ClassVar[str | None] = "random"
