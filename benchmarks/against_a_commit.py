@@ -1,10 +1,10 @@
-"""Compare this checkout with an earlier commit of it: the same answers, and in the same time?
+"""Compare this checkout with an earlier commit: does it give the same answers in the same time?
 
     python benchmarks/against_a_commit.py a492df7
     python benchmarks/against_a_commit.py a492df7 --starts 1 --rounds 1 --model a-vit --images photographs
 
-Two processes run the same models, one by the code of each commit, and take turns. A ratio below 1 means that this
-checkout is faster. With photographs it also says how many images go through and how far the answers are apart.
+Two processes run the same models in turn, each with the code of one commit. A ratio below 1 means that this checkout
+is faster. The output also shows the number of images and the largest difference of the logits.
 """
 
 import argparse
@@ -34,7 +34,7 @@ METHODS = {
 
 
 def work(checkout: str, model: str, threads: int) -> None:
-    """Answer requests on standard input: a method's name and pixel values; seconds and logits come back."""
+    """Answer requests on standard input: the name of a method and pixel values -> seconds and logits."""
     sys.path.insert(0, checkout)
     import hf_tokenreduce
 
@@ -85,7 +85,7 @@ def start_worker(checkout: Path, given: argparse.Namespace) -> subprocess.Popen:
 
 
 def compare(workers: dict, method: str, batches: list, rounds: int, ratios: list[float], apart: dict) -> None:
-    """Let every batch go through both, in turns, and add what was seen to `ratios` and `apart`."""
+    """Run every batch in both processes, in turn, and add the results to `ratios` and `apart`."""
     for worker in workers.values():
         ask(worker, method, batches[0])
     for turn in range(rounds):
@@ -100,14 +100,26 @@ def compare(workers: dict, method: str, batches: list, rounds: int, ratios: list
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit", help="what to compare with")
-    parser.add_argument("--starts", type=int, default=4, help="times that both processes start anew: memory differs")
-    parser.add_argument("--rounds", type=int, default=8, help="times that every batch goes through both, per start")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads of each process")
-    parser.add_argument("--model", default="", help="a folder; without it, a ViT-Base of random weights")
-    parser.add_argument("--images", type=Path, help="a folder of images; without it, noise")
-    parser.add_argument("--methods", nargs="+", default=["tome", "evit", "ats", "ltmp"], choices=METHODS)
+    parser.add_argument("commit", help="Commit to compare with.")
+    parser.add_argument(
+        "--starts",
+        type=int,
+        default=4,
+        help="Number of times that both processes are started. Each start has another memory layout.",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=8,
+        help="Number of times that every batch goes through both processes, per start.",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="Number of images per batch.")
+    parser.add_argument("--threads", type=int, default=2, help="Number of CPU threads of each process.")
+    parser.add_argument("--model", default="", help="Folder of a model. Default: a ViT-Base with random weights.")
+    parser.add_argument("--images", type=Path, help="Folder of images. Default: noise.")
+    parser.add_argument(
+        "--methods", nargs="+", default=["tome", "evit", "ats", "ltmp"], choices=METHODS, help="Names of the methods."
+    )
     given = parser.parse_args(arguments)
     if given.images is not None and not given.model:
         parser.error("--images needs --model, whose processor prepares them.")

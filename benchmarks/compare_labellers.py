@@ -1,9 +1,9 @@
-"""How well the cheap labellers of DL-ViT rank the patches of an image as the exact one does, and what each costs.
+"""Measure how well DL-ViT's cheap labellers rank patches, compared with the exact labeller, and how fast they are.
 
     python benchmarks/compare_labellers.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGE_FOLDER
 
-Spearman's correlation between the deltas of each and of the exact labeller with the same mask, image by image, then
-the mean. 8 images of 224 pixels take about a minute with a tiny model on two cores.
+The table shows Spearman's correlation between the deltas of each labeller and those of the exact labeller with the
+same mask: the mean over images. 8 images of 224 pixels take about a minute with a tiny model on two cores.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from hf_tokenreduce.training.labels import embed, gradient_deltas, masked_deltas
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--model_revision", default="main")
-    parser.add_argument("--data_dir", required=True, help="an image folder: one folder per class")
-    parser.add_argument("--max_samples", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of an image classifier.")
+    parser.add_argument("--model_revision", default="main", help="Commit, tag or branch of the Hub id.")
+    parser.add_argument("--data_dir", required=True, help="Folder of images, with one folder per class.")
+    parser.add_argument("--max_samples", type=int, default=8, help="Use at most this many images.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Number of masked copies of images per batch.")
     args = parser.parse_args(arguments)
 
     model, processor = load_model(args.model_name_or_path, args.model_revision)
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         begin = time.perf_counter()
         model(processor([image.convert("RGB") for image in images["image"]], return_tensors="pt")["pixel_values"])
         plain = len(tokens) / (time.perf_counter() - begin)
-    print(f"{len(tokens)} images, a plain forward: {plain:.1f} images/s\n")
+    print(f"{len(tokens)} images, plain forward: {plain:.1f} images/s\n")
     print("| labeller | mask | images/s | rank correlation to the exact one | share of patches above 0, by image |")
     print("|---|---|---|---|---|")
     for mask in ("remove", "zero"):

@@ -1,11 +1,11 @@
-"""What a calibrated start is worth to SiT: the same short training from random and from calibrated slimming networks.
+"""Measure what calibration is worth to SiT: the same short training from random and from calibrated networks.
 
     python benchmarks/compare_sit_starts.py --model_name_or_path FOLDER_OR_HUB_ID \
         --train_dir IMAGES --validation_dir IMAGES
 
-Both starts see the same batches in the same order, with plain cross-entropy; images are only resized. Prints top-1 on
-the validation images as training goes on. 60 steps of 32 images take two minutes per start with a tiny model on two
-cores.
+Both trainings use the same batches in the same order, and plain cross-entropy. Images are only resized. The table
+shows top-1 on the validation images during training. 60 steps of 32 images take two minutes per training with a tiny
+model on two cores.
 """
 
 import argparse
@@ -20,15 +20,17 @@ from hf_tokenreduce.loading import folder_split
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--model_revision", default="main")
-    parser.add_argument("--train_dir", required=True)
-    parser.add_argument("--validation_dir", required=True)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--eval_steps", type=int, default=30)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--layers", type=int, nargs="+", default=[5, 8, 9])
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of an image classifier.")
+    parser.add_argument("--model_revision", default="main", help="Commit, tag or branch of the Hub id.")
+    parser.add_argument("--train_dir", required=True, help="Folder of training images, with one folder per class.")
+    parser.add_argument(
+        "--validation_dir", required=True, help="Folder of validation images, with one folder per class."
+    )
+    parser.add_argument("--steps", type=int, default=60, help="Number of training steps.")
+    parser.add_argument("--eval_steps", type=int, default=30, help="Number of steps between two evaluations.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Number of images per batch.")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate.")
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 8, 9], help="Layers that slim, counted from 0.")
     args = parser.parse_args(arguments)
     logging.disable_progress_bar()
 

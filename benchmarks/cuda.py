@@ -1,12 +1,18 @@
-"""Everything about this package on one CUDA device, in one run of at most 8 minutes.
+"""Check and measure this package on one CUDA device, in one run of at most 8 minutes.
 
     make bench-cuda                          # or: python benchmarks/cuda.py
-    python benchmarks/cuda.py --smoke        # the same on the CPU, with tiny models, to see that all of it runs
+    python benchmarks/cuda.py --smoke        # the same on the CPU, with tiny models, to see that everything runs
 
-It checks every method and layout against the CPU, compiled graphs, CUDA graphs and the attention kernel of variable
-length against the loop; it counts how often the host waits for the device; it times every method beside the dense
-model and beside the ideal; and it compares two ways to weigh keys. Each part runs in a process of its own under a time
-limit, and writes each answer at once: what fails is reported, the rest runs, and a run that was stopped goes on.
+The parts are:
+
+- correct: every method and layout is compared with the CPU, and the attention kernel of variable length with the loop.
+- compiled: compiled graphs and CUDA graphs are compared with the eager models.
+- waits: counts how often the host waits for the device.
+- weighing: compares two ways to weigh keys in attention.
+- speed: every method is timed beside the dense model and beside the ideal.
+
+Each part runs in its own process with a time limit, and writes each result at once. A failure is reported and the rest
+goes on. A run that was stopped goes on where it stopped.
 """
 
 import argparse
@@ -64,7 +70,7 @@ PACKED = {
     "ltmp": lambda: LTMPConfig(merge_threshold=0.9, prune_threshold=0.004),
     "dlvit": lambda: DLViTConfig(threshold=0.5, trained=True),
 }
-# Seconds that a part may take; together less than 8 minutes.
+# Time limits of the parts in seconds, together less than 8 minutes.
 LIMITS = {"correct": 90, "compiled": 120, "waits": 30, "weighing": 30, "speed": 200}
 BATCHES = (1, 32, 256)
 
@@ -72,7 +78,7 @@ Task = tuple[str, Callable[[], Any]]
 
 
 class Bench:
-    """The device, and the models and images on it."""
+    """Hold the device, and make the models and images for it."""
 
     def __init__(self, smoke: bool):
         self.smoke = smoke
@@ -85,7 +91,7 @@ class Bench:
     def stock(self, size: str) -> ViTForImageClassification:
         torch.manual_seed(0)
         model = ViTForImageClassification(ViTConfig(**self.sizes[size], num_labels=100))
-        with torch.no_grad():  # larger weights than those of a start, so that decisions have margins
+        with torch.no_grad():  # larger weights than the initial ones, so that decisions have margins
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
                     parameter.mul_(3.0 if "position" not in name else 20.0)
@@ -107,7 +113,7 @@ class Bench:
 
 @torch.no_grad()
 def correct(bench: Bench) -> Iterator[Task]:
-    """Logits on the device beside the CPU's in float32, by method and type."""
+    """Logits on the device, compared with float32 logits on the CPU, for each method and data type."""
     size = bench.first_size
     stock, images = bench.stock(size), bench.images(size, 8)
 
@@ -153,7 +159,7 @@ def correct(bench: Bench) -> Iterator[Task]:
 
 @torch.no_grad()
 def compiled(bench: Bench) -> Iterator[Task]:
-    """Whole graphs, plain and as CUDA graphs: same logits, and no graph is made anew for a batch of the same shape."""
+    """Compiled graphs and CUDA graphs: the logits are the same, and a batch of the same shape makes no new graph."""
     size = bench.first_size
     stock = _moved(bench.stock(size), bench.device, bench.half)
     first, second = (bench.images(size, 4).to(bench.device, bench.half).roll(turn, 0) for turn in (0, 1))
@@ -169,7 +175,7 @@ def compiled(bench: Bench) -> Iterator[Task]:
         errors = [_distance(run(pixels).logits.clone(), model(pixels).logits) for pixels in (first, second, first)]
         return {
             "seconds": time.perf_counter() - begin,
-            "error": torch.tensor(errors).max().item(),  # not a number, if one of them is not
+            "error": torch.tensor(errors).max().item(),  # NaN if one of them is NaN
             "graphs": made["stats"]["unique_graphs"],
         }
 
@@ -180,7 +186,7 @@ def compiled(bench: Bench) -> Iterator[Task]:
 
 @torch.no_grad()
 def waits(bench: Bench) -> Iterator[Task]:
-    """How often the host waits for the device in one forward: once per layer that reduces at the most."""
+    """How often the host waits for the device in one forward: at most once per layer that reduces."""
     size = bench.first_size
     stock, images = bench.stock(size), bench.images(size, 8)
 
@@ -196,7 +202,7 @@ def waits(bench: Bench) -> Iterator[Task]:
 
 @torch.no_grad()
 def weighing(bench: Bench) -> Iterator[Task]:
-    """A weight per key as a mask of floats, which flash kernels do not take, beside channels added to the heads."""
+    """Weights of keys as extra channels of the heads, compared with a float mask, which flash kernels do not take."""
 
     def compare(batch: int, tokens: int) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(0)
@@ -223,7 +229,7 @@ def weighing(bench: Bench) -> Iterator[Task]:
 
 
 def speed(bench: Bench) -> Iterator[Task]:
-    """Every method beside dense and the slice oracle, eager and compiled: `benchmark`'s rows."""
+    """Speed of every method beside the dense model and the slice oracle, eager and compiled: rows of `benchmark`."""
 
     def measure(size: str, batch: int, compile: bool) -> list[dict[str, Any]]:
         stock = bench.stock(size)
@@ -238,7 +244,7 @@ def speed(bench: Bench) -> Iterator[Task]:
             dtypes=("bfloat16",),
             repeats=bench.repeats,
             runtimes=["compiled" if compile else "eager"],
-            breakdown=not compile and not bench.smoke,  # profiles take seconds on a CPU
+            breakdown=not compile and not bench.smoke,  # a profile takes seconds on a CPU
             memory=not bench.smoke,
             suggest=False,
             progress=False,
@@ -256,7 +262,7 @@ PARTS = {part.__name__: part for part in (correct, compiled, waits, weighing, sp
 
 
 def host_waits(call: Callable[[], Any], device: torch.device) -> int:
-    """Count the calls that wait for the device: as CUDA itself tells, elsewhere those that make tensors numbers."""
+    """Count the calls that wait for the device. CUDA reports them; elsewhere, count calls of `Tensor.tolist`."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("warn")
@@ -282,18 +288,18 @@ def host_waits(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def _moved(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A copy on the device: `.to` would take the weights of all models that share them along."""
+    """Return a copy on the device. Models share weights, so `.to` would move those of all of them."""
     return copy.deepcopy(model).to(device=device, dtype=dtype).eval()
 
 
-def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, in units of the largest value."""
-    ours, theirs = ours.float().cpu(), theirs.float().cpu()
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+def _distance(values: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference, divided by the largest expected value."""
+    values, expected = values.float().cpu(), expected.float().cpu()
+    return ((values - expected).abs().max() / expected.abs().max()).item()
 
 
 def run_part(name: str, folder: Path, smoke: bool) -> None:
-    """Do what the part's file does not hold yet, and write each answer as it comes."""
+    """Run the tasks that are missing in the file of a part, and write each result as it comes."""
     logging.set_verbosity_error()
     file = folder / f"{name}.jsonl"
     known = {json.loads(line)["key"] for line in file.read_text().splitlines()} if file.is_file() else set()
@@ -303,14 +309,14 @@ def run_part(name: str, folder: Path, smoke: bool) -> None:
         try:
             with torch.no_grad():
                 answer: dict[str, Any] = {"found": task()}
-        except Exception as error:  # a part that fails is reported, and the rest runs
+        except Exception as error:  # a failure is reported, and the rest goes on
             answer = {"failed": f"{type(error).__name__}: {error}"[:500]}
         with file.open("a") as lines:
             lines.write(json.dumps({"key": key, **answer}) + "\n")
 
 
 def table(found: dict[str, Any]) -> str:
-    """The Markdown of what was found."""
+    """Write the results as Markdown."""
     lines = [f"# {found['device']}", "", f"torch {found['torch']}, transformers {found['transformers']}, "
              f"{found['date']}. By `benchmarks/cuda.py`.", ""]  # fmt: skip
     for part, rows in found["parts"].items():
@@ -342,12 +348,12 @@ def _short(value: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="on the CPU, with tiny models")
-    parser.add_argument("--output_dir", type=Path, default=HERE / "results")
-    parser.add_argument("--part", choices=PARTS, help="one part, in this process")
+    parser.add_argument("--smoke", action="store_true", help="Run on the CPU, with tiny models.")
+    parser.add_argument("--output_dir", type=Path, default=HERE / "results", help="Folder for the results.")
+    parser.add_argument("--part", choices=PARTS, help="Run only this part, in this process.")
     args = parser.parse_args(arguments)
     if not args.smoke and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device here. With --smoke everything runs on the CPU.")
+        raise SystemExit("torch finds no CUDA device. With --smoke everything runs on the CPU.")
     name = "smoke" if args.smoke else re.sub(r"\W+", "-", torch.cuda.get_device_name(0)).strip("-").lower()
     folder = args.output_dir / f"cuda-{name}.parts"
     folder.mkdir(parents=True, exist_ok=True)
@@ -359,12 +365,12 @@ def main(arguments: list[str] | None = None) -> None:
         command = [sys.executable, __file__, "--part", part, "--output_dir", str(args.output_dir)]
         print(f"{part}: at most {seconds} s", flush=True)
         try:
-            limit = 600 if args.smoke else seconds  # a CPU is no measure
+            limit = 600 if args.smoke else seconds  # these limits are not for CPUs
             done = subprocess.run(command + (["--smoke"] if args.smoke else []), timeout=limit)
             if done.returncode:
                 stopped[part] = f"The part stopped with exit code {done.returncode}."
         except subprocess.TimeoutExpired:
-            stopped[part] = f"The part was stopped after {seconds} s. Run it again: it goes on."
+            stopped[part] = f"The part was stopped after {seconds} s. Run it again to continue."
     parts = {
         part: [json.loads(line) for line in (folder / f"{part}.jsonl").read_text().splitlines()]
         for part in LIMITS
@@ -378,9 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
     (args.output_dir / f"cuda-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     (args.output_dir / f"cuda-{name}.md").write_text(table(found) + "\n")
     failed = [f"{part}: {row['key']}" for part, rows in parts.items() for row in rows if "failed" in row]
-    print(
-        f"Written to {args.output_dir / f'cuda-{name}.md'}. Failed: {', '.join(failed + list(stopped)) or 'nothing'}."
-    )
+    print(f"Saved to {args.output_dir / f'cuda-{name}.md'}. Failed: {', '.join(failed + list(stopped)) or 'nothing'}.")
 
 
 if __name__ == "__main__":

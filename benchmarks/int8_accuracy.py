@@ -1,9 +1,10 @@
-"""What 8 bits cost in accuracy, dense and reduced: OpenVINO's graphs beside the same models in float32.
+"""Measure what 8 bits cost in accuracy: OpenVINO's graphs beside the same models in float32, dense and reduced.
 
     python benchmarks/int8_accuracy.py MODEL PHOTOS
 
-MODEL is a folder or Hub id, PHOTOS class folders. Every other photograph, at most 300, fits the ranges of 8 bits; all
-others are classified. Each method is written to benchmarks/results as soon as it is done, and not measured again.
+MODEL is a folder or Hub id, and PHOTOS is a folder with one folder per class. Every other photograph, at most 300, is
+used to fit the ranges of 8 bits, and all other photographs are classified. The result of each method is written to
+benchmarks/results as soon as it is done, and is not measured again.
 """
 
 import argparse
@@ -29,7 +30,7 @@ METHODS = ("dense", "tome", "topk", "evit", "bat", "sit", "ats", "ltmp")
 
 
 def reduced(dense: Any, method: str, share: float, images: torch.Tensor) -> Any:
-    """The model by one method, without training; what can be fitted to images is."""
+    """Reduce the model by one method without training. Methods that learn from images learn from `images`."""
     if method == "dense":
         return dense
     if method in ("ats", "ltmp"):
@@ -42,12 +43,14 @@ def reduced(dense: Any, method: str, share: float, images: torch.Tensor) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id of an image classifier")
-    parser.add_argument("photos", help="class folders")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--share", type=float, default=0.65)
-    parser.add_argument("--limit", type=int, help="use this many photographs, evenly spread")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("model", help="Folder or Hub id of an image classifier.")
+    parser.add_argument("photos", help="Folder of images, with one folder per class.")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="Names of the methods.")
+    parser.add_argument("--share", type=float, default=0.65, help="Share of the multiply-adds to keep.")
+    parser.add_argument("--limit", type=int, help="Use at most this many images, evenly spread.")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path(__file__).parent / "results", help="Folder for the results."
+    )
     args = parser.parse_args(arguments)
     dense, processor = load_model(args.model)
     images = load_images(args.photos, limit=args.limit)
@@ -79,17 +82,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(model: Any, fitting: torch.Tensor, images: torch.Tensor, labels: np.ndarray) -> dict[str, Any]:
-    """Classify the images by the model in PyTorch, and by its graph of 8 bits."""
+    """Classify the images by the model in PyTorch and by its graph in 8 bits, and compare the classes."""
     with torch.inference_mode():
-        ours = torch.cat([model(part).logits for part in images.split(50)]).argmax(dim=1).numpy()
+        float_classes = torch.cat([model(part).logits for part in images.split(50)]).argmax(dim=1).numpy()
     with TemporaryDirectory() as folder:
         export(model, Path(folder) / "graph", format="openvino", int8=True, images=fitting)
-        theirs = load_exported(Path(folder) / "graph", batch_size=50)(images).argmax(dim=1).numpy()
+        int8_classes = load_exported(Path(folder) / "graph", batch_size=50)(images).argmax(dim=1).numpy()
     return {
-        "float32": 100 * float((ours == labels).mean()),
-        "int8": 100 * float((theirs == labels).mean()),
-        "interval": paired_bootstrap(theirs == labels, ours == labels),
-        "same_class": 100 * float((ours == theirs).mean()),
+        "float32": 100 * float((float_classes == labels).mean()),
+        "int8": 100 * float((int8_classes == labels).mean()),
+        "interval": paired_bootstrap(int8_classes == labels, float_classes == labels),
+        "same_class": 100 * float((float_classes == int8_classes).mean()),
     }
 
 

@@ -1,9 +1,12 @@
-"""How exactly the promises hold on real weights and photographs: an image alone and in a batch, trained and run.
+"""Measure on real weights and photographs how exactly results agree.
+
+Compared are an image alone and in a batch, a batch and the same batch in another order, and LTMP's masked graph for
+training and its real removal.
 
     python benchmarks/measure_differences.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGES
 
-Takes 14 photographs (7 at the least), prints the largest differences of logits and whether the same tokens were kept.
-Half a minute.
+It uses 14 photographs (at least 7), and prints the largest differences of the logits and whether the same tokens were
+kept. It takes half a minute.
 """
 
 import argparse
@@ -43,9 +46,9 @@ SETTINGS = {
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--model_revision", default="main")
-    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of an image classifier.")
+    parser.add_argument("--model_revision", default="main", help="Commit, tag or branch of the Hub id.")
+    parser.add_argument("--data_dir", type=Path, required=True, help="Folder of at least 7 images.")
     args = parser.parse_args(arguments)
     logging.disable_progress_bar()
     dense = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.model_revision)
@@ -75,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def kept(output) -> torch.Tensor:
-    """Where each patch went; of mixtures (SiT), how many there are."""
+    """Return the token of each patch, or the numbers of tokens if they are mixtures (SiT)."""
     return output.token_counts if output.patch_map is None else output.patch_map
 
 

@@ -1,8 +1,9 @@
-"""What a training step costs by the adaptive methods, beside a dense forward and backward of the same batch.
+"""Measure what a training step of the adaptive methods costs, beside a dense forward and backward of the same batch.
 
     python benchmarks/measure_steps.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGES
 
-LTMP trains on masked tokens, so it saves nothing then; ATS really drops them. Medians of steps taken in turn.
+LTMP masks tokens during training, so it saves no time; ATS really drops them. The table shows medians of steps that
+are measured in turn.
 """
 
 import argparse
@@ -19,11 +20,11 @@ from hf_tokenreduce.modeling.encoders import encoder_of
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--model_revision", default="main")
-    parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of an image classifier.")
+    parser.add_argument("--model_revision", default="main", help="Commit, tag or branch of the Hub id.")
+    parser.add_argument("--data_dir", required=True, help="Folder of images.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Number of images per batch.")
+    parser.add_argument("--repeats", type=int, default=9, help="Number of timed steps of each model.")
     args = parser.parse_args(arguments)
 
     dense, processor = load_model(args.model_name_or_path, args.model_revision)
@@ -51,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
             if repeat:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - begin)
             model.zero_grad()
-    print(f"batch {len(pixels)}, {torch.get_num_threads()} threads, medians of {args.repeats} steps in turn\n")
+    print(
+        f"Batch {len(pixels)}, {torch.get_num_threads()} threads, medians of {args.repeats} steps, measured in turn.\n"
+    )
     print("| | seconds | over dense |\n|---|---|---|")
     for name, times in seconds.items():
         ratios = [one / other for one, other in zip(times, seconds["dense"], strict=True)]

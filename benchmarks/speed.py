@@ -1,12 +1,12 @@
-"""Every method beside the dense model and the slice oracle, at several sizes and batches, in one run.
+"""Measure the speed of every method beside the dense model and the slice oracle, at several sizes and batches.
 
     python benchmarks/speed.py --deit_tiny FOLDER_OR_HUB_ID --images PHOTOS
     python benchmarks/speed.py --sizes deit-s --batch_sizes 1 8 --repeats 5
     python benchmarks/speed.py --sizes deit-s --runtimes eager compiled onnx openvino openvino-int8
 
-DeiT-Tiny runs with its real weights on photographs, with LTMP and ATS fitted to the share; other sizes run with random
-weights on noise, where adaptive methods keep what such weights make of it, so only the even ones are timed. Each size
-is written to benchmarks/results as soon as it is done, and a size that is there is not measured again.
+DeiT-Tiny runs with its real weights on photographs, and LTMP and ATS are fitted to the share. Other sizes run with
+random weights on noise. There the number of tokens that adaptive methods keep means nothing, so only the other methods
+are timed. The result of each size is written to benchmarks/results as soon as it is done, and is not measured again.
 """
 
 import argparse
@@ -34,10 +34,10 @@ EVEN = ("tome", "topk", "evit", "bat")
 
 
 def models_of(dense: Any, share: float, images: torch.Tensor | None) -> dict[str, Any]:
-    """The dense model and its reductions to one share; what learns from images only where they are given."""
+    """Return the dense model and its reductions to one share. Methods that learn from images need `images`."""
     models = {"dense": dense, "nothing reduced": reduce_tokens(dense, None)}
     models |= {name: reduce_tokens(dense, name, share=share) for name in EVEN}
-    torch.manual_seed(0)  # of networks that nobody has trained: what they decide does not change how long it takes
+    torch.manual_seed(0)  # for untrained networks: what they decide does not change the time
     models["sit"] = reduce_tokens(dense, SiTConfig.for_budget(dense.config, share))
     models["dlvit"] = reduce_tokens(dense, DLViTConfig.for_budget(dense.config, share, trained=True))
     if images is not None:
@@ -48,15 +48,21 @@ def models_of(dense: Any, share: float, images: torch.Tensor | None) -> dict[str
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deit_tiny", help="folder or Hub id of DeiT-Tiny")
-    parser.add_argument("--images", help="a folder of photographs for it")
-    parser.add_argument("--sizes", nargs="*", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--share", type=float, default=0.65)
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=["eager"], help="in one run, in turn")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--deit_tiny", help="Folder or Hub id of DeiT-Tiny. Needs --images.")
+    parser.add_argument("--images", help="Folder of images for DeiT-Tiny.")
+    parser.add_argument(
+        "--sizes", nargs="*", choices=SHAPES, default=list(SHAPES), help="Sizes of models with random weights."
+    )
+    parser.add_argument("--share", type=float, default=0.65, help="Share of the multiply-adds to keep.")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32], help="Numbers of images per batch.")
+    parser.add_argument("--repeats", type=int, default=15, help="Number of timed forwards of each model.")
+    parser.add_argument("--threads", type=int, default=2, help="Number of CPU threads.")
+    parser.add_argument(
+        "--runtimes", nargs="+", choices=RUNTIMES, default=["eager"], help="Runtimes, measured in turn in one run."
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path(__file__).parent / "results", help="Folder for the results."
+    )
     args = parser.parse_args(arguments)
     if bool(args.deit_tiny) != bool(args.images):
         raise SystemExit("--deit_tiny and --images go together.")

@@ -1,10 +1,11 @@
-"""How BAT best splits what it keeps into attentive tokens, fused ones and clusters: top-1 without training.
+"""Find how BAT best splits the tokens it keeps into attentive tokens, fused tokens and clusters, without training.
 
     python benchmarks/sweep_bat.py --model_name_or_path FOLDER_OR_HUB_ID --data_dir IMAGE_FOLDER --output_dir FOLDER
 
-For every keep rate, all pairs of a cluster share and a fuse share; beside them Top-K and EViT, which hand on the same
-number of tokens (EViT one more, its fused one). A run that was stopped goes on where it was. 1,000 images of 224
-pixels take about 20 seconds a cell with a tiny model on two cores. Ends with `bat_sweep_<model>.md` in the folder.
+For every keep rate, the table shows top-1 of all pairs of a cluster share and a fuse share. Beside them it shows Top-K
+and EViT, which keep the same number of tokens (EViT keeps one more, its fused token). A run that was stopped goes on
+where it stopped. 1,000 images of 224 pixels take about 20 seconds per cell with a tiny model on two cores. The result
+is `bat_sweep_<model>.md` in the output folder.
 """
 
 import argparse
@@ -17,14 +18,26 @@ from hf_tokenreduce.loading import load_images, load_model
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--model_revision", default="main")
-    parser.add_argument("--data_dir", required=True, help="an image folder: one folder per class")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--keep_rates", type=float, nargs="+", default=[0.7, 0.5, 0.3])
-    parser.add_argument("--cluster_shares", type=float, nargs="+", default=[0.0, 0.2, 0.3, 0.4])
-    parser.add_argument("--fuse_shares", type=float, nargs="+", default=[0.2, 0.5, 0.8])
-    parser.add_argument("--no_prop_attn", action="store_true")
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of an image classifier.")
+    parser.add_argument("--model_revision", default="main", help="Commit, tag or branch of the Hub id.")
+    parser.add_argument("--data_dir", required=True, help="Folder of images, with one folder per class.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the results.")
+    parser.add_argument("--keep_rates", type=float, nargs="+", default=[0.7, 0.5, 0.3], help="Keep rates of BAT.")
+    parser.add_argument(
+        "--cluster_shares",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.2, 0.3, 0.4],
+        help="Shares of the kept tokens that are clusters of inattentive tokens.",
+    )
+    parser.add_argument(
+        "--fuse_shares",
+        type=float,
+        nargs="+",
+        default=[0.2, 0.5, 0.8],
+        help="Numbers of attentive tokens that are fused away, as shares of those that remain.",
+    )
+    parser.add_argument("--no_prop_attn", action="store_true", help="Turn proportional attention off.")
     args = parser.parse_args(arguments)
 
     model, processor = load_model(args.model_name_or_path, args.model_revision)

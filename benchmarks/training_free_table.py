@@ -1,21 +1,24 @@
-"""The neutral table: every method that needs no training, at equal multiply-adds, by one harness.
+"""Compare all methods that need no training at equal multiply-adds, and write a table.
 
     python benchmarks/training_free_table.py --models FOLDER_OR_HUB_ID ... --data_dir IMAGE_FOLDER
     python benchmarks/training_free_table.py --models FOLDER_OR_HUB_ID ... --data_dir IMAGE_FOLDER --speed
 
-For each model and each share of the multiply-adds every method gets its own setting for that share. All see the same
-images. Accuracy stands beside that of the dense model on them: the drop, with a paired interval of 95 %. Beside it
-stand two numbers that vary less from one set of images to another: the share of the images that get the dense model's
-class, and the mean divergence (Kullback-Leibler, in nats) of the probabilities from the dense model's. Defaults of our
-own methods were chosen on the even rows of the data set, so by default the odd rows are evaluated. Methods that
-learn from images without labels see rows that are not evaluated (with `--rows all`, some of them).
+Every method gets its own setting for each model and each share of the multiply-adds. All are evaluated on the same
+images. The table shows the accuracy, the drop from the dense model's accuracy with a paired interval of 95 %, and two
+numbers that vary less between sets of images: the share of the images that get the dense model's class, and the mean
+Kullback-Leibler divergence of the probabilities from those of the dense model, in nats.
 
-`--speed` times what the table has: eager in PyTorch, all settings of a share in turn with the dense model, and as
-graphs in ONNX Runtime, those that can be exported. It wants a quiet machine.
+Defaults of our own methods were chosen on the even rows of the data set, so by default the odd rows are evaluated.
+Methods that learn from images without labels use rows that are not evaluated. With `--rows all`, they use some of the
+evaluated rows.
 
-Every result is written to `training-free-<rows>.json` in `--output_dir` as it comes, and one that is there is not
-measured again. A setting takes about as long as the dense model does: 500 images of 224 pixels in a tiny model take
-about 20 seconds on one core.
+`--speed` also measures the speed of the models in the table: in eager PyTorch, where all settings of a share run in
+turn with the dense model, and as graphs in ONNX Runtime, for models that can be exported. It needs a machine that does
+nothing else.
+
+Every result is written to `training-free-<rows>.json` in `--output_dir` as it comes, and is not measured again. A
+setting takes about as long as the dense model: 500 images of 224 pixels take about 20 seconds with a tiny model on one
+core.
 """
 
 import argparse
@@ -47,22 +50,31 @@ from hf_tokenreduce.tasks import all_layers_act
 
 ROWS = {"odd": slice(1, None, 2), "even": slice(0, None, 2), "all": slice(None)}
 BEST: dict[str, Any] = {"top1": max, "agreement": max, "divergence": min}
-TO_LEARN = 100  # images without labels, for the methods that learn from them
+TO_LEARN = 100  # number of images for methods that learn from images without labels
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True, help="image classifiers: folders or Hub ids")
-    parser.add_argument("--data_dir", required=True, help="an image folder: one folder per class")
-    parser.add_argument("--rows", choices=ROWS, default="odd")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.65, 0.5])
-    parser.add_argument("--methods", nargs="+", default=[name for name, m in METHODS.items() if m.needs != "labels"])
-    parser.add_argument("--batch_size", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--speed", action="store_true", help="time what the table has")
-    parser.add_argument("--speed_batch_size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--models", nargs="+", required=True, help="Folders or Hub ids of image classifiers.")
+    parser.add_argument("--data_dir", required=True, help="Folder of images, with one folder per class.")
+    parser.add_argument("--rows", choices=ROWS, default="odd", help="Rows of the data set to evaluate.")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.8, 0.65, 0.5], help="Shares of the multiply-adds to keep."
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[name for name, m in METHODS.items() if m.needs != "labels"],
+        help="Names of the methods.",
+    )
+    parser.add_argument("--batch_size", type=int, default=25, help="Number of images per batch.")
+    parser.add_argument("--threads", type=int, default=1, help="Number of CPU threads.")
+    parser.add_argument("--speed", action="store_true", help="Also measure the speed of the models in the table.")
+    parser.add_argument("--speed_batch_size", type=int, default=32, help="Number of images per batch for the speed.")
+    parser.add_argument("--repeats", type=int, default=11, help="Number of timed forwards of each model.")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path(__file__).parent / "results", help="Folder for the results."
+    )
     args = parser.parse_args(arguments)
 
     torch.set_num_threads(args.threads)
@@ -83,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure_model(name: str, dataset: Any, args: argparse.Namespace, found: dict[str, Any], file: Path) -> None:
-    """Measure what is missing of one model."""
+    """Measure the missing results of one model."""
     short = Path(name).name
     cells = [(method, share) for share in args.shares for method in args.methods]
     known = {(row["method"], row["share"]) for row in found["results"] if row["model"] == short}
@@ -134,17 +146,17 @@ def measure_model(name: str, dataset: Any, args: argparse.Namespace, found: dict
 
 @torch.no_grad()
 def run(model: Any, pixels: Tensor, batch_size: int) -> tuple[Tensor, Tensor | None]:
-    """The logits of each image, and the tokens that leave each layer, of a reduced model."""
+    """Return the logits of each image, and for a reduced model the number of tokens that leave each layer."""
     outputs = [model(part, **all_layers_act(model)) for part in pixels.split(batch_size)]
     counts = [output.get("token_counts") for output in outputs]
     return torch.cat([output.logits for output in outputs]), None if counts[0] is None else torch.cat(counts)
 
 
 def accuracy_row(model: Any, pixels: Tensor, labels: np.ndarray, dense: Tensor, batch_size: int) -> dict[str, Any]:
-    """Accuracies and their differences are in percent, intervals are of 95 %. dense: the dense model's logits"""
+    """Return accuracies and differences in percent, with 95 % intervals. dense: logits of the dense model."""
     logits, counts = run(model, pixels, batch_size)
-    classes, theirs = logits.argmax(dim=-1).numpy(), dense.argmax(dim=-1).numpy()
-    right, was_right = classes == labels, theirs == labels
+    classes, dense_classes = logits.argmax(dim=-1).numpy(), dense.argmax(dim=-1).numpy()
+    right, was_right = classes == labels, dense_classes == labels
     row: dict[str, Any] = {
         "top1": round(100 * float(right.mean()), 2),
         "top1_interval": [round(value, 2) for value in wilson_interval(int(right.sum()), len(right))],
@@ -157,7 +169,7 @@ def accuracy_row(model: Any, pixels: Tensor, labels: np.ndarray, dense: Tensor, 
     return row | {
         "drop": round(100 * float(was_right.mean() - right.mean()), 2),
         "drop_interval": [round(low, 2), round(high, 2)],
-        "agreement": round(100 * float((classes == theirs).mean()), 2),
+        "agreement": round(100 * float((classes == dense_classes).mean()), 2),
         "divergence": round(divergence(dense, logits), 5),
         "kept": round(shares_kept(model.config, counts, num_tokens, reduction).mean().item(), 4),
         "settings": reduction.to_dict(),
@@ -165,14 +177,14 @@ def accuracy_row(model: Any, pixels: Tensor, labels: np.ndarray, dense: Tensor, 
 
 
 def divergence(dense: Tensor, reduced: Tensor) -> float:
-    """The mean over images of how far the probabilities are from the dense model's, in nats."""
+    """Return the mean divergence of the probabilities from those of the dense model, in nats."""
     return F.kl_div(
         reduced.log_softmax(dim=-1), dense.log_softmax(dim=-1), log_target=True, reduction="batchmean"
     ).item()
 
 
 def speed_of(dense: Any, models: dict[str, Any], pixels: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """How much faster than the dense model, eager and as graphs."""
+    """Measure the speed-ups over the dense model, eager and as graphs."""
     size = args.speed_batch_size
     report = benchmark(
         {"dense": dense, **models}, pixels[: 4 * size], batch_sizes=[size], repeats=args.repeats,
@@ -192,7 +204,7 @@ def speed_of(dense: Any, models: dict[str, Any], pixels: Tensor, args: argparse.
 def graphs_speed(
     dense: Any, models: dict[str, Any], pixels: Tensor, args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """How much faster than the dense model's graph each graph is, in turn with it: the median and the quartiles."""
+    """Measure the speed-up of each graph over the dense model's graph, in turn: median and quartiles."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -201,7 +213,7 @@ def graphs_speed(
     with tempfile.TemporaryDirectory() as folder:
         for name, model in {"dense": dense, **models}.items():
             if name != "dense" and METHODS[name].is_adaptive(model.config.reduction):
-                continue  # an image of these keeps as many tokens as it needs, which no graph can
+                continue  # these keep different numbers of tokens per image, which a graph cannot do
             export(model, Path(folder) / name)
             sessions[name] = onnxruntime.InferenceSession(Path(folder) / name / "model.onnx", options)
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
@@ -220,14 +232,14 @@ def graphs_speed(
 
 
 def to_markdown(found: dict[str, Any]) -> str:
-    """A table for each model: a row per method; per share the accuracy, the drop, and the speed where it is known."""
+    """Write a table for each model: one row per method, and for each share the results and the measured speed."""
     settings = found["settings"]
     lines = ["# Training-free methods at equal multiply-adds", ""]
     lines += [
-        f"Top-1 in percent on {settings['images']} images ({settings['rows']} rows of the data set); in parentheses "
-        "the drop from the dense model with its paired interval of 95 %; then the percent of the images that get the "
-        "dense model's class, and the mean divergence from its probabilities in nats. Bold: the best of the share. By "
-        "`benchmarks/training_free_table.py`.",
+        f"Top-1 in percent on {settings['images']} images ({settings['rows']} rows of the data set). In parentheses: "
+        "the drop from the dense model with its paired interval of 95 %. Then: the percentage of the images that get "
+        "the dense model's class, and the mean divergence from its probabilities in nats. Bold: the best method of "
+        "each share. Made by `benchmarks/training_free_table.py`.",
         "",
     ]
     for model in dict.fromkeys(row["model"] for row in found["results"]):

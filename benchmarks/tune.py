@@ -1,10 +1,10 @@
-"""What the tuner finds for models at some targets, on labelled photographs.
+"""Tune models for some targets on labelled photographs, and collect the results in a table.
 
     python benchmarks/tune.py --models FOLDER_OR_HUB_ID ... --data_dir IMAGE_FOLDER --work_dir FOLDER
 
-Each model is tuned for each target in a folder of its own in `--work_dir`, where a run that was stopped goes on. Ends
-with `benchmarks/results/tune-<model>-<target>.json` for each, and a table. A search of 500 images takes about six
-minutes with a tiny model on two quiet cores, and its report about two. `--no_speed` leaves the clock out.
+Each model is tuned for each target in its own folder in `--work_dir`, where a run that was stopped goes on. The
+results are `benchmarks/results/tune-<model>-<target>.json` for each search, and a table. A search on 500 images takes
+about six minutes with a tiny model on two idle cores, and its report takes about two. `--no_speed` measures no speed.
 """
 
 import argparse
@@ -21,14 +21,16 @@ TARGETS = ("share=0.65", "share=0.5", "max_drop=1", "speedup=1.5")
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--data_dir", required=True, help="an image folder: one folder per class")
-    parser.add_argument("--work_dir", type=Path, required=True)
-    parser.add_argument("--targets", nargs="+", default=TARGETS, help="such as share=0.65")
-    parser.add_argument("--minutes", type=float, help="the most that each search takes")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--no_speed", action="store_true")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    parser.add_argument("--models", nargs="+", required=True, help="Folders or Hub ids of image classifiers.")
+    parser.add_argument("--data_dir", required=True, help="Folder of images, with one folder per class.")
+    parser.add_argument(
+        "--work_dir", type=Path, required=True, help="Folder for the searches. A stopped search continues there."
+    )
+    parser.add_argument("--targets", nargs="+", default=TARGETS, help="Targets, such as share=0.65.")
+    parser.add_argument("--minutes", type=float, help="Longest time of each search in minutes.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Number of images per batch.")
+    parser.add_argument("--no_speed", action="store_true", help="Do not measure the speed.")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="Folder for the results.")
     args = parser.parse_args(arguments)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Add a method of your own: random pruning, as a baseline. This file travels with every model that runs it.
+"""Add your own method: random pruning, as a baseline. This file is saved with every model that uses the method.
 
 python examples/add_a_method.py facebook/deit-tiny-patch16-224 --output_dir random
 """
@@ -18,11 +18,12 @@ from hf_tokenreduce.modeling.topk import keep_best
 
 @dataclass(frozen=True)
 class RandomConfig(KeepRateConfig):
-    """Keep patch tokens at random, the same places in every image. Needs no training.
+    """Keep random patch tokens, at the same positions in every image. Needs no training.
 
-    keep_rate: share of the patch tokens present that each of `layers` keeps, rounded up.
-    layers: 0-based layers that drop tokens, between their attention and their MLP.
-    seed: Of the places.
+    Args:
+        keep_rate: Share of the patch tokens that each of `layers` keeps, rounded up.
+        layers: Layers that drop tokens between their attention and their MLP, counted from 0.
+        seed: Seed of the random positions.
     """
 
     method: ClassVar[str | None] = "random"
@@ -50,8 +51,8 @@ def register() -> None:
         from hf_tokenreduce import Method, register_method
         from hf_tokenreduce.methods.method import by_keep_rate
     except ImportError:
-        return  # in a published folder nothing has to be registered
-    summary = "In some layers patch tokens are dropped at random. A baseline for what scores are worth."
+        return  # the package is not there when a published folder is loaded, and nothing has to be registered
+    summary = "In some layers, random patch tokens are dropped. This baseline shows how much scores help."
     described = Method(RandomConfig, "Random", "pruning", summary, at_share=by_keep_rate(RandomConfig, 3, 6, 9))
     register_method(RandomConfig, RandomReducer, described)
 
@@ -64,10 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
         from hf_tokenreduce.loading import load_model
     except ImportError:
         raise
-    parser = argparse.ArgumentParser(description="Save a model that runs a method of this file.")
-    parser.add_argument("model_name_or_path")
-    parser.add_argument("--share", type=float, default=0.65)
-    parser.add_argument("--output_dir", default="random")
+    parser = argparse.ArgumentParser(description="Save a model that uses the method of this file.")
+    parser.add_argument("model_name_or_path", help="Folder or Hub id of the model.")
+    parser.add_argument("--share", type=float, default=0.65, help="Share of the multiply-adds to keep.")
+    parser.add_argument("--output_dir", default="random", help="Folder for the reduced model.")
     args = parser.parse_args(arguments)
     model, processor = load_model(args.model_name_or_path)
     reduce_tokens(model, "random", share=args.share).save_pretrained(args.output_dir)

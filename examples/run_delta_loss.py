@@ -1,18 +1,20 @@
-"""DL-ViT in two stages: label patches by what the loss gains without them, then teach the filter those labels.
+"""Prepare DL-ViT: label patches by how much the loss grows without them, then fit the filter to these labels.
 
     python examples/run_delta_loss.py --model_name_or_path FOLDER_OR_HUB_ID --train_dir IMAGE_FOLDER \
         --output_dir FOLDER --max_train_samples 1000 --keep_share 0.5
 
-Writes `labels/` (every patch's delta and label), `model/` (the reduced model, which drops patches, and its image
-processor) and `results.json` into the output folder, and prints how well the filter knows the labels of images that
-it has not learnt from. Fine-tune the model afterwards: dropping half of the patches costs accuracy at first.
+The output folder gets `labels/` (delta and label of every patch), `model/` (the reduced model, which drops patches,
+and its image processor) and `results.json`. The script prints how well the filter predicts the labels of held-out
+images.
+Fine-tune the model afterwards, because dropping half of the patches costs accuracy at first.
 
-Labelling is what takes long: one forward per patch, 196 for an image of 224 pixels, so that two CPU cores need about
-5 to 10 seconds an image with a tiny model. `--labeller groups` needs a quarter, `--labeller gradient` a sixtieth. A
-run that was stopped goes on where it was; with another `--threshold` or `--keep_share` nothing is measured again.
-`accelerate launch` and `torchrun` share the labelling between processes. The filter then learns in minutes.
+Labelling takes most of the time: it needs one forward per patch, 196 for an image of 224 pixels. Two CPU cores need
+about 5 to 10 seconds per image with a tiny model. `--labeller groups` takes a quarter of that time, and `--labeller
+gradient` a sixtieth. A run that was stopped goes on where it stopped. With another `--threshold` or `--keep_share`
+nothing is measured again. The processes of `accelerate launch` or `torchrun` share the labelling. Fitting the filter
+takes minutes.
 
-Class folders are named by a label of the model, or begin with its index: `0001_goldfish`.
+Name each class folder by a label of the model, or begin its name with the index of the class: `0001_goldfish`.
 """
 
 import argparse
@@ -34,36 +36,49 @@ from hf_tokenreduce.training.run import origin, shown
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--model_revision", default="main")
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of the classifier.")
+    parser.add_argument("--model_revision", default="main", help="Commit, tag or branch of the Hub id.")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--train_dir", help="an image folder: one folder per class")
-    source.add_argument("--dataset_name", help="of a data set on the Hub")
-    parser.add_argument("--dataset_config_name")
-    parser.add_argument("--train_split", default="train")
-    parser.add_argument("--image_column_name", default="image")
-    parser.add_argument("--label_column_name", default="label")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_train_samples", type=int, help="images to label")
-    parser.add_argument("--seed", type=int, default=0)
+    source.add_argument("--train_dir", help="Folder of images, with one folder per class.")
+    source.add_argument("--dataset_name", help="Hub id of a data set.")
+    parser.add_argument("--dataset_config_name", help="Configuration of the data set.")
+    parser.add_argument("--train_split", default="train", help="Split of the data set.")
+    parser.add_argument("--image_column_name", default="image", help="Name of the column with the images.")
+    parser.add_argument("--label_column_name", default="label", help="Name of the column with the labels.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the labels and the model.")
+    parser.add_argument("--max_train_samples", type=int, help="Label at most this many images.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the choice of images and of the filter.")
     keep = parser.add_mutually_exclusive_group()
-    keep.add_argument("--threshold", type=float, default=0.0, help="keep patches without which the loss gains more")
-    keep.add_argument("--keep_share", type=float, help="keep this share of all patches")
-    parser.add_argument("--labeller", choices=LABELLERS, default="exact")
-    parser.add_argument("--mask", choices=MASKS, default="remove", help="what masking a patch means")
-    parser.add_argument("--label_batch_size", type=int, default=64, help="masked copies of images")
-    parser.add_argument("--on_error", choices=["stop", "skip"], default="stop", help="at images that cannot be read")
-    parser.add_argument("--reduction_args", type=json.loads, default={}, help="JSON: the fields of DLViTConfig")
-    parser.add_argument("--num_train_epochs", type=int, default=10, help="of the filter")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--train_batch_size", type=int, default=32, help="images")
-    parser.add_argument("--validation_share", type=float, default=0.1)
-    parser.add_argument("--use_cpu", action="store_true", help="needed for several processes without accelerators")
+    keep.add_argument("--threshold", type=float, default=0.0, help="Keep patches whose delta is larger than this.")
+    keep.add_argument(
+        "--keep_share", type=float, help="Keep this share of all patches, those with the largest deltas."
+    )
+    parser.add_argument(
+        "--labeller",
+        choices=LABELLERS,
+        default="exact",
+        help="Forwards per image: one per patch, one per 2 x 2 patches, or one gradient.",
+    )
+    parser.add_argument(
+        "--mask", choices=MASKS, default="remove", help="Remove the token of a masked patch, or set it to zero."
+    )
+    parser.add_argument("--label_batch_size", type=int, default=64, help="Number of masked copies per batch.")
+    parser.add_argument(
+        "--on_error", choices=["stop", "skip"], default="stop", help="What to do about an image that cannot be read."
+    )
+    parser.add_argument("--reduction_args", type=json.loads, default={}, help="Fields of DLViTConfig, as JSON.")
+    parser.add_argument("--num_train_epochs", type=int, default=10, help="Number of epochs of the filter.")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="Learning rate of the filter.")
+    parser.add_argument("--train_batch_size", type=int, default=32, help="Number of images per step of the filter.")
+    parser.add_argument("--validation_share", type=float, default=0.1, help="Share of the images to hold out.")
+    parser.add_argument(
+        "--use_cpu", action="store_true", help="Run on the CPU. Several processes without accelerators need it."
+    )
     return parser.parse_args(arguments)
 
 
 def load_images(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
-    """With the model's numbers for the classes."""
+    """Load the images, with the class indices of the model as labels."""
     if args.train_dir is not None:
         dataset = folder_split(args.train_dir, args.train_split)
     else:
@@ -84,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.model_revision)
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision)
     model.eval().to(processes.device)
-    with processes.main_process_first():  # the others find the data set in the cache
+    with processes.main_process_first():  # the other processes find the data set in the cache
         dataset = load_images(args, model.config.label2id)
     labelling = make_labels(
         model,
@@ -105,8 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not processes.is_main_process:
         return
     print(
-        f"{labelling.images} images labelled, {labelling.skipped} skipped, {labelling.share_kept:.1%} of their "
-        "patches are to be kept"
+        f"{labelling.images} images were labelled and {labelling.skipped} skipped. The labels keep "
+        f"{labelling.share_kept:.1%} of the patches."
     )
     reduced = reduce_tokens(model, setting)
     fit = fit_filter(
@@ -122,12 +137,12 @@ def main(arguments: list[str] | None = None) -> None:
         image_column_name=args.image_column_name,
     )
     print(
-        f"on {fit.images} images held out the filter keeps {fit.share_kept:.1%} of the patches (labels: "
-        f"{fit.share_labelled:.1%}), precision {fit.precision:.3f}, recall {fit.recall:.3f}"
+        f"On {fit.images} held-out images the filter keeps {fit.share_kept:.1%} of the patches (the labels: "
+        f"{fit.share_labelled:.1%}). Its precision is {fit.precision:.3f}, its recall {fit.recall:.3f}."
     )
     reduced.save_pretrained(args.output_dir / "model")
     processor.save_pretrained(args.output_dir / "model")
-    # The training that follows reads there what it all began with.
+    # A later training reads this record to know the first checkpoint and the commands.
     settings = reduced.config.reduction.to_dict()
     command = ["python", "examples/run_delta_loss.py", *(sys.argv[1:] if arguments is None else arguments)]
     record = {"method": "dlvit", "settings": settings, **origin(args.model_name_or_path), "command": shown(command)}

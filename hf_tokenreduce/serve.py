@@ -1,6 +1,6 @@
-"""A page to try a checkpoint on: drop an image, pick a method and a budget, and see it beside the dense model.
+"""A web page to try a checkpoint: drop an image, pick a method and a budget, and compare it with the dense model.
 
-`serve("folder")` opens it on this computer alone. What the page shows is computed by `SideBySide`, without a page.
+`serve("folder")` starts the page for this computer only. `SideBySide` computes what the page shows, without a page.
 """
 
 import json
@@ -35,7 +35,7 @@ from .visualization.drawing import draw_layer, resized_to_cells
 PUBLISHED = "as published"
 MAX_PIXELS = 50_000_000
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-MORE_THAN_THE_FILE = 2**16  # bytes of a request
+MORE_THAN_THE_FILE = 2**16  # bytes that a request may have besides the file
 REPEATS = 5
 TOP = 5
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -44,17 +44,18 @@ logger = logging.get_logger(__name__)
 
 
 def runs_untrained(method: Method) -> bool:
-    """Whether it keeps a share of the multiply-adds of a checkpoint as it is."""
+    """Whether the method can keep a share of the multiply-adds of a checkpoint without training."""
     return method.needs == "nothing" and (method.at_share is not None or method.fit_share is not None)
 
 
 class Side(NamedTuple):
-    """What one model made of an image.
+    """Hold what one model predicts for an image, and what that costs.
 
-    predictions: the most probable labels and their probabilities
-    tokens: those that leave each layer, prefix tokens included
-    multiply_adds: of the encoder's layers
-    milliseconds: of a forward of this image alone, the median
+    Attributes:
+        predictions: The most probable labels and their probabilities.
+        tokens: Number of tokens that leave each layer, prefix tokens included.
+        multiply_adds: Multiply-adds of the encoder's layers.
+        milliseconds: Median time of a forward of this image alone.
     """
 
     predictions: list[tuple[str, float]]
@@ -64,8 +65,17 @@ class Side(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """name: of the method. seen: the image as the models saw it. token_map: the same, with the tokens that are left.
-    share: of the dense model's multiply-adds."""
+    """Hold the comparison of the reduced and the dense model on one image.
+
+    Attributes:
+        name: Title of the method.
+        reduction: Configuration of the method.
+        dense: Result of the dense model.
+        reduced: Result of the reduced model.
+        share: Share of the dense model's multiply-adds that the reduced model took.
+        seen: The image as the models saw it.
+        token_map: The image with the tokens that are left after the last layer.
+    """
 
     name: str
     reduction: ReductionConfig
@@ -77,10 +87,24 @@ class Answer(NamedTuple):
 
 
 class SideBySide:
-    """A checkpoint beside its dense self, by the setting it was published with or by one that needs no training.
+    """Compare a checkpoint with its dense model, on one image at a time.
 
-    model: a ViT or DeiT classifier of transformers, or a reduced one. All models share its weights.
-    untrained: the methods that run on it as it is, by their titles.
+    The reduction is the one that the checkpoint was published with, or one that needs no training. All models share
+    the weights of the checkpoint.
+
+    Args:
+        model: An image classifier, reduced or not.
+        processor: The image processor of the model.
+        repeats: Number of timed forwards of each model per image.
+        keep: Number of reduced models that are kept for the next images.
+
+    Attributes:
+        untrained: The methods that can reduce the model without training, by their titles.
+        published: The model as it was published. None if it is not reduced.
+
+    Example:
+        >>> comparison = SideBySide(model, processor)
+        >>> answer = comparison(Image.open("cat.jpg"), "ToMe", budget=0.65)
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, *, repeats: int = REPEATS, keep: int = 8):
@@ -89,14 +113,15 @@ class SideBySide:
         self.unreduced = reduce_tokens(model, None).eval()
         self.dense = restore(self.unreduced)
         self.published = model.eval() if getattr(model.config, "reduction", None) is not None else None
-        # A reduced model is a few Python objects around the same weights: some are kept, the oldest goes.
+        # A reduced model is a few Python objects around the same weights, so some are kept. The oldest is dropped.
         self._reduced = lru_cache(maxsize=keep)(self._reduce)
 
     def methods(self) -> list[str]:
+        """Return the titles of the methods that can be chosen."""
         return [PUBLISHED, *self.untrained] if self.published is not None else list(self.untrained)
 
     def setting(self, method: str, budget: float, pixels: Tensor) -> ReductionConfig:
-        """The mildest setting of a method that keeps at most `budget` of the multiply-adds of an image."""
+        """Return the mildest setting of a method that keeps at most the share `budget` of the multiply-adds."""
         if method not in self.untrained:
             raise ValueError(f"There is no method {method!r} for this checkpoint. Pick one of {self.methods()}.")
         chosen = self.untrained[method]
@@ -108,7 +133,17 @@ class SideBySide:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, method: str, budget: float = 0.65, *, size: int = 384) -> Answer:
-        """budget: the share of the multiply-adds to keep. size: of the pictures, about."""
+        """Run both models on an image.
+
+        Args:
+            image: The image.
+            method: One of `methods()`.
+            budget: Share of the multiply-adds to keep.
+            size: About how many pixels the longer side of the pictures has.
+
+        Returns:
+            `Answer`: The results of both models.
+        """
         pixels = self.processor(as_rgb(image), return_tensors="pt")["pixel_values"].to(self.dense.device)
         if method == PUBLISHED and self.published is not None:
             reduced = self.published
@@ -142,7 +177,7 @@ class SideBySide:
         return Side(self._predictions(logits[0]), counts[0].tolist(), cost, milliseconds)
 
     def _milliseconds(self, models: Sequence[PreTrainedModel], pixels: Tensor) -> list[float]:
-        """Return each model's median."""
+        """Return the median time of each model."""
         calls = [partial(model, pixels) for model in models]
         return [1000 * statistics.median(taken) for taken in in_turns(calls, self.repeats, pixels.device)]
 
@@ -150,7 +185,7 @@ class SideBySide:
         labels = self.dense.config.id2label
         best = logits.float().softmax(dim=-1).topk(min(TOP, len(logits)))
         names = [str(labels[index]).split(",")[0] for index in best.indices.tolist()]
-        # ImageNet has two cranes.
+        # Two classes may have the same name, such as the two cranes of ImageNet.
         unique = [
             name if names.count(name) == 1 else f"{name} ({index})"
             for name, index in zip(names, best.indices.tolist(), strict=True)
@@ -161,17 +196,17 @@ class SideBySide:
 def load_side_by_side(
     folder_or_id: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> SideBySide:
-    """Of a folder or a Hub id. What this package saved loads without `trust_remote_code`: its classes are here."""
+    """Load a folder or Hub id for the comparison. Models that this package saved need no `trust_remote_code`."""
     model, processor = load_model(str(folder_or_id), revision, trust_remote_code)
     return SideBySide(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
 
 
 def read_image(file: str | Path, *, max_upload_mb: float = 10) -> Image.Image:
-    """An uploaded file, upright and in RGB; its size is judged by its header, before a pixel is decoded."""
+    """Read an uploaded file, upright and in RGB. Its size is checked from its header, before any pixel is decoded."""
     if Path(file).stat().st_size == 0:
         raise ValueError("The file is empty. Give an image.")
     if Path(file).stat().st_size > max_upload_mb * 1024**2:
-        raise ValueError(f"The file is larger than {max_upload_mb} MB. Give a smaller one.")
+        raise ValueError(f"The file is larger than {max_upload_mb} MB. Give a smaller file.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -179,13 +214,13 @@ def read_image(file: str | Path, *, max_upload_mb: float = 10) -> Image.Image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(
                         f"The image has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 10**6} "
-                        "megapixels. Give a smaller one."
+                        "megapixels. Give a smaller image."
                     )
                 return as_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
-        raise ValueError(f"The image has more than {MAX_PIXELS // 10**6} megapixels. Give a smaller one.") from error
+        raise ValueError(f"The image has more than {MAX_PIXELS // 10**6} megapixels. Give a smaller image.") from error
     except (OSError, SyntaxError) as error:  # Pillow's parsers raise either on a broken file
-        raise ValueError(f"The file is not an image that can be read; these can: {', '.join(FORMATS)}.") from error
+        raise ValueError(f"The file is not an image that can be read. Give one of: {', '.join(FORMATS)}.") from error
 
 
 def build_app(
@@ -195,7 +230,17 @@ def build_app(
     trust_remote_code: bool = False,
     max_upload_mb: float = 10,
 ) -> Any:
-    """The page as a `gradio.Blocks`, not yet launched."""
+    """Build the page without launching it.
+
+    Args:
+        folder_or_id: Folder or Hub id of a model.
+        revision: Commit, tag or branch of the Hub id.
+        trust_remote_code: Whether code that comes with the model may run.
+        max_upload_mb: Largest size of an uploaded image in MB.
+
+    Returns:
+        `gradio.Blocks`: The page.
+    """
     gr = _gradio()
     comparison = load_side_by_side(folder_or_id, revision=revision, trust_remote_code=trust_remote_code)
     methods = comparison.methods()
@@ -223,8 +268,9 @@ def build_app(
 
     with gr.Blocks(title=f"{name}, with fewer tokens", analytics_enabled=False, delete_cache=(600, 600)) as app:
         gr.Markdown(
-            f"# {_plain(name)}\nThe same weights on all tokens of an image, and on fewer. Patches "
-            "that share a token share its colour and an outline; those that were dropped fade."
+            f"# {_plain(name)}\nCompare the model on all tokens of an image with the same model on fewer tokens. In "
+            "the picture of the tokens, patches that became one token share its colour and an outline. Dropped "
+            "patches fade."
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
@@ -236,7 +282,7 @@ def build_app(
                     buttons=["fullscreen"],
                     height=300,
                 )
-                # The file is read by us, so that what cannot be read gets a reason.
+                # We read the file ourselves, to say why a file cannot be read.
                 image.preprocess = lambda payload: None if payload is None else payload.path
                 method = gr.Dropdown(methods, value=methods[0], label="Method")
                 budget = gr.Slider(
@@ -273,7 +319,7 @@ def build_app(
             [image, method, budget],
             [dense, reduced, seen, drawn, costs],
             api_name="compare",
-            concurrency_limit=1,  # one at a time, for the times it shows are of a machine that does nothing else
+            concurrency_limit=1,  # one at a time, because other work at the same time would change the times
             show_progress="minimal",
         )
     return app.queue(max_size=32)
@@ -289,8 +335,21 @@ def serve(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Show the page at `http://host:port` until interrupted. Whoever reaches that address can use it: the default is
-    this computer alone.
+    """Show the page at `http://host:port` until interrupted.
+
+    Everyone who can reach that address can use the page. By default, only this computer can.
+
+    Args:
+        folder_or_id: Folder or Hub id of an image classifier, reduced or not.
+        host: Address that the page listens on.
+        port: Port that the page listens on.
+        max_upload_mb: Largest size of an uploaded image in MB.
+        open_browser: Whether to open the page in the browser.
+        revision: Commit, tag or branch of the Hub id.
+        trust_remote_code: Whether code that comes with the model may run. Models that this package saved need none.
+
+    Example:
+        >>> serve("vit-tome", open_browser=True)
     """
     if not 1 <= port <= 65535:
         raise ValueError(f"port must lie between 1 and 65535, got {port}.")
@@ -301,7 +360,7 @@ def serve(
     limit = int(max_upload_mb * 1024**2)
     guard = _middleware(Guard, hosts=LOOPBACK if host in LOOPBACK else None, most_bytes=limit + MORE_THAN_THE_FILE)
     if host not in LOOPBACK:
-        logger.warning(f"The page listens on {host}: whoever reaches port {port} of this computer can use it.")
+        logger.warning(f"The page listens on {host}: everyone who can reach port {port} of this computer can use it.")
     try:
         app.launch(
             server_name=host,
@@ -309,7 +368,7 @@ def serve(
             inbrowser=open_browser,
             share=False,
             max_file_size=limit,
-            # Fonts of the reader's computer: the page fetches nothing from elsewhere.
+            # These fonts are on the reader's computer, so that the page loads nothing from other servers.
             theme=gr.themes.Soft(font=["Helvetica", "Arial", "sans-serif"], font_mono=["Courier", "monospace"]),
             app_kwargs={"middleware": [guard]},
             footer_links=[],
@@ -319,11 +378,11 @@ def serve(
             mcp_server=False,
         )
     except OSError as error:
-        raise ValueError(f"Port {port} of {host} cannot be listened on ({error}). Give another port.") from error
+        raise ValueError(f"The page cannot listen on port {port} of {host} ({error}). Give another port.") from error
 
 
 def report(answer: Answer) -> str:
-    """HTML: what both models cost, and how many tokens leave each layer."""
+    """Write HTML that shows the cost of both models, and how many tokens leave each layer."""
     dense, reduced = answer.dense, answer.reduced
     setting = ", ".join(f"{key}={value}" for key, value in answer.reduction.to_dict().items())
     rows = [
@@ -338,7 +397,7 @@ def report(answer: Answer) -> str:
             "Time of this image alone",
             f"{dense.milliseconds:.1f} ms",
             f"{reduced.milliseconds:.1f} ms",
-            f"{dense.milliseconds / reduced.milliseconds:.2f} times the speed",
+            f"{dense.milliseconds / reduced.milliseconds:.2f} times as fast",
         ),
     ]
     plain = "border:none;padding:3px 20px 3px 0"
@@ -363,20 +422,20 @@ def report(answer: Answer) -> str:
 
 
 def _middleware(*args: Any, **options: Any) -> Any:
-    from starlette.middleware import Middleware  # which comes with Gradio
+    from starlette.middleware import Middleware  # comes with Gradio
 
     return Middleware(*args, **options)
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is."""
+    """Escape a text for Markdown."""
     return "".join(f"\\{mark}" if mark in "\\`*_{}[]<>()#+-.!|" else mark for mark in text)
 
 
 def _gradio() -> Any:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported and when a page is built
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported and when a page is built
     try:
         import gradio
     except ImportError as error:
-        raise ValueError('The page needs Gradio: pip install "hf-tokenreduce[serve]".') from error
+        raise ValueError('The page needs Gradio. Install it by pip install "hf-tokenreduce[serve]".') from error
     return gradio

@@ -1,7 +1,7 @@
-"""`tokenreduce`: the package from a terminal. Each command is a few lines over functions that Python code calls.
+"""The command line, `tokenreduce`. Each command is a few lines around functions of `hf_tokenreduce`.
 
-It is a package of its own, so that help and wrong arguments do not wait for torch: `hf_tokenreduce` is imported by the
-commands, when they run.
+It is a separate package, so that help texts and errors about arguments do not wait for torch: a command imports
+`hf_tokenreduce` when it runs.
 """
 
 import errno
@@ -16,8 +16,14 @@ __all__ = ["app", "main", "making", "measuring", "publishing"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Errors that a user can mend are one line and exit code 2; `--debug` anywhere shows the whole of them. Other
-    errors, such as a full memory or a fault of ours, keep their traceback."""
+    """Run the command line.
+
+    An error that the user can solve is printed in one line, and the exit code is 2. With `--debug` anywhere in the
+    arguments it keeps its traceback. Other errors, such as a full memory or a bug, always keep their traceback.
+
+    Args:
+        arguments: The arguments. None: those of this process.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     if debug:
@@ -34,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _hide_messages_of_libraries() -> None:
-    # Read when they are imported, which takes seconds and is left to the commands.
+    # The libraries read these variables when they are imported. That takes seconds, so only the commands do it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if "transformers" in sys.modules:
@@ -45,15 +51,15 @@ def _hide_messages_of_libraries() -> None:
 
 def _one_line(error: Exception) -> str:
     text = str(error)
-    if "Original Traceback" in text:  # of a process that reads images: its last line says what happened
+    if "Original Traceback" in text:  # from a process that reads images; its last line says what happened
         text = text.strip().splitlines()[-1].removeprefix("ValueError: ")
     elif _is_failed_writing(error):
-        text = f"A file could not be written ({text}). Free some space, or write elsewhere, and try again."
+        text = f"A file could not be written ({text}). Free some disk space or write to another disk, and try again."
     return " ".join(text.split())
 
 
 def _is_failed_writing(error: Exception) -> bool:
-    """Whether the disk is full, or a file too large for it; safetensors and torch have errors of their own for it."""
+    """Whether the disk is full or a file is too large for it. safetensors and torch have their own errors for that."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     own = type(error).__name__ == "SafetensorError" or isinstance(error, RuntimeError)

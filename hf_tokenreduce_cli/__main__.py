@@ -1,4 +1,4 @@
-"""`python -m hf_tokenreduce_cli`, and by `accelerate launch -m` in several processes."""
+"""Run `python -m hf_tokenreduce_cli`. `accelerate launch -m hf_tokenreduce_cli` runs it in several processes."""
 
 from . import main
 

@@ -1,4 +1,4 @@
-"""Commands that make models: reduce, train; and that say what there is: methods, inspect."""
+"""Commands that make models (reduce, calibrate, train) or describe them (methods, inspect)."""
 
 import json
 from dataclasses import replace
@@ -27,17 +27,22 @@ from .options import (
 @app.command(epilog="tokenreduce reduce google/vit-base-patch16-224 -r tome --share 0.65 -o vit-tome")
 def reduce(
     model: Model,
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The new folder.")],
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Folder for the reduced model.", metavar="FOLDER")
+    ],
     reduction: Method = "tome",
     share: Share = None,
     reduction_args: Settings = "{}",
     overwrite: Overwrite = False,
-    images: Annotated[str | None, typer.Option(help="Unlabelled images, for methods that are fitted on them.")] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(help="Folder of images without labels, for methods that learn from them.", metavar="FOLDER"),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Reduce a checkpoint and save it, weights and code: a folder that loads anywhere."""
+    """Reduce a model and save it with its code, so that it loads anywhere."""
     from hf_tokenreduce.budget import reduce_to_share
     from hf_tokenreduce.evaluation.compute import describe_model
     from hf_tokenreduce.files import check_new_folder, model_folder
@@ -47,13 +52,13 @@ def reduce(
     check_new_folder(output_dir, overwrite)
     method, settings = find_method(reduction), parse_settings(reduction_args)
     if method.prepare is not None and images is None:
-        raise ValueError(f"{method.title} starts from images, without labels: pass --images FOLDER, or train it.")
+        raise ValueError(f"{method.title} learns from images without labels: pass --images FOLDER, or train it.")
     dense, image_processor = load_model(model, revision, trust_remote_code, any_task=True)
     processor = load_processor(model, revision, trust_remote_code)
     reduced = reduce_to_share(dense, reduction, share, images, image_processor, settings)
     reason = method.why_not(reduced.config.reduction)
     if reason is not None:
-        raise ValueError(f"{method.title} cannot reduce this checkpoint yet: {reason}.")
+        raise ValueError(f"{method.title} cannot reduce this model yet: {reason}.")
     with model_folder(output_dir, with_card=True) as place:
         reduced.save_pretrained(place)
         processor.save_pretrained(place)
@@ -63,16 +68,21 @@ def reduce(
 @app.command(epilog="tokenreduce calibrate vit-ltmp photos --target 0.65 -o vit-ltmp-65")
 def calibrate(
     model: Model,
-    images: Annotated[str, typer.Argument(help="A folder of images; labels are not needed.", metavar="IMAGES")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The new folder.")],
-    target: Annotated[float | None, typer.Option(help="Share of the multiply-adds to keep, as of LTMP.")] = None,
-    max_images: Annotated[int, typer.Option(min=1, help="The most images that are looked at.")] = 128,
+    images: Annotated[str, typer.Argument(help="Folder of images. They need no labels.", metavar="IMAGES")],
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Folder for the calibrated model.", metavar="FOLDER")
+    ],
+    target: Annotated[
+        float | None,
+        typer.Option(help="Share of the multiply-adds to keep, for methods such as LTMP.", metavar="N"),
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="Use at most this many images.", metavar="N")] = 128,
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Fit LTMP's thresholds, or SiT's networks, to unlabelled images."""
+    """Fit LTMP's thresholds or SiT's networks to images without labels."""
     from hf_tokenreduce.calibration import calibrate as fit
     from hf_tokenreduce.convert import reduce_tokens, with_reduction
     from hf_tokenreduce.evaluation.compute import describe_model
@@ -101,21 +111,39 @@ def calibrate(
 def train(
     context: typer.Context,
     model: Model,
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The trained model, its checkpoints.")],
-    train_dir: Annotated[Path | None, typer.Option(help="Class folders. Or: --dataset_name ID.")] = None,
-    validation_dir: Annotated[Path | None, typer.Option(help="Class folders; else a part of training.")] = None,
-    reduction: Annotated[str | None, typer.Option("--reduction", "-r", help="Default: the model as it is.")] = None,
+    output_dir: Annotated[
+        Path,
+        typer.Option("--output-dir", "-o", help="Folder for the trained model and checkpoints.", metavar="FOLDER"),
+    ],
+    train_dir: Annotated[
+        Path | None,
+        typer.Option(help="Training images, in one folder per class. Or: --dataset_name ID.", metavar="FOLDER"),
+    ] = None,
+    validation_dir: Annotated[
+        Path | None,
+        typer.Option(help="Validation images. Default: a part of the training images.", metavar="FOLDER"),
+    ] = None,
+    reduction: Annotated[
+        str | None,
+        typer.Option(
+            "--reduction", "-r", help="Name of the method. Default: train the model as it is.", metavar="NAME"
+        ),
+    ] = None,
     share: Share = None,
     reduction_args: Settings = "{}",
-    recipe: Annotated[str, typer.Option(help="quick or paper: what is not given here.")] = "quick",
-    epochs: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per device and step.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="A checkpoint to go on from.")] = None,
+    recipe: Annotated[
+        str, typer.Option(help="Recipe for arguments that are not given: quick or paper.", metavar="NAME")
+    ] = "quick",
+    epochs: Annotated[
+        float | None, typer.Option(help="Number of epochs. Default: that of the recipe.", metavar="N")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Number of images per device and step.", metavar="N")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint to continue from.", metavar="FOLDER")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune by the method's recipe.
+    """Fine-tune a model by the recipe of its method.
 
-    Any argument of transformers' TrainingArguments may follow."""
+    You can add any argument of transformers' TrainingArguments, such as --learning_rate 1e-4."""
     from hf_tokenreduce.training.run import main as run
 
     arguments = ["--model_name_or_path", model, "--output_dir", str(output_dir), "--recipe", recipe]
@@ -140,7 +168,7 @@ def train(
 
 @app.command(epilog="tokenreduce methods")
 def methods(as_json: Json = False) -> None:
-    """List the methods: what they do with tokens, and what they need first."""
+    """List the methods, what they do with tokens, and what they need first."""
     from hf_tokenreduce.methods.table import methods_rows
 
     found = methods_rows()
@@ -155,7 +183,7 @@ def methods(as_json: Json = False) -> None:
 
 @app.command(epilog="tokenreduce inspect vit-tome")
 def inspect(model: Model, revision: Revision = None, trust_remote_code: Trust = False, as_json: Json = False) -> None:
-    """Say what a folder or Hub id is: method, settings, tokens per layer, size."""
+    """Describe a model: its method, settings, tokens per layer and size."""
     from hf_tokenreduce.evaluation.compute import describe_model
     from hf_tokenreduce.loading import load_model
 

@@ -1,4 +1,4 @@
-"""Commands that measure and show models: evaluate, benchmark, compare, show."""
+"""Commands that measure models and show what they do: evaluate, benchmark, compare, tune, show."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,16 @@ import typer
 
 from .options import (
     Batch,
+    ClassNames,
     Data,
+    Images,
     Json,
     Limit,
     Model,
+    Pictures,
+    Prompt,
     Revision,
+    Runtime,
     Split,
     Trust,
     app,
@@ -21,29 +26,37 @@ from .options import (
 )
 
 
-RUNTIME = "eager, compiled, onnx, openvino or openvino-int8."
 ROWS = ("became_right", "became_wrong")
+BatchSizes = Annotated[list[int], typer.Option(help="Number of images per batch. Repeatable.", metavar="N")]
+Shares = Annotated[list[float], typer.Option(help="Share of multiply-adds to keep. Repeatable.", metavar="N")]
 
 
 @app.command(epilog="tokenreduce evaluate vit-tome data/val --dense google/vit-base-patch16-224")
 def evaluate(
     model: Model,
     data: Data,
-    dense: Annotated[str | None, typer.Option(help="To compare with. Default: the model without reduction.")] = None,
-    class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
-    prompt: Annotated[list[str], typer.Option(help="Zero-shot: 'a photo of a {}'; again.")] = [],  # noqa: B006
+    dense: Annotated[
+        str | None,
+        typer.Option(help="Model to compare with. Default: MODEL without its reduction.", metavar="MODEL"),
+    ] = None,
+    class_names: ClassNames = None,
+    prompt: Prompt = [],  # noqa: B006
     split: Split = None,
     limit: Limit = None,
     batch_size: Batch = 32,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="Keeps results; an interrupted run goes on.")
+        Path | None,
+        typer.Option(
+            "--output-dir", "-o", help="Folder for results. A stopped run continues there.", metavar="FOLDER"
+        ),
     ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Measure accuracy on labelled images beside the dense model's; what flipped.
+    """Measure the accuracy on labelled images, and which predictions changed.
 
+    The accuracy is compared with that of the dense model.
     Models that compare images with texts (CLIP, SigLIP) classify by the names of the classes."""
     from hf_tokenreduce.evaluation import evaluate_model
     from hf_tokenreduce.evaluation.zero_shot import as_classifier
@@ -61,7 +74,9 @@ def evaluate(
     if dense is not None:
         other, others = load_model(dense, trust_remote_code=trust_remote_code, any_task=True)
         if others.to_dict() != processor.to_dict():
-            raise ValueError(f"{dense} takes images that are prepared otherwise than those of {model}.")
+            raise ValueError(
+                f"The image processors of {dense} and {model} differ. Give a dense model with the same processor."
+            )
         other = classifier(other, dense, None)
     reduced = classifier(reduced, model, revision)
     report = evaluate_model(reduced, images, processor, dense=other, batch_size=batch_size, output_dir=output_dir)
@@ -69,7 +84,7 @@ def evaluate(
 
     if PartialState().is_main_process:
         answer = report.to_dict()
-        if not as_json:  # rows as the names of their files
+        if not as_json:  # name files instead of rows
             names = image_names(images)
             answer |= {key: [names[row] for row in answer[key] or ()] for key in ROWS if answer.get(key) is not None}
         print_answer(answer, as_json, f"{model} on {data}")
@@ -77,23 +92,32 @@ def evaluate(
 
 @app.command(epilog="tokenreduce benchmark vit-tome vit-bat --images data/val --batch-size 1 --batch-size 32")
 def benchmark(
-    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids, of one size.", metavar="MODELS...")],
-    images: Annotated[str, typer.Option(help="A folder of images.")],
-    batch_size: Annotated[list[int], typer.Option(help="May be given again.")] = [1, 32],  # noqa: B006
-    dtype: Annotated[list[str], typer.Option(help="May be given again.")] = ["float32"],  # noqa: B006
-    repeats: Annotated[int, typer.Option(min=1, help="Of every model in turn.")] = 15,
-    threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    runtime: Annotated[list[str], typer.Option(help=RUNTIME + " May be given again.")] = ["eager"],  # noqa: B006
-    suggest: Annotated[
-        bool, typer.Option(help="Look for a setting that is faster than dense where one is not.")
-    ] = True,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the report here, JSON.")] = None,
+    models: Annotated[
+        list[str], typer.Argument(help="Folders or Hub ids of models with one image size.", metavar="MODELS...")
+    ],
+    images: Annotated[str, typer.Option(help="Folder of images.", metavar="FOLDER")],
+    batch_size: BatchSizes = [1, 32],  # noqa: B006
+    dtype: Annotated[
+        list[str], typer.Option(help="Data type, such as float32 or bfloat16. Repeatable.", metavar="NAME")
+    ] = ["float32"],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed forwards of each model.", metavar="N")] = 15,
+    threads: Annotated[int | None, typer.Option(help="Number of CPU threads.", metavar="N")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.", metavar="NAME")
+    ] = None,
+    runtime: Annotated[
+        list[str],
+        typer.Option(help="Runtime: eager, compiled, onnx, openvino or openvino-int8. Repeatable.", metavar="NAME"),
+    ] = ["eager"],  # noqa: B006
+    suggest: Annotated[bool, typer.Option(help="Search a faster setting for models that are not faster.")] = True,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file to write the report to.", metavar="FILE")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Measure time and memory beside the dense model and the ideal, in one run."""
+    """Measure speed and memory, compared with the dense model and with an ideal one."""
     import torch
 
     from hf_tokenreduce.evaluation import benchmark as measure
@@ -102,7 +126,9 @@ def benchmark(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no CUDA device here.")
+        raise ValueError(
+            f"torch finds no CUDA device for --device {device}. Use --device cpu, or install a torch for CUDA."
+        )
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
     last = [name.rstrip("/").split("/")[-1] for name in models]
@@ -133,16 +159,31 @@ def benchmark(
 @app.command(epilog="tokenreduce compare facebook/deit-tiny-patch16-224 data/val --share 0.65 -o comparison")
 def compare(
     model: Model,
-    data: Annotated[str, typer.Argument(help="Class folders, a Hub data set, or any images.", metavar="DATA")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Table, picture; resumes there.")],
-    share: Annotated[list[float], typer.Option(help="Multiply-adds to keep; again.")] = [0.8, 0.65, 0.5],  # noqa: B006
-    reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this name or JSON; again.")] = [],  # noqa: B006
-    class_names: Annotated[str | None, typer.Option(help="Zero-shot: a,b,c or a file. Default: DATA's.")] = None,
-    prompt: Annotated[list[str], typer.Option(help="'photo of a {}'; again.")] = [],  # noqa: B006
-    tuned: Annotated[Path | None, typer.Option(help="Folder of tune: show that too.")] = None,
-    calibration_images: Annotated[int, typer.Option(min=1, help="LTMP and SiT need some.")] = 100,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure throughput.")] = True,
-    runtime: Annotated[str, typer.Option(help="The runtime that is timed.")] = "eager",
+    data: Annotated[
+        str,
+        typer.Argument(help="Folder or Hub id of images, with or without classes.", metavar="DATA"),
+    ],
+    output_dir: Annotated[
+        Path,
+        typer.Option(
+            "--output-dir", "-o", help="Folder for results. A stopped run continues there.", metavar="FOLDER"
+        ),
+    ],
+    share: Shares = [0.8, 0.65, 0.5],  # noqa: B006
+    reduction: Annotated[
+        list[str],
+        typer.Option("--reduction", "-r", help="Only this method, name or JSON. Repeatable.", metavar="NAME"),
+    ] = [],  # noqa: B006
+    class_names: ClassNames = None,
+    prompt: Prompt = [],  # noqa: B006
+    tuned: Annotated[
+        Path | None, typer.Option(help="Folder of tokenreduce tune, to compare too.", metavar="FOLDER")
+    ] = None,
+    calibration_images: Annotated[
+        int, typer.Option(min=1, help="Number of images for LTMP and SiT.", metavar="N")
+    ] = 100,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure the speed.")] = True,
+    runtime: Runtime = "eager",
     split: Split = None,
     limit: Limit = None,
     batch_size: Batch = 32,
@@ -150,10 +191,10 @@ def compare(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Try every untrained method at some budgets: a table and a picture.
+    """Compare methods that need no training at some budgets: a table and a picture.
 
-    Quality is accuracy; without a classifier, cosines to the dense model's features and nearest neighbours. CLIP and
-    SigLIP classify if --prompt or --class-names is given."""
+    Classifiers are compared by accuracy, other models by features and nearest neighbours.
+    CLIP and SigLIP classify images if --prompt or --class-names is given."""
     from hf_tokenreduce.evaluation import compare as measure
     from hf_tokenreduce.evaluation.features import TASKS as FEATURE_TASKS
     from hf_tokenreduce.evaluation.zero_shot import as_classifier, check_typed
@@ -191,24 +232,38 @@ def compare(
     )
     print(json.dumps(found.rows, indent=1) if as_json else found.to_markdown())
     if not as_json:
-        out.print(f"The same, and pareto.png, are in {output_dir}.")
+        out.print(f"The table and pareto.png are in {output_dir}.")
 
 
 @app.command(epilog="tokenreduce tune facebook/deit-tiny-patch16-224 photos --share 0.65 -o tuned")
 def tune(
     context: typer.Context,
     model: Model,
-    images: Annotated[str, typer.Argument(help="Class folders, a Hub data set, or any images.", metavar="IMAGES")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Report and model; resumes there.")],
-    share: Annotated[float | None, typer.Option(help="Multiply-adds to keep, as 0.65.")] = None,
-    speedup: Annotated[float | None, typer.Option(help="Times as fast as dense, as 1.5.")] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Points to lose at most, as 1.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time that the search may take.")] = None,
-    reduction: Annotated[list[str], typer.Option("--reduction", "-r", help="Only this method; again.")] = [],  # noqa: B006
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, another search.")] = 0,
-    labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Use the folders as classes.")] = True,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Choose dense if none pays here.")] = True,
-    runtime: Annotated[str, typer.Option(help="The runtime that is timed.")] = "eager",
+    images: Images,
+    output_dir: Annotated[
+        Path,
+        typer.Option(
+            "--output-dir", "-o", help="Folder for results. A stopped run continues there.", metavar="FOLDER"
+        ),
+    ],
+    share: Annotated[
+        float | None, typer.Option(help="Share of multiply-adds to keep, such as 0.65.", metavar="N")
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="Speed-up over the dense model, such as 1.5.", metavar="N")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Largest drop of accuracy in points, such as 1.", metavar="N")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Longest time of the search in minutes.", metavar="N")] = None,
+    reduction: Annotated[
+        list[str],
+        typer.Option("--reduction", "-r", help="Search only this method. Repeatable.", metavar="NAME"),
+    ] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the search.", metavar="N")] = 0,
+    labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Use the class folders as labels.")] = True,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Choose dense if nothing is faster.")] = True,
+    runtime: Runtime = "eager",
     split: Split = None,
     limit: Limit = None,
     batch_size: Batch = 32,
@@ -216,9 +271,10 @@ def tune(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Find the best reduction of a model, by --share, --speedup or --max-drop.
+    """Find the best reduction of a model for a target: --share, --speedup or --max-drop.
 
-    A part of the images is searched on; the report is of the others. Nothing is trained. Labels are not needed."""
+    The search uses one part of the images, and the report uses the others.
+    Nothing is trained, and labels are not needed."""
     from hf_tokenreduce.loading import load_images, load_model
     from hf_tokenreduce.training.run import name_of, origin, shown
     from hf_tokenreduce.tuning import tune as find
@@ -249,21 +305,28 @@ def tune(
     )
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
     if not as_json:
-        out.print(f"The same, pareto.png and tuning.json are in {output_dir}, the model in {output_dir / 'model'}.")
+        out.print(
+            f"The report, pareto.png and tuning.json are in {output_dir}. The model is in {output_dir / 'model'}."
+        )
 
 
 @app.command(epilog="tokenreduce show vit-tome photos -o tokens.html")
 def show(
     model: Model,
-    images: Annotated[list[str], typer.Argument(help="Images, or folders of them.", metavar="IMAGES...")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A page (.html) or a picture (.png).")],
-    layer: Annotated[list[int] | None, typer.Option(help="From 0; may be given again.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Of the images, evenly spread.")] = 16,
-    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+    images: Pictures,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Page (.html) or picture (.png) to write.", metavar="FILE")
+    ],
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(help="Layer to show, counted from 0. Repeatable.", metavar="N"),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most this many images, evenly spread.", metavar="N")] = 16,
+    title: Annotated[str | None, typer.Option(help="Title of the page.", metavar="TEXT")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Draw what the method did to images: kept, merged, dropped, layer by layer."""
+    """Draw which patches of images the method kept, merged or dropped in each layer."""
     from hf_tokenreduce.convert import restore
     from hf_tokenreduce.loading import load_model, load_pictures
     from hf_tokenreduce.visualization import token_map_grid, write_page
@@ -273,7 +336,9 @@ def show(
     output.parent.mkdir(parents=True, exist_ok=True)
     reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
     if getattr(reduced.config, "reduction", None) is None:
-        raise ValueError(f"{model} is not reduced, so there is nothing to show. Reduce it: tokenreduce reduce --help.")
+        raise ValueError(
+            f"{model} is not reduced, so there is nothing to show. Reduce it first by tokenreduce reduce."
+        )
     pictures, names = load_pictures(images, limit)
     if output.suffix == ".png":
         token_map_grid(reduced, pictures, processor, layer, names=names).save(output)
@@ -281,4 +346,4 @@ def show(
         write_page(
             reduced, pictures, processor, output, dense=restore(reduced), names=names, layers=layer, title=title
         )
-    out.print(f"Written to {output}.")
+    out.print(f"Saved to {output}.")

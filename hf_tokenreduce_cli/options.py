@@ -1,4 +1,4 @@
-"""The app, the options that several commands have, and how an answer is printed."""
+"""The app, the options that several commands share, and how a result is printed."""
 
 import json
 from typing import Annotated, Any
@@ -15,35 +15,58 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Token reduction for the vision transformers of Hugging Face.",
-    epilog="Start with: [bold]tokenreduce demo[/bold]. Of a command: [bold]tokenreduce reduce --help[/bold].",
+    epilog="Start with: [bold]tokenreduce demo[/bold]. Help for a command: [bold]tokenreduce reduce --help[/bold].",
 )
 out = Console()
 
-Model = Annotated[str, typer.Argument(help="A folder or a Hub id.", metavar="MODEL")]
-Data = Annotated[str, typer.Argument(help="An image folder, one folder per class, or a Hub data set.", metavar="DATA")]
-Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub id.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
-Split = Annotated[str | None, typer.Option(help="Of the data. Default: validation, test or train.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use this many images, evenly spread.")]
-Batch = Annotated[int, typer.Option(min=1, help="Images at once.")]
-Method = Annotated[str, typer.Option("--reduction", "-r", help="The method: tokenreduce methods lists them.")]
-Share = Annotated[float | None, typer.Option(help="Of the multiply-adds to keep, such as 0.65.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in the folder.")]
-Settings = Annotated[str, typer.Option("--reduction-args", help="Further settings of the method, JSON.")]
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of the model.", metavar="MODEL")]
+Data = Annotated[
+    str, typer.Argument(help="Folder with one folder per class, or Hub id of a data set.", metavar="DATA")
+]
+Images = Annotated[str, typer.Argument(help="Folder or Hub id of images, with or without classes.", metavar="IMAGES")]
+Pictures = Annotated[list[str], typer.Argument(help="Images, or folders of images.", metavar="IMAGES...")]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of the Hub id.", metavar="TEXT")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Split = Annotated[
+    str | None, typer.Option(help="Split of the data set. Default: validation, test or train.", metavar="NAME")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use at most this many images, evenly spread.", metavar="N")]
+Batch = Annotated[int, typer.Option(min=1, help="Number of images per batch.", metavar="N")]
+Method = Annotated[
+    str,
+    typer.Option("--reduction", "-r", help="Name of the method. List them by: tokenreduce methods.", metavar="NAME"),
+]
+Share = Annotated[float | None, typer.Option(help="Share of the multiply-adds to keep, such as 0.65.", metavar="N")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model in the output folder.")]
+Settings = Annotated[
+    str, typer.Option("--reduction-args", help="Further settings of the method, as JSON.", metavar="JSON")
+]
+ClassNames = Annotated[
+    str | None,
+    typer.Option(help="Zero-shot classes: a,b,c or a text file. Default: those of DATA.", metavar="NAMES"),
+]
+Prompt = Annotated[
+    list[str],
+    typer.Option(help="Zero-shot prompt, such as 'a photo of a {}'. Repeatable.", metavar="TEXT"),
+]
+Runtime = Annotated[
+    str,
+    typer.Option(help="Runtime: eager, compiled, onnx, openvino or openvino-int8.", metavar="NAME"),
+]
 
-MOST_SHOWN = 48  # entries of a list
+MOST_SHOWN = 48  # number of entries of a list that are printed
 
 
 @app.callback()
 def common(
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options of all commands; `--debug` is taken out of the arguments by `main`, wherever it stands."""
+    """Declare the options of all commands. `main` removes `--debug` from the arguments, wherever it is."""
 
 
 def print_answer(answer: dict[str, Any], as_json: bool, title: str) -> None:
-    """Print one answer: as JSON, or as a table of its entries."""
+    """Print a result as JSON, or as a table with one row per entry."""
     if as_json:
         print(json.dumps(answer, indent=1, default=str))
         return
@@ -57,7 +80,7 @@ def print_answer(answer: dict[str, Any], as_json: bool, title: str) -> None:
 
 
 def _told(value: Any) -> str:
-    """A value as a person reads it: numbers of four digits, billions as G, an interval by its ends."""
+    """Format a value for reading: numbers with four digits, billions as G, an interval as its two ends."""
     if isinstance(value, dict):
         return ", ".join(f"{name}={_told(entry)}" for name, entry in value.items())
     if isinstance(value, tuple) and len(value) == 2:

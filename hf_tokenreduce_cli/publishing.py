@@ -1,4 +1,4 @@
-"""Commands that bring models to others: card, publish, export, predict, serve, demo."""
+"""Commands that publish and use models: card, export, publish, predict, serve, demo."""
 
 import json
 import sys
@@ -14,6 +14,7 @@ from .options import (
     Json,
     Model,
     Overwrite,
+    Pictures,
     Revision,
     Trust,
     app,
@@ -24,42 +25,59 @@ from .options import (
 
 @app.command(epilog="tokenreduce card vit-tome --base-model google/vit-base-patch16-224 --base-license apache-2.0")
 def card(
-    folder: Annotated[Path, typer.Argument(help="A saved model, or records with --records.")],
-    base_model: Annotated[str | None, typer.Option(help="Hub id of what it was made of.")] = None,
-    base_license: Annotated[str | None, typer.Option(help="Of those weights, such as apache-2.0.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Hub id of the data it was trained on.")] = None,
-    repo_id: Annotated[str | None, typer.Option(help="Where it will be published: namespace/name.")] = None,
-    records: Annotated[Path | None, typer.Option(help="Instead: a card for every record here, into FOLDER.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a saved model, or for the cards of --records.", metavar="FOLDER")
+    ],
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the model that was reduced.", metavar="ID")] = None,
+    base_license: Annotated[
+        str | None, typer.Option(help="License of that model, such as apache-2.0.", metavar="NAME")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Hub id of the data set it was trained on.", metavar="ID")
+    ] = None,
+    repo_id: Annotated[
+        str | None, typer.Option(help="Hub id to publish it under: namespace/name.", metavar="ID")
+    ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="Write a card into FOLDER for each record of this folder.", metavar="RECORDS"),
+    ] = None,
 ) -> None:
-    """Write the model card, README.md. What the folder's owner wrote stays."""
+    """Write the model card, README.md. Text that you added to it is kept."""
     from hf_tokenreduce.hub import write_card, write_cards
 
     names = {"base_model": base_model, "base_license": base_license, "dataset": dataset, "repo_id": repo_id}
     written = [write_card(folder, **names)] if records is None else write_cards(records, folder, **names)
     for path in written:
-        out.print(f"Written: {path}")
+        out.print(f"Saved to {path}")
 
 
 @app.command(epilog="tokenreduce export vit-tome -o vit-tome-openvino --format openvino --int8 --images photos")
 def export(
     model: Model,
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The new folder.")],
-    format: Annotated[str, typer.Option(help="onnx, openvino, torch, or aoti (compiled by torch).")] = "onnx",
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Folder for the exported model.", metavar="FOLDER")
+    ],
+    format: Annotated[
+        str, typer.Option(help="onnx, openvino, torch, or aoti (compiled by torch).", metavar="NAME")
+    ] = "onnx",
     batch_size: Annotated[
-        str, typer.Option(help="Images that the graph takes: dynamic (any number), or one number.")
+        str,
+        typer.Option(help="Images per batch of the graph: a number, or dynamic for any number.", metavar="N"),
     ] = "dynamic",
     int8: Annotated[
-        bool, typer.Option("--int8", help="Compute in 8 bits, fitted to --images. OpenVINO only.")
+        bool, typer.Option("--int8", help="Compute in 8 bits, fitted to --images. For OpenVINO only.")
     ] = False,
     images: Annotated[
-        str | None, typer.Option(help="A folder of images to check the graph on. Default: noise.")
+        str | None,
+        typer.Option(help="Folder of images to check the graph with. Default: noise.", metavar="FOLDER"),
     ] = None,
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model as a graph for ONNX Runtime, OpenVINO or torch, and check it."""
+    """Export a model as a graph for ONNX Runtime, OpenVINO or torch, and check it."""
     from hf_tokenreduce.deploy import export as write
     from hf_tokenreduce.loading import load_model
 
@@ -81,16 +99,25 @@ def export(
 
 @app.command(epilog="tokenreduce publish vit-tome your-name/vit-tome --dry-run upload")
 def publish(
-    folder: Annotated[Path, typer.Argument(help="A saved model with its processor.")],
-    repo_id: Annotated[str, typer.Argument(help="namespace/name on the Hub.", metavar="REPO_ID")],
-    dry_run: Annotated[Path | None, typer.Option(help="Send nothing; put what would be sent here.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made now.")] = False,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of writing.")] = False,
-    skip_others: Annotated[bool, typer.Option("--skip-others", help="Leave out files that do not belong.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model with its processor.", metavar="FOLDER")],
+    repo_id: Annotated[str, typer.Argument(help="Hub id of the repository: namespace/name.", metavar="REPO_ID")],
+    dry_run: Annotated[
+        Path | None,
+        typer.Option(help="Upload nothing, and save the files of the upload here.", metavar="FOLDER"),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private, if it is a new one.")
+    ] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of changing the repository.")
+    ] = False,
+    skip_others: Annotated[
+        bool, typer.Option("--skip-others", help="Leave out files that do not belong to the model.")
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Check a folder in a fresh process, list what goes up, and upload it."""
+    """Check a model in a new process, list its files, and upload them to the Hub."""
     from hf_tokenreduce.hub import check_folder
     from hf_tokenreduce.hub import publish as upload
 
@@ -119,22 +146,28 @@ def publish(
 
 @app.command(epilog="tokenreduce predict vit-tome-openvino photos --json")
 def predict(
-    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or an exported model's folder.", metavar="MODEL")],
-    images: Annotated[list[str], typer.Argument(help="Images, or folders of them.", metavar="IMAGES...")],
-    top_k: Annotated[int, typer.Option(min=1, help="Number of classes to tell of each image.")] = 1,
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a model, or folder of an exported model.", metavar="MODEL")
+    ],
+    images: Pictures,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of classes per image.", metavar="N")] = 1,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="Keeps predictions as they come; resumes there.")
+        Path | None,
+        typer.Option(
+            "--output-dir", "-o", help="Folder for results. A stopped run continues there.", metavar="FOLDER"
+        ),
     ] = None,
     batch_size: Batch = 32,
-    threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads.")] = None,
-    num_workers: Annotated[int, typer.Option(min=0, help="Number of processes that read images.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads.", metavar="N")] = None,
+    num_workers: Annotated[int, typer.Option(min=0, help="Number of processes that read images.", metavar="N")] = 0,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Label images: class, score, and number of tokens of each.
+    """Predict the class of images, with its score and the number of tokens.
 
-    Broken images are reported, and the run goes on. Launched by torchrun, processes share the images."""
+    Images that cannot be read are reported, and the run goes on.
+    If torchrun launches several processes, they share the images."""
     import torch
     from accelerate import PartialState
 
@@ -165,7 +198,7 @@ def predict(
             print(f"{row['file']}: {row['label']} {row['score']:.1%}{others} ({row['tokens']} tokens)")
     if PartialState().is_main_process and not as_json:
         if output_dir is not None:
-            out.print(f"Predictions are in {output_dir}, a line for each image.")
+            out.print(f"The predictions are in {output_dir}, one line per image.")
         if broken:
             print(f"{broken} images could not be read.", file=sys.stderr)
 
@@ -173,14 +206,16 @@ def predict(
 @app.command(epilog="tokenreduce serve vit-tome")
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option(help="127.0.0.1: this computer alone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The page listens there.")] = 7860,
-    max_upload_mb: Annotated[float, typer.Option(help="Of one image.")] = 10,
-    open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    host: Annotated[
+        str, typer.Option(help="Address of the page. By default, only this computer can use it.", metavar="ADDRESS")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page.", metavar="N")] = 7860,
+    max_upload_mb: Annotated[float, typer.Option(help="Largest size of an image in MB.", metavar="N")] = 10,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Open a page to try a checkpoint: drop an image, pick a method and a budget."""
+    """Start a web page to try a model: drop an image, pick a method and a budget."""
     from hf_tokenreduce.serve import serve as run
 
     run(
@@ -196,10 +231,15 @@ def serve(
 
 @app.command(epilog="tokenreduce demo --output-dir demo")
 def demo(
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Output; resumes there.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Of images and training.")] = 0,
+    output_dir: Annotated[
+        Path,
+        typer.Option(
+            "--output-dir", "-o", help="Folder for results. A stopped run continues there.", metavar="FOLDER"
+        ),
+    ] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the images and of the training.", metavar="N")] = 0,
 ) -> None:
-    """Draw images, train a small ViT, reduce it by every method. No downloads."""
+    """Draw images, train a small ViT, and reduce it by every method, without downloads."""
     from hf_tokenreduce.demo.run import run_demo
 
     run_demo(output_dir, seed=seed)

@@ -360,7 +360,7 @@ class SwapsChannels(ViTImageProcessor):
     [
         (lambda: TrainTransform(PROCESSORS["vit"](), scale=(0.0, 1.0)), r"scale=\(0.0, 1.0\)"),
         (lambda: TrainTransform(PROCESSORS["vit"](), scale=(0.5, 1.1)), "scale"),
-        (lambda: TrainTransform(PROCESSORS["vit"](), scale=(0.9, 0.5)), "least and greatest"),
+        (lambda: TrainTransform(PROCESSORS["vit"](), scale=(0.9, 0.5)), "smallest and the largest"),
         (lambda: TrainTransform(PROCESSORS["vit"](), ratio=(2.0, 1.0)), "ratio"),
         (lambda: TrainTransform(PROCESSORS["vit"](), ratio=(0.0, 1.0)), "ratio"),
         (lambda: TrainTransform(PROCESSORS["vit"](), flip=1.5), "flip=1.5: give a number from 0 to 1"),

@@ -104,7 +104,7 @@ def test_neither_colour_nor_place_tells_the_class():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": 5}, "at least 6, one a class, got 5"),
+        ({"train": 5}, "at least 6, one per class, got 5"),
         ({"validation": True}, "validation counts images"),
         ({"size": 31}, "at least 32, got 31"),
         ({"seed": -1}, "seed must be an integer of at least 0"),

@@ -261,9 +261,9 @@ def test_what_does_not_fit_is_refused_before_any_forward(tmp_path):
     for data, options, message in [
         (dataset.select([]), {}, "data set is empty"),
         (dataset.rename_column("label", "class"), {}, "no column 'label', only image, class"),
-        (photographs(6).map(lambda row: {"label": row["label"] * 2}), {}, "Row 3 .* label 6; .* classes are 0 to 4"),
+        (photographs(6).map(lambda row: {"label": row["label"] * 2}), {}, "Row 3 .* label 6, .* classes are 0 to 4"),
         (photographs(3, names), {}, "'cat' is number 0 in the data set and 1 in the model.*align_labels"),
-        (photographs(2, ClassLabel(names=["dog", "cow"])), {}, "'cow' is none of the model's: .*'dog'"),
+        (photographs(2, ClassLabel(names=["dog", "cow"])), {}, "no class 'cow'. Its classes are .*'dog'"),
         (dataset, {"labeller": "guess"}, "labeller must be one of 'exact'"),
         (dataset, {"threshold": 0.1, "keep_share": 0.5}, "exclude each other"),
         (dataset, {"keep_share": 1.5}, "keep_share must be above 0"),
@@ -331,9 +331,9 @@ def test_labels_that_do_not_fit(lesson, tmp_path):
     for reduced, given, images, options, message in [
         (stock, labels, dataset, {}, "no filter to fit"),
         (reduce_tokens(stock, ToMeConfig(r=2)), labels, dataset, {}, "no filter to fit"),
-        (small, labels, dataset, {}, "64 patches per image, the model has 16"),
-        (model, tmp_path, dataset.select(range(39)), {}, "data set with 40 rows, this one has 39"),
-        (model, labels, dataset.select(range(7)), {}, "a row 39, this one has 7"),
+        (small, labels, dataset, {}, "64 patches per image, but the model has 16"),
+        (model, tmp_path, dataset.select(range(39)), {}, "data set with 40 rows, but this one has 39"),
+        (model, labels, dataset.select(range(7)), {}, "a row 39, but this one has 7"),
         (model, tmp_path / "parts", dataset, {}, "holds no labels"),
         (model, same, dataset, {}, "keep every patch, so there is nothing to learn"),
         (model, labels, dataset, {"validation_share": 1.0}, "none to learn from"),
@@ -362,8 +362,8 @@ def test_the_example(tmp_path):
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert "6 images labelled, 0 skipped, 40.1% of their patches" in done.stdout
-    assert "on 1 images held out the filter keeps 50.0% of the patches" in done.stdout
+    assert "6 images were labelled and 0 skipped. The labels keep 40.1% of the patches" in done.stdout
+    assert "On 1 held-out images the filter keeps 50.0% of the patches" in done.stdout
     assert set(stored(tmp_path / "out" / "labels")["label"]) == {3, 4}
     record = json.loads((tmp_path / "out" / "model" / "record.json").read_text())
     assert record["base_model"] == "stock"

@@ -201,7 +201,7 @@ def test_wrong_settings(tmp_path):
         ),
         (
             lambda: trainer_for(tmp_path, "sit", teacher_model=reduce_tokens(tiny_model(), ToMeConfig(r=2))),
-            "teacher of tokens must be dense, this one is reduced by ToMeConfig",
+            "teacher of tokens must be dense, but this one is reduced by ToMeConfig",
         ),
         (
             lambda: TokenReduceTrainer(reduce_tokens(tiny_model("deit-teacher"), ToMeConfig()), arguments(tmp_path)),

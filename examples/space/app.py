@@ -1,4 +1,7 @@
-"""The page of `tokenreduce serve` as a Space: set MODEL_ID, and REVISION to the commit it should show."""
+"""Show the page of `tokenreduce serve` in a Space.
+
+Set the variable MODEL_ID to the model, and REVISION to the commit of the model.
+"""
 
 import os
 

@@ -1,7 +1,7 @@
-"""The dense model of the demonstration: a small stock ViT, trained from nothing on the generated images.
+"""The dense model of the demonstration: a small stock ViT, trained from random weights on the drawn images.
 
-Most of its training looks only at the patches around the shape, a quarter of all, which is what makes it quick; the
-last steps look at whole images. What is saved is an ordinary folder of transformers.
+Most of the training uses only the patches around the shape, a quarter of all patches, which makes it quick. The last
+steps use whole images. The model is saved as an ordinary folder of transformers.
 """
 
 import json
@@ -25,11 +25,11 @@ from .images import BOX, CLASSES, MANIFEST, SPLITS
 
 
 STEPS = 2600
-WHOLE = 0.13  # share of the steps that look at whole images
+WHOLE = 0.13  # share of the steps that use whole images
 BATCH = 16
 LEARNING_RATE = 2e-3
 WARM_UP = 0.1
-WINDOW = 6  # patches across
+WINDOW = 6  # width of the window around the shape, in patches
 PATCH = 8
 SAVE_EVERY = 200
 RECORD, UNFINISHED = "training.json", "unfinished.pt"
@@ -38,7 +38,13 @@ Progress = Callable[[str], None]
 
 
 class Images(NamedTuple):
-    """pixels: uint8 (n, 3, size, size). boxes: long (n, 4), where the shapes are. labels: long (n,)."""
+    """Hold n images.
+
+    Attributes:
+        pixels: uint8, (n, 3, size, size).
+        boxes: Left, top, right and bottom of each shape in pixels, long, (n, 4).
+        labels: Class indices, long, (n,).
+    """
 
     pixels: Tensor
     boxes: Tensor
@@ -53,20 +59,29 @@ def train_dense(
     steps: int = STEPS,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train on what `make_images` drew and save model and image processor. Returns the record that is saved beside
-    them, with `top1` on the validation split in percent.
+    """Train a small ViT on the images of `make_images`, and save it with its image processor.
 
-    progress: takes a line of text now and then. None: a progress bar.
+    Called again after an interruption, it goes on from its last checkpoint and ends with the same weights on the same
+    machine. Called again after it was done, it returns its record.
 
-    A call that was interrupted goes on from its last checkpoint, and ends with the same weights on the same machine;
-    one that was done returns its record.
+    Args:
+        data_folder: The folder of `make_images`.
+        output_dir: The folder for the model.
+        seed: Seed of the weights and of the training.
+        steps: Number of training steps.
+        progress: A function that gets a line of text every 200 steps. None: a progress bar is shown.
+
+    Returns:
+        The record, which is also saved beside the model. `top1` is the accuracy on the validation split in percent.
     """
     data_folder, output_dir = Path(data_folder), Path(output_dir)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer of at least 1, got {steps!r}.")
     manifest = data_folder / MANIFEST
     if not manifest.is_file():
-        raise ValueError(f"{data_folder} has no {MANIFEST}. Draw the images first: make_images({str(data_folder)!r}).")
+        raise ValueError(
+            f"{data_folder} has no {MANIFEST}. Draw the images first by make_images({str(data_folder)!r})."
+        )
     train, validation = (_load(data_folder / split) for split in SPLITS)
     settings = {
         "data": json.loads(manifest.read_text()),
@@ -80,7 +95,9 @@ def train_dense(
         return known_settings(record, settings)
     size = settings["data"]["size"]
     if size % PATCH:
-        raise ValueError(f"The images are {size} pixels wide, which patches of {PATCH} do not cover. Draw them anew.")
+        raise ValueError(
+            f"The images are {size} pixels wide, which patches of {PATCH} do not cover. Draw images of another size."
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     model = _new_model(size, seed)
     seconds = _train(model, train, output_dir / UNFINISHED, settings, progress)
@@ -100,7 +117,7 @@ def _train(
     settings: dict[str, Any],
     progress: Progress | None,
 ) -> float:
-    """Returns the seconds it took, those of interrupted calls included."""
+    """Train the model, and return the seconds it took, including those of interrupted calls."""
     steps, seed, size = settings["steps"], settings["seed"], settings["data"]["size"]
     matrices = [weight for weight in model.parameters() if weight.ndim > 1 and weight.shape[0] > 1]
     others = [weight for weight in model.parameters() if weight.ndim == 1 or weight.shape[0] == 1]
@@ -125,7 +142,7 @@ def _train(
     )
     with bar:
         for step in range(first, steps):
-            # A generator per step: a call that goes on draws what an uninterrupted one would have drawn.
+            # One generator per step: a resumed call draws what an uninterrupted call would have drawn.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             pixels, boxes, labels = _batch(padded, size, border, generator)
             window = None if step >= whole_from else _window(boxes, size // PATCH, generator)
@@ -154,25 +171,25 @@ def _train(
 
 
 def _rate(done: float) -> float:
-    """Of the learning rate, when a share of the steps is done: it rises in a line and falls as a cosine."""
+    """Return the factor of the learning rate after a share of the steps: a linear rise, then a cosine fall."""
     if done < WARM_UP:
         return max(done / WARM_UP, 0.01)
     return 0.02 + 0.49 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
 
 
 def _logits(model: ViTForImageClassification, pixels: Tensor, window: Tensor | None) -> Tensor:
-    """Of the patches in `window` (B, k) alone, or of all: what the model computes."""
+    """Return the logits (B, C) from the patches in `window` (B, k) only, or from all patches if it is None."""
     if window is None:
         return model(pixels).logits
     encoder = encoder_of(model)
     tokens = encoder.embed(pixels)
-    index = F.pad(window + 1, (1, 0))  # and the class token
+    index = F.pad(window + 1, (1, 0))  # with the class token
     tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
     return encoder.run(tokens).logits
 
 
 def _window(boxes: Tensor, grid: int, generator: torch.Generator) -> Tensor:
-    """(B, k) indices of the patches of a square about the shape, up to one patch off its middle."""
+    """Return the patches of a square around each shape, (B, k) indices. It is shifted at random by up to one patch."""
     across = min(WINDOW, grid)
     middle = torch.stack([boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]], dim=1) / (2 * PATCH)
     off = 2 * torch.rand(len(boxes), 2, generator=generator) - 1
@@ -183,7 +200,7 @@ def _window(boxes: Tensor, grid: int, generator: torch.Generator) -> Tensor:
 
 
 def _batch(images: Images, size: int, border: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Random images, shifted, mirrored and with their colour channels swapped: pixel values, boxes, labels."""
+    """Draw random images, shifted, mirrored and with swapped colour channels: pixel values, boxes, labels."""
     chosen = torch.randint(len(images.labels), (BATCH,), generator=generator)
     shifts = torch.randint(2 * border + 1, (BATCH, 2), generator=generator)
     mirrored = torch.rand(BATCH, generator=generator) < 0.5
@@ -198,12 +215,12 @@ def _batch(images: Images, size: int, border: int, generator: torch.Generator) -
 
 
 def _pixel_values(pixels: Tensor) -> Tensor:
-    """As the image processor makes them."""
+    """Turn uint8 pixels into pixel values, as the image processor does."""
     return pixels.float() / 127.5 - 1
 
 
 def _padded(pixels: Tensor, border: int) -> Tensor:
-    """Mirrored at its border, so that a shifted image has no empty edge."""
+    """Extend images by their mirror images at the border, so that a shifted image has no empty edge."""
     return torch.from_numpy(np.pad(pixels.numpy(), ((0, 0), (0, 0), (border, border), (border, border)), "reflect"))
 
 
@@ -215,8 +232,11 @@ def _top1(model: ViTForImageClassification, images: Images) -> float:
 
 
 def _new_model(size: int, seed: int) -> ViTForImageClassification:
-    """Weights as large as their width asks for, and positions that begin as waves over the grid: with the stock
-    initialisation, made for long training, hundreds of steps would pass before anything is learned."""
+    """Make a model whose initial weights suit a short training.
+
+    The size of the weights follows their width, and the position embeddings begin as waves over the grid. The stock
+    initialisation is for long training: the model would learn nothing for hundreds of steps.
+    """
     config = ViTConfig(
         hidden_size=96,
         num_hidden_layers=6,
@@ -249,7 +269,7 @@ def _scale(weight: Tensor, factor: float = 1.0) -> None:
 
 
 def _waves(grid: int, width: int) -> Tensor:
-    """(grid * grid, width): sines and cosines of row and column."""
+    """Return sines and cosines of row and column, (grid * grid, width)."""
     frequencies = 100 ** (-torch.arange(width // 4) / (width // 4))
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     angles = [place.flatten()[:, None] * frequencies for place in (rows, columns)]
@@ -270,5 +290,5 @@ def _load(folder: Path) -> Images:
                 boxes.append(json.loads(image.info[BOX]))
             labels.append(label)
     if not labels:
-        raise ValueError(f"{folder} holds no images. Draw them by make_images.")
+        raise ValueError(f"{folder} holds no images. Draw them first by make_images.")
     return Images(torch.from_numpy(np.stack(pixels)), torch.tensor(boxes), torch.tensor(labels))

@@ -1,7 +1,7 @@
-"""A small image data set, drawn by arithmetic: one shape on a cluttered background, the shape is the class.
+"""A small data set of drawn images: one shape on a cluttered background. The class of an image is its shape.
 
-Most patches of such an image say nothing of its class, which is what token reduction is for. Position, size,
-rotation, colour and background tell nothing: every class draws them from the same distributions.
+Most patches of such an image do not help to find the class, so token reduction can remove them. Position, size,
+rotation, colour and background do not give the class away, because they have the same distributions in all classes.
 """
 
 import colorsys
@@ -21,8 +21,8 @@ from ..files import known_settings, whole, write_whole
 CLASSES = ("cross", "disc", "ring", "square", "star", "triangle")
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
-BOX = "box"  # a note in each file: where its shape is
-VERSION = 2  # of the drawing: a folder drawn by another one is not added to
+BOX = "box"  # key of the note in each file that says where the shape is
+VERSION = 2  # version of the drawing; images are not added to a folder of another version
 SMALLEST = 32
 TILT = math.radians(20)
 
@@ -30,13 +30,18 @@ logger = logging.get_logger(__name__)
 
 
 class Drawing(NamedTuple):
-    """mask: float32 (size, size), how much of each pixel the shape covers."""
+    """Hold an image, and where its shape is.
+
+    Attributes:
+        image: The image.
+        mask: Share of each pixel that the shape covers, float32, (size, size).
+    """
 
     image: Image.Image
     mask: np.ndarray
 
     def box(self) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom of the shape, in pixels, the last two just past it."""
+        """Return left, top, right and bottom of the shape in pixels. The last two are just outside of it."""
         down, across = np.nonzero(self.mask > 0)
         return int(across.min()), int(down.min()), int(across.max()) + 1, int(down.max()) + 1
 
@@ -45,18 +50,26 @@ def make_images(
     folder: str | Path, *, train: int = 6000, validation: int = 400, size: int = 96, seed: int = 0
 ) -> dict[str, int]:
     """Draw the data set as `train/<class>/00000.png` and `validation/...`, which `load_dataset("imagefolder")` reads.
-    Returns how many images each split has.
 
-    train, validation: images of a split, spread evenly over the classes.
-    size: width and height in pixels.
+    Every image has its own seed, so a larger data set contains the smaller one. Files that exist are kept, so an
+    interrupted call goes on where it stopped.
 
-    Every image has a seed of its own, so that a larger data set begins with the smaller one. Files that are there are
-    kept: a call that was interrupted goes on where it stopped.
+    Args:
+        folder: The folder for the images.
+        train: Number of training images, spread evenly over the classes.
+        validation: Number of validation images, spread evenly over the classes.
+        size: Width and height of the images in pixels.
+        seed: Seed of the data set.
+
+    Returns:
+        The number of images in each split.
     """
     folder, counts = Path(folder), {"train": train, "validation": validation}
     for split, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < len(CLASSES):
-            raise ValueError(f"{split} counts images and must be at least {len(CLASSES)}, one a class, got {count!r}.")
+            raise ValueError(
+                f"{split} counts images and must be at least {len(CLASSES)}, one per class, got {count!r}."
+            )
     if isinstance(size, bool) or not isinstance(size, int) or size < SMALLEST:
         raise ValueError(f"size is in pixels and must be at least {SMALLEST}, got {size!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -71,8 +84,8 @@ def make_images(
     present = {file for split in SPLITS for file in (folder / split).glob("*/*.png")}
     if more := sorted(present - wanted.keys()):
         raise ValueError(
-            f"{folder} holds images that train={train}, validation={validation} has not, such as {more[0]}. Ask for "
-            "at least as many, or give another folder."
+            f"{folder} holds more images than train={train} and validation={validation}, such as {more[0]}. Ask for "
+            "at least as many images as it holds, or give another folder."
         )
     missing = [file for file in wanted if file not in present]
     for file in logging.tqdm(missing, desc="drawing images", leave=False):
@@ -86,7 +99,7 @@ def make_images(
 
 
 def draw(split: str, name: str, index: int, *, size: int = 96, seed: int = 0) -> Drawing:
-    """The image number `index` of a class, the same at every call."""
+    """Draw image number `index` of a class. It is the same in every call."""
     rng = np.random.default_rng([VERSION, seed, SPLITS.index(split), CLASSES.index(name), index])
     background = _background(rng, size)
     mask = _mask(rng, SHAPES[name], size)
@@ -104,7 +117,7 @@ def _claim(folder: Path, settings: dict[str, object]) -> None:
     write_whole(file, json.dumps(settings, indent=2) + "\n")
 
 
-# Corners (across, down) in about a circle of radius 1.
+# Corners (across, down) of a shape in a circle of radius about 1.
 Outline = list[tuple[float, float]]
 
 
@@ -114,7 +127,7 @@ def _circle(radius: float = 1.0, center: float = 0.0) -> Outline:
 
 
 def _spikes(*radii: float, count: int) -> Outline:
-    """`count` corners at the first radius, as many between them at the next, and so on."""
+    """Return `count` corners at the first radius, `count` at the next radius between them, and so on."""
     lengths = radii * count
     step = 2 * math.pi / len(lengths)
     return [(length * math.sin(step * i), -length * math.cos(step * i)) for i, length in enumerate(lengths)]
@@ -129,7 +142,7 @@ def _cross(arm: float = 0.3) -> Outline:
     return corners
 
 
-# name -> (outline, hole or None). Radii even out how large the shapes look.
+# name -> (outline, hole or None). The radii make the shapes look equally large.
 SHAPES: dict[str, tuple[Outline, Outline | None]] = {
     "cross": (_cross(), None),
     "disc": (_circle(0.85), None),
@@ -141,7 +154,7 @@ SHAPES: dict[str, tuple[Outline, Outline | None]] = {
 
 
 def _mask(rng: np.random.Generator, shape: tuple[Outline, Outline | None], size: int) -> np.ndarray:
-    """The shape somewhere, at some size and angle, whole: its circle is 30 to 40 % of the image wide."""
+    """Draw the whole shape at a random place, size and angle. Its circle is 30 to 40 % of the image wide."""
     radius = size * rng.uniform(0.15, 0.2)
     middle = rng.uniform(1.25 * radius, size - 1.25 * radius, 2)
     angle, stretch = rng.uniform(-TILT, TILT), rng.uniform(0.92, 1.08)
@@ -162,13 +175,13 @@ def _colour(rng: np.random.Generator, saturation: tuple[float, float], value: tu
 
 
 def _noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
-    """(size, size), smooth, between about -1 and 1; `cells` hills across."""
+    """Return smooth noise, (size, size), between about -1 and 1, with `cells` hills across."""
     coarse = Image.fromarray(rng.uniform(-1, 1, (cells + 2, cells + 2)).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC, box=(1, 1, cells + 1, cells + 1)))
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """(size, size, 3) of 0 to 1: a gradient, clouds, stripes, soft blobs, strokes and grain."""
+    """Draw a background, (size, size, 3) from 0 to 1: a gradient, clouds, stripes, soft blobs, strokes and grain."""
     down, across = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
     colours = [_colour(rng, (0.1, 0.5), (0.15, 0.5)) for _ in range(3)]
 
@@ -194,7 +207,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _strokes(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Thin curves across the image, half transparent."""
+    """Draw thin, half transparent curves across the image."""
     size, finer = len(image), 3
     canvas = _to_image(image).resize((size * finer, size * finer), Image.Resampling.BICUBIC)
     plain = np.asarray(canvas.reduce(finer), np.float32)
@@ -211,7 +224,7 @@ def _strokes(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def _place(rng: np.random.Generator, background: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The shape on the background: in a colour that stands out there, lit from one side, with a soft shadow."""
+    """Draw the shape on the background: in a colour that stands out, lit from one side, with a soft shadow."""
     size = len(mask)
     where = mask[..., None]
     below = (background * where).sum(axis=(0, 1)) / where.sum()
@@ -234,7 +247,7 @@ def _place(rng: np.random.Generator, background: np.ndarray, mask: np.ndarray) -
 
 
 def _shifted(image: np.ndarray, by: list[int]) -> np.ndarray:
-    """Moved by whole pixels (down, across); the shape keeps off the border, so nothing comes back in."""
+    """Move an image by whole pixels (down, across). The shape is not at the border, so nothing wraps around."""
     return np.roll(image, by, axis=(0, 1))
 
 

@@ -1,4 +1,4 @@
-"""The demonstration's table, and the page that ties its pictures together."""
+"""The results of the demonstration: a table, and a page with the table and the pictures."""
 
 import base64
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ..tuning.report import ROLES
 
 NAMES = {"dense": "dense", **{name: method.title for name, method in METHODS.items()}}
 COLUMNS = ("method", "trained", "top-1 %", "drop", "tokens leaving", "multiply-adds", "speed-up", "of the ideal")
-TUNED_COLUMNS = ("setting", "which is", "top-1 %", "drop", "multiply-adds", "speed-up")
+TUNED_COLUMNS = ("setting", "role", "top-1 %", "drop", "multiply-adds", "speed-up")
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -21,7 +21,7 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Token reduction, demonstrated</title>
+<title>Demonstration of token reduction</title>
 <style>
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem; margin: 2rem auto;
@@ -35,33 +35,36 @@ pre { background: #f5f5f5; padding: .8rem 1rem; overflow-x: auto; font-size: .9r
 </style>
 </head>
 <body>
-<h1>Token reduction, demonstrated</h1>
-<p>A small vision transformer was trained on drawn images, one shape on clutter: most patches say nothing of the class.
-Then every method made it process fewer tokens. Accuracy is on {{ images }} images that no model has seen; in brackets
-95&nbsp;% intervals, for the drop on the same images. The ideal is a dense model cut to the same lengths for free.</p>
+<h1>Demonstration of token reduction</h1>
+<p>A small vision transformer was trained on drawn images. Each shows one shape on a cluttered background, so most
+patches do not help to find the class. Then every method made the model process fewer tokens.</p>
+<p>The accuracy was measured on {{ images }} images that no model was trained on. The numbers in parentheses are
+95&nbsp;% intervals. Those of the drop compare both models on the same images. The ideal is a dense model whose
+sequence is cut to the same lengths at no cost.</p>
 <div class="scroll"><table>
 <thead><tr>{% for column in columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}<tr>{% for cell in row.cells %}<td>{% if loop.first and row.page %}<a href="{{ row.page }}">\
 {{ cell }}</a>{% else %}{{ cell }}{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
-<p>Each name leads to what that method did to single images.</p>
+<p>Click on a method to see what it did to single images.</p>
 <h2>Accuracy against cost</h2>
 <figure><img src="{{ pareto }}" alt="Accuracy of every method against its multiply-adds and its speed"></figure>
 <h2>What the tuner found</h2>
-<p>The tuner chose <b>{{ tuned.chosen.name }}</b>{% if tuned.why %}. {{ tuned.why }}{% endif %}. It tried
+<p>The tuner chose <b>{{ tuned.chosen.name }}</b>.{% if tuned.why %} {{ tuned.why }}{% endif %} It tried
 {{ tuned.tried }} settings of {{ tuned.methods | length }} methods on {{ tuned.images.search }} of the images, without
-training. This is what they give on the other {{ tuned.images.report }}, which it never saw:</p>
+training. The table shows the results on the other {{ tuned.images.report }} images, which the search did not use:</p>
 <div class="scroll"><table>
 <thead><tr>{% for column in tuned_columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in tuned_rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
-<h2>What is left of an image</h2>
+<h2>The tokens that are left of an image</h2>
 {% for picture in pictures %}<figure><img src="{{ picture }}" alt="An image and its tokens by each method"></figure>
-{% endfor %}<p>Faded patches are dropped; outlined areas are one token each, filled with their mean colour.</p>
-<h2>Load one</h2>
-<p>Each folder beside this page has weights, code and a model card. It loads where this package is not installed:</p>
+{% endfor %}<p>Faded patches were dropped. Each outlined area became one token and is filled with its mean colour.</p>
+<h2>Load a model</h2>
+<p>The folders of the methods are beside this page. Each holds weights, code and a model card, and loads without this
+package:</p>
 <pre>from transformers import pipeline
 classify = pipeline("image-classification", model="{{ folder }}", trust_remote_code=True)</pre>
 </body>
@@ -70,7 +73,7 @@ classify = pipeline("image-classification", model="{{ folder }}", trust_remote_c
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row's, as `COLUMNS` names them."""
+    """Return the cells of a row, in the order of `COLUMNS`."""
     tokens, is_dense = row["tokens"], row["method"] is None
     spread = "" if tokens["min"] == tokens["max"] else f" ({tokens['min']:.0f}-{tokens['max']:.0f})"
     drop = "" if is_dense else "{:.1f} ({:.1f} to {:.1f})".format(row["drop"], *row["drop_interval"])
@@ -92,7 +95,7 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def tuned_cells(row: dict[str, Any]) -> list[str]:
-    """A row's of what the tuner found, as `TUNED_COLUMNS` names them."""
+    """Return the cells of a row of the tuner's report, in the order of `TUNED_COLUMNS`."""
     is_dense = row["method"] is None
     return [
         row["name"],
@@ -107,9 +110,14 @@ def tuned_cells(row: dict[str, Any]) -> list[str]:
 def write_report(
     path: Path, rows: Sequence[dict[str, Any]], pareto: Path, pictures: Sequence[Path], tuned: dict[str, Any]
 ) -> None:
-    """One HTML file with the tables and the pictures inside, and links to the methods' pages beside it.
+    """Write an HTML file that contains the tables and the pictures, and links to the pages of the methods beside it.
 
-    tuned: what `read_tuned` read
+    Args:
+        path: The file to write.
+        rows: Rows of the demonstration's table.
+        pareto: Picture of accuracy against cost.
+        pictures: Pictures that compare the methods on one image each.
+        tuned: The report of the tuner, from `read_tuned`.
     """
     by_name = {name: method for method, name in NAMES.items()}
     listed = [

@@ -1,6 +1,6 @@
-"""`tokenreduce demo`: images, a dense model, every method on it, one table, pictures, and folders that load anywhere.
+"""`tokenreduce demo`: draw images, train a dense model, reduce it by every method, and show the results.
 
-Every step leaves its result in the output folder, and a step whose result is there is not done again.
+Every step leaves its result in the output folder, and is skipped if its result is there.
 """
 
 import copy
@@ -42,14 +42,14 @@ from .images import make_images
 from .report import NAMES, markdown_table, write_report
 
 
-SHARE = 0.6  # of the multiply-adds to keep
-LEARNED_FROM = 1600  # images that methods learn from, of those the dense model did
-LABELLED = 160  # of them for DL-ViT, whose labels take a forward for every few patches
-TUNED_MINUTES = 0.4  # that the tuner searches
-SHOWN = 12  # images on a method's page
+SHARE = 0.6  # share of the multiply-adds to keep
+LEARNED_FROM = 1600  # number of training images that the methods learn from
+LABELLED = 160  # number of images that are labelled for DL-ViT: one forward for every few patches
+TUNED_MINUTES = 0.4  # time of the tuner's search, in minutes
+SHOWN = 12  # number of images on the page of a method
 FRESH = """
 import sys
-sys.modules["hf_tokenreduce"] = None  # importing it fails: what loads here is the code in the folder
+sys.modules["hf_tokenreduce"] = None  # importing it fails, so the code in the folder is used
 from transformers import pipeline
 from transformers.utils import logging
 logging.set_verbosity_error()
@@ -61,15 +61,22 @@ print(f"{type(classify.model).__module__.split('.')[0]}: {best['label']} {best['
 
 
 def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STEPS, train: int = 6000) -> str:
-    """Do all of it; returns the table, which is also in `output_dir`/table.md beside index.html.
+    """Run the whole demonstration. It needs no downloads, and goes on where an earlier call was interrupted.
 
-    steps: of the dense model's training, train: images; fewer are quicker, and worse.
+    Args:
+        output_dir: The folder for the results: index.html, table.md, and a folder for each model.
+        seed: Seed of the images and of the training.
+        steps: Number of training steps of the dense model. Fewer are quicker, but give a worse model.
+        train: Number of training images.
+
+    Returns:
+        `str`: The table of all methods, in Markdown.
     """
     begin, folder = time.perf_counter(), Path(output_dir)
     data, work = folder / "data", folder / "work"
     _say(f"1. Images: {data}")
     make_images(data, train=train, validation=min(400, train), seed=seed)
-    _say("2. A dense ViT, trained from nothing (over a minute)")
+    _say("2. A dense ViT, trained from random weights (takes over a minute)")
     train_dense(data, folder / "dense", seed=seed, steps=steps)
     with no_progress_bars():
         dense = AutoModelForImageClassification.from_pretrained(folder / "dense").eval()
@@ -79,7 +86,7 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
     )
 
     training = training.shuffle(seed=seed).select(range(min(LEARNED_FROM, len(training))))
-    _say(f"3. Every method, at {SHARE:.0%} of the multiply-adds (ATS takes what it needs)")
+    _say(f"3. Every method, at {SHARE:.0%} of the multiply-adds (ATS decides how many it needs)")
     models: dict[str, PreTrainedModel] = {"dense": dense}
     for number, (name, method) in enumerate(METHODS.items(), start=1):
         target = folder / name
@@ -94,7 +101,7 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
         with no_progress_bars():
             models[name] = AutoModelForImageClassification.from_pretrained(target).eval()
 
-    _say("4. Accuracy on images that no model has seen, and speed, all in turn")
+    _say("4. Accuracy on images that no model was trained on, and speed, measured in turn")
     report = evaluate_model(dense, validation, processor, output_dir=work / "accuracy" / "dense")
     reports = {"dense": report}
     for name, model in models.items():
@@ -107,14 +114,14 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
     table = markdown_table(rows)
     write_whole(folder / "table.md", table + "\n")
 
-    _say("5. The tuner: methods, layers and settings, searched on half of those images")
+    _say("5. The tuner, which searches methods, layers and settings on half of those images")
     tuned = _tuned(dense, validation, processor, folder / "tuned", seed)
 
     _say("6. Pictures, pages and model cards")
     pareto_plot(rows, folder / "pareto.png", "Accuracy of a small ViT on drawn images")
     pictures = _examples(validation, SHOWN)
     in_papers = [method for method in METHODS.values() if method.paper and method.token_decoder is None]
-    chosen = {method.title: models[method.name] for method in in_papers}  # whose tokens are areas of the image
+    chosen = {method.title: models[method.name] for method in in_papers}  # their tokens are areas of the image
     comparisons = []
     for number, picture in enumerate(pictures[:4]):
         comparisons.append(folder / f"methods-{number}.png")
@@ -131,10 +138,10 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
     write_report(folder / "index.html", rows, folder / "pareto.png", comparisons, tuned)
 
     print("\n" + table + "\n")
-    _say("7. One of the folders in a fresh process that cannot import this package:")
+    _say("7. One of the folders, loaded in a new process that cannot import this package:")
     sample = next((data / "validation").glob("star/*.png"))
     last = folder / next(reversed(METHODS))
-    _say(f"   an image of a {sample.parent.name}, by {last}: {_fresh(last, sample)}")
+    _say(f"   prediction of {last} for an image of a {sample.parent.name}: {_fresh(last, sample)}")
     seconds = time.perf_counter() - begin
     _say(f"Done in {seconds // 60:.0f} min {seconds % 60:.0f} s. Open {folder / 'index.html'}.")
     return table
@@ -148,7 +155,7 @@ def _setting(method: Method, dense: PreTrainedModel) -> ReductionConfig:
 
 
 def _prepared(method: Method, model: PreTrainedModel, images: Dataset, processor: Any, work: Path) -> PreTrainedModel:
-    """What the method has to learn, from the training images."""
+    """Let the method learn what it needs from the training images."""
     if method.prepare is not None:
         pixels = processor(_examples(images, 96), return_tensors="pt")["pixel_values"]
         calibrate(model, pixels, getattr(model.config.reduction, "target", None))
@@ -207,7 +214,7 @@ def _fresh(folder: Path, image: Path) -> str:
         command = [sys.executable, "-c", FRESH, str(folder.resolve()), str(image.resolve())]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache)
     if done.returncode:
-        raise RuntimeError(f"{folder} does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"{folder} does not load in a new process: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout.strip().splitlines()[-1]
 
 

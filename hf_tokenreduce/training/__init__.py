@@ -1,4 +1,4 @@
-"""Training: `TokenReduceTrainer`, its losses, and what single methods need beside the models."""
+"""Training of reduced models: `TokenReduceTrainer`, losses, augmentation, and the extra steps of single methods."""
 
 from ..methods.token_decoder import ReverseSlimming, restore_hidden_states, reverse_modules
 from .arguments import TokenReduceTrainingArguments

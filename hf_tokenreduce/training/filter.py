@@ -1,4 +1,4 @@
-"""`fit_filter`: DL-ViT's filter learns from labels which patches matter."""
+"""`fit_filter`: train DL-ViT's filter on labels that say which patches matter."""
 
 import copy
 import dataclasses
@@ -26,8 +26,16 @@ logger = logging.get_logger(__name__)
 
 
 class FilterFit(NamedTuple):
-    """On the `images` held out, by the decisions the model will make: precision and recall of the patches kept, their
-    share of all patches, and the share that the labels keep. loss: of the last epoch of training."""
+    """Say how well a filter was fitted, measured on held-out images by the decisions that the model will make.
+
+    Attributes:
+        precision: Share of the kept patches that the labels keep too.
+        recall: Share of the patches that the labels keep which the filter keeps too.
+        share_kept: Share of all patches that the filter keeps.
+        share_labelled: Share of all patches that the labels keep.
+        images: Number of held-out images.
+        loss: Mean training loss of the last epoch.
+    """
 
     precision: float
     recall: float
@@ -51,15 +59,31 @@ def fit_filter(
     image_column_name: str = "image",
     max_cache_bytes: int = 2**31,
 ) -> FilterFit:
-    """Fit the filter of a model reduced by `DLViTConfig` to labels, after which the model drops patches. The filter
-    starts anew, by `seed`; nothing else in the model changes.
+    """Fit the filter of a model that is reduced by `DLViTConfig` to labels. Afterwards the model drops patches.
 
-    labels: the output folder of `make_labels`, or the data set in it.
-    dataset: the images the labels were made of.
-    batch_size: images.
-    validation_share: of the images; they are held out to measure on.
-    max_cache_bytes: the embedded images stay in memory if they need no more than this; else every epoch reads them
-        again.
+    The filter starts from new weights, whatever it was before. Nothing else in the model changes.
+
+    Args:
+        model: A model that is reduced by `DLViTConfig`.
+        labels: The output folder of `make_labels`, or the data set in it.
+        dataset: The images that the labels were made of.
+        image_processor: The image processor of the model.
+        epochs: Number of passes over the training images.
+        learning_rate: Learning rate of AdamW at the start. It falls as a cosine.
+        batch_size: Number of images per step.
+        validation_share: Share of the images that are held out to measure the filter.
+        seed: Seed of the new weights, of the order of the images and of the choice of the held-out images.
+        image_column_name: Column of `dataset` that holds the images.
+        max_cache_bytes: Embedded images stay in memory if all of them need at most this many bytes. Otherwise every
+            epoch reads the images again.
+
+    Returns:
+        `FilterFit`: How well the filter repeats the labels of the held-out images.
+
+    Example:
+        >>> make_labels(model, dataset, "labels", image_processor=processor, keep_share=0.5)
+        >>> reduced = reduce_tokens(model, DLViTConfig())
+        >>> fit = fit_filter(reduced, "labels", dataset, image_processor=processor)
     """
     reduction = getattr(model.config, "reduction", None)
     if reduction is None or reduction.method != DLViTConfig.method:
@@ -73,7 +97,7 @@ def fit_filter(
     if not 0 < validation_share < 1 or held_out >= len(rows):
         raise ValueError(
             f"validation_share={validation_share} of {len(rows)} labelled images leaves none to learn from or none "
-            "to measure on. It must lie between 0 and 1, and two images are the least."
+            "to measure on. Give a share between 0 and 1, and at least two images."
         )
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
@@ -83,11 +107,11 @@ def fit_filter(
     if not positives or not negatives:
         raise ValueError(
             f"The labels {'keep' if positives else 'drop'} every patch, so there is nothing to learn. Call "
-            "make_labels again with another threshold or keep_share; it measures nothing again."
+            "make_labels again with another threshold or keep_share. It measures nothing again, so this is quick."
         )
 
     reducer = encoder_of(model).reducers[0]
-    # A copy in float32 learns, whatever the model's type, and the model is as it was if anything goes wrong.
+    # A float32 copy is trained, whatever the dtype of the model, so that an error leaves the model as it was.
     student = copy.deepcopy(reducer).float().requires_grad_()
     generator = torch.Generator().manual_seed(seed)
     _start_anew(student, model.config.initializer_range, generator)
@@ -116,7 +140,7 @@ def fit_filter(
         with torch.no_grad():
             for parameter, value in zip(reducer.parameters(), student.parameters(), strict=True):
                 parameter.copy_(value)
-        # Not by set_reduction, which would make a new filter.
+        # set_reduction would make a new filter.
         model.config.reduction = dataclasses.replace(reduction, trained=True)
         for each in encoder_of(model).reducers:
             each.built_for = model.config.reduction
@@ -129,7 +153,7 @@ def fit_filter(
     share = kept.float().mean().item()
     if share in (0.0, 1.0):
         logger.warning(
-            f"The filter {'keeps' if share else 'drops'} every patch of the images held out. More images or epochs, "
+            f"The filter {'keeps' if share else 'drops'} every patch of the held-out images. More images or epochs, "
             "or another threshold in DLViTConfig, may help."
         )
     return FilterFit(
@@ -143,27 +167,29 @@ def fit_filter(
 
 
 def _checked_labels(model: PreTrainedModel, labels: Any, dataset: Any) -> tuple[list[int], Tensor]:
-    """The labelled rows of `dataset`, and which patches of each are to be kept: bool (n, N0)."""
+    """Return the n labelled rows of `dataset`, and which patches of each row the labels keep: bool (n, N0)."""
     num_rows = None
     if isinstance(labels, (str, Path)):
         folder = Path(labels)
         if not (folder / "settings.json").is_file() or not (folder / "labels").is_dir():
-            raise ValueError(f"{folder} holds no labels. Give the output_dir of a call of make_labels that ended.")
+            raise ValueError(
+                f"{folder} holds no labels. Give the output_dir of a call of make_labels that was not interrupted."
+            )
         num_rows = json.loads((folder / "settings.json").read_text())["num_rows"]
         labels = load_from_disk(str(folder / "labels"))
     table = labels.select_columns(["index", "keep"]).with_format("numpy")[:]
     rows, keep = table["index"].tolist(), torch.from_numpy(table["keep"].astype(bool))
     if num_rows not in (None, len(dataset)) or max(rows) >= len(dataset):
-        found = f"{num_rows} rows" if num_rows is not None else f"a row {max(rows)}"
+        expected = f"{num_rows} rows" if num_rows is not None else f"a row {max(rows)}"
         raise ValueError(
-            f"The labels were made of a data set with {found}, this one has {len(dataset)}. Pass the one they were "
-            "made of."
+            f"The labels were made of a data set with {expected}, but this one has {len(dataset)} rows. Pass the data "
+            "set that they were made of."
         )
-    expected = facts_of(model.config).num_patches
-    if keep.shape[1] != expected:
+    num_patches = facts_of(model.config).num_patches
+    if keep.shape[1] != num_patches:
         raise ValueError(
-            f"The labels are of {keep.shape[1]} patches per image, the model has {expected}. Make labels by this "
-            "model, or one with the same image and patch size."
+            f"The labels are for {keep.shape[1]} patches per image, but the model has {num_patches}. Make the labels "
+            "with this model, or with one of the same image size and patch size."
         )
     return rows, keep
 
@@ -171,7 +197,7 @@ def _checked_labels(model: PreTrainedModel, labels: Any, dataset: Any) -> tuple[
 def _start_anew(student: nn.Module, spread: float, generator: torch.Generator) -> None:
     for module in student.modules():
         if isinstance(module, nn.Linear):
-            # On the CPU, so that every device starts the same.
+            # Drawn on the CPU, so that the weights are the same on every device.
             initial = nn.init.trunc_normal_(torch.empty(module.weight.shape), std=spread, generator=generator)
             with torch.no_grad():
                 module.weight.copy_(initial)
@@ -183,27 +209,27 @@ def _start_anew(student: nn.Module, spread: float, generator: torch.Generator) -
 def _patch_reader(
     model: PreTrainedModel, dataset: Any, rows: list[int], image_processor: Any, column: str, max_cache_bytes: int
 ) -> Callable[[list[int]], Tensor]:
-    """A function from places in `rows` to the embedded patches (n, N0, D), which remembers them if they are few."""
+    """Return a function: n positions in `rows` -> embedded patches (n, N0, D). It caches them if they fit."""
     facts = facts_of(model.config)
     num_patches = facts.num_patches
-    caches = len(rows) * num_patches * facts.hidden_size * model.dtype.itemsize <= max_cache_bytes
+    fits = len(rows) * num_patches * facts.hidden_size * model.dtype.itemsize <= max_cache_bytes
     cache: dict[int, Tensor] = {}
 
     def patches_of(places: list[int]) -> Tensor:
         unknown = [place for place in places if place not in cache]
-        found = {place: cache[place] for place in places if place in cache}
+        patches = {place: cache[place] for place in places if place in cache}
         if unknown:
             photos = [read_image(dataset, rows[place], column) for place in unknown]
-            found |= zip(unknown, embed(model, photos, image_processor)[:, -num_patches:].cpu(), strict=True)
-            if caches:
-                cache.update(found)
-        return torch.stack([found[place] for place in places]).to(model.device)
+            patches |= zip(unknown, embed(model, photos, image_processor)[:, -num_patches:].cpu(), strict=True)
+            if fits:
+                cache.update(patches)
+        return torch.stack([patches[place] for place in places]).to(model.device)
 
     return patches_of
 
 
 @torch.no_grad()
 def _decisions(model: PreTrainedModel, patches: Tensor) -> Tensor:
-    """Embedded patches (B, N0, D) -> bool (B, N0), on the CPU: those that the model keeps."""
+    """Return which embedded patches (B, N0, D) the model keeps: bool (B, N0), on the CPU."""
     state = start(patches, 0, track_patches=True)
     return (encoder_of(model).reducers[0].before_encoder(state).patch_map >= 0).cpu()

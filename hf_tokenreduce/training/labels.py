@@ -1,5 +1,6 @@
-"""`make_labels`: how much a classifier's loss grows when a patch is taken away, for every patch. What DL-ViT's filter
-learns from, computed once and stored.
+"""`make_labels`: measure how much a classifier's loss grows when a patch is masked, for every patch of every image.
+
+DL-ViT's filter learns from these labels. They are computed once and stored.
 
 B images · T tokens of an image: P prefix tokens and N0 patches · G groups of patches that are masked together
 """
@@ -42,8 +43,15 @@ MASKS = ("remove", "zero")
 
 
 class Labelling(NamedTuple):
-    """images: labelled; skipped: could not be read; computed: measured by this process in this call, the others were
-    there already; share_kept: of all patches."""
+    """Count the results of `make_labels`.
+
+    Attributes:
+        images: Number of labelled images.
+        skipped: Number of images that could not be read.
+        computed: Number of images that this process measured in this call. The others were measured earlier, or by
+            other processes.
+        share_kept: Share of all patches that the labels keep.
+    """
 
     images: int
     skipped: int
@@ -68,25 +76,42 @@ def make_labels(
     image_column_name: str = "image",
     label_column_name: str = "label",
 ) -> Labelling:
-    """Label every patch of every image by what the loss of `model`, a classifier that sees all patches, gains without
-    the patch. Makes the data set `output_dir`/labels with the columns index (row of `dataset`),
-    label (class), loss, delta and keep (a list with one value per patch each); `output_dir`/settings.json says how.
+    """Label every patch of every image: keep it, or drop it?
 
-    dataset: its label column holds the indices of the model's classes.
-    threshold: patches of a larger delta are to be kept.
-    keep_share: instead: this share of the patches of all images is to be kept, those of the largest deltas.
-    labeller: "exact": one forward per patch. "groups": squares of 2 x 2 patches are masked together, and each patch
-        gets the delta of its square. "gradient": a first-order estimate from one forward and backward per image.
-    mask: what "without" means: "remove": the patch's token is left out of the sequence, as the filter will leave it
-        out. "zero": its embedded token is set to zero; the model attends to a token it has never seen, and nearly all
-        patches of an image get deltas of one sign. "gradient" estimates that one.
-    batch_size: masked copies, or for "gradient" images, that go through the model at once.
-    max_samples: no more images than these, drawn by `seed`.
-    on_error: what to do about an image that cannot be read: "stop" or "skip".
+    The *delta* of a patch is how much the loss of `model` grows when the patch is masked. Patches with a large delta
+    are kept. The labels are the data set `output_dir`/labels with the columns index (row of `dataset`), label
+    (class), loss, and delta and keep (lists with one value per patch). `output_dir`/settings.json says how they were
+    made.
 
-    What was measured is stored as it comes, in `output_dir`/parts; called again with the same settings, after a crash
-    or with another threshold, only what is missing is measured. Processes of `accelerate launch` or `torchrun` share
-    the images, on a file system they share; each brings the model on its own device.
+    Measurements are stored in `output_dir`/parts as they come. Called again with the same settings, after a crash or
+    with another threshold, the function measures only what is missing. The processes of `accelerate launch` or
+    `torchrun` share the images. They need a common file system, and the model of each is on its own device.
+
+    Args:
+        model: A classifier that sees all patches.
+        dataset: The images. The label column holds the indices of the model's classes.
+        output_dir: The folder for the labels.
+        image_processor: The image processor of the model.
+        threshold: Keep the patches whose delta is larger than this.
+        keep_share: Keep this share of the patches of all images instead, those with the largest deltas.
+        labeller: How deltas are measured. "exact": one forward per patch. "groups": squares of 2 x 2 patches are
+            masked together, and each patch gets the delta of its square. "gradient": a first-order estimate from one
+            forward and backward per image.
+        mask: How a patch is masked. "remove": its token is left out of the sequence, as the filter will do. "zero":
+            its embedded token is set to zero. The model has never seen such a token, and nearly all patches of an
+            image get deltas of the same sign. The labeller "gradient" always estimates "zero".
+        batch_size: Number of masked copies (for "gradient": of images) that go through the model at once.
+        max_samples: Label at most this many images, drawn at random. None: label all.
+        seed: Seed for drawing the images.
+        on_error: What to do about an image that cannot be read: "stop" or "skip".
+        image_column_name: Column that holds the images.
+        label_column_name: Column that holds the labels.
+
+    Returns:
+        `Labelling`: Numbers of images, and the share of patches that the labels keep.
+
+    Example:
+        >>> make_labels(model, dataset, "labels", image_processor=processor, keep_share=0.5, max_samples=1000)
     """
     _check_choices(threshold, keep_share, labeller, mask, batch_size, max_samples, on_error)
     classifier = _unreduced(model)
@@ -96,7 +121,7 @@ def make_labels(
     else:
         rows = sorted(random.Random(seed).sample(range(len(dataset)), max_samples))
     groups = patch_groups(classifier, labeller).to(model.device)
-    wanted = {
+    requested = {
         "labeller": labeller,
         "mask": "zero" if labeller == "gradient" else mask,
         "num_rows": len(dataset),
@@ -111,25 +136,25 @@ def make_labels(
             name: value for name, value in image_processor.to_dict().items() if not name.endswith(("_type", "_class"))
         },
     }
-    wanted = json.loads(json.dumps(wanted, default=str))
+    requested = json.loads(json.dumps(requested, default=str))
 
     launched = int(os.environ.get("WORLD_SIZE", 1))
     processes = PartialState(cpu=model.device.type == "cpu") if launched > 1 else None
     if processes and processes.num_processes != launched:
         raise ValueError(
-            f"{launched} processes were launched and do not know of each other. On a machine without accelerators, "
-            "make the first PartialState or Accelerator with cpu=True."
+            f"{launched} processes were launched, but they do not know of each other. On a machine without "
+            "accelerators, create the first PartialState or Accelerator with cpu=True."
         )
     rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
     folder = Path(output_dir)
     if rank == 0:
-        # A part is what fills one batch. It is recorded, so that a later run may have another batch size.
+        # One part fills one batch. Its size is stored, so that a later run may have another batch size.
         copies = 1 if labeller == "gradient" else int(groups.max()) + 2
         images_per_part = max(1, min(batch_size // copies, -(-len(rows) // world)))
-        _prepare(folder, {**wanted, "images_per_part": images_per_part})
+        _prepare(folder, {**requested, "images_per_part": images_per_part})
     if processes:
         processes.wait_for_everyone()
-    settings = known_settings(folder / "settings.json", wanted)
+    settings = known_settings(folder / "settings.json", requested)
 
     def measure(some: list[int]) -> dict[str, np.ndarray]:
         read: dict[int, Any] = {}
@@ -167,7 +192,7 @@ def make_labels(
             progress.update(len(some))
 
     if processes:
-        # Not at a barrier, which gives up when a process takes much longer than the others.
+        # A barrier would give up when one process takes much longer than the others.
         for file in files:
             while not file.exists():
                 time.sleep(0.5)
@@ -176,24 +201,24 @@ def make_labels(
         write_whole(folder / "settings.json", json.dumps(settings, indent=2))
     if processes:
         processes.wait_for_everyone()
-    made = known_settings(folder / "settings.json", wanted)["labels"]
+    made = known_settings(folder / "settings.json", requested)["labels"]
     return Labelling(made["images"], made["skipped"], computed, made["share_kept"])
 
 
 def read_image(dataset: Any, row: int, image_column_name: str) -> Image.Image:
-    """RGB. A `ValueError` names the row that cannot be read."""
+    """Read the image of a row, in RGB. A `ValueError` names a row that cannot be read."""
     try:
         return as_rgb(dataset[row][image_column_name])
     except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"Row {row} of the data set holds no readable image in its column {image_column_name!r} ({error}). "
-            "Repair or remove it, or pass on_error='skip' to make_labels."
+            "Repair or remove the image, or pass on_error='skip' to make_labels."
         ) from error
 
 
 @torch.no_grad()
 def embed(model: PreTrainedModel, images: list[Image.Image], image_processor: Any) -> Tensor:
-    """(B, T, D), the tokens that enter the first layer."""
+    """Return the tokens that enter the first layer: B images -> (B, T, D)."""
     pixels = image_processor(images, return_tensors="pt")["pixel_values"]
     return encoder_of(model).embed(pixels.to(device=model.device, dtype=model.dtype))
 
@@ -202,11 +227,22 @@ def embed(model: PreTrainedModel, images: list[Image.Image], image_processor: An
 def masked_deltas(
     model: PreTrainedModel, tokens: Tensor, targets: Tensor, groups: Tensor, batch_size: int, mask: str = "remove"
 ) -> tuple[Tensor, Tensor]:
-    """Loss (B,) of a classifier that reduces nothing on tokens (B, T, D), and delta (B, N0): what masking the group of
-    each patch, groups (N0,) from 0 to G - 1, adds to it."""
+    """Measure the loss of a classifier, and how much it grows when the group of each patch is masked.
+
+    Args:
+        model: A classifier that reduces nothing.
+        tokens: Tokens that enter the first layer, (B, T, D).
+        targets: Classes, (B,).
+        groups: Group of each patch, (N0,), from 0 to G - 1.
+        batch_size: Number of masked copies that go through the model at once.
+        mask: "remove" or "zero", as in `make_labels`.
+
+    Returns:
+        The loss without a mask (B,), and the delta of each patch (B, N0).
+    """
     model = model if hasattr(model.config, "reduction") else reduce_tokens(model, None)
     copies = int(groups.max()) + 2
-    # In the last copy of an image nothing is masked.
+    # Nothing is masked in the last copy of an image.
     masked = groups == torch.arange(copies, device=groups.device).unsqueeze(1)  # (G + 1, N0)
     prefix = tokens.shape[1] - len(groups)
     loss = tokens.new_empty(len(tokens), copies, dtype=torch.float32)
@@ -226,8 +262,10 @@ def masked_deltas(
 
 
 def gradient_deltas(model: PreTrainedModel, tokens: Tensor, targets: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """As `masked_deltas` by zeros, to the first order: a token that goes to zero changes the loss by
-    -(gradient · token)."""
+    """Estimate what `masked_deltas` gives for the mask "zero", to the first order.
+
+    A token that goes to zero changes the loss by about -(gradient · token). Shapes are those of `masked_deltas`.
+    """
     losses, deltas = [], []
     prefix = facts_of(model.config).num_prefix_tokens
     for some, target in zip(tokens.split(batch_size), targets.split(batch_size), strict=True):
@@ -241,7 +279,7 @@ def gradient_deltas(model: PreTrainedModel, tokens: Tensor, targets: Tensor, bat
 
 
 class _KeepGiven(Reducer):
-    """Keeps, before the encoder, the patches of a given map, as DL-ViT's filter will."""
+    """Keep the patches of a given map before the encoder, as DL-ViT's filter will."""
 
     def __init__(self, keep: TokenMap):
         torch.nn.Module.__init__(self)
@@ -266,7 +304,7 @@ def _losses(model: PreTrainedModel, tokens: Tensor, targets: Tensor, keep: Token
 
 
 def patch_groups(model: PreTrainedModel, labeller: str) -> Tensor:
-    """(N0,) long, which patches are masked together."""
+    """Return the group of each patch, (N0,) long: patches of one group are masked together."""
     height, width = facts_of(model.config).grid
     side = 2 if labeller == "groups" else 1
     across = -(-width // side)
@@ -282,18 +320,20 @@ def _check_choices(threshold, keep_share, labeller, mask, batch_size, max_sample
     if keep_share is not None and not 0 < keep_share <= 1:
         raise ValueError(f"keep_share must be above 0 and at most 1, got {keep_share!r}.")
     if keep_share is not None and threshold != 0:
-        raise ValueError(f"threshold={threshold} and keep_share={keep_share} exclude each other: set one of the two.")
+        raise ValueError(
+            f"threshold={threshold} and keep_share={keep_share} exclude each other. Set only one of them."
+        )
     for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}.")
 
 
 def _unreduced(model: PreTrainedModel) -> PreTrainedModel:
-    """A classifier with the weights of `model` that sees all patches."""
+    """Return a classifier with the weights of `model` that sees all patches."""
     reduction = getattr(model.config, "reduction", None)
     if reduction is not None and method_of(reduction).why_not(reduction) is None:
         raise ValueError(
-            "Labels are made by a model that sees all patches, and this one drops some: it is reduced by "
+            "Labels are made by a model that sees all patches, but this one drops some: it is reduced by "
             f"{reduction}. Pass hf_tokenreduce.restore(model), or the checkpoint it was made of."
         )
     if stock_name(model) not in CLASSIFIERS:
@@ -305,7 +345,7 @@ def _unreduced(model: PreTrainedModel) -> PreTrainedModel:
 
 def _checked_classes(model: PreTrainedModel, dataset: Dataset, image_column: str, label_column: str) -> list[int]:
     if len(dataset) == 0:
-        raise ValueError("The data set is empty: there is nothing to label.")
+        raise ValueError("The data set is empty, so there is nothing to label.")
     for column in (image_column, label_column):
         if column not in dataset.column_names:
             raise ValueError(
@@ -317,8 +357,8 @@ def _checked_classes(model: PreTrainedModel, dataset: Dataset, image_column: str
     for index, name in enumerate(feature.names if isinstance(feature, ClassLabel) else ()):
         if named and name not in label2id:
             raise ValueError(
-                f"The class {name!r} is none of the model's: {list(label2id)[:5]}, ... Label with a model that was "
-                "trained for these classes, or give the labels as the model's numbers."
+                f"The model has no class {name!r}. Its classes are {list(label2id)[:5]}, ... Use a model that was "
+                "trained for the classes of the data set, or give the labels as the model's class numbers."
             )
         if int(label2id.get(name, index)) != index:
             raise ValueError(
@@ -329,8 +369,8 @@ def _checked_classes(model: PreTrainedModel, dataset: Dataset, image_column: str
     for row, label in enumerate(classes):
         if not isinstance(label, int) or not 0 <= label < model.config.num_labels:
             raise ValueError(
-                f"Row {row} of the data set has the label {label!r}; the model's classes are 0 to "
-                f"{model.config.num_labels - 1}. Were they made for each other?"
+                f"Row {row} of the data set has the label {label!r}, but the model's classes are 0 to "
+                f"{model.config.num_labels - 1}. Check that the model was trained for this data set."
             )
     return classes
 
@@ -348,7 +388,7 @@ def _part(rows: list[int], loss: Tensor, delta: Tensor, classes: list[int]) -> d
 
 
 def _assemble(folder: Path, files: list[Path], rows: list[int], threshold, keep_share, on_error) -> dict[str, Any]:
-    """Write the data set of labels from the stored deltas; returns how it was made."""
+    """Write the data set of labels from the stored deltas, and return how it was made."""
     parts = []
     for file in files:
         with np.load(file) as part:
@@ -358,8 +398,8 @@ def _assemble(folder: Path, files: list[Path], rows: list[int], threshold, keep_
     if skipped and (on_error == "stop" or len(skipped) == len(rows)):
         raise ValueError(
             f"{len(skipped)} of {len(rows)} images could not be read when they were tried, the first in row "
-            f"{skipped[0]}. Leave such images out with on_error='skip', if there are others, or start anew with a "
-            "repaired data set."
+            f"{skipped[0]}. If other images can be read, skip these with on_error='skip'. Otherwise repair the data "
+            "set and start again in a new output_dir."
         )
     delta = columns["delta"]
     if keep_share is None:
@@ -390,7 +430,7 @@ def _assemble(folder: Path, files: list[Path], rows: list[int], threshold, keep_
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> None:
     (folder / "parts").mkdir(parents=True, exist_ok=True)
-    for left in [*folder.glob("*.part"), *(folder / "parts").glob("*.part")]:  # by a run that was killed
+    for left in [*folder.glob("*.part"), *(folder / "parts").glob("*.part")]:  # files of a run that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     if not (folder / "settings.json").exists():
         write_whole(folder / "settings.json", json.dumps(settings, indent=2))

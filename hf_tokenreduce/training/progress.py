@@ -1,4 +1,4 @@
-"""What a training shows in a terminal: a bar with the time that is left, and a line for each epoch."""
+"""What training shows in a terminal: a progress bar with the time that is left, and one line per epoch."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import ProgressCallback
 
 
 class EpochLines(ProgressCallback):
-    """Trainer's bars, and instead of dictionaries a line per epoch."""
+    """Show the progress bars of `Trainer`, but print one line per epoch instead of dictionaries."""
 
     def __init__(self) -> None:
         super().__init__()

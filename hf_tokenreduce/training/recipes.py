@@ -1,8 +1,8 @@
-"""How each method is trained: after its authors, and a short way for small data sets.
+"""Training recipes of each method: "paper", after its authors, and "quick", a short training for small data sets.
 
-The values are arguments of `TokenReduceTrainingArguments`; what is not named keeps its default. `Method.paper_recipe`
-says which values are the authors' and which are ours. `AUGMENTATION` has arguments of `TrainTransform` and `Collator`:
-the papers' fine-tunes use the strong one.
+A recipe is a dictionary of arguments of `TokenReduceTrainingArguments`. Arguments that a recipe does not contain keep
+their defaults. `Method.paper_recipe` says which values come from the authors and which are our own decisions.
+`AUGMENTATION` has arguments of `TrainTransform` and `Collator`; the authors fine-tune with the strong one.
 """
 
 from typing import Any
@@ -18,15 +18,15 @@ AUGMENTATION: dict[str, dict[str, Any]] = {
 
 
 def recipe(method: str, variant: str = "quick") -> dict[str, Any]:
-    """Give the arguments of `TokenReduceTrainingArguments` for a method.
+    """Return the training arguments of a method's recipe.
 
     Args:
-        method: Its name.
-        variant: "paper", after its authors as far as they published it (`METHODS[method].paper_recipe` says what is
-            ours), or "quick", for small data sets.
+        method: Name of the method, such as "tome".
+        variant: "paper" follows the authors as far as they published their training, and
+            `METHODS[method].paper_recipe` says which values are our own decisions. "quick" is for small data sets.
 
     Returns:
-        `dict`: The arguments.
+        `dict`: Arguments of `TokenReduceTrainingArguments`.
 
     Example:
         >>> arguments = TokenReduceTrainingArguments("out", **{**recipe("bat"), "num_train_epochs": 5})
@@ -35,5 +35,5 @@ def recipe(method: str, variant: str = "quick") -> dict[str, Any]:
         raise ValueError(f"There is no recipe for {method!r}. The methods are: {', '.join(METHODS)}.")
     recipes = METHODS[method].recipes
     if variant not in recipes:
-        raise ValueError(f"A recipe's variant is {' or '.join(recipes)}, got {variant!r}.")
+        raise ValueError(f"The variant of a recipe must be {' or '.join(recipes)}, got {variant!r}.")
     return dict(recipes[variant])

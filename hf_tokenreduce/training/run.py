@@ -1,5 +1,7 @@
-"""From arguments to a trained model in a folder, and the record of how it came about: what `tokenreduce train` and
-`examples/run_image_classification.py` run."""
+"""Train a model from command-line arguments, and save it with a record of how it was made.
+
+`tokenreduce train` and `examples/run_image_classification.py` run `main` of this module.
+"""
 
 import json
 import os
@@ -49,43 +51,66 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(metadata={"help": "A folder or a Hub id."})
-    model_revision: str = field(default="main", metadata={"help": "A commit of it."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model brings."})
-    ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "A new head if the classes are others."})
-    reduction: str | None = field(default=None, metadata={"help": f"One of {', '.join(METHODS)}."})
-    reduction_args: str = field(default="{}", metadata={"help": "Its settings, JSON."})
-    share: float | None = field(default=None, metadata={"help": "Of the multiply-adds to keep."})
-    recipe: str = field(default="quick", metadata={"help": "quick or paper."})
-    teacher_model: str | None = field(default=None, metadata={"help": "Instead of the dense model."})
-    lora: bool = field(default=False, metadata={"help": "Adapt the backbone by LoRA; it is merged at the end."})
+    """Say which model is trained, and how it is reduced."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the model."})
+    model_revision: str = field(default="main", metadata={"help": "Commit, tag or branch of the Hub id."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Make a new head if the classes of the data are not those of the model."}
+    )
+    reduction: str | None = field(
+        default=None,
+        metadata={"help": f"Name of the method: {', '.join(METHODS)}. Default: train the model as it is."},
+    )
+    reduction_args: str = field(default="{}", metadata={"help": "Settings of the method, as JSON."})
+    share: float | None = field(default=None, metadata={"help": "Share of the multiply-adds to keep, such as 0.65."})
+    recipe: str = field(
+        default="quick", metadata={"help": "Recipe that gives the training arguments: quick or paper."}
+    )
+    teacher_model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the teacher. Default: the dense model."}
+    )
+    lora: bool = field(
+        default=False, metadata={"help": "Train the backbone with LoRA, which is merged into it at the end."}
+    )
 
 
 @dataclass
 class DataArguments:
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
-    train_dir: str | None = field(default=None, metadata={"help": "Class folders."})
-    validation_dir: str | None = field(default=None, metadata={"help": "Class folders."})
-    train_val_split: float = field(default=0.15, metadata={"help": "Taken from training without validation data."})
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    image_column_name: str = "image"
-    label_column_name: str = "label"
-    augmentation: str = field(default="light", metadata={"help": f"One of {', '.join(AUGMENTATION)}."})
-    on_error: str = field(default="stop", metadata={"help": "At an unreadable image: stop, or skip it."})
+    """Say which images the model is trained and evaluated on."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a data set."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of training images, with one folder per class."}
+    )
+    validation_dir: str | None = field(
+        default=None, metadata={"help": "Folder of validation images, with one folder per class."}
+    )
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training images to validate on if there are no others."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation images."})
+    image_column_name: str = field(default="image", metadata={"help": "Name of the column with the images."})
+    label_column_name: str = field(default="label", metadata={"help": "Name of the column with the labels."})
+    augmentation: str = field(
+        default="light", metadata={"help": f"Augmentation of the training images: {', '.join(AUGMENTATION)}."}
+    )
+    on_error: str = field(default="stop", metadata={"help": "What to do about an unreadable image: stop, or skip it."})
 
 
 def main(
     arguments: list[str] | None = None, command: Sequence[str] | None = None
 ) -> tuple[dict[str, Any], str] | None:
-    """Train, evaluate, save the model and a record of how it came about.
+    """Train, evaluate and save a model, with a record of how it was made.
 
     Args:
-        arguments: Of the command line, by default this process's own.
-        command: What the record says was called.
+        arguments: Command-line arguments. None: those of this process.
+        command: The command that the record shows. None: `python examples/run_image_classification.py`.
 
     Returns:
-        The record, and the folder; None in other processes than the first.
+        The record and the output folder. None in all processes but the first.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = command or ("python", "examples/run_image_classification.py", *arguments)
@@ -97,8 +122,8 @@ def main(
     dense, order, knows_classes = load_model(model_args, names)
     if not knows_classes and (args.freeze_backbone or (args.logits_weight and model_args.teacher_model is None)):
         raise ValueError(
-            "The model gets a new head for these classes, which this recipe would freeze, or take as the teacher. "
-            "First train the model as it is, without --reduction; then reduce what that wrote."
+            "The model gets a new head for these classes, and this recipe would freeze it or use it as the teacher. "
+            "First train the model as it is, without --reduction. Then train that model with --reduction."
         )
     model = reduce(dense, model_args, train, processor, data_args)
     if model_args.lora:
@@ -119,7 +144,7 @@ def main(
         eval_dataset=validation.with_transform(Relabelled(BatchTransform(EvalTransform(processor), **columns), order)),
         data_collator=Collator(**mixing, num_labels=len(names)) if mixing else Collator(),
         processing_class=processor,
-        compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        compute_metrics=lambda given: {"accuracy": float((given.predictions.argmax(-1) == given.label_ids).mean())},
         teacher_model=model_args.teacher_model,
     )
     if not args.disable_tqdm:
@@ -145,7 +170,7 @@ def main(
             "seed": args.seed,
             "command": shown(command),
             "epochs": round(trainer.state.epoch or 0, 2),
-            # What came before a resumption is not known.
+            # A resumed run does not know how long the interrupted run took.
             "seconds": None if args.resume_from_checkpoint else round(seconds, 1),
             "top1": 100 * metrics["eval_accuracy"],
             "baseline_top1": baseline,
@@ -156,8 +181,10 @@ def main(
 
 
 def origin(path: str) -> dict[str, Any]:
-    """The checkpoint that it all began with, and the commands that made `path` of it: a folder that a training wrote
-    knows its own."""
+    """Return the checkpoint that `path` was made from, and the commands that made it, from the record in the folder.
+
+    A checkpoint without a record is its own origin.
+    """
     file = Path(path) / "record.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     made_by = [record["command"]] if record.get("command") else []
@@ -169,7 +196,7 @@ def origin(path: str) -> dict[str, Any]:
 
 
 def shown(command: Sequence[str]) -> str:
-    """A command that anyone may read: without secrets, and without where its folders are on this machine."""
+    """Return a command that may be published: without secrets, and with shortened absolute paths."""
     command = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in command]
     return re.sub(r"(--\w*(?:token|key|secret|password)[ =])\S+", r"\1***", shlex.join(command))
 
@@ -186,8 +213,8 @@ def name_of_validation(data_args: DataArguments) -> str:
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenReduceTrainingArguments]:
-    """The recipe of the method is the default of every training argument."""
-    description = "Fine-tune an image classifier with any token reduction, by the method's recipe."
+    """Parse the arguments. The method's recipe gives the defaults of the training arguments."""
+    description = "Fine-tune an image classifier with any token reduction method, by the method's recipe."
     parser = HfArgumentParser((ModelArguments, DataArguments, TokenReduceTrainingArguments), description=description)
     parser.set_defaults(report_to="none", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     known, _ = parser.parse_known_args(arguments)
@@ -196,11 +223,11 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
     if known.on_error not in ("stop", "skip"):
         raise ValueError(f"on_error must be stop or skip, got {known.on_error!r}.")
     defaults = recipe(known.reduction or next(iter(METHODS)), known.recipe)
-    if known.recipe == "paper":  # its batches are those of all devices together
+    if known.recipe == "paper":  # its batch is that of all devices together
         devices = int(os.environ.get("WORLD_SIZE", 1))
         defaults["per_device_train_batch_size"] = max(1, defaults["per_device_train_batch_size"] // devices)
         parser.set_defaults(augmentation="strong")
-    # Trainer would hide its bar where messages are hidden, and warn of pinned memory where there is no device.
+    # Trainer would hide its progress bar when messages are hidden, and warn of pinned memory without a device.
     parser.set_defaults(**defaults, remove_unused_columns=False, disable_tqdm=False, logging_strategy="epoch")
     parser.set_defaults(dataloader_pin_memory=torch.accelerator.is_available())
     if known.lora:
@@ -208,12 +235,16 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
     model_args, data_args, args = parser.parse_args_into_dataclasses(arguments)
     for option in ("share", "reduction_args"):
         if known.reduction is None and getattr(known, option) != parser.get_default(option):
-            raise ValueError(f"--{option} says how a method is set, and there is none. Give one: --reduction tome.")
+            raise ValueError(
+                f"--{option} is a setting of a method, but there is none. Give one, such as --reduction tome."
+            )
     for option in ("max_train_samples", "max_eval_samples"):
         if getattr(known, option) is not None and getattr(known, option) < 1:
-            raise ValueError(f"--{option} must be at least 1, got {getattr(known, option)}. Leave it out to take all.")
+            raise ValueError(
+                f"--{option} must be at least 1, got {getattr(known, option)}. Leave it out to use all images."
+            )
     if model_args.lora and args.freeze_backbone:
-        raise ValueError("--lora adapts the backbone, --freeze_backbone keeps it as it is. Leave one of them out.")
+        raise ValueError("--lora trains the backbone and --freeze_backbone does not. Leave one of them out.")
     return model_args, data_args, args
 
 
@@ -224,7 +255,7 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset, li
     elif data_args.train_dir:
         data = {"train": folder_split(data_args.train_dir, "train"), "validation": None}
     else:
-        raise ValueError("Nothing to train on: give --dataset_name or --train_dir.")
+        raise ValueError("There are no images to train on. Give --dataset_name or --train_dir.")
     if data_args.validation_dir:
         data["validation"] = folder_split(data_args.validation_dir, "validation", "train")
     train, validation = data["train"], data["validation"]
@@ -234,13 +265,13 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset, li
         train, validation = split["train"], split["test"]
     elif class_names(validation, data_args) != names:
         raise ValueError(
-            f"The classes of training and validation differ: {names} and {class_names(validation, data_args)}. Give "
-            "both the same class folders."
+            f"The classes of training and validation differ: {names} and {class_names(validation, data_args)}. Both "
+            "need the same class folders."
         )
     parts = []
     for part, most in ((train, data_args.max_train_samples), (validation, data_args.max_eval_samples)):
         part = part.shuffle(seed=seed).select(range(min(most, len(part)))) if most else part
-        # Decoded by our transforms: `datasets` would raise whatever Pillow does, without the name of the file.
+        # Our transforms decode the images: an error of `datasets` would not name the file.
         part = part.cast_column(data_args.image_column_name, ImageFeature(decode=False))
         if data_args.on_error == "skip":
             readable = readable_rows(part, data_args.image_column_name)
@@ -256,36 +287,36 @@ def class_names(dataset: Dataset, data_args: DataArguments) -> list[str]:
         dataset.features.get(data_args.image_column_name), ImageFeature
     ):
         raise ValueError(
-            "The data has no classes: make one folder per class, at least two, and no metadata file. It needs columns "
-            f"{data_args.image_column_name!r} and {data_args.label_column_name!r}, the second a ClassLabel. It has "
-            f"{short(dict(dataset.features), 300)}."
+            "The data has no classes: make one folder per class, at least two, and no metadata file. It needs the "
+            f"columns {data_args.image_column_name!r} and {data_args.label_column_name!r}, and the second must be a "
+            f"ClassLabel. It has {short(dict(dataset.features), 300)}."
         )
     return feature.names
 
 
 def load_model(model_args: ModelArguments, names: list[str]) -> tuple[Any, list[int], bool]:
-    """The model, for each class of the data its index in the model, and whether it knew them."""
+    """Return the model, its index for each class of the data, and whether it knew these classes before."""
     where = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
     model = AutoModelForImageClassification.from_pretrained(model_args.model_name_or_path, **where)
     if not hasattr(model, "classifier"):
         raise ValueError(
             f"{model_args.model_name_or_path} is a {type(model).__name__}, which has two heads and no loss. Save it "
-            "with one, by DeiTForImageClassification.from_pretrained(...).save_pretrained(FOLDER), and train that."
+            "with one head by DeiTForImageClassification.from_pretrained(...).save_pretrained(FOLDER), and train that."
         )
-    theirs = model.config.label2id
-    if set(theirs) == set(names):
-        return model, [int(theirs[name]) for name in names], True
+    label2id = model.config.label2id
+    if set(label2id) == set(names):
+        return model, [int(label2id[name]) for name in names], True
     if not model_args.ignore_mismatched_sizes:
         raise ValueError(
             f"The data has {len(names)} classes, {names[:8]}, the model {model.config.num_labels}, "
-            f"{list(theirs)[:8]}. Rename the class folders, or pass --ignore_mismatched_sizes for a new head."
+            f"{list(label2id)[:8]}. Rename the class folders, or pass --ignore_mismatched_sizes to make a new head."
         )
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     path = model_args.model_name_or_path
     model = AutoModelForImageClassification.from_pretrained(
         path, num_labels=len(names), ignore_mismatched_sizes=True, **labels, **where
     )
-    model.classifier.reset_parameters()  # also if there were as many classes, but others
+    model.classifier.reset_parameters()  # also when the old head has as many classes, but others
     return model, list(range(len(names))), False
 
 
@@ -297,7 +328,7 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
     if method is not None and method.needs == "labels":
         raise ValueError(
             f"{method.title}'s filter has to be fitted first, or it keeps every token. Run examples/run_delta_loss.py "
-            "with these settings, then train the model it writes, without --reduction."
+            "with these settings. Then train the model that it writes, without --reduction."
         )
     setting = method_setting(dense.config, model_args.reduction, model_args.share, settings)
     model = with_reduction(dense, setting)
@@ -309,7 +340,7 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
 
 
 def with_lora(model: Any) -> Any:
-    """Of the backbone; the head and the learned parts of the method are trained whole."""
+    """Add LoRA to the backbone. The head and the learned parts of the method are trained in full."""
     whole = ["classifier"]
     if any(p.requires_grad for reducer in encoder_of(model).reducers for p in reducer.parameters()):
         whole.append("reducer")
@@ -318,7 +349,7 @@ def with_lora(model: Any) -> Any:
 
 @dataclass
 class Relabelled:
-    """A batch transform whose labels are the model's."""
+    """Apply a batch transform, and turn the class indices of the data into those of the model."""
 
     transform: BatchTransform
     order: list[int]
@@ -330,7 +361,7 @@ class Relabelled:
 
 @torch.no_grad()
 def evaluate_dense(dense: Any, trainer: TokenReduceTrainer) -> float:
-    """Top-1 of the model as it came, before any reduction."""
+    """Return the top-1 accuracy, in percent, of the model as it was given, without reduction."""
     plain = (restore(dense) if hasattr(dense.config, "reduction") else dense).to(trainer.args.device).eval()
     correct = 0
     for batch in trainer.get_eval_dataloader():
@@ -343,7 +374,7 @@ def evaluate_dense(dense: Any, trainer: TokenReduceTrainer) -> float:
 
 @torch.no_grad()
 def describe(model: Any, pixels: torch.Tensor, repeats: int = 7, batch_size: int = 32) -> dict[str, Any]:
-    """What the model saves: by arithmetic on all images, and by the clock on some, in turns with the dense one."""
+    """Measure what the reduction saves: multiply-adds on all images, time on one batch in turns with the dense one."""
     model = model.cpu().eval()
     plain = restore(model).eval()
     counts = torch.cat([model(part, **all_layers_act(model)).token_counts for part in pixels.split(batch_size)])

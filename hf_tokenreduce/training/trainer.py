@@ -1,4 +1,4 @@
-"""`TokenReduceTrainer`: transformers' Trainer, and what it cannot do for reduced models."""
+"""`TokenReduceTrainer`: the `Trainer` of transformers, extended for reduced models."""
 
 import copy
 import json
@@ -32,20 +32,36 @@ from .losses import distillation_loss, token_loss
 
 
 REVERSE_FILE = "reverse_slimming.safetensors"
-REVERSE = "reverse_slimming"  # where the way back hangs while it is trained, and how its keys begin
+REVERSE = "reverse_slimming"  # attribute of the model that holds the token decoder during training; prefix of its keys
 
 logger = logging.get_logger(__name__)
 
 
 class TokenReduceTrainer(Trainer):
-    """Modifications: learning rates of their own for thresholds and SiT's way back, thresholds clamped to [0, 1] after
-    every step, a frozen teacher, warm-up of keep rates, soft targets, and each part of the loss, the tokens per layer
-    and the share of multiply-adds in the logs.
+    """Train a reduced model: the `Trainer` of transformers, with these additions.
 
-    teacher_model: a model, a folder or a Hub id, if `args` gives the distillation a weight. Default: the model as it
-        is when training begins, unreduced.
+    - Thresholds and SiT's token decoder have their own learning rates.
+    - Thresholds are clamped to [0, 1] after every step.
+    - A frozen teacher can be distilled into the model.
+    - The keep rate can fall from 1 to its value over the first steps.
+    - Labels may be class indices (B,), or probabilities (B, C), as mixup makes them.
+    - The logs show each part of the loss, the mean number of tokens per layer, and the share of the multiply-adds.
 
-    Takes `TokenReduceTrainingArguments`. Labels are classes, or probabilities (B, C) as mixup gives them.
+    Args:
+        model: A reduced model, also inside a PEFT model. `reduce_tokens(model, None)` makes one that reduces nothing,
+            for a dense baseline.
+        args: The training arguments.
+        *others: Further positional arguments of `Trainer`.
+        teacher_model: The teacher: a model, a folder or a Hub id. Give one only if `args.logits_weight` or
+            `args.token_weight` is set. None: the model as it is when training begins, without its reduction.
+        **settings: Further keyword arguments of `Trainer`.
+
+    Example:
+        >>> args = TokenReduceTrainingArguments("out", **recipe("tome"), remove_unused_columns=False)
+        >>> trainer = TokenReduceTrainer(
+        ...     reduce_tokens(model, ToMeConfig(r=8)), args, train_dataset=train, data_collator=Collator()
+        ... )
+        >>> trainer.train()
     """
 
     data_collator: Any
@@ -59,13 +75,17 @@ class TokenReduceTrainer(Trainer):
         **settings: Any,
     ):
         if not isinstance(args, TokenReduceTrainingArguments):
-            raise ValueError(f"args must be TokenReduceTrainingArguments, got {type(args).__name__}.")
+            raise ValueError(f"args must be TokenReduceTrainingArguments, got a {type(args).__name__}.")
         reduced = _reduced_model(model)
         reduction = reduced.config.reduction
         if not hasattr(reduced, "classifier"):
-            raise ValueError(f"A {type(reduced).__name__} is for inference: it has no loss. Train one with one head.")
+            raise ValueError(
+                f"A {type(reduced).__name__} is for inference: it has no loss. Train a model with one head."
+            )
         if settings.get("compute_loss_func") is not None:
-            raise ValueError("TokenReduceTrainer has losses of its own, so compute_loss_func would not be called.")
+            raise ValueError(
+                "TokenReduceTrainer computes its own losses, so compute_loss_func would not be called. Leave it out."
+            )
         for name in ("train_dataset", "eval_dataset"):
             dataset = settings.get(name)
             if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
@@ -74,18 +94,20 @@ class TokenReduceTrainer(Trainer):
         if args.token_weight and method.token_decoder is None:
             able = ", ".join(known.title for known in METHODS.values() if known.token_decoder is not None)
             raise ValueError(
-                f"token_weight is for {able}, whose tokens have a way back. Use logits_weight to distill."
+                f"token_weight is for {able}, which has a token decoder. Use logits_weight to distill other methods."
             )
         if args.keep_rate_warmup and not method.keep_rate_may_change:
             raise ValueError(
-                "keep_rate_warmup is for methods whose keep_rate can change while they train ("
+                "keep_rate_warmup is for methods whose keep_rate can change during training ("
                 f"{', '.join(known.title for known in METHODS.values() if known.keep_rate_may_change)}), got "
-                f"{type(reduction).__name__}. Set it to 0."
+                f"{type(reduction).__name__}. Set keep_rate_warmup to 0."
             )
         if args.freeze_backbone:
             learned = [p for reducer in encoder_of(reduced).reducers for p in reducer.parameters()]
             if not learned:
-                raise ValueError(f"freeze_backbone leaves {type(reduction).__name__} nothing to learn. Unset it.")
+                raise ValueError(
+                    f"With freeze_backbone, {type(reduction).__name__} has nothing to learn. Set it to False."
+                )
             model.requires_grad_(False)
             for parameter in learned:
                 parameter.requires_grad_(True)
@@ -110,14 +132,14 @@ class TokenReduceTrainer(Trainer):
             try:
                 return super().train(*args, **kwargs)
             finally:
-                if reduced.config.reduction != self._goal:  # it broke off while the keep rate warmed up
+                if reduced.config.reduction != self._goal:  # training stopped while the keep rate warmed up
                     reduced.set_reduction(self._goal)
         reverse = token_decoder(reduced)
         setattr(reduced, REVERSE, reverse)
         hook = restore_hidden_states(reduced, reverse)
         try:
             return super().train(*args, **kwargs)
-        finally:  # the way back is no part of the model
+        finally:  # the token decoder is not part of the model
             hook.remove()
             delattr(reduced, REVERSE)
 
@@ -128,15 +150,15 @@ class TokenReduceTrainer(Trainer):
             "prune_threshold": self.args.prune_learning_rate,
             REVERSE: self.args.learning_rate * self.args.reverse_learning_rate_factor,
         }
-        own: dict[str, list[nn.Parameter]] = defaultdict(list)
+        special: dict[str, list[nn.Parameter]] = defaultdict(list)
         for name, parameter in (self.model if model is None else model).named_parameters():
             for part, rate in rates.items():
                 if part in name.split(".") and rate is not None and parameter.requires_grad:
-                    own[part].append(parameter)
-        apart = {id(parameter) for parameters in own.values() for parameter in parameters}
+                    special[part].append(parameter)
+        special_ids = {id(parameter) for parameters in special.values() for parameter in parameters}
         for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
-        for part, parameters in own.items():
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in special_ids]
+        for part, parameters in special.items():
             decay = self.args.weight_decay if part == REVERSE else 0.0
             optimizer.add_param_group({"params": parameters, "lr": rates[part], "weight_decay": decay})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
@@ -152,7 +174,7 @@ class TokenReduceTrainer(Trainer):
 
     @contextmanager
     def _at_its_goal(self) -> Iterator[None]:
-        """What is evaluated and saved is the model that was asked for, also while its keep rate warms up."""
+        """Temporarily end the warm-up of the keep rate, to evaluate and save the model that was asked for."""
         reduced, goal = _reduced_model(self.model), self._goal
         warm = reduced.config.reduction
         if warm == goal:
@@ -174,7 +196,7 @@ class TokenReduceTrainer(Trainer):
 
     @contextmanager
     def _unmixed(self) -> Iterator[None]:
-        """Trainer has one collator; images are mixed in training only."""
+        """Temporarily use a collator that does not mix: `Trainer` has only one, and evaluation must not mix images."""
         given: Any = self.data_collator
         if isinstance(given, Collator):
             self.data_collator = Collator()
@@ -184,10 +206,13 @@ class TokenReduceTrainer(Trainer):
             self.data_collator = given
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """A loss that is not linear in what is kept must know what all batches of a step keep, before the first of
-        them is learned from. So where a step has several, they go through the model once more."""
-        found = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches, kept = found[0], []
+        """Also measure what all batches of a step keep.
+
+        A loss that is not linear in the kept share needs the share of the whole step before the first batch is
+        learned from. So if a step has several batches, they go through the model once more.
+        """
+        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, kept = samples[0], []
         self._kept_in_step = None
         if len(batches) > 1 and _has_own_loss(_reduced_model(self.model)):
             with torch.no_grad():
@@ -195,24 +220,26 @@ class TokenReduceTrainer(Trainer):
                     inputs = {name: value for name, value in self._prepare_inputs(batch).items() if name != "labels"}
                     shares = self.model.train()(**inputs).kept_shares
                     if shares is None:
-                        return found
+                        return samples
                     kept.append((len(next(iter(inputs.values()))), shares))
             images = sum(count for count, _ in kept)
             self._kept_in_step = sum(count * shares for count, shares in kept) / images
-        return found
+        return samples
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if isinstance(model, nn.DataParallel) and model.training:
             raise ValueError(
-                "nn.DataParallel splits a batch behind the back of losses that look at all of it. Launch one process "
-                "per device instead: accelerate launch, or torchrun."
+                "nn.DataParallel splits each batch, but some losses need the whole batch. Launch one process per "
+                "device instead, by accelerate launch or torchrun."
             )
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         if labels is None:
-            raise ValueError("The batch has no labels. Check the data set's columns and remove_unused_columns=False.")
+            raise ValueError(
+                "The batch has no labels. Check the columns of the data set, and set remove_unused_columns=False."
+            )
         learning = model.training
         if learning and self.args.token_weight:
             inputs["output_hidden_states"] = True
@@ -228,7 +255,8 @@ class TokenReduceTrainer(Trainer):
     def _method_losses(self, reduced: PreTrainedModel, inputs: dict[str, Any], outputs: Any) -> dict[str, Tensor]:
         parts = {}
         if outputs.kept_shares is not None:
-            # The loss is not linear in what is kept, so it must know all ranks' images; the slope is each rank's own.
+            # The loss is not linear in the kept share, so its value needs the images of all ranks. The gradient flows
+            # through the images of this rank only.
             kept = outputs.kept_shares
             in_step = kept.detach() if self._kept_in_step is None else self._kept_in_step
             everywhere = self.accelerator.reduce(in_step.clone(), "mean")
@@ -240,16 +268,16 @@ class TokenReduceTrainer(Trainer):
         if self.teacher is None:
             return parts
         with torch.no_grad():
-            theirs = self.teacher(inputs["pixel_values"], output_hidden_states=bool(self.args.token_weight))
+            teacher_outputs = self.teacher(inputs["pixel_values"], output_hidden_states=bool(self.args.token_weight))
         if self.args.logits_weight:
-            distance = distillation_loss(outputs.logits, theirs.logits, self.args.distillation_temperature)
+            distance = distillation_loss(outputs.logits, teacher_outputs.logits, self.args.distillation_temperature)
             parts["distillation_loss"] = self.args.logits_weight * distance
         if self.args.token_weight:
             prefix = facts_of(reduced.config).num_prefix_tokens
-            ours, their_tokens = (
-                [hidden[:, prefix:] for hidden in one.hidden_states[1:]] for one in (outputs, theirs)
+            student_tokens, teacher_tokens = (
+                [hidden[:, prefix:] for hidden in output.hidden_states[1:]] for output in (outputs, teacher_outputs)
             )
-            parts["token_loss"] = self.args.token_weight * token_loss(ours, their_tokens)
+            parts["token_loss"] = self.args.token_weight * token_loss(student_tokens, teacher_tokens)
         return parts
 
     def _record(self, parts: dict[str, Tensor], token_counts: Tensor) -> None:
@@ -291,11 +319,11 @@ class TokenReduceTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         reduced = _reduced_model(self.model)
         if (folder / "config.json").is_file():
-            found = parse_reduction(json.loads((folder / "config.json").read_text()).get("reduction"))
-            if found != self._goal:
+            saved = parse_reduction(json.loads((folder / "config.json").read_text()).get("reduction"))
+            if saved != self._goal:
                 raise ValueError(
-                    f"{folder} is a checkpoint of {found}, this model is reduced by {self._goal}. Resume with the "
-                    "same setting, or begin anew in another output_dir."
+                    f"{folder} is a checkpoint of {saved}, but this model is reduced by {self._goal}. Resume with the "
+                    "same setting, or start again in another output_dir."
                 )
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -305,12 +333,14 @@ class TokenReduceTrainer(Trainer):
             ) from error
         if self.args.token_weight:
             if not (folder / REVERSE_FILE).is_file():
-                raise ValueError(f"{folder} was trained without token_weight, so it has no way back. Begin anew.")
+                raise ValueError(
+                    f"{folder} was trained without token_weight, so it has no token decoder. Start again."
+                )
             getattr(reduced, REVERSE).load_state_dict(load_file(folder / REVERSE_FILE))
 
 
 class WarmUpKeepRate(TrainerCallback):
-    """Lets the keep rate fall from 1 to its value over the first `share` of the steps, in steps of 0.01."""
+    """Let the keep rate fall from 1 to its value over the first `share` of the training steps, 0.01 at a time."""
 
     def __init__(self, model: PreTrainedModel, share: float):
         self.model, self.share, self.goal = model, share, model.config.reduction
@@ -333,13 +363,13 @@ def _has_own_loss(reduced: PreTrainedModel) -> bool:
 
 
 def _reduced_model(model: Any) -> Any:
-    """The reduced model inside whatever is wrapped around it."""
+    """Return the reduced model inside its wrappers, such as PEFT, compiled or parallel models."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if hasattr(inner, "get_base_model"):  # PEFT
         inner = inner.get_base_model()
     if not hasattr(inner.config, "reduction"):
         raise ValueError(
-            f"TokenReduceTrainer trains reduced models, got a {type(inner).__name__}. Reduce it first: "
+            f"TokenReduceTrainer trains reduced models, got a {type(inner).__name__}. Reduce it first by "
             "reduce_tokens(model, ...), with None for a dense baseline."
         )
     return inner
@@ -350,7 +380,9 @@ def _teacher(
 ) -> PreTrainedModel | None:
     if not (args.logits_weight or args.token_weight):
         if given is not None:
-            raise ValueError("A teacher_model without logits_weight or token_weight would teach nothing. Set one.")
+            raise ValueError(
+                "A teacher_model would teach nothing without logits_weight or token_weight. Set one of them."
+            )
         return None
     if given is None:
         teacher = copy.deepcopy(restore(model))
@@ -359,20 +391,23 @@ def _teacher(
     else:
         teacher = given
     if args.token_weight and getattr(teacher.config, "reduction", None) is not None:
-        raise ValueError(f"A teacher of tokens must be dense, this one is reduced by {teacher.config.reduction}.")
-    ours, theirs = (_what_is_taught(config, bool(args.token_weight)) for config in (model.config, teacher.config))
-    if None in (ours["classes"], theirs["classes"]):  # nobody named them
-        ours["classes"] = theirs["classes"] = None
-    for name, value in ours.items():
-        if theirs[name] != value:
+        raise ValueError(f"A teacher of tokens must be dense, but this one is reduced by {teacher.config.reduction}.")
+    model_traits, teacher_traits = (
+        _what_is_taught(config, bool(args.token_weight)) for config in (model.config, teacher.config)
+    )
+    if None in (model_traits["classes"], teacher_traits["classes"]):  # one of them has no names for its classes
+        model_traits["classes"] = teacher_traits["classes"] = None
+    for name, value in model_traits.items():
+        if teacher_traits[name] != value:
             raise ValueError(
-                f"The teacher's {name} is {theirs[name]}, the model's {value}. They must be the same for what is "
-                "distilled: take another teacher, or none, and the dense model teaches."
+                f"The teacher's {name} is {teacher_traits[name]}, the model's {value}. They must be equal for this "
+                "distillation. Use another teacher, or give none: then the dense model is the teacher."
             )
     return teacher.eval().requires_grad_(False)
 
 
 def _what_is_taught(config: PreTrainedConfig, tokens: bool) -> dict[str, Any]:
+    """Return what the teacher and the model must have in common. tokens: whether tokens are distilled."""
     unnamed = PreTrainedConfig(num_labels=config.num_labels).label2id
     encoder = encoder_config(config)
     taught = {"num_labels": config.num_labels, "image_size": encoder.image_size}

@@ -1,4 +1,4 @@
-"""What a reduced model did to each image, as pictures: `write_page(model, images, processor, "page.html")`."""
+"""Pictures of what a reduced model did to each image, such as `write_page(model, images, processor, "page.html")`."""
 
 from .composing import method_comparison, token_map_grid
 from .drawing import draw_token_map, draw_token_weights, seen_images

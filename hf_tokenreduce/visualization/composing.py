@@ -1,4 +1,4 @@
-"""Several token maps in one picture: images x layers, or one image by several methods."""
+"""Several token maps in one picture: of several images and layers, or of one image by several methods."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,12 +35,21 @@ def token_map_grid(
     names: Sequence[str] | None = None,
     size: int = 224,
 ) -> Image.Image:
-    """One row per image: the image, and its tokens after each of `layers`. `.save("maps.png")` writes it.
+    """Draw one row per image: the image, and its tokens after some layers.
 
-    images: pictures, files, or pixel values that `processor` made, (B, C, H, W)
-    layers: 0-based; by default up to six of those that reduce
-    names: one per image, by default those of the files
-    size: pixels of the longer side of one map, about
+    Args:
+        model: A reduced model.
+        images: Pictures, files, or pixel values (B, C, H, W) that `processor` made.
+        processor: The image processor of the model.
+        layers: The layers to show, counted from 0. None: up to six of the layers that reduce.
+        names: Names of the images. None: the names of the files.
+        size: About how many pixels the longer side of one map has.
+
+    Returns:
+        `Image.Image`: The picture.
+
+    Example:
+        >>> token_map_grid(model, ["cat.jpg", "dog.jpg"], processor).save("maps.png")
     """
     pixel_values, names = prepare_images(images, processor, names)
     maps = token_maps(model, pixel_values)
@@ -65,12 +74,26 @@ def method_comparison(
     size: int = 336,
     columns: int | None = None,
 ) -> Image.Image:
-    """One image beside what each of several models made of it by their last layer: `{"ToMe": model, ...}`.
+    """Draw an image beside the tokens that several models have left of it after their last layer.
 
-    columns: how many pictures stand in a row, the image itself among them. None: all.
+    Args:
+        models: The reduced models, by their titles.
+        image: A picture or a file.
+        processor: The image processor of the models.
+        size: About how many pixels the longer side of one map has.
+        columns: Number of pictures per row, including the image itself. None: all are in one row.
+
+    Returns:
+        `Image.Image`: The picture.
+
+    Example:
+        >>> models = {f"ToMe, r={r}": reduce_tokens(model, ToMeConfig(r=r)) for r in (8, 16)}
+        >>> method_comparison(models, "cat.jpg", processor).save("methods.png")
     """
     if not models:
-        raise ValueError("models is empty: give at least one, as in {'ToMe': reduce_tokens(model, ToMeConfig(r=8))}.")
+        raise ValueError(
+            "models is empty. Give at least one, such as {'ToMe': reduce_tokens(model, ToMeConfig(r=8))}."
+        )
     if columns is not None and columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}.")
     pixel_values, _ = prepare_images([image], processor, None)
@@ -88,43 +111,43 @@ def method_comparison(
 
 
 def prepare_images(images: Images, processor: Any, names: Sequence[str] | None) -> tuple[Tensor, list[str]]:
-    """Pixel values (B, C, H, W) and a name for each."""
+    """Return pixel values (B, C, H, W), and a name for each image."""
     if len(images) == 0:
-        raise ValueError("images is empty: give at least one picture, file or row of pixel values.")
+        raise ValueError("images is empty. Give at least one picture, file or row of pixel values.")
     if names is not None and len(names) != len(images):
         raise ValueError(f"names needs one name per image, got {len(names)} for {len(images)} images.")
     if isinstance(images, Tensor):
         return images, list(names) if names is not None else [f"image {index}" for index in range(len(images))]
-    found, pixels = [], []
+    default_names, pixels = [], []
     for index, image in enumerate(images):
         if isinstance(image, Image.Image):
-            found.append(f"image {index}")
+            default_names.append(f"image {index}")
             picture = as_rgb(image)
         else:
-            found.append(Path(image).stem)
+            default_names.append(Path(image).stem)
             picture = read_picture(image)
         pixels.append(processor(picture, return_tensors="pt")["pixel_values"])
     shapes = {tuple(values.shape[1:]) for values in pixels}
     if len(shapes) > 1:
         raise ValueError(
             f"The processor makes images of different sizes, {sorted(shapes)}, which cannot go through the model "
-            "together. Set its size to one height and width, or let it crop."
+            "together. Set its size to one height and width, or let it crop the images."
         )
-    return torch.cat(pixels), list(names) if names is not None else found
+    return torch.cat(pixels), list(names) if names is not None else default_names
 
 
 def pictures_of(
     pixel_values: Tensor, processor: Any, maps: TokenMaps, model: PreTrainedModel, size: int
 ) -> list[Image.Image]:
-    """What the model saw, at the size that maps are drawn."""
+    """Return the images as the model saw them, at the size at which maps are drawn."""
     if size < 32:
-        raise ValueError(f"size is that of one map in pixels, at least 32, got {size}.")
+        raise ValueError(f"size is that of one map in pixels and must be at least 32, got {size}.")
     patch = encoder_of(model).patch_size
     return [resized_to_cells(image, maps.grid, size, patch) for image in seen_images(pixel_values, processor)]
 
 
 def compose(rows: Sequence[Sequence[Cell]]) -> Image.Image:
-    """Pictures in rows on white, each with its caption below."""
+    """Put pictures in rows on a white sheet, each with its caption below."""
     width = max(cell.picture.width for row in rows for cell in row)
     height = max(cell.picture.height for row in rows for cell in row)
     text = max(11, round(max(width, height) / 15))
@@ -139,7 +162,7 @@ def compose(rows: Sequence[Sequence[Cell]]) -> Image.Image:
         for right, cell in enumerate(row):
             left, top = gap + right * (width + gap), gap + down * (height + caption + gap)
             right_edge, bottom_edge = left + cell.picture.width, top + cell.picture.height
-            pen.rectangle((left - 1, top - 1, right_edge, bottom_edge), outline=FRAME)  # where all is dropped: white
+            pen.rectangle((left - 1, top - 1, right_edge, bottom_edge), outline=FRAME)  # a map without tokens is white
             sheet.paste(cell.picture, (left, top))
             below = bottom_edge + round(text * 0.25)
             pen.text((left, below), _fitted(cell.title, large, width), INK, font=large)
@@ -148,7 +171,7 @@ def compose(rows: Sequence[Sequence[Cell]]) -> Image.Image:
 
 
 def _fitted(text: str, font: Any, width: int) -> str:
-    """As much of a text as fits into a width."""
+    """Cut a text to a width in pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

@@ -1,8 +1,8 @@
-"""Token maps as pictures, with Pillow and NumPy.
+"""Draw token maps with Pillow and NumPy.
 
-A picture is drawn over the image as the model saw it, resized and cropped. Any size will do: patches are spread
-evenly over it. A dropped patch fades to white, the patches of one token share its mean colour and an outline, and a
-patch that is still a token of its own shows the image as it is.
+A map is drawn over the image as the model saw it, resized and cropped. The image may have any size: the patches are
+spread evenly over it. A dropped patch fades to white. Patches that became one token share their mean colour and an
+outline. A patch that is still a token of its own shows the image as it is.
 """
 
 from typing import Any
@@ -15,17 +15,26 @@ from torch import Tensor
 from .maps import TokenMaps, strongest_token
 
 
-FADE = 0.8  # how far a dropped patch is on its way to white
-PALE = 0.62  # and a token that gathers what would else be dropped
-# From no weight to the most.
+FADE = 0.8  # how far a dropped patch is blended with white
+PALE = 0.62  # how far a token is that gathers the patches which would otherwise be dropped
+# Colours from no weight to the largest weight.
 HEAT = np.array([(18, 14, 52), (78, 22, 110), (158, 42, 99), (222, 82, 58), (251, 160, 40), (252, 238, 150)], float)
 
 
 def seen_images(pixel_values: Tensor, processor: Any) -> list[Image.Image]:
-    """(B, C, H, W) -> what the model saw: the image processor's normalisation is undone."""
+    """Turn pixel values back into images, by undoing the normalisation of the image processor.
+
+    Args:
+        pixel_values: Pixel values, (B, C, H, W).
+        processor: The image processor that made them.
+
+    Returns:
+        `list` of `Image.Image`: The images as the model saw them.
+    """
     if pixel_values.ndim != 4 or pixel_values.shape[1] not in (1, 3):
         raise ValueError(
-            f"Images with 1 or 3 channels can be drawn, (B, C, H, W); got pixel values {tuple(pixel_values.shape)}."
+            "Only pixel values (B, C, H, W) with 1 or 3 channels can be drawn, got the shape "
+            f"{tuple(pixel_values.shape)}."
         )
     values = pixel_values.detach().float().cpu()
     if processor.do_normalize:
@@ -38,7 +47,10 @@ def seen_images(pixel_values: Tensor, processor: Any) -> list[Image.Image]:
 
 
 def resized_to_cells(image: Image.Image, grid: tuple[int, int], size: int, patch: tuple[int, int]) -> Image.Image:
-    """The part of an image that its patches cover, its longer side about `size` pixels, every patch equally many."""
+    """Crop an image to its patches, and resize it so that its longer side has about `size` pixels.
+
+    Every patch gets the same number of pixels.
+    """
     rows, columns = grid
     covered = image.crop((0, 0, columns * patch[1], rows * patch[0]))
     scale = size / max(covered.size)
@@ -57,10 +69,20 @@ def draw_token_map(
 ) -> Image.Image:
     """Draw which token holds which patch.
 
-    patch_map: (N,) the token of each patch, row by row, -1 if it was dropped
-    fade: how far a dropped patch is blended to white
-    pale: how far the mean colour of several patches is
-    fill: whether the patches of one token take their mean colour. False: outlines only.
+    Args:
+        image: The image as the model saw it.
+        patch_map: The token of each patch, (N,), row by row. -1: the patch was dropped.
+        grid: Numbers of rows and columns of patches.
+        fade: How far dropped patches are blended with white, from 0 to 1.
+        pale: How far the mean colour of merged patches is blended with white, from 0 to 1.
+        fill: Whether merged patches are filled with their mean colour. False: draw outlines only.
+
+    Returns:
+        `Image.Image`: The map, as large as the image.
+
+    Example:
+        >>> maps = token_maps(model, pixel_values)
+        >>> draw_token_map(seen_images(pixel_values, processor)[0], maps.patch_maps[-1][0], maps.grid)
     """
     tokens = _on_grid(patch_map, grid, "patch_map").astype(int)
     for name, value in (("fade", fade), ("pale", pale)):
@@ -85,16 +107,23 @@ def draw_token_map(
 def draw_token_weights(
     image: Image.Image, weights: Any, grid: tuple[int, int], *, most: float | None = None
 ) -> Image.Image:
-    """Draw how much each patch weighs, as heat over the image. The scale is that of the weight's square root, on which
-    what is small beside the sharpest peak still shows.
+    """Draw the weight of each patch as a heat map over the image.
 
-    weights: (N,), of one token or summed over tokens
-    most: the weight of the hottest colour. None: the largest there is.
+    Colours follow the square root of the weight, so that small weights can still be seen beside a sharp peak.
+
+    Args:
+        image: The image as the model saw it.
+        weights: Weight of each patch, (N,), in one token or summed over tokens.
+        grid: Numbers of rows and columns of patches.
+        most: The weight that gets the brightest colour. None: the largest weight.
+
+    Returns:
+        `Image.Image`: The heat map, as large as the image.
     """
     values = _on_grid(weights, grid, "weights").astype(float)
     most = float(values.max()) if most is None else most
     if most <= 0:
-        raise ValueError(f"most, the weight of the hottest colour, must be above 0, got {most!r}.")
+        raise ValueError(f"most, the weight of the brightest colour, must be above 0, got {most!r}.")
     pixels = np.asarray(image.convert("L").convert("RGB"), dtype=np.float64)
     rows, columns = _cells(pixels, grid)
     heat = np.sqrt((values / most).clip(0, 1))[rows][:, columns]
@@ -105,7 +134,7 @@ def draw_token_weights(
 
 
 def draw_layer(image: Image.Image, maps: TokenMaps, index: int, layer: int) -> Image.Image:
-    """Image `index` of the maps after a layer. Of mixtures, each patch goes to the token in which it weighs most."""
+    """Draw the map of image `index` after a layer. In mixtures, a patch belongs to the token where it weighs most."""
     patch_map, weights = maps.patch_maps[layer], maps.patch_weights[layer]
     if weights is not None:
         return draw_token_map(image, strongest_token(weights[index]), maps.grid)
@@ -122,7 +151,7 @@ def _on_grid(values: Any, grid: tuple[int, int], name: str) -> np.ndarray:
 
 
 def _cells(pixels: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The row and the column of patches that each row and column of pixels belongs to."""
+    """Return the row of patches for each row of pixels (H,), and the column of patches for each column (W,)."""
     height, width = pixels.shape[:2]
     if height < grid[0] or width < grid[1]:
         raise ValueError(f"An image of {height} x {width} pixels cannot show {grid[0]} x {grid[1]} patches.")
@@ -130,7 +159,7 @@ def _cells(pixels: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np.nd
 
 
 def _inner_border(token: np.ndarray, thickness: int) -> np.ndarray:
-    """The pixels of each region that are within `thickness` of another one, straight across."""
+    """Find the pixels of each region that are at most `thickness` rows or columns from another region."""
     border = np.zeros(token.shape, dtype=bool)
     for step in range(1, thickness + 1):
         across, down = token[:, step:] != token[:, :-step], token[step:] != token[:-step]
@@ -142,6 +171,6 @@ def _inner_border(token: np.ndarray, thickness: int) -> np.ndarray:
 
 
 def _shade(colours: np.ndarray) -> np.ndarray:
-    """(..., 3) -> a darker shade of light colours, a lighter one of dark colours."""
+    """Make light colours (..., 3) darker and dark colours lighter."""
     light = colours @ (0.299, 0.587, 0.114) > 70
     return np.where(light[..., None], colours * 0.5, colours + 0.45 * (255 - colours))

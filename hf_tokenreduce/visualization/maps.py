@@ -1,4 +1,4 @@
-"""Which token holds which patch after every layer: data, no pictures.
+"""Find which token holds which patch after every layer, as tensors.
 
 B images · L layers · N patches on a grid of rows and columns · M patch tokens
 """
@@ -20,16 +20,20 @@ from ..tasks import image_side
 
 
 class TokenMaps(NamedTuple):
-    """patch_maps: for each layer (B, N) long, the patch token that holds each patch when the layer is done, -1 if it
-        was dropped; indices count patch tokens only. None where tokens are mixtures of patches (SiT).
-    patch_weights: for each layer (B, M, N) float32 where tokens are mixtures: what each patch weighs in each patch
-        token. None elsewhere.
-    counts: (B, L) long, the tokens that leave each layer, prefix tokens included
-    num_tokens: those that enter the model, prefix tokens included
-    grid: rows and columns of patches; patch n lies in row n // columns
-    shares: (B,) float64, the share of a dense model's multiply-adds that each image took, in the encoder's layers
-    logits: (B, classes) float32, None of a model without a classifier
-    reduction: the method configuration that the model ran, None if it reduces nothing
+    """Say which token holds which patch of each image after every layer, and what that cost.
+
+    Attributes:
+        patch_maps: For each layer, the patch token that holds each patch after the layer, (B, N) long; -1 if the
+            patch was dropped. Indices count patch tokens only. None for layers whose tokens are mixtures of patches
+            (SiT).
+        patch_weights: For each layer whose tokens are mixtures, the weight of each patch in each patch token,
+            (B, M, N) float32. None for other layers.
+        counts: Number of tokens that leave each layer, prefix tokens included, (B, L) long.
+        num_tokens: Number of tokens that enter the first layer, prefix tokens included.
+        grid: Numbers of rows and columns of patches. Patch n is in row n // columns.
+        shares: Share of the dense model's multiply-adds that each image took in the encoder's layers, (B,) float64.
+        logits: Logits of the classes, (B, classes) float32. None if the model is not a classifier.
+        reduction: Configuration of the method. None if the model reduces nothing.
     """
 
     patch_maps: tuple[Tensor | None, ...]
@@ -42,31 +46,42 @@ class TokenMaps(NamedTuple):
     reduction: Any
 
     def reducing_layers(self) -> list[int]:
-        """The layers that some image leaves with fewer tokens than it entered with."""
+        """Return the layers that at least one image leaves with fewer tokens than it entered with."""
         entering = self.counts.roll(1, dims=1)
         entering[:, 0] = self.num_tokens
         return (entering > self.counts).any(dim=0).nonzero().flatten().tolist()
 
     def gathers_the_rest(self) -> bool:
-        """Whether a token of several patches is one that gathers what would else be dropped (EViT)."""
+        """Whether the method gathers patches into one token that would otherwise be dropped (EViT)."""
         return method_of(self.reduction).gathers_the_rest
 
     def differ(self) -> bool:
-        """Whether images were given different numbers of tokens."""
+        """Whether the images have different numbers of tokens."""
         return bool((self.counts != self.counts[:1]).any())
 
 
 @torch.no_grad()
 def token_maps(model: PreTrainedModel, pixel_values: Tensor, *, batch_size: int = 32) -> TokenMaps:
-    """Run a reduced model on pixel values (B, C, H, W) and follow every patch through its layers.
+    """Run a reduced model on images, and follow every patch through its layers.
 
-    Images of another size than the model's have their position encoding interpolated. The model is in eval mode
-    meanwhile, and all results come on the CPU.
+    The model runs in eval mode. If the images do not have the model's size, its position embeddings are interpolated.
+
+    Args:
+        model: A reduced model.
+        pixel_values: Pixel values, (B, C, H, W).
+        batch_size: Number of images that go through the model at once.
+
+    Returns:
+        `TokenMaps`: The maps, on the CPU.
+
+    Example:
+        >>> maps = token_maps(model, processor(images, return_tensors="pt")["pixel_values"])
+        >>> maps.counts[0].tolist()  # number of tokens of the first image after each layer
     """
     if not isinstance(model, PreTrainedModel) or not hasattr(model.config, "reduction"):
         raise ValueError(
-            f"Token maps are of a reduced model, got a {type(model).__name__}. Make one by reduce_tokens(model, "
-            "ToMeConfig(r=8)); of a wrapped model (PEFT, compiled, parallel), pass the model inside."
+            f"Token maps need a reduced model, got a {type(model).__name__}. Make one by reduce_tokens(model, "
+            "ToMeConfig(r=8)). If the model is wrapped (PEFT, compiled, parallel), pass the model inside."
         )
     if pixel_values.ndim != 4 or len(pixel_values) == 0:
         raise ValueError(f"pixel_values must be (B, C, H, W) with B above 0, got {tuple(pixel_values.shape)}.")
@@ -105,18 +120,20 @@ def token_maps(model: PreTrainedModel, pixel_values: Tensor, *, batch_size: int 
 
 
 def strongest_token(patch_weights: Tensor) -> Tensor:
-    """(..., M, N) -> (..., N) long: the token in which each patch weighs most, a hard view of mixtures."""
+    """Return the token in which each patch weighs most: patch weights (..., M, N) -> (..., N) long."""
     return patch_weights.argmax(dim=-2)
 
 
 def checked_layers(layers: Sequence[int] | None, maps: TokenMaps, most: int) -> list[int]:
-    """The layers to show: those given, or at most `most` of those that reduce, evenly spread and the last among
-    them."""
+    """Return the layers to show: those given, or else at most `most` of the layers that reduce.
+
+    The latter are evenly spread, and the last layer that reduces is always among them.
+    """
     num_layers = maps.counts.shape[1]
     if layers is not None:
         wrong = [layer for layer in layers if layer not in range(num_layers)]
         if wrong or len(layers) == 0:
-            raise ValueError(f"layers are 0-based indices from 0 to {num_layers - 1}, got {list(layers)}.")
+            raise ValueError(f"layers must be indices from 0 to {num_layers - 1}, got {list(layers)}.")
         return list(layers)
     reducing = maps.reducing_layers() or [num_layers - 1]
     count = min(most, len(reducing))
@@ -130,7 +147,7 @@ class _Tracked(NamedTuple):
 
 @contextmanager
 def _states(model: PreTrainedModel) -> Iterator[list[_Tracked]]:
-    """What each layer's state knows of the patches, in the order in which the layers run."""
+    """Collect where the patches are after each layer, in the order in which the layers run."""
     states: list[_Tracked] = []
 
     def keep(layer: Any, inputs: Any, state: Any) -> None:
@@ -145,7 +162,7 @@ def _states(model: PreTrainedModel) -> Iterator[list[_Tracked]]:
 
 
 def _per_layer(batches: list[list[Tensor | None]]) -> tuple[Tensor | None, ...]:
-    """Batches of layers -> layers, each with all images."""
+    """Join the batches: a list of layers for each batch -> a tensor of all images for each layer."""
     layers = []
     for parts in zip(*batches, strict=True):
         tensors = [part for part in parts if part is not None]

@@ -1,4 +1,4 @@
-"""Token maps as one HTML file that needs nothing else: pictures inside, no script, no request."""
+"""Write token maps as one HTML file that contains its pictures, has no scripts and loads nothing else."""
 
 import base64
 import io
@@ -21,9 +21,9 @@ from .maps import TokenMaps, checked_layers, token_maps
 from .template import PAGE
 
 
-MAP_SIZE, THUMBNAIL, HEAT_SIZE = 256, 112, 128  # pixels of the longer side, about
-RANKED = 6  # images listed at either end, if there are more than twice as many
-MIXTURES = 6  # tokens shown of each image
+MAP_SIZE, THUMBNAIL, HEAT_SIZE = 256, 112, 128  # approximate length of the longer side in pixels
+RANKED = 6  # number of images at either end of the ranking, if there are more than twice as many
+MIXTURES = 6  # number of mixed tokens that are shown for each image
 
 
 class Picture(NamedTuple):
@@ -49,12 +49,24 @@ def write_page(
     layers: Sequence[int] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write an HTML page that shows what a reduced model did to each of some images. Returns its path.
+    """Write an HTML page that shows what a reduced model did to each image.
 
-    images: pictures, files, or pixel values that `processor` made, (B, C, H, W). A page takes about 100 KB per image.
-    dense: the model to compare predictions with, such as `restore(model)` where nothing was trained
-    names: one per image, by default those of the files
-    layers: 0-based, whose maps are shown; by default up to five of those that reduce
+    Args:
+        model: A reduced model.
+        images: Pictures, files, or pixel values (B, C, H, W) that `processor` made. The page has about 100 KB for
+            each image.
+        processor: The image processor of the model.
+        path: The HTML file to write.
+        dense: A model to compare the predictions with, such as `restore(model)` if the model was not trained.
+        names: Names of the images. None: the names of the files.
+        layers: The layers whose maps are shown, counted from 0. None: up to five of the layers that reduce.
+        title: Title of the page.
+
+    Returns:
+        `Path`: The path of the page.
+
+    Example:
+        >>> write_page(model, ["cat.jpg", "dog.jpg"], processor, "tokens.html", dense=restore(model))
     """
     path = Path(path)
     if path.is_dir():
@@ -111,7 +123,7 @@ def write_page(
 
 
 def _settings(reduction: Any) -> dict[str, str]:
-    """What is set and decides: neither what only training looks at, nor thresholds that were learned since."""
+    """Return the settings that matter now: without those for training, and without thresholds that were learned."""
     values = reduction.to_dict()
     shown = method_of(reduction).shown_settings
     names = tuple(values) if shown is None else shown
@@ -119,7 +131,7 @@ def _settings(reduction: Any) -> dict[str, str]:
 
 
 def _thresholds(model: PreTrainedModel) -> dict[str, list[float]]:
-    """What the method has learned, of each layer."""
+    """Return the numbers that the method has learned for each layer."""
     reduction = model.config.reduction
     return method_of(reduction).learned_numbers(model)
 
@@ -153,7 +165,7 @@ def _dense_logits(dense: PreTrainedModel, pixel_values: Tensor) -> Tensor:
 
 
 def _guesses(logits: Tensor | None, model: PreTrainedModel) -> list[Guess] | None:
-    """The most probable label of each image. None of a model without a classifier."""
+    """Return the most probable label of each image. None if the model is not a classifier."""
     if logits is None:
         return None
     best = logits.softmax(dim=-1).max(dim=-1)
@@ -167,13 +179,13 @@ def _guesses(logits: Tensor | None, model: PreTrainedModel) -> list[Guess] | Non
 def _agreeing(guesses: list[Guess] | None, dense: list[Guess] | None) -> int | None:
     if guesses is None or dense is None:
         return None
-    return sum(ours.full_label == theirs.full_label for ours, theirs in zip(guesses, dense, strict=True))
+    return sum(guess.full_label == other.full_label for guess, other in zip(guesses, dense, strict=True))
 
 
 def _ranking(
     maps: TokenMaps, names: Sequence[str], pictures: Sequence[Image.Image]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Images from the one that took least to the one that took most, or, if they are many, those at either end."""
+    """Rank images by the multiply-adds they took, from the fewest. If there are many, return those at either end."""
     last = maps.counts.shape[1] - 1
 
     def entry(index: int) -> dict[str, Any]:
@@ -194,7 +206,7 @@ def _ranking(
 
 
 def _heats(maps: TokenMaps, names: Sequence[str], pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """Of mixtures: how much each patch weighs in all tokens together, and where some of them look."""
+    """Draw the weight of each patch in all tokens together, and in some tokens alone, if tokens are mixtures."""
     weights = maps.patch_weights[-1]
     if weights is None:
         return []
@@ -217,7 +229,7 @@ def _heats(maps: TokenMaps, names: Sequence[str], pictures: Sequence[Image.Image
 
 
 def _chart(maps: TokenMaps, names: Sequence[str]) -> dict[str, Any]:
-    """A line per image over the layers, in the units of a drawing of 760 x 240; one line if all are the same."""
+    """Compute the lines of the chart, one per image, in a drawing of 760 x 240. If all are equal, only their mean."""
     left, right, top, bottom = 46.0, 640.0, 14.0, 206.0
     num_layers = maps.counts.shape[1]
 

@@ -1,4 +1,4 @@
-"""The page that `write_page` fills in."""
+"""The Jinja template of the page that `write_page` writes."""
 
 PAGE = """\
 <!DOCTYPE html>
@@ -83,7 +83,7 @@ footer { margin-top: 2.5rem; padding-top: .8rem; border-top: 1px solid var(--lin
 <div><dt>of {{ maps.num_tokens }} tokens leave the last layer{{ ", on average" if adaptive }}</dt>
 <dd>{{ "%.1f"|format(mean_counts[-1]) if adaptive else least_counts[-1] }}</dd></div>
 {% if agreeing is not none %}
-<div><dt>predictions are the dense model's</dt><dd>{{ agreeing }} of {{ rows|length }}</dd></div>
+<div><dt>predictions are the same as the dense model's</dt><dd>{{ agreeing }} of {{ rows|length }}</dd></div>
 {% else %}
 <div><dt>{{ "image" if rows|length == 1 else "images" }}</dt><dd>{{ rows|length }}</dd></div>
 {% endif %}
@@ -105,7 +105,7 @@ footer { margin-top: 2.5rem; padding-top: .8rem; border-top: 1px solid var(--lin
 <text x="{{ (chart.left + chart.right) / 2 }}" y="{{ chart.bottom + 32 }}" text-anchor="middle">layer</text>
 {% for line in chart.lines %}
 <polyline class="one" points="{{ line.points }}" fill="none" stroke="#7d8896" stroke-opacity=".5"><title>{{
-line.name }}: {{ line.tokens }} tokens in the end</title></polyline>
+line.name }}: {{ line.tokens }} tokens after the last layer</title></polyline>
 {% endfor %}
 <polyline class="mean" points="{{ chart.mean.points }}" fill="none" stroke="#2463c5" stroke-width="2.5"
  stroke-linejoin="round"/>
@@ -129,7 +129,7 @@ line.name }}: {{ line.tokens }} tokens in the end</title></polyline>
 {% if ranking %}
 <section id="ranking">
 <h2>From the easiest image to the hardest</h2>
-<p class="note">By the share of a dense model's multiply-adds that each took.</p>
+<p class="note">Images are sorted by the share of the dense model's multiply-adds that each of them took.</p>
 <div class="rankings">
 {% for label, entries in ranking.items() %}
 <div>
@@ -154,14 +154,14 @@ line.name }}: {{ line.tokens }} tokens in the end</title></polyline>
 <h2>What happened to the patches</h2>
 <p class="note">
 {% if heats %}
-Tokens are mixtures of patches: each patch is drawn with the token in which it weighs most. Patches drawn together
-share their mean colour and an outline.
+Tokens are mixtures of patches. Each patch is drawn as part of the token in which it weighs most. Patches of the same
+token share their mean colour and an outline.
 {% elif maps.gathers_the_rest() %}
-Pale, flat regions are patches that were gathered into one token when they would else have been dropped. All others are
-still a token each.
+Pale, flat areas show patches that were gathered into one token; otherwise they would have been dropped. Every other
+patch is still a token of its own.
 {% else %}
-Faded patches were dropped. Patches that became one token share its mean colour and an outline. All others are still a
-token each.
+Faded patches were dropped. Patches that became one token share their mean colour and an outline. Every other patch is
+still a token of its own.
 {% endif %}
 </p>
 {% for row in rows %}
@@ -195,9 +195,10 @@ guess(row.guess) }}</dd>
 
 {% if heats %}
 <section id="mixtures" class="heats">
-<h2>Where the last tokens look</h2>
-<p class="note">The weight of each patch, summed over all tokens and in the tokens that look most sharply. Every
-picture has its own scale, from dark (nothing) to bright (the most), by the square root of the weight.</p>
+<h2>Patches in the last tokens</h2>
+<p class="note">The pictures show the weight of each patch: first summed over all tokens, then in the tokens with the
+largest single weights. Every picture has its own scale, from dark (no weight) to bright (the largest weight), by the
+square root of the weight.</p>
 {% for heat in heats %}
 <article class="image">
 <h3>{{ heat.name }}</h3>
@@ -215,7 +216,7 @@ picture has its own scale, from dark (nothing) to bright (the most), by the squa
 {% endif %}
 
 <footer class="note">
-<p>Layers count from 0. Token counts include the class token and other prefix tokens, which are never merged or
+<p>Layers are counted from 0. Token counts include the class token and other prefix tokens, which are never merged or
 dropped. Multiply-adds are those of the encoder's layers and of the method itself. Images are shown as the model saw
 them.</p>
 </footer>
