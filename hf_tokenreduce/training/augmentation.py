@@ -345,7 +345,7 @@ def decoded(image: Any) -> Image.Image:
             raise ValueError("the row holds no image")
         image = ImageFeature().decode_example(image)
         image.load()
-    except Exception as error:  # Pillow raises whatever its parsers trip over: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # parsers of Pillow raise many kinds: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"The image {name} cannot be read: {error}") from error
     return image
 

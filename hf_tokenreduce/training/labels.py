@@ -76,7 +76,7 @@ def make_labels(
     image_column_name: str = "image",
     label_column_name: str = "label",
 ) -> Labelling:
-    """Label every patch of every image: keep it, or drop it?
+    """Decide for every patch of every image whether it should be kept.
 
     The *delta* of a patch is how much the loss of `model` grows when the patch is masked. Patches with a large delta
     are kept. The labels are the data set `output_dir`/labels with the columns index (row of `dataset`), label

@@ -16,7 +16,7 @@ from .maps import TokenMaps, strongest_token
 
 
 FADE = 0.8  # how far a dropped patch is blended with white
-PALE = 0.62  # how far a token is that gathers the patches which would otherwise be dropped
+PALE = 0.62  # how far a token of gathered patches (EViT) is blended with white
 # Colours from no weight to the largest weight.
 HEAT = np.array([(18, 14, 52), (78, 22, 110), (158, 42, 99), (222, 82, 58), (251, 160, 40), (252, 238, 150)], float)
 
