@@ -48,7 +48,7 @@ format: $(INSTALLED)
 
 # Reads the package's sources and imports nothing of it, so an environment of its own is enough.
 docs: $(DOCS_INSTALLED)  ## the documentation as a site, in site/
-	$(DOCS_VENV)/bin/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
 
 $(DOCS_INSTALLED): docs/requirements.txt
 	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)

@@ -1,5 +1,7 @@
-"""Every code block of the README and the pages runs, on tiny data under the names that the pages use."""
+"""Every code block of the README, the pages and the notebooks runs, on tiny data under the names that they use."""
 
+import json
+import pkgutil
 import re
 import runpy
 import shlex
@@ -24,6 +26,8 @@ from hf_tokenreduce_cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+WITHOUT_CODE = ("methods", "faq", "glossary", "results", "add-a-method", "add-an-encoder")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -67,7 +71,40 @@ def test_code_runs(page, place, monkeypatch, tmp_path):
             for line in code.replace("\\\n", " ").splitlines():
                 run_line(shlex.split(line, comments=True))
                 ran += 1
-    assert ran or page.stem in ("methods", "faq")
+    assert ran or page.stem in WITHOUT_CODE or page.parent.name == "api"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_run(notebook, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    cells = json.loads(notebook.read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert code and all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code")
+    names: dict = {}
+    for number, text in enumerate(code):
+        exec(compile(text, f"{notebook.name}, code cell {number}", "exec"), names)
+
+
+def test_the_page_on_adding_a_method_shows_the_example():
+    page, example = ROOT / "docs" / "add-a-method.md", ROOT / "examples" / "add_a_method.py"
+    shown = [code for language, code in BLOCK.findall(page.read_text()) if language == "py"]
+    assert shown
+    for code in shown:
+        assert code in example.read_text(), f"docs/add-a-method.md shows what is not in the example:\n{code}"
+
+
+def test_the_reference_names_what_exists():
+    names = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
+    assert len(names) > 50
+    for name in names:
+        assert pkgutil.resolve_name(name), name
+
+
+def test_every_page_is_in_the_site():
+    listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+    assert pages <= listed, pages - listed
 
 
 def run_line(words):
@@ -87,6 +124,13 @@ def run_line(words):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_results_are_those_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = runpy.run_path(str(ROOT / "benchmarks" / "results_page.py"))["page"]
+    how = "Run python benchmarks/results_page.py."
+    assert (page() == (ROOT / "docs" / "results.md").read_text()) is True, how
 
 
 def test_tables_are_those_that_their_commands_print():
