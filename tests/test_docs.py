@@ -20,7 +20,7 @@ from hf_tokenreduce import reduce_tokens
 from hf_tokenreduce.families import families_table
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.methods import METHODS
-from hf_tokenreduce.methods.table import method_page, methods_page, methods_table
+from hf_tokenreduce.methods.table import _meanings, method_page, methods_page, methods_table
 from hf_tokenreduce_cli import main
 
 
@@ -131,6 +131,27 @@ def test_results_are_those_of_the_records(monkeypatch):
     page = runpy.run_path(str(ROOT / "benchmarks" / "results_page.py"))["page"]
     how = "Run python benchmarks/results_page.py."
     assert (page() == (ROOT / "docs" / "results.md").read_text()) is True, how
+
+
+def test_pictures_of_methods_are_drawn(place, tmp_path):
+    main_of_script = runpy.run_path(str(ROOT / "docs" / "make_pictures.py"))["main"]
+    model, photos = str(place / "facebook" / "deit-small-patch16-224"), place / "photos"
+    options = ["--images", str(photos), "--output_dir", str(tmp_path), "--methods", "tome", "ltmp", "dlvit"]
+    main_of_script([model, str(photos / "0" / "0.png"), *options])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dlvit.webp", "ltmp.webp", "tome.webp"]
+    assert Image.open(tmp_path / "tome.webp").width > 2 * 250
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    [
+        "Merge.\n\nr, s: how many, and\n    no more\nflag: whether",
+        "Merge.\n\nArgs:\n    r, s (`int`, *optional*, defaults to `(3, 6)`): how many, and\n        no more\n"
+        "    flag: whether\n",
+    ],
+)
+def test_pages_show_what_docstrings_say_of_fields(docstring):
+    assert _meanings(docstring) == {"r": "how many, and no more", "s": "how many, and no more", "flag": "whether"}
 
 
 def test_tables_are_those_that_their_commands_print():
