@@ -199,7 +199,7 @@ def _usage(method: Method) -> str:
     option = " --images photos" if fitted else ""
     return (
         f'```python\nreduced = reduce_tokens(model, "{method.name}", share=0.65{images})\n```\n\n'
-        f"The result keeps 65 % of the multiply-adds of the encoder. {_FOUND['images' if fitted else 'nothing']} "
+        f"The result keeps 65 % of the multiply-adds of the encoder. {_FOUND['images' if fitted else 'nothing']}"
         f"\n\nThe same from a terminal: `tokenreduce reduce MODEL -r {method.name} --share 0.65{option} -o FOLDER`."
     )
 
