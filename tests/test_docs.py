@@ -133,6 +133,21 @@ def test_results_are_those_of_the_records(monkeypatch):
     assert (page() == (ROOT / "docs" / "results.md").read_text()) is True, how
 
 
+def test_results_have_a_section_for_training_runs(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = runpy.run_path(str(ROOT / "benchmarks" / "results_page.py"))["page"]
+    assert "##" not in page(tmp_path, tmp_path)
+    setting = {"model": "deit-tiny", "train": "flowers", "eval": ["test"], "epochs": 3, "bf16": True}
+    folder = tmp_path / "train-flowers-deit-tiny"
+    folder.mkdir()
+    for name, share, right in (("dense", None, "1110"), ("tome", 0.65, "1111")):
+        row = {"name": name, "share": share, "seed": 0, "right": right, "top1": 25.0 * right.count("1")}
+        row |= {"mult_adds_ratio": share or 1.0, "setting": setting, "seconds": 60, "machine": "GPU, 1"}
+        (folder / f"{name}.json").write_text(json.dumps(row))
+    text = page(tmp_path, tmp_path)
+    assert "## After training: deit-tiny trained on flowers" in text and "| ToMe | 0.65 | 0.65 | 100.0 | +25.0" in text
+
+
 def test_pictures_of_methods_are_drawn(place, tmp_path):
     main_of_script = runpy.run_path(str(ROOT / "docs" / "make_pictures.py"))["main"]
     model, photos = str(place / "facebook" / "deit-small-patch16-224"), place / "photos"
