@@ -2,13 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_VENV := .venv-docs
+DOCS_INSTALLED := $(DOCS_VENV)/.installed
 TRANSFORMERS_TESTS := .cache/transformers-source
 # The oldest transformers that pyproject.toml allows, and the newest that was tried.
 SUPPORTED := 5.19.0 5.24.0
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-conformance scan-families bench-cuda check format clean
+.PHONY: demo test test-slow test-conformance scan-families bench-cuda check format docs clean
 
 demo: $(INSTALLED)  ## draw images, train a small ViT, reduce it by every method; a report in demo/
 	$(BIN)/tokenreduce demo --output-dir demo
@@ -44,6 +46,15 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Reads the package's sources and imports nothing of it, so an environment of its own is enough.
+docs: $(DOCS_INSTALLED)  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
+
+$(DOCS_INSTALLED): docs/requirements.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	touch $@
+
 # One call installs everything, so that pip sees torch's pin before any package asks for torch.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,4 +62,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache demo build dist *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) .cache demo build dist site *.egg-info

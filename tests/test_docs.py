@@ -1,5 +1,7 @@
-"""Every code block of the README and the pages runs, on tiny data under the names that the pages use."""
+"""Every code block of the README, the pages and the notebooks runs, on tiny data under the names that they use."""
 
+import json
+import pkgutil
 import re
 import runpy
 import shlex
@@ -18,12 +20,14 @@ from hf_tokenreduce import reduce_tokens
 from hf_tokenreduce.families import families_table
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.methods import METHODS
-from hf_tokenreduce.methods.table import method_page, methods_page, methods_table
+from hf_tokenreduce.methods.table import _meanings, method_page, methods_page, methods_table
 from hf_tokenreduce_cli import main
 
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+WITHOUT_CODE = ("methods", "faq", "glossary", "results", "add-a-method", "add-an-encoder")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -67,7 +71,40 @@ def test_code_runs(page, place, monkeypatch, tmp_path):
             for line in code.replace("\\\n", " ").splitlines():
                 run_line(shlex.split(line, comments=True))
                 ran += 1
-    assert ran or page.stem in ("methods", "faq")
+    assert ran or page.stem in WITHOUT_CODE or page.parent.name == "api"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_run(notebook, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    cells = json.loads(notebook.read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert code and all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code")
+    names: dict = {}
+    for number, text in enumerate(code):
+        exec(compile(text, f"{notebook.name}, code cell {number}", "exec"), names)
+
+
+def test_the_page_on_adding_a_method_shows_the_example():
+    page, example = ROOT / "docs" / "add-a-method.md", ROOT / "examples" / "add_a_method.py"
+    shown = [code for language, code in BLOCK.findall(page.read_text()) if language == "py"]
+    assert shown
+    for code in shown:
+        assert code in example.read_text(), f"docs/add-a-method.md shows what is not in the example:\n{code}"
+
+
+def test_the_reference_names_what_exists():
+    names = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
+    assert len(names) > 50
+    for name in names:
+        assert pkgutil.resolve_name(name), name
+
+
+def test_every_page_is_in_the_site():
+    listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+    assert pages <= listed, pages - listed
 
 
 def run_line(words):
@@ -87,6 +124,49 @@ def run_line(words):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_results_are_those_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = runpy.run_path(str(ROOT / "benchmarks" / "results_page.py"))["page"]
+    how = "Run python benchmarks/results_page.py."
+    assert (page() == (ROOT / "docs" / "results.md").read_text()) is True, how
+
+
+def test_results_have_a_section_for_training_runs(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = runpy.run_path(str(ROOT / "benchmarks" / "results_page.py"))["page"]
+    assert "##" not in page(tmp_path, tmp_path)
+    setting = {"model": "deit-tiny", "train": "flowers", "eval": ["test"], "epochs": 3, "bf16": True}
+    folder = tmp_path / "train-flowers-deit-tiny"
+    folder.mkdir()
+    for name, share, right in (("dense", None, "1110"), ("tome", 0.65, "1111")):
+        row = {"name": name, "share": share, "seed": 0, "right": right, "top1": 25.0 * right.count("1")}
+        row |= {"mult_adds_ratio": share or 1.0, "setting": setting, "seconds": 60, "machine": "GPU, 1"}
+        (folder / f"{name}.json").write_text(json.dumps(row))
+    text = page(tmp_path, tmp_path)
+    assert "## After training: deit-tiny trained on flowers" in text and "| ToMe | 0.65 | 0.65 | 100.0 | +25.0" in text
+
+
+def test_pictures_of_methods_are_drawn(place, tmp_path):
+    main_of_script = runpy.run_path(str(ROOT / "docs" / "make_pictures.py"))["main"]
+    model, photos = str(place / "facebook" / "deit-small-patch16-224"), place / "photos"
+    options = ["--images", str(photos), "--output_dir", str(tmp_path), "--methods", "tome", "ltmp", "dlvit"]
+    main_of_script([model, str(photos / "0" / "0.png"), *options])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dlvit.webp", "ltmp.webp", "tome.webp"]
+    assert Image.open(tmp_path / "tome.webp").width > 2 * 250
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    [
+        "Merge.\n\nr, s: how many, and\n    no more\nflag: whether",
+        "Merge.\n\nArgs:\n    r, s (`int`, *optional*, defaults to `(3, 6)`): how many, and\n        no more\n"
+        "    flag: whether\n",
+    ],
+)
+def test_pages_show_what_docstrings_say_of_fields(docstring):
+    assert _meanings(docstring) == {"r": "how many, and no more", "s": "how many, and no more", "flag": "whether"}
 
 
 def test_tables_are_those_that_their_commands_print():
