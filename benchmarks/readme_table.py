@@ -1,0 +1,69 @@
+"""The table of methods in README.md, made from what the benchmarks recorded.
+
+    python benchmarks/readme_table.py
+
+Puts the table between its two marks in README.md. The texts are here; every number comes from `benchmarks/results/`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_tokenreduce.files import write_whole
+from hf_tokenreduce.methods import METHODS
+
+
+ROOT = Path(__file__).resolve().parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- tokenreduce:begin table -->", "<!-- tokenreduce:end table -->"
+MODEL, SHARE, BATCH = "deit-tiny-patch16-224", 0.65, 8
+
+# What it needs, and when to take it.
+TEXTS = {
+    "tome": ("nothing", "For a first try. It works with every model and any image size."),
+    "protected": ("nothing", "When accuracy counts and nothing is trained. It is our own."),
+    "bat": ("nothing", "As Protected, when you also want to fine-tune."),
+    "evit": ("fine-tuning", "When you fine-tune anyway, and speed counts."),
+    "sit": ("long fine-tuning", "When you can train for long."),
+    "dlvit": ("labels and fine-tuning", "When you can train, and memory counts."),
+    "ats": ("unlabelled images", "When some images need fewer tokens than others."),
+    "ltmp": ("unlabelled images", "As ATS, when accuracy counts more than speed."),
+}
+
+
+def readme_table() -> str:
+    """Make the table from the records."""
+    free = json.loads((RESULTS / "training-free-odd.json").read_text())["results"]
+    drops = {row["method"]: row for row in free if row["model"] == MODEL and row["share"] == SHARE and "drop" in row}
+    file = next(iter(sorted(RESULTS.glob("speed-deit-tiny-*onnx*.json"))))
+    speeds = {(row["method"], row["runtime"]): row for row in _of_batch(json.loads(file.read_text())["rows"])}
+    lines = [
+        "| method | drop of top-1, points | faster, PyTorch | faster, ONNX Runtime | it needs | take it |",
+        "|" + "---|" * 6,
+    ]
+    for name, (needs, when) in TEXTS.items():
+        drop = drops.get(name) if "fine-tuning" not in needs else None
+        cells = [
+            f"[{METHODS[name].title}](docs/methods/{name}.md)",
+            f"{drop['drop']:.1f} ({drop['drop_interval'][0]:.1f} to {drop['drop_interval'][1]:.1f})" if drop else "",
+            *(f"{speeds[name, way]['speedup']:.2f}" if (name, way) in speeds else "" for way in ("eager", "onnx")),
+            needs,
+            when,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _of_batch(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["batch_size"] == BATCH]
+
+
+def with_table(text: str) -> str:
+    """Put the table between the marks of a text."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{readme_table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    write_whole(README, with_table(README.read_text()))
+    print(readme_table())
