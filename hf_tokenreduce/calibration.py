@@ -34,8 +34,9 @@ def calibrate(
         image_processor: Image processor of the model. It is needed if `images` is a folder.
         max_images (`int`): Highest number of images. If there are more, an evenly spread part is used.
         options: Further arguments of the method. LTMP takes `merge_share`, the share of the removed tokens that are
-            merged (0.8), and `tolerance`, the allowed distance from the target (0.005). SiT takes `steps`, the number
-            of training steps per network (600).
+            merged (0.8), `first_layer`, the first layer that removes tokens (a quarter of the layers come before it),
+            and `tolerance`, the allowed distance from the target (0.005). SiT takes `steps`, the number of training
+            steps per network (600).
 
     Returns:
         `float`: Share of the multiply-adds of its layers that the model now keeps on these images.

@@ -230,6 +230,24 @@ def test_calibration_takes_the_images_and_the_share_it_is_told():
     assert merged[0] < 0.8 < merged[1]
 
 
+def test_calibration_leaves_the_first_layers_alone():
+    images = tiny_images(32)
+    for target, options, dense in (
+        (0.8, {}, 1),
+        (0.8, {"first_layer": 2}, 2),
+        (0.4, {}, 0),
+        (0.8, {"first_layer": 0}, 0),
+    ):
+        model = reduce_tokens(tiny_model(), LTMPConfig())
+        calibrate(model, images, target, **options)
+        counts = model(images, output_patch_map=True).token_counts.double().mean(dim=0)
+        assert counts[:dense].tolist() == [65] * dense and (counts[dense:] < 64).all()
+    with pytest.raises(ValueError, match=r"first_layer must be the index of a layer, from 0 to 3, got 4"):
+        calibrate(model, images, 0.8, first_layer=4)
+    with pytest.raises(ValueError, match=r"from layer 3 on, .* are kept\. .* an earlier first_layer"):
+        calibrate(model, images, 0.3, first_layer=3)
+
+
 @pytest.mark.parametrize("setting", KINDS[:3])
 def test_thresholds_in_a_file(tmp_path, setting):
     model = with_random_thresholds(setting, 5)

@@ -22,12 +22,19 @@ logger = logging.get_logger(__name__)
 
 @torch.no_grad()
 def fit_thresholds(
-    model: PreTrainedModel, pixels: Tensor, target: Any, *, merge_share: float = 0.8, tolerance: float = 0.005
+    model: PreTrainedModel,
+    pixels: Tensor,
+    target: Any,
+    *,
+    merge_share: float = 0.8,
+    first_layer: int | None = None,
+    tolerance: float = 0.005,
 ) -> float:
     """Set the thresholds of a model so that it keeps `target` of the multiply-adds on images.
 
-    It searches one number: how many tokens each layer removes from an average image. For each number that it tries, a
-    forward sets the thresholds of every layer to quantiles of the scores in that layer.
+    It searches one number: the share of the tokens that each layer removes from an average image. For each number that
+    it tries, a forward sets the thresholds of every layer to quantiles of the scores in that layer. The first layers
+    remove nothing: tokens that are removed early cost more accuracy than they save work.
 
     Args:
         model: A model that LTMP reduces.
@@ -35,6 +42,8 @@ def fit_thresholds(
         target: Share of the multiply-adds to keep, above 0 and at most 1.
         merge_share: Share of the removed tokens that merge; the others are pruned. It has no effect if the model only
             merges or only prunes.
+        first_layer: 0-based index of the first layer that removes tokens. By default a quarter of the layers come
+            before it, or fewer where a low target asks for that.
         tolerance: Largest accepted distance from the target.
 
     Returns:
@@ -52,24 +61,34 @@ def fit_thresholds(
     num_tokens = encoder.embed(pixels).shape[1]  # images may have another size than the model's own
     given = [(threshold, threshold.clone()) for reducer in reducers for threshold in reducer.parameters()]
     merge_share = merge_share if settings.merge and settings.prune else float(settings.merge)
+    starts = (len(reducers) // 4, 0) if target >= 0.5 else (0,)
+    if first_layer is not None and not 0 <= first_layer < len(reducers):
+        raise ValueError(
+            f"first_layer must be the index of a layer, from 0 to {len(reducers) - 1}, got {first_layer}."
+        )
+    place = {id(reducer): layer for layer, reducer in enumerate(reducers)}
 
-    def share_when_removing(tokens: float) -> float:
+    def share_when_removing(part: float, first: int) -> float:
         def fit(reducer: Any, view: Any, state: TokenState) -> None:
-            _set_thresholds(reducer, view, state, tokens, merge_share)
+            _set_thresholds(reducer, view, state, part if place[id(reducer)] >= first else 0.0, merge_share)
 
         with before_acting(reducers, "after_attention", fit):
             counts = image_side(model)(pixels, **all_layers_act(model)).token_counts.cpu()
         return shares_kept(model.config, counts, num_tokens, settings).mean().item()
 
     try:
-        least = share_when_removing(num_tokens)
-        if target < least - tolerance:
+        for first in starts if first_layer is None else (first_layer,):
+            least = share_when_removing(1.0, first)
+            if target >= least - tolerance:
+                break
+        else:
             raise ValueError(
-                f"target={target} cannot be reached: when all tokens are removed, {merge_share:.2f} of them by "
-                f"merging, {least:.3f} of the multiply-adds are kept. Give a higher target or a lower merge_share."
+                f"target={target} cannot be reached: when all tokens are removed from layer {first} on, "
+                f"{merge_share:.2f} of them by merging, {least:.3f} of the multiply-adds are kept. Give a higher "
+                "target, a lower merge_share or an earlier first_layer."
             )
-        low, high, removed = 0.0, float(num_tokens), 0.0
-        share = share_when_removing(removed)
+        low, high, removed = 0.0, 1.0, 0.0
+        share = share_when_removing(removed, first)
         if share < target - tolerance:
             raise ValueError(
                 f"target={target} cannot be reached: max_tokens={settings.max_tokens} keeps {share:.3f} of the "
@@ -80,7 +99,7 @@ def fit_thresholds(
                 break
             low, high = (removed, high) if share > target else (low, removed)
             removed = (low + high) / 2
-            share = share_when_removing(removed)
+            share = share_when_removing(removed, first)
     except BaseException:
         for threshold, value in given:
             threshold.copy_(value)
@@ -90,15 +109,16 @@ def fit_thresholds(
     return share
 
 
-def _set_thresholds(reducer: Any, view: Any, state: Any, tokens: float, merge_share: float) -> None:
-    """Set a reducer's thresholds so that its layer removes `tokens` tokens from an average image."""
+def _set_thresholds(reducer: Any, view: Any, state: Any, part: float, merge_share: float) -> None:
+    """Set a reducer's thresholds so that its layer removes a part of the tokens that are present, from 0 to 1."""
     prefix, num_tokens = state.num_prefix_tokens, state.num_patch_tokens
     valid = state.valid()
     if valid is None:
         valid = torch.ones(view.key.shape[0], num_tokens, dtype=torch.bool, device=view.key.device)
     keys = view.patch_keys() if reducer.settings.merge else None
     importance = torch.ones(valid.shape, device=valid.device) if view.received is None else view.received[:, prefix:]
-    to_merge, to_prune = (round(share * tokens * len(valid)) for share in (merge_share, 1 - merge_share))
+    present = int(valid.sum())
+    to_merge, to_prune = (round(share * part * present) for share in (merge_share, 1 - merge_share))
     threshold: Any = torch.inf
     if reducer.settings.merge:
         untouched = decide_by_thresholds(keys, importance, valid, torch.inf, -torch.inf, prefix)
