@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..modeling.encoders import MODELS, PREFIX, TOWERS, Tower, encoder_config, facts_of, stock_type
 from ..modeling.modeling_tokenreduce import reduced_model_class
 from ..tasks import Task, task_of
-from .contents import CODE, one_line, read_json, short
+from .code_files import CODE
+from .contents import one_line, read_json, short
 
 
 CLASSES: dict[str, type[PreTrainedModel]] = {
