@@ -1,4 +1,4 @@
-"""`check_folder`: whether a folder can be published, seen from a process that knows nothing of this package."""
+"""Check whether a folder can be published: also in a fresh process that cannot import this package."""
 
 import json
 import os
@@ -40,7 +40,7 @@ TOLERANCE = 1e-5
 MOST_REPORTED = 10
 SAMPLES = 16_000  # of sound
 
-# Of this process's environment; credentials may stand under any other name.
+# The only variables of this process that the fresh one gets: credentials may stand under any other name.
 PASSED_ON = {"PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT"}
 
 
@@ -166,7 +166,7 @@ def check_folder(
 
 
 def copy_files(folder: Path, files: dict[str, int], target: Path, link: bool = False) -> None:
-    """Exactly these files, in the same places. `link`: by links where the system has them, for a short-lived copy."""
+    """Copy exactly these files to the same places of `target`; with `link`, as links where the system allows it."""
     for name in files:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if link:
@@ -219,8 +219,10 @@ def _about_version(folder: Path, version: str | None) -> list[str]:
 
 
 def _compare(folder: Path, files: dict[str, int], config: Any, images: Tensor | None, timeout: float) -> float:
-    """The largest difference between what a fresh process and this one compute. Raises a ValueError if it does not
-    load, or if that is too large."""
+    """Find the largest difference between what a fresh process and this one compute.
+
+    Raises a ValueError if the model does not load there, or if the difference is too large.
+    """
     stock = model_class_of(config).__name__.removeprefix(PREFIX)
     plan: dict[str, Any] = {
         "auto_class": task_of_config(config).auto_class,
@@ -232,23 +234,23 @@ def _compare(folder: Path, files: dict[str, int], config: Any, images: Tensor | 
         copy_files(folder, files, copy, link=True)
         try:
             inputs = _inputs(copy, config, images, takes_texts(stock))
-            ours, text = fresh.observe(str(copy), inputs, **plan, trust=False)
+            outputs, text = fresh.observe(str(copy), inputs, **plan, trust=False)
         except Exception as error:
             raise ValueError(f"The model or what prepares its inputs does not run: {one_line(error)}") from error
-        _check_finite(ours, "here")
+        _check_finite(outputs, "here")
         save_file({name: value.contiguous() for name, value in inputs.items()}, Path(work, "inputs.safetensors"))
         _run_fresh(copy, work, {**plan, "threads": torch.get_num_threads()}, timeout)
-        theirs = load_file(Path(work, "outputs.safetensors"))
-        their_text = json.loads(Path(work, "generated.json").read_text())
-    _check_finite(theirs, "in a fresh process")
-    differences = {name: _difference(ours[name], theirs[name]) for name in ours}
-    allowed = {name: TOLERANCE * max(1.0, value.abs().max().item()) for name, value in ours.items()}
-    if text != their_text or any(differences[name] > allowed[name] for name in ours):
+        fresh_outputs = load_file(Path(work, "outputs.safetensors"))
+        fresh_text = json.loads(Path(work, "generated.json").read_text())
+    _check_finite(fresh_outputs, "in a fresh process")
+    differences = {name: _difference(outputs[name], fresh_outputs[name]) for name in outputs}
+    allowed = {name: TOLERANCE * max(1.0, value.abs().max().item()) for name, value in outputs.items()}
+    if text != fresh_text or any(differences[name] > allowed[name] for name in outputs):
         found = f"the output differs by {differences['output']:.1e}"
         if "answer" in differences:
             found += f", the answer of pipeline by {differences['answer']:.1e}"
-        if text != their_text:
-            found += f", which is {one_line(repr(their_text), 60)} instead of {one_line(repr(text), 60)}"
+        if text != fresh_text:
+            found += f", which is {one_line(repr(fresh_text), 60)} instead of {one_line(repr(text), 60)}"
         raise ValueError(
             f"In a fresh process the model computes something else: {found}. Save it again with this version: "
             "model.save_pretrained(folder)."
@@ -286,12 +288,13 @@ def _check_finite(found: dict[str, Tensor], where: str) -> None:
         )
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, of finite numbers."""
-    return (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
+def _difference(here: Tensor, there: Tensor) -> float:
+    """Find the largest difference of two tensors of finite numbers; infinite if their shapes differ."""
+    return (here - there).abs().max().item() if here.shape == there.shape else float("inf")
 
 
 def _run_fresh(copy: Path, work: str, plan: dict[str, Any], timeout: float) -> None:
+    """Run `fresh.py` on a copy of the folder, in a process without this package and without credentials."""
     environment = {name: value for name, value in os.environ.items() if name in PASSED_ON or name[:4] == "OMP_"}
     environment |= {
         "HOME": work,

@@ -1,4 +1,4 @@
-"""What a published folder may hold, judged from names and sizes: nothing in it is run, no weight is read."""
+"""What a published folder may hold, judged by names and sizes: nothing in it is run, no weight is read."""
 
 import json
 import os
@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 PICTURE = re.compile(r"images/[\w-][\w.-]*\.png")
 PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
-# What a training of this library leaves in its folder, which is left out without asking.
+# Files that a training of this library leaves in its folder. They are left out without asking.
 LEFT_BY_TRAINING = re.compile(
     r"\.\d+\.part/|checkpoint-\d+/|runs/|training_args\.bin|trainer_state\.json|(all|train|eval)_results\.json|reverse_slimming\.safetensors"
 )
@@ -81,7 +81,7 @@ def _missing(files: dict[str, int], texts: bool | None) -> Iterator[tuple[str, s
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; a ValueError that names it if that is none, or is unreasonably long."""
+    """Read a JSON file. A ValueError names the file if it is no JSON, or unreasonably long."""
     if path.stat().st_size > JSON_BYTES:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, which no such file needs.")
     try:
@@ -91,7 +91,7 @@ def read_json(path: Path) -> Any:
 
 
 def short(value: Any, most: int = 80) -> str:
-    """What was given, for an error message: one line, cut where it is long."""
+    """Show a value in an error message: as one line, cut where it is long."""
     if isinstance(value, (list, tuple, dict)) and len(value) > 8:
         return f"a {type(value).__name__} of {len(value):,} entries"
     text = " ".join(repr(value).split())
@@ -99,12 +99,13 @@ def short(value: Any, most: int = 80) -> str:
 
 
 def one_line(error: BaseException | str, most: int = 300) -> str:
+    """Show an error or a text as one line of at most about `most` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[:most] + "..."
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every file, and every folder that is not looked into: only images/ is."""
+    """Yield every file, and every folder. Only the folder images/ is looked into."""
     for entry in sorted(os.listdir(folder)):
         path = folder / entry
         if entry in NEVER_UPLOADED:
