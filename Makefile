@@ -94,7 +94,7 @@ release-check:  ## builds sdist and wheel, checks them, installs the wheel in an
 	set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
 	mkdir "$$work/tree"; git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$$work/tree"; \
 	$(PYTHON) -m venv "$$work/tools"; "$$work/tools/bin/pip" install --quiet build twine; \
-	"$$work/tools/bin/python" -m build --outdir "$$work/dist" "$$work/tree" > "$$work/build.log" || { cat "$$work/build.log"; exit 1; }; \
+	"$$work/tools/bin/python" -m build --outdir "$$work/dist" "$$work/tree" > "$$work/build.log" 2>&1 || { cat "$$work/build.log"; exit 1; }; \
 	"$$work/tools/bin/twine" check --strict "$$work"/dist/*; \
 	$(PYTHON) -m venv "$$work/empty"; \
 	"$$work/empty/bin/pip" install --quiet --constraint constraints.txt "$$work"/dist/*.whl; \

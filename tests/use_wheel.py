@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers.utils import logging
 
 import hf_tokenreduce
 from hf_tokenreduce import ToMeConfig, reduce_tokens
@@ -33,6 +34,7 @@ IN_SDIST = (
 
 
 def main(dist: Path) -> None:
+    logging.disable_progress_bar()
     assert "site-packages" in PACKAGE.parts, f"{PACKAGE} is not the installed wheel."
     missing = [name for name in WANTED if not (PACKAGE / name).is_file()]
     assert not missing, f"The wheel lacks {missing}."
