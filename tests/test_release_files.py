@@ -28,6 +28,9 @@ def test_continuous_integration_calls_targets_of_the_makefile():
 
 def test_oldest_versions_are_those_of_pyproject():
     project, oldest, makefile = read("pyproject.toml"), read("constraints-oldest.txt"), read("Makefile")
+    bounds = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)[1]
+    for name, least in re.findall(r'"([\w-]+)>=([\d.]+)"', bounds):
+        assert name == "torch" or re.search(rf"^{name}=={least}(\.0)*$", oldest, re.MULTILINE), name
     least = re.search(r'"transformers>=([\d.]+)"', project)[1]
     assert f"\ntransformers=={least}.0\n" in oldest and f"SUPPORTED := {least}.0 " in makefile
     torch = re.search(r'"torch>=([\d.]+)"', project)[1]
