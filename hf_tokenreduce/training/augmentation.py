@@ -277,7 +277,8 @@ def decoded(image: Any) -> Image.Image:
     try:
         if image is None:
             raise ValueError("the row holds none")
-        image = ImageFeature().decode_example(image)
+        if isinstance(image, (dict, str)):  # before 5.2, datasets does not take what is decoded already
+            image = ImageFeature().decode_example(image)
         image.load()
     except Exception as error:  # Pillow raises whatever its parsers trip over: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"The image {name} cannot be read: {error}") from error
