@@ -10,7 +10,16 @@ SUPPORTED := 5.19.0 5.24.0
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-conformance scan-families bench-cuda check format docs clean
+# What test-oldest, test-plain and test-main run, and with which torch and Python. The oldest torch that pyproject.toml
+# allows is 2.7.0. PyPI has no build of it without CUDA for most machines, so it is taken only where it is asked for:
+# make test-oldest OLDEST_TORCH=2.7.0, with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+TESTS ?= tests
+OLDEST_TORCH ?= 2.13.0
+OLDEST_PYTHON ?= $(PYTHON)
+TRANSFORMERS_MAIN ?= transformers @ git+https://github.com/huggingface/transformers
+
+.PHONY: demo test test-slow test-oldest test-plain test-main test-conformance scan-families bench-cuda check format
+.PHONY: docs released-code release-check clean
 
 demo: $(INSTALLED)  ## draw images, train a small ViT, reduce it by every method; a report in demo/
 	$(BIN)/tokenreduce demo --output-dir demo
@@ -20,6 +29,15 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow
+
+test-oldest: .venv-oldest/.installed  ## the oldest transformers and other packages that are allowed
+	.venv-oldest/bin/python -m pytest $(TESTS) -n 2
+
+test-plain: .venv-plain/.installed  ## without the optional packages: no onnx, openvino, gradio, fvcore, scipy
+	.venv-plain/bin/python -m pytest $(TESTS) -n 2
+
+test-main: .venv-main/.installed  ## transformers as it is developed, which may fail
+	.venv-main/bin/python -m pytest $(TESTS) -n 2
 
 # Of the environment that is active, because its torch must be one for CUDA, which .venv does not have.
 bench-cuda:  ## everything on one CUDA device, in at most 8 minutes: benchmarks/results/cuda-*.md
@@ -61,5 +79,39 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# Each of these environments answers one question. torch is pinned in the call that installs it.
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(OLDEST_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch==$(OLDEST_TORCH) --editable ".[test]"
+	touch $@
+
+.venv-plain/.installed: pyproject.toml constraints.txt
+	test -x .venv-plain/bin/python || $(PYTHON) -m venv .venv-plain
+	.venv-plain/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+.venv-main/.installed: pyproject.toml constraints.txt
+	test -x .venv-main/bin/python || $(PYTHON) -m venv .venv-main
+	grep -v -e ^transformers -e ^huggingface-hub constraints.txt > .venv-main/constraints.txt
+	.venv-main/bin/python -m pip install --quiet --constraint .venv-main/constraints.txt --editable ".[test]" \
+		"$(TRANSFORMERS_MAIN)"
+	touch $@
+
+released-code: $(INSTALLED)  ## at a release: records the code that this version saves with models
+	$(BIN)/python -m hf_tokenreduce.hub.released
+
+# In a folder of its own, which is deleted: the wheel is built from the sdist, and installed where nothing else is.
+release-check:  ## builds sdist and wheel, checks them, installs the wheel in an empty environment and uses it
+	set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	mkdir "$$work/tree"; git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$$work/tree"; \
+	$(PYTHON) -m venv "$$work/tools"; "$$work/tools/bin/pip" install --quiet build twine; \
+	"$$work/tools/bin/python" -m build --outdir "$$work/dist" "$$work/tree" > "$$work/build.log" 2>&1 || { cat "$$work/build.log"; exit 1; }; \
+	"$$work/tools/bin/twine" check --strict "$$work"/dist/*; \
+	$(PYTHON) -m venv "$$work/empty"; \
+	"$$work/empty/bin/pip" install --quiet --constraint constraints.txt "$$work"/dist/*.whl; \
+	cd "$$work"; "$$work/empty/bin/tokenreduce" --help > /dev/null; "$$work/empty/bin/tokenreduce" methods > /dev/null; \
+	"$$work/empty/bin/python" "$$work/tree/tests/use_wheel.py" "$$work/dist"; \
+	"$$work/empty/bin/python" -m hf_tokenreduce.hub.released --check || true
+
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) .cache demo build dist site *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) .venv-oldest .venv-plain .venv-main .cache demo build dist site *.egg-info

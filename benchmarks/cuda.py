@@ -30,6 +30,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+
+# ruff: noqa: E402
+# The folder of a script is searched first: there torch would take this file for NVIDIA's package `cuda`, and run it.
+sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+
 import torch
 import transformers
 from transformers import ViTConfig, ViTForImageClassification

@@ -149,7 +149,14 @@ def stock_name(model: Any) -> str | None:
 def _convert_config(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """Make a configuration of another class with the same values, without the reduction."""
     values = config.to_dict()
-    for name in ("model_type", "transformers_version", "reduction", "auto_map", "calibrated_share"):
+    for name in (
+        "model_type",
+        "transformers_version",
+        "hf_tokenreduce_version",
+        "reduction",
+        "auto_map",
+        "calibrated_share",
+    ):
         values.pop(name, None)
     converted = config_class(**values)
     converted._attn_implementation = _attention_kernels(config)

@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -84,6 +85,8 @@ def rows_of(num_rows: int, size=(20, 24)) -> list[dict]:
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_equals_the_processor(name, mode):
     processor, image = PROCESSORS[name](), in_mode(mode)
+    if name == "clip":  # which converts by transformers' own code; that of 5.19 lets Pillow warn
+        warnings.filterwarnings("ignore", "Palette images with Transparency")
     # One that converts by itself gets the image as it is, so that it may put transparency on white.
     given = image if name == "clip" else image.convert("RGBA").convert("RGB")
     expected = processor(given, return_tensors="pt").pixel_values[0].float()

@@ -180,7 +180,7 @@ def test_the_folder_holds_what_it_needs_and_nothing_else(tmp_path):
         "matching",
         "recording",
     }
-    modeling |= {"modeling_tokenreduce", "multiply_adds", "tokens", "methods", "extra_methods"}
+    modeling |= {"modeling_tokenreduce", "multiply_adds", "tokens", "methods", "extra_methods", "version"}
     modeling |= set(ONE_OF_EACH)
     assert {f.name for f in folder.iterdir()} == {f"{name}.py" for name in modeling} | {
         "config.json",

@@ -1,4 +1,4 @@
-"""Publishing a reduced model: its card, a check that it loads anywhere, and the way to the Hub."""
+"""Publish a reduced model: write its card, check that it loads anywhere, upload it to the Hub."""
 
 from .card import model_card, write_card, write_cards
 from .check import CheckReport, check_folder

@@ -1,4 +1,4 @@
-"""Model cards, filled from the configuration in a folder and the record of its run. What is unknown is left out."""
+"""Write model cards from the configuration in a folder and the record of its run. What is unknown is left out."""
 
 import re
 from dataclasses import replace
@@ -40,15 +40,27 @@ def model_card(
     machine: str | None = None,
     previous: str | None = None,
 ) -> str:
-    """The card of a folder of `save_pretrained`: a new one, or its README.md with our sections and metadata renewed.
+    """Make the card of a saved model.
 
-    record: of the run that made it, or its file. None: record.json in the folder, if it is there.
-    base_model, dataset: ids on the Hub, which then stand in the metadata. A record's own names stand in the text.
-    base_license: of the base model's weights, such as "apache-2.0"; it is this model's too.
-    repo_id: where it will be published.
-    machine: what the record's speed-up was measured on, unless the record says so itself.
-    folder: None for a card of a record alone.
-    previous: text of the card to renew. None: the folder's README.md.
+    If the folder has a card already, only the sections and the metadata that this library writes are renewed; the
+    owner's text stays.
+
+    Args:
+        folder: The folder that `save_pretrained` wrote. None makes the card of a record alone.
+        record: The record of the run that made the model, or its file. By default record.json in the folder, if it is
+            there.
+        base_model: The Hub id of the base model, for the metadata. The record's own name for it stands in the text.
+        base_license: The licence of the base model's weights, such as "apache-2.0". It holds for this model too.
+        dataset: The Hub id of the data set, for the metadata. The record's own name for it stands in the text.
+        repo_id: The Hub id under which the model will be published.
+        machine: The machine on which the record's speed-up was measured, unless the record names it.
+        previous: The text of the card to renew. By default the folder's README.md.
+
+    Returns:
+        The text of the card: metadata in YAML, then Markdown.
+
+    Example:
+        >>> text = model_card("deit-tome", base_model="facebook/deit-small-patch16-224", base_license="apache-2.0")
     """
     for name, value in (("base_model", base_model), ("dataset", dataset), ("repo_id", repo_id)):
         _check_id(name, value)
@@ -78,29 +90,50 @@ def model_card(
         previous = "" if folder is None else _read(folder / "README.md")
     line_break = "\r\n" if "\r\n" in previous else "\n"
     block, old_body = split(previous.replace("\r\n", "\n"))
-    theirs = parse_metadata(block)
+    present_metadata = parse_metadata(block)
     given = {"base_model": base_model, "license": base_license, "datasets": dataset}
     explicit = {name for name, value in given.items() if value}
     # What the card says already holds until something else is given.
-    base_model, base_license = (given[name] or _one(theirs.get(name)) for name in ("base_model", "license"))
+    base_model, base_license = (given[name] or _one(present_metadata.get(name)) for name in ("base_model", "license"))
     task = "image-classification" if config is None else pipeline_tag(config)
-    data = _metadata(known, method, title, base_model, base_license, dataset or _one(theirs.get("datasets")), task)
-    block = merge_metadata(block, _changes(theirs, data, explicit))
+    data = _metadata(
+        known, method, title, base_model, base_license, dataset or _one(present_metadata.get("datasets")), task
+    )
+    block = merge_metadata(block, _changes(present_metadata, data, explicit))
     body = _body(folder, config, known, reduction, method, title, base_model, base_license, repo_id)
     text = f"---\n{block}---\n{merge_body(old_body, body)}"
     return text.replace("\n", line_break)
 
 
 def write_card(folder: str | Path, **options: Any) -> Path:
-    """Write `model_card(folder, ...)` to README.md of the folder."""
+    """Write the card of a saved model to README.md in its folder.
+
+    Args:
+        folder: The folder that `save_pretrained` wrote.
+        options: The other arguments of `model_card`.
+
+    Returns:
+        The path of README.md.
+
+    Example:
+        >>> write_card("deit-tome", repo_id="your-name/deit-tome")
+    """
     path = Path(folder) / "README.md"
     write_whole(path, model_card(folder, **options))
     return path
 
 
 def write_cards(records_dir: str | Path, output_dir: str | Path, **options: Any) -> list[Path]:
-    """A card for every JSON record of a folder, and README.md with the table that compares them. options: of
-    `model_card`, for every one of them."""
+    """Write a card for every JSON record of a folder, and README.md with a table that compares them.
+
+    Args:
+        records_dir: The folder with the records.
+        output_dir: The folder for the cards. Cards that are there are renewed.
+        options: Other arguments of `model_card`, the same for every card.
+
+    Returns:
+        The paths of the files that were written.
+    """
     files = sorted(Path(records_dir).glob("*.json"))
     if not files:
         raise ValueError(f"There are no records in {records_dir}. They are the record.json files of training runs.")
@@ -119,7 +152,7 @@ def write_cards(records_dir: str | Path, output_dir: str | Path, **options: Any)
 
 
 def _reduction(config: Any, record: Record) -> Any:
-    """The method of the configuration, which a record of the same model has to share."""
+    """Find the setting of the configuration. A record that names another setting is of another model: ValueError."""
     recorded = None
     if record.get("method") is not None:
         recorded = parse_reduction({**(record.get("settings") or {}), "method": record["method"]})
@@ -147,6 +180,7 @@ def _body(
     base_license: str | None,
     repo_id: str | None,
 ) -> str:
+    """Fill the template: everything of a card but its metadata."""
     import jinja2
 
     base = plain(record.get("base_model") or "")
@@ -201,7 +235,7 @@ def _body(
 
 
 def _prefix(config: Any) -> str:
-    """Which tokens are counted besides patches, in words."""
+    """Say in words which tokens are counted besides patches."""
     count = 1 if config is None else facts_of(config).num_prefix_tokens
     if count == 0:
         return ""
@@ -212,7 +246,7 @@ def _prefix(config: Any) -> str:
 
 
 def _conditions(record: Record, speedup: str | None) -> str:
-    """What the table's numbers were measured on."""
+    """Say on which images, data and machine the table's numbers were measured."""
     parts = []
     if record.get("top1") is not None:
         images, dataset = record.get("eval_images"), _measured_on(record)
@@ -316,23 +350,30 @@ def _metadata(
     ).to_dict()
 
 
-def _changes(theirs: dict[str, Any], ours: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
-    """What of our metadata goes over the owner's: tags are added, results of other metrics kept, and the owner's word
-    stands unless the key is always ours or was given just now."""
-    changes = {name: value for name, value in ours.items() if name not in theirs or name in ALWAYS_OURS | explicit}
-    if "tags" in theirs:
-        tags = theirs["tags"] if isinstance(theirs["tags"], list) else [theirs["tags"]]
-        changes["tags"] = tags + [tag for tag in ours["tags"] if tag not in tags]
-    if theirs.get("model-index"):
+def _changes(present_metadata: dict[str, Any], new_metadata: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
+    """Which metadata of the owner to change, and to what.
+
+    Tags are added and results of other metrics are kept. The owner's value stands, unless this library always writes
+    the key (`ALWAYS_OURS`) or its value was given just now (`explicit`).
+    """
+    changes = {
+        name: value
+        for name, value in new_metadata.items()
+        if name not in present_metadata or name in ALWAYS_OURS | explicit
+    }
+    if "tags" in present_metadata:
+        tags = present_metadata["tags"] if isinstance(present_metadata["tags"], list) else [present_metadata["tags"]]
+        changes["tags"] = tags + [tag for tag in new_metadata["tags"] if tag not in tags]
+    if present_metadata.get("model-index"):
         try:
-            name, present = model_index_to_eval_results(theirs["model-index"])
+            name, present = model_index_to_eval_results(present_metadata["model-index"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"The card's model-index is malformed ({one_line(repr(error))}). Mend it first."
             ) from None
         kept = [result for result in present if result.metric_name != METRIC]
-        if "model-index" in ours:
-            _, renewed = model_index_to_eval_results(ours["model-index"])
+        if "model-index" in new_metadata:
+            _, renewed = model_index_to_eval_results(new_metadata["model-index"])
             changes["model-index"] = eval_results_to_model_index(name, kept + renewed)
     return changes
 
@@ -385,7 +426,7 @@ def _stem(record: Any) -> str:
 
 
 def _one(value: Any) -> str | None:
-    """Of metadata, which can be a name or a list of names: the name, if it is one."""
+    """Return the name in metadata that can be one name or a list of names; None if there are several."""
     names = value if isinstance(value, list) else [value]
     return names[0] if len(names) == 1 and isinstance(names[0], str) else None
 

@@ -1,4 +1,4 @@
-"""Whether the card in a folder tells of the model that is there."""
+"""Check that the card in a folder describes the model that is there."""
 
 import json
 import re
@@ -18,9 +18,9 @@ def check_card(folder: Path, files: dict[str, int], config: Any) -> None:
     if place is None:
         return
     text = body[slice(*place)]
-    told = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|$", text, re.MULTILINE))
-    there = {} if config.reduction is None else dict(settings_rows(config.reduction))
-    different = sorted(name for name in {*told, *there} if told.get(name) != there.get(name))
+    in_card = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|$", text, re.MULTILINE))
+    in_config = {} if config.reduction is None else dict(settings_rows(config.reduction))
+    different = sorted(name for name in {*in_card, *in_config} if in_card.get(name) != in_config.get(name))
     others = [method.title for method in METHODS.values() if re.search(rf"token reduction by {method.title}\b", text)]
     if others and method_of(config.reduction).title not in others:
         different.insert(0, "the method")
@@ -32,5 +32,5 @@ def check_card(folder: Path, files: dict[str, int], config: Any) -> None:
 
 
 def settings_rows(reduction: Any) -> list[tuple[str, str]]:
-    """The settings of a method as a card shows them."""
+    """Return the settings of a method, name and value, as a card shows them."""
     return [(name, f"`{json.dumps(value)}`") for name, value in reduction.to_dict().items() if name != "method"]

@@ -1,4 +1,4 @@
-"""A card belongs to its owner: only what stands between our markers is ours to rewrite, and our metadata.
+"""Renew parts of a card's text. A card belongs to its owner: only our metadata and text between our markers change.
 
 <!-- tokenreduce:begin results -->
 ...
@@ -19,7 +19,7 @@ MARKER = re.compile(r"<!-- tokenreduce:(begin|end) ([\w-]+) -->")
 
 
 def sections(text: str) -> dict[str, tuple[int, int]]:
-    """Where each of our sections begins and ends, markers included. A ValueError if the markers do not pair up."""
+    """Find where each of our sections begins and ends, markers included. Markers must pair up, else a ValueError."""
     found: dict[str, tuple[int, int]] = {}
     opened: re.Match[str] | None = None
     for marker in MARKER.finditer(text):
@@ -39,8 +39,10 @@ def sections(text: str) -> dict[str, tuple[int, int]]:
 
 
 def merge_body(old: str, new: str) -> str:
-    """`old` with its sections as they are in `new`. Sections that the owner took out stay out; a card that has none
-    yet gets all of them at its end."""
+    """Return `old` with its sections replaced by those of `new`.
+
+    Sections that the owner took out stay out. A card that has no section yet gets all of them at its end.
+    """
     there, ours = sections(old), sections(new)
     if not there:
         added = "\n\n".join(new[begin:end] for begin, end in ours.values())
@@ -52,12 +54,13 @@ def merge_body(old: str, new: str) -> str:
 
 
 def split(text: str) -> tuple[str, str]:
-    """The YAML of a card's metadata, empty if it has none, and its body."""
+    """Split a card into the YAML of its metadata, empty if it has none, and its body."""
     found = REGEX_YAML_BLOCK.search(text)
     return (found[2] + "\n", text[found.end() :]) if found else ("", text)
 
 
 def parse_metadata(block: str) -> dict[str, Any]:
+    """Read the YAML of a card's metadata."""
     try:
         values = yaml.safe_load(block) or {}
     except yaml.YAMLError as error:
@@ -68,7 +71,7 @@ def parse_metadata(block: str) -> dict[str, Any]:
 
 
 def merge_metadata(block: str, changes: dict[str, Any]) -> str:
-    """A YAML block with some top-level values changed or added; the other lines, comments too, stay as they are."""
+    """Change or add some top-level values of a YAML block. Other lines, comments too, stay as they are."""
     there = parse_metadata(block)
     wanted = there | changes
     merged = block
@@ -89,12 +92,12 @@ def merge_metadata(block: str, changes: dict[str, Any]) -> str:
 
 
 def plain(text: Any) -> str:
-    """Text of a record as one line of Markdown that is only text: no markup, no marker, no table cell."""
+    """Turn a text of a record into one line of Markdown that holds no markup, no marker and no table cell."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
 
 
 def code(text: Any) -> str:
-    """A fenced block that its content cannot end, and that holds no marker."""
+    """Make a fenced block that its content cannot end, and that holds no marker."""
     content = str(text).replace("<!--", "<! --").strip("\n")
     longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
     fence = "`" * max(3, longest + 1)

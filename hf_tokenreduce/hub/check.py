@@ -1,4 +1,4 @@
-"""`check_folder`: whether a folder can be published, seen from a process that knows nothing of this package."""
+"""Check whether a folder can be published: also in a fresh process that cannot import this package."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from ..modeling.encoders import PREFIX, encoder_config
 from ..tasks import MAIN_OUTPUTS, Task
 from . import fresh
 from .card_check import check_card
+from .code_files import __version__, find_code
 from .configuration import (
     check_config,
     main_input_of,
@@ -30,7 +31,7 @@ from .configuration import (
     task_of_config,
     tower_of,
 )
-from .contents import LEFT_BY_TRAINING, differing_code, list_files, one_line, read_json
+from .contents import LEFT_BY_TRAINING, list_files, one_line, read_json, short
 from .processing import check_processor
 from .weights import check_weights
 
@@ -39,15 +40,24 @@ TOLERANCE = 1e-5
 MOST_REPORTED = 10
 SAMPLES = 16_000  # of sound
 
-# Of this process's environment; credentials may stand under any other name.
+# The only variables of this process that the fresh one gets: credentials may stand under any other name.
 PASSED_ON = {"PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT"}
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """files: what would be published, with sizes in bytes. errors: why it should not be, empty if it can be.
-    max_difference: of outputs computed in a fresh process and in this one; None if it did not come to that.
-    task: what the model is for; None if its configuration does not say.
+    """What `check_folder` says of a folder.
+
+    Attributes:
+        folder: The folder that was checked.
+        files: The files that would be published, with their sizes in bytes.
+        errors: Why the folder should not be published; empty if it can be.
+        warnings: What its owner should know.
+        max_difference: The largest difference between the outputs of a fresh process and of this one; None if they
+            were not compared.
+        task: What the model is for; None if its configuration does not say.
+        code_version: The release of hf_tokenreduce that the folder's code is of, told by the SHA-256 of its files;
+            None if the code is of no release that this version knows.
     """
 
     folder: Path
@@ -56,6 +66,7 @@ class CheckReport:
     warnings: tuple[str, ...] = ()
     max_difference: float | None = None
     task: Task | None = None
+    code_version: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -75,18 +86,32 @@ def check_folder(
     trust_remote_code: bool = False,
     timeout: float = 600,
 ) -> CheckReport:
-    """Whether a folder of `save_pretrained`, with its image processor, feature extractor or processor of images and
-    texts, can be published.
+    """Check whether the folder of a saved model can be published.
 
-    Names, sizes, configuration and the headers of the weights come first; only if they are in order is the folder
-    loaded, from a copy of just the files that belong, in a fresh process that cannot import this package: by the Auto
-    class and the `pipeline` of its task. What it computes has to be what this process computes.
+    The folder holds what `save_pretrained` of the model wrote, and that of its image processor, feature extractor or
+    processor of images and texts. Names, sizes, code, configuration and the headers of the weights are checked first.
+    Only if they are in order is the folder loaded, by the Auto class and the `pipeline` of its task. This happens in a
+    fresh process that cannot import this package, from a copy of the files that belong. The model must compute there
+    what it computes in this process.
 
-    images: pixel values (n, C, H, W), or spectrograms (n, frames, bins), to compare on. None: two of noise, always the
-        same.
-    load: False looks at the files only.
-    skip_others: files that do not belong are left out instead of being an error.
-    trust_remote_code: also take, and run, code that is not this version's. You should have read it.
+    Code of an older release is accepted if every code file is, byte by byte, what that release had. A version that the
+    folder claims in `config.json` is not believed.
+
+    Args:
+        folder: The folder to check.
+        images: Pixel values (n, C, H, W), or spectrograms (n, frames, bins), to compare on. By default two images of
+            noise, which are always the same.
+        load: Whether to load the model. False looks at the files only.
+        skip_others: Leave out files that do not belong, instead of making them an error.
+        trust_remote_code: Also accept, and run, code that is of no known release. You should have read it.
+        timeout: The longest time to wait for the fresh process, in seconds.
+
+    Returns:
+        What was found. `report.ok` says whether the folder can be published.
+
+    Example:
+        >>> report = check_folder("deit-tome")
+        >>> report.raise_for_errors()
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -98,7 +123,8 @@ def check_folder(
     if images is not None and (images.ndim != (3 if of_audio else 4) or len(images) == 0):
         what = "spectrograms (n, frames, bins)" if of_audio else "pixel values (n, C, H, W)"
         raise ValueError(f"images must be {what} with n above 0, got {tuple(images.shape)}.")
-    files, errors, others = list_files(folder, None if stock is None else takes_texts(stock))
+    code = find_code(folder)
+    files, errors, others = list_files(folder, code.names, None if stock is None else takes_texts(stock))
     left = [other for other in others if LEFT_BY_TRAINING.fullmatch(other.split()[0])]
     others = [other for other in others if other not in left]
     warnings = [f"Left out, as training leaves it: {other.split()[0]}" for other in left]
@@ -115,12 +141,18 @@ def check_folder(
             check_card(folder, files, config)
         except ValueError as error:
             errors.append(str(error))
-    for name in differing_code(folder, files):
-        what = f"{name} is not this version's: the folder was saved by another one, or the file was changed."
-        if trust_remote_code:
-            warnings.append(what)
-        else:
-            errors.append(f"{what} Save the model again, or read the file and pass trust_remote_code=True.")
+    foreign = [
+        f"{name} is not this version's, nor that of a release that it knows: the folder was saved by another version, "
+        "or the file was changed."
+        for name in code.foreign
+        if name in files
+    ]
+    if trust_remote_code:
+        warnings += foreign
+    else:
+        remedy = "Save the model again, or read the file and pass trust_remote_code=True."
+        errors += [f"{what} {remedy}" for what in foreign]
+    warnings += _about_version(folder, code.version)
     if "README.md" not in files:
         warnings.append("There is no README.md: write_card(folder) writes a model card.")
     difference = None
@@ -130,11 +162,11 @@ def check_folder(
         except ValueError as error:
             errors.append(str(error))
     task = None if config is None else task_of_config(config)
-    return CheckReport(folder, files, _first(errors), _first(warnings), difference, task)
+    return CheckReport(folder, files, _first(errors), _first(warnings), difference, task, code.version)
 
 
 def copy_files(folder: Path, files: dict[str, int], target: Path, link: bool = False) -> None:
-    """Exactly these files, in the same places. `link`: by links where the system has them, for a short-lived copy."""
+    """Copy exactly these files to the same places of `target`; with `link`, as links where the system allows it."""
     for name in files:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if link:
@@ -148,18 +180,49 @@ def copy_files(folder: Path, files: dict[str, int], target: Path, link: bool = F
 
 def _named_class(folder: Path) -> str | None:
     """The stock class of the model, if config.json names one."""
+    return stock_class(_config_values(folder))
+
+
+def _config_values(folder: Path) -> Any:
+    """The content of config.json; None if it cannot be read."""
     path = folder / "config.json"
     if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
         return None
     try:
-        return stock_class(read_json(path))
+        return read_json(path)
     except ValueError:
         return None
 
 
+def _about_version(folder: Path, version: str | None) -> list[str]:
+    """What the owner of a folder should know of the version of its code, and of the version that it claims."""
+    values = _config_values(folder)
+    claimed = values.get("hf_tokenreduce_version") if isinstance(values, dict) else None
+    if version is None:
+        if claimed in (None, __version__):
+            return []
+        return [
+            f"config.json says that hf_tokenreduce {short(claimed)} saved the folder; this is {__version__}. That "
+            "proves nothing about the code. If it is true, check the folder with that version."
+        ]
+    found = []
+    if version != __version__:
+        found.append(
+            f"The code is that of hf_tokenreduce {version}, as it was released; this is {__version__}. To publish the "
+            "code of this version, load the model and save it in a new folder."
+        )
+    if claimed not in (None, version):
+        found.append(
+            f"config.json says that hf_tokenreduce {short(claimed)} saved it, but the code is that of {version}."
+        )
+    return found
+
+
 def _compare(folder: Path, files: dict[str, int], config: Any, images: Tensor | None, timeout: float) -> float:
-    """The largest difference between what a fresh process and this one compute. Raises a ValueError if it does not
-    load, or if that is too large."""
+    """Find the largest difference between what a fresh process and this one compute.
+
+    Raises a ValueError if the model does not load there, or if the difference is too large.
+    """
     stock = model_class_of(config).__name__.removeprefix(PREFIX)
     plan: dict[str, Any] = {
         "auto_class": task_of_config(config).auto_class,
@@ -171,23 +234,23 @@ def _compare(folder: Path, files: dict[str, int], config: Any, images: Tensor | 
         copy_files(folder, files, copy, link=True)
         try:
             inputs = _inputs(copy, config, images, takes_texts(stock))
-            ours, text = fresh.observe(str(copy), inputs, **plan, trust=False)
+            outputs, text = fresh.observe(str(copy), inputs, **plan, trust=False)
         except Exception as error:
             raise ValueError(f"The model or what prepares its inputs does not run: {one_line(error)}") from error
-        _check_finite(ours, "here")
+        _check_finite(outputs, "here")
         save_file({name: value.contiguous() for name, value in inputs.items()}, Path(work, "inputs.safetensors"))
         _run_fresh(copy, work, {**plan, "threads": torch.get_num_threads()}, timeout)
-        theirs = load_file(Path(work, "outputs.safetensors"))
-        their_text = json.loads(Path(work, "generated.json").read_text())
-    _check_finite(theirs, "in a fresh process")
-    differences = {name: _difference(ours[name], theirs[name]) for name in ours}
-    allowed = {name: TOLERANCE * max(1.0, value.abs().max().item()) for name, value in ours.items()}
-    if text != their_text or any(differences[name] > allowed[name] for name in ours):
+        fresh_outputs = load_file(Path(work, "outputs.safetensors"))
+        fresh_text = json.loads(Path(work, "generated.json").read_text())
+    _check_finite(fresh_outputs, "in a fresh process")
+    differences = {name: _difference(outputs[name], fresh_outputs[name]) for name in outputs}
+    allowed = {name: TOLERANCE * max(1.0, value.abs().max().item()) for name, value in outputs.items()}
+    if text != fresh_text or any(differences[name] > allowed[name] for name in outputs):
         found = f"the output differs by {differences['output']:.1e}"
         if "answer" in differences:
             found += f", the answer of pipeline by {differences['answer']:.1e}"
-        if text != their_text:
-            found += f", which is {one_line(repr(their_text), 60)} instead of {one_line(repr(text), 60)}"
+        if text != fresh_text:
+            found += f", which is {one_line(repr(fresh_text), 60)} instead of {one_line(repr(text), 60)}"
         raise ValueError(
             f"In a fresh process the model computes something else: {found}. Save it again with this version: "
             "model.save_pretrained(folder)."
@@ -225,12 +288,13 @@ def _check_finite(found: dict[str, Tensor], where: str) -> None:
         )
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, of finite numbers."""
-    return (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
+def _difference(here: Tensor, there: Tensor) -> float:
+    """Find the largest difference of two tensors of finite numbers; infinite if their shapes differ."""
+    return (here - there).abs().max().item() if here.shape == there.shape else float("inf")
 
 
 def _run_fresh(copy: Path, work: str, plan: dict[str, Any], timeout: float) -> None:
+    """Run `fresh.py` on a copy of the folder, in a process without this package and without credentials."""
     environment = {name: value for name, value in os.environ.items() if name in PASSED_ON or name[:4] == "OMP_"}
     environment |= {
         "HOME": work,

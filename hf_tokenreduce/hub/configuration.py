@@ -1,4 +1,4 @@
-"""Whether config.json describes a reduced model: judged from its values, before anything of their size exists."""
+"""Check that config.json describes a reduced model, by its values alone: before anything of their size is made."""
 
 import inspect
 import math
@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..modeling.encoders import MODELS, PREFIX, TOWERS, Tower, encoder_config, facts_of, stock_type
 from ..modeling.modeling_tokenreduce import reduced_model_class
 from ..tasks import Task, task_of
-from .contents import CODE, one_line, read_json, short
+from .code_files import CODE
+from .contents import one_line, read_json, short
 
 
 CLASSES: dict[str, type[PreTrainedModel]] = {
@@ -24,8 +25,8 @@ CONFIGS: dict[str, Any] = {model.config_class.model_type: model.config_class for
 ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 ENCODERS = {tower.model_type for tower in TOWERS}
 
-# Beyond these a configuration is a mistake or an attack. A name holds for all that end in it, too: "hidden_size" for
-# "decoder_hidden_size".
+# A configuration with larger values is a mistake or an attack. A name also holds for names that end in it:
+# "hidden_size" for "decoder_hidden_size".
 LARGEST = {
     "hidden_size": 2**16,
     "hidden_sizes": 2**16,
@@ -61,7 +62,7 @@ NAMES_OF_CLASSES = ("id2label", "label2id")
 
 
 def check_config(folder: Path) -> Any:
-    """The configuration of the folder as this package's class, after every value was found sane."""
+    """Read the configuration of a folder as this package's class, after every value was found sane."""
     values = read_json(folder / "config.json")
     if not isinstance(values, dict):
         raise ValueError(f"config.json must hold an object, got {short(values)}.")
@@ -98,13 +99,14 @@ def check_config(folder: Path) -> Any:
 
 
 def stock_class(values: Any) -> str | None:
-    """The stock class that the values of a configuration name, if a reduced model can have it."""
+    """Find the stock class that the values of a configuration name; None if a reduced model cannot have it."""
     names = values.get("architectures") if isinstance(values, dict) else None
     name = names[0] if isinstance(names, list) and names else None
     return name.removeprefix(PREFIX) if isinstance(name, str) and name in CLASSES else None
 
 
 def model_class_of(config: Any) -> type[PreTrainedModel]:
+    """Find the reduced class that a configuration names."""
     names = config.architectures or [None]
     if names[0] not in CLASSES:
         raise ValueError(f"config.json has architectures {short(names)}; a reduced model is one of {_known()}.")
@@ -116,16 +118,17 @@ def task_of_config(config: Any) -> Task:
 
 
 def takes_texts(stock: str) -> bool:
+    """Whether models of this stock class take texts."""
     return "input_ids" in inspect.signature(getattr(transformers, stock).forward).parameters
 
 
 def main_input_of(stock: str) -> str:
-    """What it is run on: pixel_values, or input_values of sounds."""
+    """Name the main input of a stock class: pixel_values, or input_values for sounds."""
     return "pixel_values" if takes_texts(stock) else getattr(transformers, stock).main_input_name
 
 
 def pipeline_of(stock: str) -> str | None:
-    """The pipeline that runs models of this stock class, if there is one."""
+    """Find the pipeline that runs models of this stock class; None if there is none."""
     task = task_of(stock)
     takes_images_alone = main_input_of(stock) == "pixel_values" and not takes_texts(stock)
     if task.name == "backbone" or (task.name == "image-feature-extraction" and not takes_images_alone):
@@ -134,12 +137,12 @@ def pipeline_of(stock: str) -> str | None:
 
 
 def tower_of(config: Any) -> Tower:
-    """The tower that a configuration describes, alone or as a part."""
+    """Find the tower that a configuration describes, alone or as a part."""
     return next(tower for tower in TOWERS if tower.model_type == stock_type(encoder_config(config)))
 
 
 def _check_code_references(folder: Path, values: dict[str, Any]) -> None:
-    """What each Auto class finds has to be in the folder, and to be the class that belongs there."""
+    """Check that each Auto class finds its class in a file of this folder, and that it is the right class."""
     auto_map = values.get("auto_map")
     if not isinstance(auto_map, dict) or "AutoConfig" not in auto_map:
         raise ValueError(
@@ -185,7 +188,7 @@ def _known(model_type: str | None = None) -> str:
 
 
 def _dictionaries(values: dict[str, Any], place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """A configuration and all in it that has names, each with its place in it."""
+    """Yield a configuration and every dictionary in it, each with its place, such as `vision_config.`."""
     yield place, values
     for name, value in values.items():
         if isinstance(value, dict) and name not in (*NAMES_OF_CLASSES, "auto_map", "reduction"):
@@ -193,7 +196,7 @@ def _dictionaries(values: dict[str, Any], place: str = "") -> Iterator[tuple[str
 
 
 def _check_code(values: dict[str, Any]) -> None:
-    """No part may name code, or a model, that is elsewhere."""
+    """Check that no part names code, or a model, that lies outside the folder."""
     for place, part in _dictionaries(values):
         for name in ("custom_pipelines", "quantization_config", "backbone", *(["auto_map"] if place else [])):
             if part.get(name):
@@ -207,7 +210,7 @@ def _check_code(values: dict[str, Any]) -> None:
 
 
 def _check_parts(values: dict[str, Any]) -> None:
-    """Parts of a larger model are configurations of models that transformers brings along."""
+    """Check that the parts of a larger model are configurations of models of transformers."""
     for name, config_class in CONFIGS[values["model_type"]].sub_configs.items():
         part = values.get(name)
         if not isinstance(part, dict):

@@ -1,4 +1,4 @@
-"""What a published folder may hold, judged from names and sizes: nothing in it is run, no weight is read."""
+"""What a published folder may hold, judged by names and sizes: nothing in it is run, no weight is read."""
 
 import json
 import os
@@ -7,16 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .code_files import EARLIER_CODE
 
-MODELING = Path(__file__).parents[1] / "modeling"
-CODE = {file.name for file in MODELING.glob("*.py")} - {"__init__.py"}
-EARLIER_CODE = {
-    "backbone.py", "clustering.py", "configuration_methods.py", "filtering.py", "merging.py",
-    "modeling_tokenreduce_deit.py", "modeling_tokenreduce_vit.py", "pruning.py", "reducers.py", "sampling.py",
-    "slimming.py",
-}  # fmt: skip
-MOST_EXTRA_BYTES = 4096  # of the few lines that import them
-PLAIN = CODE | {"README.md", "LICENSE", ".gitattributes", "record.json", "token_map.png", "thresholds.safetensors"}
+
+PLAIN = {"README.md", "LICENSE", ".gitattributes", "record.json", "token_map.png", "thresholds.safetensors"}
 IMAGES, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 OF_TEXTS = {
@@ -33,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 PICTURE = re.compile(r"images/[\w-][\w.-]*\.png")
 PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
-# What a training of this library leaves in its folder, which is left out without asking.
+# Files that a training of this library leaves in its folder. They are left out without asking.
 LEFT_BY_TRAINING = re.compile(
     r"\.\d+\.part/|checkpoint-\d+/|runs/|training_args\.bin|trainer_state\.json|(all|train|eval)_results\.json|reverse_slimming\.safetensors"
 )
@@ -41,17 +35,25 @@ NEVER_UPLOADED = {".git", ".cache", "__pycache__"}
 JSON_BYTES = 2**26
 
 
-def list_files(folder: Path, texts: bool | None = False) -> tuple[dict[str, int], list[str], list[str]]:
-    """The files that belong to a published model with their sizes, what speaks against those that are there, and
-    the files that do not belong, each with the reason.
+def list_files(
+    folder: Path, code: set[str], texts: bool | None = False
+) -> tuple[dict[str, int], list[str], list[str]]:
+    """List the files of a folder, judged by their names.
 
-    texts: whether the model takes texts, with a tokenizer; None if that is unknown.
+    Args:
+        folder: The folder of a saved model.
+        code: Names of the code files that may be there.
+        texts: Whether the model takes texts, with a tokenizer; None if that is unknown.
+
+    Returns:
+        The files that belong to a published model with their sizes in bytes; errors about them and about files that
+        are missing; and the files that do not belong, each with the reason.
     """
     files: dict[str, int] = {}
     errors: list[str] = []
     others: list[str] = []
     root = folder.resolve()
-    allowed = PLAIN | extra_code(folder) | {"config.json", IMAGES, INDEX} | (OF_TEXTS if texts is not False else set())
+    allowed = PLAIN | code | {"config.json", IMAGES, INDEX} | (OF_TEXTS if texts is not False else set())
     for name, path in _entries(folder):
         if path.is_symlink() and not path.resolve().is_relative_to(root):
             errors.append(f"{name} is a link out of the folder. Put the file itself there (cp -L follows links).")
@@ -79,7 +81,7 @@ def _missing(files: dict[str, int], texts: bool | None) -> Iterator[tuple[str, s
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; a ValueError that names it if that is none, or is unreasonably long."""
+    """Read a JSON file. A ValueError names the file if it is no JSON, or unreasonably long."""
     if path.stat().st_size > JSON_BYTES:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, which no such file needs.")
     try:
@@ -88,23 +90,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path.name} is not valid JSON: {one_line(error)}.") from None
 
 
-def differing_code(folder: Path, files: dict[str, int]) -> list[str]:
-    """The code files that are not, byte by byte, this package's."""
-    ours = {n for n in CODE & files.keys() if (folder / n).read_bytes() == (MODELING / n).read_bytes()}
-    return sorted((CODE | extra_code(folder)) & files.keys() - ours)
-
-
-def extra_code(folder: Path) -> set[str]:
-    """The files of methods of others, which `extra_methods.py` imports."""
-    file = folder / "extra_methods.py"
-    if not file.is_file() or file.stat().st_size > MOST_EXTRA_BYTES:
-        return set()
-    found = re.findall(r"^from \.(\w+) import", file.read_text(errors="replace"), re.MULTILINE)
-    return {f"{name}.py" for name in found}
-
-
 def short(value: Any, most: int = 80) -> str:
-    """What was given, for an error message: one line, cut where it is long."""
+    """Show a value in an error message: as one line, cut where it is long."""
     if isinstance(value, (list, tuple, dict)) and len(value) > 8:
         return f"a {type(value).__name__} of {len(value):,} entries"
     text = " ".join(repr(value).split())
@@ -112,12 +99,13 @@ def short(value: Any, most: int = 80) -> str:
 
 
 def one_line(error: BaseException | str, most: int = 300) -> str:
+    """Show an error or a text as one line of at most about `most` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[:most] + "..."
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every file, and every folder that is not looked into: only images/ is."""
+    """Yield every file, and every folder. Only the folder images/ is looked into."""
     for entry in sorted(os.listdir(folder)):
         path = folder / entry
         if entry in NEVER_UPLOADED:

@@ -1,7 +1,7 @@
-"""What a stranger does with a folder: loads it by its Auto class, runs it, asks a pipeline.
+"""What a user does with a published folder: load it by its Auto class, run it, ask a pipeline.
 
-`check_folder` does this twice: in this process, by the code that is installed, and in one where this package cannot be
-imported, by the code of the folder. There this file is run as it is, so it imports nothing of the package.
+`check_folder` does this twice: in its own process with the installed code, and in a process that cannot import this
+package with the code of the folder. That process runs this file as it is, so the file imports nothing of the package.
 """
 
 import json
@@ -23,10 +23,19 @@ NEW_TOKENS = 5
 def observe(
     folder: str, inputs: dict[str, Tensor], auto_class: str, pipeline: str | None, outputs: list[str], trust: bool
 ) -> tuple[dict[str, Tensor], str]:
-    """What the model computes of `inputs`, what a pipeline answers, as numbers, and the text it generates, if it does.
+    """Load a folder, run the model, and ask a pipeline.
 
-    inputs: of the model's forward, and `photo` (height, width, 3) and `sound` (samples) for the pipeline.
-    outputs: in this order, the names of what a model may give; the first that it gives is looked at.
+    Args:
+        folder: The folder of the model.
+        inputs: The inputs of the forward, and `photo` (height, width, 3) and `sound` (samples) for the pipeline.
+        auto_class: The name of the Auto class that loads the model.
+        pipeline: The name of the pipeline; None if the model has none.
+        outputs: Names of outputs that a model may give. The first that it gives is taken.
+        trust: Whether to run the code in the folder.
+
+    Returns:
+        The numbers that the model (`output`) and the pipeline (`answer`) gave, and the text that was generated, which
+        is empty for models that generate none.
     """
     for_pipeline = {name: inputs[name] for name in ("photo", "sound")}
     # AutoBackbone takes only what the Hub knows by that name, even if it is a folder.
@@ -56,7 +65,7 @@ def observe(
 
 @torch.no_grad()
 def _ask(pipe: Any, pipeline: str, photo: Tensor, sound: Tensor) -> tuple[Tensor, str]:
-    """The numbers of a pipeline's answer, and its text, which only models of texts give."""
+    """Return the numbers of a pipeline's answer, and its text, which only models of texts give."""
     picture = Image.fromarray(photo.numpy())
     if pipeline == "image-text-to-text":
         prompt = f"{pipe.processor.image_token} What is this?"

@@ -1,4 +1,4 @@
-"""Whether what prepares a model's inputs is sane: image processor, feature extractor, tokenizer."""
+"""Check that what prepares a model's inputs is sane: image processor, feature extractor, tokenizer."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ WORDS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # their names are
 
 
 def check_processor(folder: Path, files: dict[str, int], of_audio: bool) -> None:
-    """Raise a ValueError unless everything besides the model is plain settings of what transformers brings along."""
+    """Raise a ValueError unless all files besides the model's are plain settings of classes of transformers."""
     settings: dict[str, Any] = {}
     for name in sorted(files):
         if name == IMAGES or (name in OF_TEXTS and name.endswith(".json")):
@@ -47,6 +47,7 @@ def check_processor(folder: Path, files: dict[str, int], of_audio: bool) -> None
 
 
 def _parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the settings and every dictionary in them."""
     yield values
     for part in values.values():
         if isinstance(part, dict):

@@ -1,4 +1,4 @@
-"""`publish`: a checked folder to the Hub, file by file as listed."""
+"""Upload a checked folder to the Hub: exactly the files that the check listed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +16,20 @@ from .usage import loading
 
 
 class PublishError(RuntimeError):
-    """The Hub, or the way to it, refused. The message says what to do."""
+    """The Hub refused, or could not be reached. The message says what to do."""
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """files: what was uploaded, with sizes in bytes. url: of the commit; of the folder for a dry run. revision: the
-    commit to pin, None for a dry run. pull_request: its address, if one was opened.
+    """What `publish` did.
+
+    Attributes:
+        repo_id: The id of the repository on the Hub.
+        files: The files that were uploaded, with their sizes in bytes.
+        url: The address of the commit; for a dry run, the folder.
+        revision: The commit to pin; None for a dry run.
+        pull_request: The address of the pull request, if one was opened.
+        report: What `check_folder` found.
     """
 
     repo_id: str
@@ -55,18 +62,35 @@ def publish(
     trust_remote_code: bool = False,
     report: CheckReport | None = None,
 ) -> PublishResult:
-    """Check a folder by `check_folder` and upload what belongs to it; other files of the repository stay.
+    """Check a folder with `check_folder` and upload the files that belong to it.
 
-    repo_id: "namespace/name"; the repository is made if it is not there.
-    private: of a repository that is made now; one that exists stays as it is.
-    create_pr: open a pull request on a repository that exists, instead of writing to it.
-    dry_run: a folder, empty or not there yet, which gets exactly the files that would be uploaded. Nothing is sent.
-    revision: the branch to write to, made if it is not there. None: main.
-    token, endpoint: of the Hub. None: what `hf auth login` saved, and HF_ENDPOINT.
-    load, skip_others, trust_remote_code: of `check_folder`.
-    report: what `check_folder` said just now, so that it is not asked again.
+    Other files of the repository stay. An upload that was cut off continues where it stopped when `publish` is called
+    again.
 
-    An upload that was cut off goes on where it stopped when it is called again.
+    Args:
+        folder: The folder of a saved model.
+        repo_id: The id on the Hub, "namespace/name". The repository is made if it is not there.
+        private: Make a new repository private. A repository that exists stays as it is.
+        create_pr: Open a pull request on a repository that exists, instead of writing to it.
+        dry_run: A folder, empty or not there yet, that gets exactly the files that would be uploaded. Nothing is sent.
+        revision: The branch to write to, which is made if it is not there. By default main.
+        commit_message: The message of the commit.
+        token: The token of the Hub. By default the one that `hf auth login` saved.
+        endpoint: The address of the Hub. By default that in HF_ENDPOINT.
+        load: Passed to `check_folder`.
+        skip_others: Passed to `check_folder`.
+        trust_remote_code: Passed to `check_folder`.
+        report: A report that `check_folder` made just now. The folder is then not checked again.
+
+    Returns:
+        What was uploaded, and the revision to pin.
+
+    Raises:
+        ValueError: If the folder cannot be published.
+        PublishError: If the Hub refuses, or cannot be reached.
+
+    Example:
+        >>> publish("deit-tome", "your-name/deit-tome", dry_run="upload")
     """
     if create_pr and revision is not None:
         raise ValueError(f"A pull request goes to main: with create_pr leave revision={revision!r} out.")
@@ -110,7 +134,7 @@ def _empty_folder(folder: Path) -> Path:
 
 @contextmanager
 def _clear_errors(repo_id: str, endpoint: str) -> Iterator[None]:
-    """One line for whatever goes wrong between here and the Hub."""
+    """Turn every error on the way to the Hub into one line."""
     try:
         yield
     except OfflineModeIsEnabled:

@@ -1,4 +1,4 @@
-"""The record of a run, as the training script writes it: checked, and put into words and numbers for a card."""
+"""Read the record of a run, as the training script writes it, and put its values into words for a card."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from .contents import read_json, short
 Record = dict[str, Any]
 
 TEXTS = ("base_model", "dataset", "eval_dataset", "command", "machine", "found_by")
-# name -> lowest and highest value, and whether it counts
+# name -> lowest value, highest value, and whether it is a whole number
 NUMBERS = {
     "eval_images": (1, 10**9, True),
     "seed": (0, 2**64, True),
@@ -26,7 +26,7 @@ NUMBERS = {
 
 
 def read_record(record: Record | str | Path) -> Record:
-    """A record, or its file. What a card reads of it is checked; what is missing or null is unknown."""
+    """Read a record or its file, and check the values that a card shows. What is missing or null is unknown."""
     name = "The record"
     if not isinstance(record, dict):
         path = Path(record)
@@ -65,7 +65,7 @@ def read_record(record: Record | str | Path) -> Record:
 
 
 def accuracy(record: Record, key: str = "top1") -> str | None:
-    """In per cent, with its interval if the number of images is known."""
+    """Show an accuracy in per cent, with its interval if the number of images is known."""
     value, total = record.get(key), record.get("eval_images")
     if value is None:
         return None
@@ -76,7 +76,7 @@ def accuracy(record: Record, key: str = "top1") -> str | None:
 
 
 def drop(record: Record) -> str | None:
-    """In points of top-1; a gain has a minus."""
+    """Show the loss of accuracy in points of top-1; a gain has a minus."""
     if record.get("top1") is None or record.get("baseline_top1") is None:
         return None
     return f"{record['baseline_top1'] - record['top1']:.1f}".replace("-0.0", "0.0")

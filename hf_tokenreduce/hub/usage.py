@@ -1,4 +1,4 @@
-"""How a published model is used, by its task: what a card and `publish` tell."""
+"""Write the code that uses a published model, by its task, for cards and `publish`."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .configuration import main_input_of, model_class_of, pipeline_of, takes_tex
 
 WHERE = """where = {"revision": "<commit>", "trust_remote_code": True}  # pin the commit whose code you have read"""
 
-# What a pipeline is called, and how it is asked.
+# For each pipeline, the name of the variable that holds it, and the arguments of a call.
 CALLS = {
     "image-classification": ("classify", '"photo.jpg"'),
     "zero-shot-image-classification": ("classify", '"photo.jpg", candidate_labels=["a cat", "a dog"]'),
@@ -36,7 +36,7 @@ def stock_of(config: Any) -> str:
 
 
 def loading(auto_class: str, repo_id: str, revision: str | None) -> str:
-    """Two lines that load a model."""
+    """Write two lines that load a model."""
     return (
         f"from transformers import {auto_class}\n"
         f'model = {auto_class}.from_pretrained("{repo_id}", revision="{revision or "<commit>"}", '
@@ -45,7 +45,7 @@ def loading(auto_class: str, repo_id: str, revision: str | None) -> str:
 
 
 def usage(config: Any, repo_id: str) -> str:
-    """Code that loads and runs a model, by its Auto class and by the pipeline of its task."""
+    """Write code that loads and runs a model by its Auto class and by the pipeline of its task."""
     task, pipeline = task_of_config(config), pipeline_of(stock_of(config))
     names, more = [task.auto_class], ""
     lines = [f'model = {task.auto_class}.from_pretrained("{repo_id}", **where)']
@@ -64,19 +64,19 @@ def usage(config: Any, repo_id: str) -> str:
 
 
 def run(config: Any) -> str:
-    """How to run it on its main input alone."""
+    """Write the call that runs the model on its main input alone."""
     stock = stock_of(config)
     name = "model.get_image_features" if takes_texts(stock) else "model"
     return f"{name}({'pixels' if main_input_of(stock) == 'pixel_values' else 'sounds'}, output_patch_map=True)"
 
 
 def needs(config: Any) -> str:
-    """The least version of transformers that a model runs with."""
+    """Name the oldest version of transformers that the model runs with."""
     return LEAST_VERSION.get(tower_of(config).model_type, "5.10")
 
 
 def pipeline_tag(config: Any) -> str:
-    """The task by which the Hub finds a model."""
+    """Name the task by which the Hub finds a model."""
     stock = stock_of(config)
     if task_of_config(config).name == "backbone":
         return "image-feature-extraction"

@@ -1,4 +1,4 @@
-"""Whether the weights are those that the configuration asks for, judged from the headers of their files."""
+"""Check that the weights are those that the configuration asks for, by the headers of their files."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from .contents import INDEX, WEIGHTS, one_line, read_json, short
 
 
 def check_weights(folder: Path, files: dict[str, int], config: Any) -> None:
-    """Raise a ValueError unless the headers of the weight files name exactly the tensors that the configuration asks
-    for, in their shapes."""
+    """Raise a ValueError unless the weight files hold exactly the tensors of the configuration, in their shapes."""
     model_class = model_class_of(config)
     found: dict[str, tuple[int, ...]] = {}
     for name in sorted(name for name in files if WEIGHTS.fullmatch(name)):

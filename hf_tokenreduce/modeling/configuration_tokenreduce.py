@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from .encoders import PREFIX, TYPE_PREFIX, auto_classes_of, base_model_of, facts_of, fixed_fields
 from .methods import parse_reduction
+from .version import __version__
 
 
 _StockConfig: Any = object  # the mixin is only used in front of a stock configuration, whose methods it extends
@@ -69,6 +70,7 @@ class TokenReduceConfigMixin(_StockConfig):
     def save_pretrained(self, save_directory, *args, **kwargs):
         # Made again, because the code is saved beside the weights: no entry may still point to an earlier place.
         self.auto_map = self._code_references()
+        self.hf_tokenreduce_version = __version__  # of the code that is saved beside it
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _code_references(self) -> dict[str, str]:

@@ -343,7 +343,8 @@ def decoded(image: Any) -> Image.Image:
     try:
         if image is None:
             raise ValueError("the row holds no image")
-        image = ImageFeature().decode_example(image)
+        if isinstance(image, (dict, str)):  # before 5.2, datasets refuses images that are decoded already
+            image = ImageFeature().decode_example(image)
         image.load()
     except Exception as error:  # parsers of Pillow raise many kinds: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"The image {name} cannot be read: {error}") from error
