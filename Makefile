@@ -11,8 +11,8 @@ SUPPORTED := 5.19.0 5.24.0
 export HF_HUB_OFFLINE := 1
 
 # What test-oldest, test-plain and test-main run, and with which torch and Python. The oldest torch that pyproject.toml
-# allows is 2.7.0. PyPI has no build of it without CUDA for most machines, so it is taken only where it is asked for:
-# make test-oldest OLDEST_TORCH=2.7.0, with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# allows is 2.7.0. PyPI has it with CUDA only, so it is taken only where it is asked for, with an index of PyTorch's CPU
+# builds: make test-oldest OLDEST_TORCH=2.7.0.
 TESTS ?= tests
 OLDEST_TORCH ?= 2.13.0
 OLDEST_PYTHON ?= $(PYTHON)
