@@ -120,7 +120,7 @@ WRONG = [
     (lambda: ATSConfig(score="best"), "score.*'best'"),
     (lambda: ATSConfig(layers=(1, 2), max_tokens=[4]), "1 for 2"),
     (lambda: ATSConfig(max_tokens=-3), "max_tokens.*-3"),
-    (lambda: LTMPConfig(merge=False, prune=False), "nothing is left"),
+    (lambda: LTMPConfig(merge=False, prune=False), "leave nothing to do"),
     (lambda: LTMPConfig(target=1.5), "target.*1.5"),
     (lambda: LTMPConfig(temperature=0), "temperature.*0"),
     (lambda: LTMPConfig(prune_threshold=-0.1), "prune_threshold.*-0.1"),

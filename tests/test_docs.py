@@ -61,6 +61,8 @@ def test_code_runs(page, place, monkeypatch, tmp_path):
             pytest.importorskip(package)
     monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    # Each model would start a process that imports torch; test_evaluation_speed.py measures memory.
+    monkeypatch.setattr("hf_tokenreduce.evaluation.speed.peak_memory", lambda model, images: 1.0)
     names = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
     if page.parent.name == "methods":  # which take up where the README begins
         model, processor = load_model("google/vit-base-patch16-224")

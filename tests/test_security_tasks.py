@@ -81,7 +81,7 @@ def rewritten(path, **values):
         ("audio", {"frequency_stride": 0}, "frequency_stride must be an integer from 1"),
         ("audio", {"max_length": 10**9}, "max_length must be an integer from 1"),
         ("audio", {"max_length": 10**7, "time_stride": 1}, "patches, where 1 to"),
-        ("audio", {"num_mel_bins": 4}, "patches, and there must be at least one"),
+        ("audio", {"num_mel_bins": 4}, "patches. There must be at least one"),
     ],
     ids=lambda value: str(value)[:60],
 )  # fmt: skip
