@@ -30,7 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deit-s": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
     "vit-b": {},
 }
-EVEN = ("tome", "topk", "evit", "bat")
+EVEN = ("tome", "topk", "evit", "bat", "protected")
 
 
 def models_of(dense: Any, share: float, images: torch.Tensor | None) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification, ViTImageProcessor
 
+from hf_tokenreduce import LTMPConfig, load_thresholds, reduce_tokens
+from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.training.run import DataArguments, name_of_validation
 from hf_tokenreduce.training.run import main as run_training
 
@@ -104,6 +106,17 @@ def test_table_of_training_free_methods(tmp_path, deep, model_and_images, run):
         Image.new("RGB", (9, 9)).save(images / "validation" / "cat" / name)
     with pytest.raises(ValueError, match="images was 4, now 5"):
         run("training_free_table.py", *arguments)
+
+
+def test_thresholds_that_ship(tmp_path, deep, model_and_images, run, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    _, images = model_and_images
+    arguments = ["--models", deep, "--data_dir", images, "--shares", 0.7, "--output_dir", tmp_path / "made"]
+    assert "deep-ltmp-0.7.safetensors: keeps 0." in run("make_thresholds.py", *arguments)
+    model = reduce_tokens(load_model(deep)[0], LTMPConfig(target=0.7))
+    load_thresholds(model, tmp_path / "made" / "deep-ltmp-0.7.safetensors")
+    counts = model.eval()(torch.randn(2, 3, 32, 32), output_patch_map=True).token_counts
+    assert (counts[:, :3] == 65).all() and (counts[:, -1] < 65).all()
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Real checkpoints, with the key names that the Hub still has."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import tiny_images, tiny_model
@@ -10,16 +12,20 @@ from transformers import AutoModelForImageClassification, ViTForImageClassificat
 
 from hf_tokenreduce import (
     EViTConfig,
+    LTMPConfig,
     TokenReduceDeiTForImageClassification,
     TokenReduceDeiTForImageClassificationWithTeacher,
     TokenReduceDeiTModel,
     TokenReduceViTForImageClassification,
     TokenReduceViTModel,
     ToMeConfig,
+    load_thresholds,
     reduce_tokens,
 )
+from hf_tokenreduce.modeling.multiply_adds import shares_kept
 
 
+SHIPPED = Path(__file__).resolve().parents[1] / "model_cards" / "thresholds"
 FOLDERS = ["deit-tiny-patch16-224", "vit-tiny-patch16-224"]
 OLD_NAMES = [
     ("layers.", "encoder.layer."),
@@ -61,6 +67,18 @@ def test_a_hub_checkpoint_loads_whole(shared, tmp_path, folder, reduction):
         auto = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
         assert torch.equal(auto(pixels).logits, expected)
     assert again.config.id2label[0] == "tench, Tinca tinca"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_thresholds_that_ship_keep_their_share(shared, folder):
+    stock = ViTForImageClassification.from_pretrained(shared / "models" / folder)
+    for share in (0.8, 0.65, 0.5):
+        model = reduce_tokens(stock, LTMPConfig(target=share)).eval()
+        load_thresholds(model, SHIPPED / f"{folder}-ltmp-{share:g}.safetensors")
+        pixels = photographs(shared, folder, 20)
+        with torch.no_grad():
+            counts = model(pixels, output_patch_map=True).token_counts
+        assert shares_kept(model.config, counts, 197, model.config.reduction).mean() == pytest.approx(share, abs=0.05)
 
 
 @pytest.mark.parametrize(
