@@ -95,6 +95,10 @@ def title_of(name: str) -> str:
     return titles.get(name) or (METHODS[name].title if name in METHODS else name)
 
 
+def count_of(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
     setting = rows[0]["setting"]
     images = len(rows[0]["right"])
@@ -122,7 +126,7 @@ def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
             f"{line['mult_adds_ratio']:.2f}",
             f"{line['top1']:.1f}",
             difference,
-            ", ".join(f"{value:+.1f}" for value in line["seeds"].values()) or f"{line['num_seeds']} seeds",
+            ", ".join(f"{value:+.1f}" for value in line["seeds"].values()) or count_of(line["num_seeds"], "seed"),
             f"{line['epochs']}",
             f"{line['minutes']:.0f}",
         ]
