@@ -28,6 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 WITHOUT_CODE = ("methods", "faq", "glossary", "results", "add-a-method", "add-an-encoder")
+# What makes a command of a page quick enough for a test.
+QUICKER = {
+    "train": ["--use_cpu", "True"],
+    "tune": ["--minutes", "0.02", "--no-speed"],
+    "benchmark": ["--no-suggest"],
+}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -117,8 +123,7 @@ def run_line(words):
         return
     if words[0] == "tokenreduce":
         with pytest.raises(SystemExit) as stopped:
-            more = {"train": ["--use_cpu", "True"], "tune": ["--minutes", "0.02", "--no-speed"]}.get(words[1], [])
-            main([*words[1:], *more, "--debug"])
+            main([*words[1:], *QUICKER.get(words[1], []), "--debug"])
         assert stopped.value.code == 0, words
     else:
         assert words[0] == "python" and words[1].startswith("examples/"), words
