@@ -22,7 +22,7 @@ MODEL, SHARE, BATCH = "deit-tiny-patch16-224", 0.65, 8
 TEXTS = {
     "tome": ("nothing", "For a first try. It works with every model and any image size."),
     "protected": ("nothing", "When accuracy counts and nothing is trained. It is our own."),
-    "bat": ("nothing", "As Protected, when you also want to fine-tune."),
+    "bat": ("nothing", "When you want a published method, trained or not."),
     "evit": ("fine-tuning", "When you fine-tune anyway, and speed counts."),
     "sit": ("long fine-tuning", "When you can train for long."),
     "dlvit": ("labels and fine-tuning", "When you can train, and memory counts."),

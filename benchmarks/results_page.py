@@ -73,9 +73,10 @@ def training_free(file: Path) -> list[str]:
         "## Without training, at equal multiply-adds",
         "",
         f"Every method got its own setting for the same share, and all saw the same {found['settings']['images']} "
-        "photographs. The defaults of protected merging and DiffRate were chosen on other photographs of the same "
-        "set. The split of BAT was chosen on the whole set. Methods that learn from unlabelled images learned from "
-        "other photographs. Command: `python benchmarks/training_free_table.py --models MODEL --data_dir PHOTOS`. "
+        "photographs. The defaults of protected merging and DiffRate, and the layers in which LTMP's calibration "
+        "removes nothing, were chosen on other photographs of the same set. The split of BAT was chosen on the whole "
+        "set. Methods that learn from unlabelled images learned from other photographs. Command: "
+        "`python benchmarks/training_free_table.py --models MODEL --data_dir PHOTOS`. "
         f"[The longer table]({link(file.with_suffix('.md'))}) also has the divergence from the dense model's "
         "probabilities.",
         "",

@@ -79,10 +79,7 @@ DATA = {
     "text": (only("a.txt", "hello"), "holds no images"),
     "webdataset": (tar, "holds no images.*unpack archives"),
     "metadata": (metadata, "metadata file"),
-    "one class": (
-        lambda folder: shutil.rmtree(folder / "c1"),
-        "no classes[.:] [Mm]ake one folder per class, at least two",
-    ),
+    "one class": (lambda folder: shutil.rmtree(folder / "c1"), "no classes. Make one folder per class, at least two"),
     "broken": (lambda folder: (folder / "c0" / "1.png").write_bytes(b"\x89PNG junk"), "1.png"),
     "bomb": (lambda folder: huge_png(folder / "c0" / "1.png"), "1.png|exceeds limit"),
 }

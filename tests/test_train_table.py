@@ -35,7 +35,7 @@ def modules(monkeypatch):
 
 @pytest.fixture
 def arguments(tmp_path):
-    """Of a table of a tiny model on twelve images."""
+    """Give the arguments of a table of a tiny model on twelve images."""
     tiny_model(num_hidden_layers=12).save_pretrained(tmp_path / "tiny")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "tiny")
     generator = np.random.default_rng(0)

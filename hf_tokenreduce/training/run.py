@@ -287,7 +287,7 @@ def class_names(dataset: Dataset, data_args: DataArguments) -> list[str]:
         dataset.features.get(data_args.image_column_name), ImageFeature
     ):
         raise ValueError(
-            "The data has no classes: make one folder per class, at least two, and no metadata file. It needs the "
+            "The data has no classes. Make one folder per class, at least two, and no metadata file. It needs the "
             f"columns {data_args.image_column_name!r} and {data_args.label_column_name!r}, and the second must be a "
             f"ClassLabel. It has {short(dict(dataset.features), 300)}."
         )
