@@ -41,7 +41,7 @@ test-main: .venv-main/.installed  ## transformers as it is developed, which may 
 
 # Of the environment that is active, because its torch must be one for CUDA, which .venv does not have.
 bench-cuda:  ## everything on one CUDA device, in at most 8 minutes: benchmarks/results/cuda-*.md
-	PYTHONPATH=. $(PYTHON) benchmarks/cuda.py
+	PYTHONPATH=. $(PYTHON) benchmarks/cuda_device.py
 
 scan-families: $(INSTALLED)  ## whether every family's entry fits its stock classes, in the oldest and the newest transformers
 	for version in $(SUPPORTED); do \

@@ -295,9 +295,24 @@ def trains_as_one(model, data, tmp_path, method):
         torch.testing.assert_close(both[name], value, rtol=0, atol=1e-5)
 
 
+def test_no_script_is_taken_for_a_package():
+    """The folder of a script is searched first: a script named like a package that torch tries to import hides it."""
+    code = """if True:
+        import sys
+        class Asked:
+            def find_spec(self, name, path=None, target=None):
+                print(name)
+        sys.meta_path.insert(0, Asked())
+        import torch, transformers.models.vit.modeling_vit, hf_tokenreduce
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    scripts = {file.stem for folder in (EXAMPLES, HERE / "benchmarks") for file in folder.glob("*.py")}
+    assert done.returncode == 0 and not scripts & set(done.stdout.split()), done.stderr
+
+
 def test_what_is_for_a_cuda_device_runs_on_the_cpu(tmp_path):
     """All of its parts, in their own processes; a run that was stopped goes on, and what fails is told."""
-    script = [sys.executable, str(HERE / "benchmarks" / "cuda.py"), "--smoke", "--output_dir", str(tmp_path)]
+    script = [sys.executable, str(HERE / "benchmarks" / "cuda_device.py"), "--smoke", "--output_dir", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "Failed: nothing." in done.stdout, done.stdout + done.stderr

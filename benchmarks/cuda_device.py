@@ -1,7 +1,7 @@
 """Check and measure this package on one CUDA device, in one run of at most 8 minutes.
 
-    make bench-cuda                          # or: python benchmarks/cuda.py
-    python benchmarks/cuda.py --smoke        # the same on the CPU, with tiny models, to see that everything runs
+    make bench-cuda                          # or: python benchmarks/cuda_device.py
+    python benchmarks/cuda_device.py --smoke        # the same on the CPU, with tiny models, to see that everything runs
 
 The parts are:
 
@@ -29,11 +29,6 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
-
-
-# ruff: noqa: E402
-# The folder of a script is searched first: there torch would take this file for NVIDIA's package `cuda`, and run it.
-sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 import torch
 import transformers
@@ -323,7 +318,7 @@ def run_part(name: str, folder: Path, smoke: bool) -> None:
 def table(found: dict[str, Any]) -> str:
     """Write the results as Markdown."""
     lines = [f"# {found['device']}", "", f"torch {found['torch']}, transformers {found['transformers']}, "
-             f"{found['date']}. By `benchmarks/cuda.py`.", ""]  # fmt: skip
+             f"{found['date']}. By `benchmarks/cuda_device.py`.", ""]  # fmt: skip
     for part, rows in found["parts"].items():
         lines += [f"## {part}", "", (PARTS[part].__doc__ or "").strip(), ""]
         if part == "speed":
