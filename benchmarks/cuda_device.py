@@ -1,7 +1,7 @@
 """Check and measure this package on one CUDA device, in one run of at most 8 minutes.
 
     make bench-cuda                          # or: python benchmarks/cuda_device.py
-    python benchmarks/cuda_device.py --smoke        # the same on the CPU, with tiny models, to see that everything runs
+    python benchmarks/cuda_device.py --smoke        # the same on the CPU with tiny models, as a trial
 
 The parts are:
 
