@@ -255,6 +255,14 @@ def test_training_with_lora_and_merging(tmp_path, class_folders, method):
     assert not [name for name, _ in loaded.named_parameters() if "lora" in name]
 
 
+def test_a_share_of_a_method_that_depends_on_the_images(tmp_path, class_folders):
+    """Training finds ATS's number of samples on images of the training data."""
+    model, data = class_folders
+    extra = ["--ignore_mismatched_sizes", "--num_train_epochs", 0, "--reduction", "ats", "--share", 0.7]
+    record = train(model, data, tmp_path / "out", *extra, "--reduction_args", '{"layers": [1, 2]}')
+    assert record["settings"]["layers"] == [1, 2] and 0.6 < record["mult_adds_ratio"] < 0.8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["tome", "bat", "sit", "ats", "ltmp"])
 def test_two_processes_train_as_one(tmp_path, class_folders, method):

@@ -29,11 +29,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..calibration import calibrate
-from ..convert import reduce_tokens, restore, with_reduction
+from ..budget import reduce_to_share
+from ..convert import reduce_tokens, restore
 from ..files import write_whole
 from ..hub.contents import short
-from ..loading import folder_split, method_setting, parse_settings, spread
+from ..loading import folder_split, parse_settings, spread
 from ..methods import METHODS
 from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.multiply_adds import shares_kept
@@ -330,13 +330,11 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
             f"{method.title}'s filter has to be fitted first, or it keeps every token. Run examples/run_delta_loss.py "
             "with these settings. Then train the model that it writes, without --reduction."
         )
-    setting = method_setting(dense.config, model_args.reduction, model_args.share, settings)
-    model = with_reduction(dense, setting)
-    if method is not None and method.prepare is not None:
+    pixels = None
+    if method is not None and (method.prepare is not None or (model_args.share and method.at_share is None)):
         photos = train.shuffle(seed=0).select(range(min(100, len(train))))[data_args.image_column_name]
         pixels = torch.stack([EvalTransform(processor)(decoded(photo)) for photo in photos])
-        calibrate(model, pixels, getattr(setting, "target", None))
-    return model
+    return reduce_to_share(dense, model_args.reduction, model_args.share, pixels, None, settings)
 
 
 def with_lora(model: Any) -> Any:
