@@ -3,8 +3,8 @@
     python benchmarks/rank_patches.py --model_name_or_path DENSE --filter_model FILTERED --data_dir IMAGE_FOLDER
 
 DENSE is the classifier that the labels of the filter were made with, and FILTERED the reduced model that
-`examples/run_delta_loss.py` wrote. The delta of a patch is how much the loss of DENSE grows without its square of 2 x 2
-patches. The half of all patches with the largest deltas are the ones to keep. Each ranking is measured by
+`examples/run_delta_loss.py` wrote. The delta of a patch is how much the loss of DENSE grows without its square of 2 x
+2 patches. The half of all patches with the largest deltas are the ones to keep. Each ranking is measured by
 
 - AUC: how often it puts a patch to keep above a patch to drop, of the same image. Chance is 0.5.
 - precision: the share of patches to keep in the upper half of its ranking. Chance is the share to keep, 0.5.

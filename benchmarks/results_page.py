@@ -2,8 +2,7 @@
 
     python benchmarks/results_page.py
 
-Reads `benchmarks/results/` and `model_cards/`, and writes `docs/results.md`. A record that is not there leaves its
-section out.
+Reads `benchmarks/results/`, and writes `docs/results.md`. A record that is not there leaves its section out.
 """
 
 import csv
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import claims
 from train_report import summarise, to_markdown
 
 from hf_tokenreduce.evaluation.accuracy import wilson_interval
@@ -20,7 +20,7 @@ from hf_tokenreduce.methods import METHODS
 
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, CARDS, PAGE = ROOT / "benchmarks" / "results", ROOT / "model_cards", ROOT / "docs" / "results.md"
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 INTRODUCTION = """\
 # Results
 
@@ -48,16 +48,17 @@ RUNTIMES = {
 Table = Callable[[Path], list[str]]
 
 
-def page(results: Path = RESULTS, cards: Path = CARDS) -> str:
-    """Make the page from the records in two folders."""
+def page(results: Path = RESULTS) -> str:
+    """Make the page from the records in a folder."""
     sections: list[tuple[Iterable[Path], Table]] = [
         (results.glob("training-free-*.json"), training_free),
-        (cards.glob("comparisons/*.csv"), comparison),
+        (results.glob("compare-*.csv"), comparison),
         ([results] if any(results.glob("tune-*.json")) else [], tuned),
         (results.glob("speed-*.json"), speed),
         (results.glob("int8-accuracy-*.json"), int8),
+        ([results] if any(results.glob("train-*/*.json")) else [], claims.table),
         ((folder for folder in results.glob("train-*") if any(folder.glob("*.json"))), trained),
-        ([cards / "results"] if any(cards.glob("results/*.json")) else [], trashnet),
+        ([results / "trashnet"] if any(results.glob("trashnet/*.json")) else [], trashnet),
     ]
     lines = [INTRODUCTION]
     for files, table in sections:
@@ -335,18 +336,18 @@ def trained(folder: Path) -> list[str]:
 
 
 def trashnet(folder: Path) -> list[str]:
-    """The trained models whose cards are in model_cards/."""
+    """The first runs on TrashNet, each with one seed."""
     records = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     first = next(iter(records.values()))
     lines = [
-        "## After training: DeiT-Tiny on TrashNet",
+        "## After training: the first runs",
         "",
         f"Each method began with the same fine-tuned dense model, and was measured on {first['eval_images']} images. "
         "There is one seed each, and no dense model that was trained for as many more epochs. So these runs show that "
         "a reduced model can keep the accuracy. They do not show which method is best. The speed-ups are those of one "
         f"shared machine ({first['machine']}, batch {first['speed_batch_size']}). There the dense model measured "
-        "against itself gave the value in its row, so differences of a tenth mean little. "
-        "[The cards](../model_cards/README.md) have the commands.",
+        "against itself gave the value in its row, so differences of a tenth mean little. The records have the "
+        "commands.",
         "",
         "| model | share | epochs | top-1 | speed-up |",
         rule(5),
@@ -356,7 +357,7 @@ def trashnet(folder: Path) -> list[str]:
         called = name.removeprefix("deit-tiny-trashnet-")
         lines.append(
             row_of(
-                f"[{called}](../model_cards/{name}.md)",
+                f"[{called}]({link(folder)}/{name}.json)",
                 f"{row['mult_adds_ratio']:.2f}",
                 f"{row['epochs']:g}",
                 f"{row['top1']:.1f} ({low:.1f} to {high:.1f})",

@@ -153,7 +153,7 @@ def test_the_readme_is_short_and_has_the_table_of_the_records():
 def test_results_have_a_section_for_training_runs(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     page = runpy.run_path(str(ROOT / "benchmarks" / "results_page.py"))["page"]
-    assert "##" not in page(tmp_path, tmp_path)
+    assert "##" not in page(tmp_path)
     setting = {"model": "deit-tiny", "train": "flowers", "eval": ["test"], "epochs": 3, "bf16": True}
     folder = tmp_path / "train-flowers-deit-tiny"
     folder.mkdir()
@@ -161,7 +161,7 @@ def test_results_have_a_section_for_training_runs(monkeypatch, tmp_path):
         row = {"name": name, "share": share, "seed": 0, "right": right, "top1": 25.0 * right.count("1")}
         row |= {"mult_adds_ratio": share or 1.0, "setting": setting, "seconds": 60, "machine": "GPU, 1"}
         (folder / f"{name}.json").write_text(json.dumps(row))
-    text = page(tmp_path, tmp_path)
+    text = page(tmp_path)
     assert "## After training: deit-tiny trained on flowers" in text and "| ToMe | 0.65 | 0.65 | 100.0 | +25.0" in text
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification, ViTImageProcessor
 
-from hf_tokenreduce import LTMPConfig, load_thresholds, reduce_tokens
+from hf_tokenreduce import DLViTConfig, LTMPConfig, load_thresholds, reduce_tokens
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.training.run import DataArguments, name_of_validation
 from hf_tokenreduce.training.run import main as run_training
@@ -157,6 +157,29 @@ def test_compare_labellers(model_and_images, run):
     rows = [line.split("|")[1:5] for line in printed.splitlines() if line.startswith("| ")][1:]
     assert [row[0].strip() for row in rows] == ["exact", "groups", "exact", "groups", "gradient"]
     assert rows[0][3].strip() == rows[2][3].strip() == "1.00" and all(-1 <= float(row[3]) <= 1 for row in rows)
+
+
+def test_rank_patches(tmp_path, model_and_images, run):
+    """The record has every ranking, and the numbers are those of loops over pairs of patches."""
+    model, images = model_and_images
+    filtered = reduce_tokens(tiny_model(), DLViTConfig(keep_rate=0.5))
+    filtered.save_pretrained(tmp_path / "filtered")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "filtered")
+    words = ["--model_name_or_path", model, "--filter_model", tmp_path / "filtered", "--data_dir", images]
+    printed = run("rank_patches.py", *words, "--max_samples", 5, "--output_dir", tmp_path / "made")
+    record = json.loads((tmp_path / "made" / f"rank-patches-{tmp_path.name}-model.json").read_text())
+    assert record["images"] == 5 and len(record["rows"]) == 1 + 2 * 4 and "| filter |" in printed
+    assert all(row["auc_interval"][0] <= row["auc"] <= row["auc_interval"][1] for row in record["rows"].values())
+
+    per_image = runpy.run_path(str(HERE / "benchmarks" / "rank_patches.py"))["per_image"]
+    scores = torch.tensor([[3.0, 1.0, 2.0, 2.0], [0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]])
+    keep = torch.tensor([[True, False, True, False], [True, False, False, False], [True] * 4])
+    auc, precision = per_image(scores, keep)
+    for row in range(2):
+        pairs = [(a, b) for a, k in zip(scores[row], keep[row], strict=True) if k
+                 for b, d in zip(scores[row], keep[row], strict=True) if not d]  # fmt: skip
+        assert auc[row] == pytest.approx(sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs))
+    assert auc[2] != auc[2] and precision.tolist()[1:] == [0.0, 1.0]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ BAT = Method(
         "The tokens that the class token attends to least are clustered by density peaks, and each cluster becomes "
         "one token. The other tokens stay, except that the most similar of them are fused. `cluster_share` and "
         "`fuse_share` say how the kept tokens are split between clusters and other tokens. Their defaults were chosen "
-        "on photographs; [model_cards/sweeps](../../model_cards/sweeps) has the table."
+        "on photographs; [a sweep](../../benchmarks/results/bat-sweep-deit-tiny-patch16-224.md) has the table."
     ),
     limits=(
         "It computes the distances between all tokens that it clusters, which takes more time than its multiply-adds "

@@ -1,0 +1,163 @@
+"""What the papers claim, beside what is measured here. `results_page.py` puts this table into the documentation.
+
+    python benchmarks/claims.py
+
+A claim whose record is not there is told as not measured.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train_report import summarise
+
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TRAINED = "train-trashnet224-deit-tiny-patch16-224"
+MODELS = {"deit-tiny-patch16-224": "DeiT-Tiny", "vit-tiny-patch16-224": "ViT-Tiny"}
+NOT_MEASURED = "not measured"
+TRAIN = "train_table.py"
+FREE = "training_free_table.py"
+
+
+class Records(NamedTuple):
+    """What is on record.
+
+    trained: lines of `train_report.summarise`, by name and share. free: rows of the training-free table, by model,
+    method and share. ranking: rows of `rank_patches.py`. speed: rows of `speed.py`, by name, batch size and runtime.
+    """
+
+    trained: dict[tuple[str, float | None], dict[str, Any]]
+    free: dict[tuple[str, str | None, float], dict[str, Any]]
+    ranking: dict[str, dict[str, Any]]
+    speed: dict[tuple[str, int, str], dict[str, Any]]
+
+
+class Claim(NamedTuple):
+    """method and claim: whose paper says what, with its number. here: what the records say, or None. script: the
+    script of `benchmarks/` that made the records."""
+
+    method: str
+    claim: str
+    here: Callable[[Records], str | None]
+    script: str
+
+
+def read(results: Path = RESULTS) -> Records:
+    runs = [json.loads(file.read_text()) for file in sorted((results / TRAINED).glob("*.json"))]
+    free = [row for file in results.glob("training-free-*.json") for row in json.loads(file.read_text())["results"]]
+    ranked = sorted(results.glob("rank-patches-*.json"))
+    speeds = [row for file in results.glob("speed-deit-tiny-*.json") for row in json.loads(file.read_text())["rows"]]
+    return Records(
+        {(line["name"], line["share"]): line for line in summarise(runs)} if runs else {},
+        {(row["model"], row["method"], row["share"]): row for row in free},
+        json.loads(ranked[0].read_text())["rows"] if ranked else {},
+        {(row["name"], row["batch_size"], row["runtime"]): row for row in speeds},
+    )
+
+
+def after_training(name: str, share: float, other: str | None = None) -> Callable[[Records], str | None]:
+    """The difference of a trained model to the dense control, and that of another one beside it."""
+
+    def here(records: Records) -> str | None:
+        lines = [records.trained.get((one, share)) for one in (name, other) if one is not None]
+        if any(line is None or line["difference"] is None for line in lines):
+            return None
+        texts = [
+            "{:+.1f} ({:+.1f} to {:+.1f})".format(line["difference"], *line["interval"]) for line in lines if line
+        ]
+        seeds = min(line["num_seeds"] for line in lines if line)
+        kept = lines[0]["mult_adds_ratio"] if lines[0] else share
+        text = f"{texts[0]} points to the dense control at {kept:.2f}"
+        text += f"; {other}: {texts[1]}" if other is not None else ""
+        return f"{text}; {seeds} seed{'s' if seeds > 1 else ''}"
+
+    return here
+
+
+def untrained(method: str, others: list[str], shares: list[float]) -> Callable[[Records], str | None]:
+    """The share of images with the dense model's class, of a method and of others at the same multiply-adds."""
+
+    def here(records: Records) -> str | None:
+        parts = []
+        for model, called in MODELS.items():
+            for share in shares:
+                rows = {one: records.free.get((model, one, share)) for one in (method, *others)}
+                if any(row is None or "agreement" not in row for row in rows.values()):
+                    continue
+                shown = ", ".join(f"{one} {row['agreement']:.1f}" for one, row in rows.items() if row)
+                parts.append(f"{called} at {share:g}: {shown}")
+        return "same class in %, without training: " + "; ".join(parts) if parts else None
+
+    return here
+
+
+def ranking(records: Records) -> str | None:
+    if "filter" not in records.ranking:
+        return None
+    attention = {name: row for name, row in records.ranking.items() if name.startswith("class attention")}
+    best = max(attention, key=lambda name: attention[name]["auc"])
+    own = records.ranking["filter"]
+    return (
+        f"AUC {own['auc']:.2f} ({own['auc_interval'][0]:.2f} to {own['auc_interval'][1]:.2f}), precision "
+        f"{own['precision']:.2f}; the best {best}: {attention[best]['auc']:.2f}, {attention[best]['precision']:.2f}; "
+        "chance: 0.50, 0.50"
+    )
+
+
+def faster(name: str, batch: int = 32) -> Callable[[Records], str | None]:
+    """How much faster a model of about 0.65 is than dense in PyTorch, beside its accuracy after training."""
+
+    def here(records: Records) -> str | None:
+        row, trained = records.speed.get((name, batch, "eager")), after_training(name, 0.65)(records)
+        return None if row is None or trained is None else f"{row['speedup']:.2f} times, and {trained}"
+
+    return here
+
+
+CLAIMS = [
+    Claim("DL-ViT", "after fine-tuning, as accurate as dense", after_training("dlvit", 0.65), TRAIN),
+    Claim("DL-ViT", "its filter finds the patches that matter", ranking, "rank_patches.py"),
+    Claim("ATS", "DeiT-S loses 0.1 points at 0.63 after fine-tuning", after_training("ats", 0.65), TRAIN),
+    Claim("ATS", "adaptive beats Top-K at equal mean cost", after_training("ats", 0.65, "topk"), TRAIN),
+    Claim("ATS", "adaptive beats Top-K, untrained", untrained("ats", ["topk"], [0.65, 0.5]), FREE),
+    Claim("LTMP", "DeiT-T loses 0.2 at 0.8, 0.7 at 0.6, one epoch", after_training("ltmp", 0.65), TRAIN),
+    Claim("LTMP", "ahead of ToMe and of pruning at equal cost", untrained("ltmp", ["tome", "topk"], [0.8, 0.65, 0.5]),
+          FREE),
+    Claim("LTMP", "merging and pruning beat merging alone", after_training("ltmp", 0.65, "ltmp-merge-only"), TRAIN),
+    Claim("LTMP", "merging and pruning beat pruning alone", after_training("ltmp", 0.65, "ltmp-prune-only"), TRAIN),
+    Claim("BAT", "DeiT-S loses 0.2 at 0.65", after_training("bat", 0.65), TRAIN),
+    Claim("BAT", "DeiT-T gains 0.1 at 0.6", after_training("bat", 0.45), TRAIN),
+    Claim("BAT", "clustering helps", after_training("bat", 0.45, "bat-no-clusters"), TRAIN),
+    Claim("BAT", "matching helps", after_training("bat", 0.45, "bat-no-matching"), TRAIN),
+    Claim("BAT", "two groups beat one", after_training("bat", 0.45, "bat-one-group"), TRAIN),
+    Claim("SiT", "1.7 times as fast with a negligible loss", faster("sit"), TRAIN),
+    Claim("SiT", "3.6 times as fast with 97 % of the accuracy", after_training("sit", 0.28), TRAIN),
+    Claim("SiT", "distillation (FRD) helps", after_training("sit", 0.45, "sit-no-teacher"), TRAIN),
+    Claim("ToMe", "DeiT-S loses 0.4 at 0.6, trained", after_training("tome", 0.65), TRAIN),
+]  # fmt: skip
+
+
+def table(results: Path = RESULTS) -> list[str]:
+    """The lines of the section."""
+    records = read(results)
+    lines = [
+        "## What the papers claim",
+        "",
+        "The papers measured on ImageNet after training for many epochs. Here, DeiT-Tiny was trained for 3 epochs on "
+        "1,768 photographs of TrashNet, and the dense control as long; what needs no training was measured on ImageNet "
+        "photographs. So a claim that holds here is not proved, and one that fails is not refuted. After the semicolon "
+        "stands what the claim is compared with.",
+        "",
+        "| method | the paper says | here | by |",
+        "|---" * 4 + "|",
+    ]
+    for claim in CLAIMS:
+        here = claim.here(records) or NOT_MEASURED
+        lines.append(f"| {claim.method} | {claim.claim} | {here} | `benchmarks/{claim.script}` |")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
