@@ -146,9 +146,9 @@ def table(results: Path = RESULTS) -> list[str]:
         "## What the papers claim",
         "",
         "The papers measured on ImageNet after training for many epochs. Here, DeiT-Tiny was trained for 3 epochs on "
-        "1,768 photographs of TrashNet, and the dense control as long; what needs no training was measured on ImageNet "
-        "photographs. So a claim that holds here is not proved, and one that fails is not refuted. After the semicolon "
-        "stands what the claim is compared with.",
+        "1,768 photographs of TrashNet, and the dense control for as many. What needs no training was measured on "
+        "photographs with ImageNet labels. So a claim that holds here is not proved, and one that fails is not "
+        "refuted. After the semicolon stands what the claim is compared with.",
         "",
         "| method | the paper says | here | by |",
         "|---" * 4 + "|",

@@ -150,6 +150,23 @@ def test_the_readme_is_short_and_has_the_table_of_the_records():
     assert len(text.split()) <= 700
 
 
+def test_cards_are_those_of_the_records(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = runpy.run_path(str(ROOT / "benchmarks" / "make_cards.py"))
+    script["main"](cards=tmp_path)
+    made, there = ({file.name: file.read_text() for file in folder.glob("*.md")}
+                   for folder in (tmp_path, ROOT / "model_cards"))  # fmt: skip
+    table = made.pop("README.md").split("<!-- tokenreduce:begin table -->")[1]
+    how = "Run python benchmarks/make_cards.py."
+    assert (table in there.pop("README.md") and made == there) is True, how
+    lines = [
+        {"share": 0.65, "difference": 0.3},
+        {"share": 0.45, "difference": -1.0},
+        {"share": 0.3, "difference": -2.0},
+    ]
+    assert script["best_share"](lines) == 0.45 and script["best_share"](lines[2:]) == 0.3
+
+
 def test_results_have_a_section_for_training_runs(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     page = runpy.run_path(str(ROOT / "benchmarks" / "results_page.py"))["page"]
