@@ -2,9 +2,9 @@
 
     python benchmarks/make_cards.py
 
-The best setting of a method is the smallest share at which it loses at most one point to the dense control, as the mean
-over seeds; if there is none, the largest share. The card is that of the first seed. It names the one command that
-makes the weights again.
+The best setting of a method is the smallest share at which it loses at most one point to the dense control, as the
+mean over seeds; if there is none, the largest share. The card is that of the first seed. It names the one command
+that makes the weights again.
 """
 
 import json
