@@ -5,6 +5,7 @@ INSTALLED := $(VENV)/.installed
 DOCS_VENV := .venv-docs
 DOCS_INSTALLED := $(DOCS_VENV)/.installed
 TRANSFORMERS_TESTS := .cache/transformers-source
+TORCHAO := .cache/torchao
 # The oldest transformers that pyproject.toml allows, and the newest that was tried.
 SUPPORTED := 5.19.0 5.24.0
 
@@ -18,7 +19,7 @@ OLDEST_TORCH ?= 2.13.0
 OLDEST_PYTHON ?= $(PYTHON)
 TRANSFORMERS_MAIN ?= transformers @ git+https://github.com/huggingface/transformers
 
-.PHONY: demo test test-slow test-oldest test-plain test-main test-conformance scan-families bench-cuda check format
+.PHONY: demo test test-slow test-oldest test-plain test-main test-conformance test-torchao scan-families bench-cuda check format
 .PHONY: docs released-code release-check clean
 
 demo: $(INSTALLED)  ## draw images, train a small ViT, reduce it by every method; a report in demo/
@@ -51,7 +52,13 @@ scan-families: $(INSTALLED)  ## whether every family's entry fits its stock clas
 		PYTHONPATH=$$folder $(BIN)/python tests/scan_families.py || exit 1; \
 	done
 
-test-conformance: $(INSTALLED) scan-families  ## transformers' own model tests, from its source distribution, on our classes
+# torchao would slow down every import of transformers, and print warnings. So it lies in a folder of its own.
+test-torchao: $(INSTALLED)  ## reduced models in the 8 bits of torchao
+	test -f $(TORCHAO)/.whole || { rm -rf $(TORCHAO); \
+		$(BIN)/python -m pip install --quiet --no-deps --target $(TORCHAO) torchao==0.18.0 && touch $(TORCHAO)/.whole; }
+	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest tests/test_quantization.py -n 2
+
+test-conformance: $(INSTALLED) scan-families test-torchao  ## transformers' own model tests, from its source distribution, on our classes
 	$(BIN)/python tests/conformance/fetch.py $(TRANSFORMERS_TESTS)
 	TRANSFORMERS_SOURCE=$(TRANSFORMERS_TESTS) $(BIN)/python -m pytest tests/conformance -n 2
 

@@ -5,11 +5,13 @@ import torch
 from helpers import SIZES, tiny_images, tiny_model
 from PIL import Image
 from torch import nn
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, ViTConfig
 
 from hf_tokenreduce import BATConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce.loading import method_setting
 from hf_tokenreduce.methods import METHODS, Method
 from hf_tokenreduce.methods.fitting import share_on
+from hf_tokenreduce.modeling.multiply_adds import even_share
 
 
 def twelve(**values):
@@ -49,6 +51,19 @@ def test_the_model_that_is_given_keeps_what_it_has_learned(name):
     assert second.config.reduction == first.config.reduction
     assert all(torch.equal(value, before[key]) for key, value in first.state_dict().items())
     assert any(not torch.equal(value, before[key]) for key, value in second.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("share", "layers"), [(0.8, (5, 8, 9)), (0.6, (5, 8, 9)), (0.55, (2, 5, 8)), (0.45, (2, 5, 8)), (0.3, (1, 3, 5))]
+)
+def test_sit_slims_as_late_as_the_share_allows(share, layers):
+    """An earlier layer is taken where the later ones would keep less than three tenths of the tokens at once."""
+    config = ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768)
+    setting = method_setting(config, "sit", share)
+    assert setting.layers == layers and setting.keep_rate >= 0.3
+    assert share - 0.01 < even_share(setting, config) <= share
+    late = method_setting(config, "sit", 0.6, {"layers": (6, 8)})
+    assert late.layers == (6, 8)
 
 
 PIXELS = tiny_images(2)

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageClassification, TorchAoConfig
 from hf_tokenreduce import reduce_tokens
 
 
-torchao = pytest.importorskip("torchao.quantization")
+torchao = pytest.importorskip("torchao.quantization", reason="make test-torchao runs these tests")
 
 
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])

@@ -1,5 +1,6 @@
 """The description of SiT, and how its networks get a start without training."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -95,10 +96,22 @@ def _neighbours_together(top: int, bottom: int, left: int, right: int, width: in
     return [patch for part in parts for patch in _neighbours_together(*part, width)]
 
 
+# Layers of a model of 12, the latest first; a network that keeps less than LEAST_KEPT at once loses too much.
+SCHEDULES = ((5, 8, 9), (2, 5, 8), (1, 3, 5))
+LEAST_KEPT = 0.3
+
+
 def at_share(facts: EncoderFacts, share: float, **settings: Any) -> ReductionConfig:
-    """Make the setting for a share. Shallow models slim earlier, or too few layers would be left to save in."""
-    layers = spread_layers(facts, 5, 8, 9) if facts.num_hidden_layers >= 12 else spread_layers(facts, 2, 6)
-    return SiTConfig.for_budget(facts, share, **{"layers": layers, **settings})
+    """Make the setting for a share, in layers as late as the share allows. Shallow models slim earlier, or too few
+    layers would be left to save in."""
+    schedules = SCHEDULES if facts.num_hidden_layers >= 12 else ((2, 6), (1, 4))
+    options = [{"layers": spread_layers(facts, *of_twelve), **settings} for of_twelve in schedules]
+    for option in options[:-1]:
+        with contextlib.suppress(ValueError):
+            setting = SiTConfig.for_budget(facts, share, **option)
+            if setting.keep_rate >= LEAST_KEPT:
+                return setting
+    return SiTConfig.for_budget(facts, share, **options[-1])
 
 
 DISTILLED = {**QUICK_FINE_TUNE, "logits_weight": 2.0, "token_weight": 2.0}
