@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .modeling.diffrate import DiffRateConfig
     from .modeling.dlvit import DLViTConfig
     from .modeling.evit import EViTConfig
+    from .modeling.grid import unmerge
     from .modeling.ltmp import LTMPConfig
     from .modeling.mctf import MCTFConfig
     from .modeling.modeling_tokenreduce import (
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from .modeling.protected import ProtectedConfig
     from .modeling.shift import ShiftConfig
     from .modeling.sit import SiTConfig
-    from .modeling.tokens import unmerge
     from .modeling.tome import ToMeConfig
     from .modeling.topk import TopKConfig
     from .thresholds import load_thresholds, save_thresholds
@@ -108,7 +108,7 @@ _MODULES = {
     "restore": ".convert",
     "save_thresholds": ".thresholds",
     "tune": ".tuning",
-    "unmerge": ".modeling.tokens",
+    "unmerge": ".modeling.grid",
 }
 
 

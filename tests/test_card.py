@@ -406,7 +406,7 @@ def test_what_a_card_needs(tmp_path):
         ("dinov2", "image-classification", ["AutoModelForImageClassification", 'classify("photo.jpg")']),
         ("clip", "zero-shot-image-classification", ["candidate_labels=[", "model.get_image_features(pixels, "]),
         ("dinov3", "image-feature-extraction", ["5 prefix tokens, then a row for", "4 registers included"]),
-        ("vit-features", "image-feature-extraction", ['"tokens.unmerge"', "unmerge(out.last_hidden_state"]),
+        ("vit-features", "image-feature-extraction", ['"grid.unmerge"', "unmerge(out.last_hidden_state"]),
         ("backbone", "image-feature-extraction", ["AutoBackbone.from_pretrained("]),
         ("depth", "depth-estimation", ['estimate("photo.jpg")']),
         ("audio", "audio-classification", ['classify("sound.wav")', "An audio transformer", "Every sound keeps"]),

@@ -193,6 +193,7 @@ def test_the_folder_holds_what_it_needs_and_nothing_else(tmp_path):
         "configuration_base",
         "configuration_tokenreduce",
         "encoders",
+        "grid",
         "hooks",
         "layers",
         "matching",

@@ -24,7 +24,7 @@ FEATURES = """processor = AutoImageProcessor.from_pretrained("{repo_id}", revisi
 out = model(**processor(load_image("photo.jpg"), return_tensors="pt"), output_patch_map=True)
 """
 A_ROW_PER_PATCH = "features = out.last_hidden_state  # {prefix}a row for every patch"
-UNMERGE = """unmerge = get_class_from_dynamic_module("tokens.unmerge", "{repo_id}", revision="<commit>")
+UNMERGE = """unmerge = get_class_from_dynamic_module("grid.unmerge", "{repo_id}", revision="<commit>")
 features = unmerge(out.last_hidden_state, out.{patches})  # a row for every patch"""
 
 # As in pyproject.toml, because a model's folder holds the code of this package.
