@@ -34,9 +34,9 @@ QUICKER = {
     "tune": ["--minutes", "0.02", "--no-speed"],
     "benchmark": ["--no-suggest"],
 }
-# Pages that export models, or compare all methods, which takes longer the more layers there are. Other pages need the
+# Pages that export, train or compare models, which takes longer the more layers there are. Other pages need the
 # layers that methods reduce by default.
-SHALLOW = ("README", "choosing", "deploy")
+SHALLOW = ("README", "choosing", "deploy", "training")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
