@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from .modeling.encoders import MODELS, PREFIX, auto_classes_of
-from .modeling.modeling_tokenreduce import reduced_model_class
+from .modeling.modeling_tokenreduce import reduced_classes_beside, reduced_model_class
 from .modeling.version import __version__ as __version__
 
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .modeling.diffrate import DiffRateConfig
     from .modeling.dlvit import DLViTConfig
     from .modeling.evit import EViTConfig
+    from .modeling.grid import unmerge
     from .modeling.ltmp import LTMPConfig
     from .modeling.mctf import MCTFConfig
     from .modeling.modeling_tokenreduce import (
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from .modeling.protected import ProtectedConfig
     from .modeling.shift import ShiftConfig
     from .modeling.sit import SiTConfig
-    from .modeling.tokens import unmerge
     from .modeling.tome import ToMeConfig
     from .modeling.topk import TopKConfig
     from .thresholds import load_thresholds, save_thresholds
@@ -108,22 +108,19 @@ _MODULES = {
     "restore": ".convert",
     "save_thresholds": ".thresholds",
     "tune": ".tuning",
-    "unmerge": ".modeling.tokens",
+    "unmerge": ".modeling.grid",
 }
 
 
 def _register() -> None:
     """Register the reduced classes, so that saved folders load without `trust_remote_code` in this process."""
-    classes_of: dict[tuple[str, Any], list[Any]] = {}
     for name in MODELS:
         model_class = reduced_model_class(getattr(transformers, name))
+        config_class = model_class.config_class
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class in auto_classes_of(name) or ["AutoModel"]:
-            classes_of.setdefault((auto_class, model_class.config_class), []).append(model_class)
-        transformers.AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
-    for (auto_class, config_class), classes in classes_of.items():
-        getattr(transformers, auto_class).register(
-            config_class, classes[0] if len(classes) == 1 else tuple(classes), exist_ok=True
-        )
+            classes = reduced_classes_beside(model_class, auto_class)
+            getattr(transformers, auto_class).register(config_class, classes, exist_ok=True)
 
 
 _register()

@@ -6,6 +6,8 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For the processes that tests start. Two threads of a tiny model, on cores that others use too, mostly wait in a loop.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

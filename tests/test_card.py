@@ -17,6 +17,7 @@ from hf_tokenreduce import ATSConfig, EViTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.evaluation.accuracy import wilson_interval
 from hf_tokenreduce.hub import check_folder, model_card, write_card, write_cards
 from hf_tokenreduce.hub.card_text import merge_metadata, sections
+from hf_tokenreduce.hub.usage import LEAST_TRANSFORMERS
 from hf_tokenreduce.methods import METHODS as DESCRIBED
 from hf_tokenreduce.modeling.methods import METHOD_CLASSES
 
@@ -402,12 +403,12 @@ def test_what_a_card_needs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "tag", "words"),
     [
-        ("dinov2", "image-classification", ["AutoModelForImageClassification", 'classify("photo.jpg")', ">=5.19"]),
+        ("dinov2", "image-classification", ["AutoModelForImageClassification", 'classify("photo.jpg")']),
         ("clip", "zero-shot-image-classification", ["candidate_labels=[", "model.get_image_features(pixels, "]),
         ("dinov3", "image-feature-extraction", ["5 prefix tokens, then a row for", "4 registers included"]),
-        ("vit-features", "image-feature-extraction", ['"tokens.unmerge"', "unmerge(out.last_hidden_state"]),
+        ("vit-features", "image-feature-extraction", ['"grid.unmerge"', "unmerge(out.last_hidden_state"]),
         ("backbone", "image-feature-extraction", ["AutoBackbone.from_pretrained("]),
-        ("depth", "depth-estimation", ['estimate("photo.jpg")', ">=5.19"]),
+        ("depth", "depth-estimation", ['estimate("photo.jpg")']),
         ("audio", "audio-classification", ['classify("sound.wav")', "An audio transformer", "Every sound keeps"]),
         ("llava", "image-text-to-text", ["AutoModelForImageTextToText", "max_new_tokens"]),
         ("siglip", "zero-shot-image-classification", ["Tokens that leave each layer:"]),
@@ -420,7 +421,7 @@ def test_cards_of_every_task(tmp_path, name, tag, words):
     data = metadata(card)
     assert (data["pipeline_tag"], data["library_name"]) == (tag, "transformers")
     assert ("vision-transformer" in data["tags"]) == (name != "audio")
-    assert all(word in card for word in words), card
+    assert all(word in card for word in [*words, f"transformers>={LEAST_TRANSFORMERS}"]), card
     assert 'someone/reduced"' in part(card, "usage") and "None" not in card
 
 

@@ -8,7 +8,11 @@ import pytest
 from PIL import Image
 
 from hf_tokenreduce.demo import run
+from hf_tokenreduce.evaluation import benchmark
 from hf_tokenreduce.methods import METHODS
+
+
+FEW = {"batch_sizes": [4], "repeats": 2}
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +22,7 @@ def first(tmp_path_factory):
         patch.setattr(run, "LEARNED_FROM", 48)
         patch.setattr(run, "LABELLED", 6)
         patch.setattr(run, "TUNED_MINUTES", 0.02)
+        patch.setattr(run, "benchmark", lambda *given, **settings: benchmark(*given, **{**settings, **FEW}))
         yield folder, run.run_demo(folder, steps=12, train=60)
 
 

@@ -34,18 +34,16 @@ QUICKER = {
     "tune": ["--minutes", "0.02", "--no-speed"],
     "benchmark": ["--no-suggest"],
 }
+# Pages that export, train or compare models, which takes longer the more layers there are. Other pages need the
+# layers that methods reduce by default.
+SHALLOW = ("README", "choosing", "deploy", "training")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
-    model = tiny_model(num_hidden_layers=12)
-    model.config.id2label = {index: str(index) for index in range(5)}
-    model.config.label2id = {str(index): index for index in range(5)}
-    for name in ("facebook/deit-small-patch16-224", "google/vit-base-patch16-224"):
-        model.save_pretrained(folder / name)
-        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / name)
+    save_stock(folder, layers=12)
     for name, case in (("openai/clip-vit-base-patch16", "clip"), ("facebook/dinov2-base", "dinov2-features")):
         CASES[case].make().save_pretrained(folder / name)
         CASES[case].processor().save_pretrained(folder / name)
@@ -60,6 +58,15 @@ def place(tmp_path_factory):
     return folder
 
 
+def save_stock(folder, layers):
+    model = tiny_model(num_hidden_layers=layers)
+    model.config.id2label = {index: str(index) for index in range(5)}
+    model.config.label2id = {str(index): index for index in range(5)}
+    for name in ("facebook/deit-small-patch16-224", "google/vit-base-patch16-224"):
+        model.save_pretrained(folder / name)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / name)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_runs(page, place, monkeypatch, tmp_path):
     if page.stem == "deploy":
@@ -67,6 +74,8 @@ def test_code_runs(page, place, monkeypatch, tmp_path):
             pytest.importorskip(package)
     monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    if page.stem in SHALLOW:
+        save_stock(Path(), layers=4)
     # Each model would start a process that imports torch; test_evaluation_speed.py measures memory.
     monkeypatch.setattr("hf_tokenreduce.evaluation.speed.peak_memory", lambda model, images: 1.0)
     names = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}

@@ -169,7 +169,11 @@ def test_half_precision(backbone, method, attention, dtype):
     error = (half.logits.float() - full.logits).abs().amax(dim=1)
     if same.any():  # the median, for a token that was swapped and dropped later leaves no trace in the map
         assert error[same].median() < 1.5 * (half_dense.float() - dense).abs().max()
-    assert dtype == torch.bfloat16 or same.sum() >= 5, same
+    if method == "ats":  # one near tie in an image moves other samples of its grid too, so images differ somewhere
+        alike = ((half.patch_map >= 0) == (full.patch_map >= 0)).float().mean()
+        assert alike > (0.7 if dtype == torch.bfloat16 else 0.87), alike
+    else:
+        assert dtype == torch.bfloat16 or same.sum() >= 5, same
     cosines = torch.nn.functional.cosine_similarity(half.logits.float(), full.logits, dim=-1)
     assert cosines[:3].min() > 0.8 and cosines.mean() > 0.9
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 import hf_tokenreduce
+from hf_tokenreduce.hub.usage import LEAST_TRANSFORMERS
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,7 @@ def test_oldest_versions_are_those_of_pyproject():
     for name, least in re.findall(r'"([\w-]+)>=([\d.]+)"', bounds):
         assert name == "torch" or re.search(rf"^{name}=={least}(\.0)*$", oldest, re.MULTILINE), name
     least = re.search(r'"transformers>=([\d.]+)"', project)[1]
+    assert least == LEAST_TRANSFORMERS  # which cards name
     assert f"\ntransformers=={least}.0\n" in oldest and f"SUPPORTED := {least}.0 " in makefile
     torch = re.search(r'"torch>=([\d.]+)"', project)[1]
     assert f"OLDEST_TORCH={torch}.0" in read(".github/workflows/ci.yml")

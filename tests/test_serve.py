@@ -182,13 +182,16 @@ def test_without_gradio(tmp_path, monkeypatch):
 def test_the_space(monkeypatch):
     calls = []
     monkeypatch.setattr("hf_tokenreduce.serve.serve", lambda *given, **settings: calls.append((given, settings)))
-    monkeypatch.delenv("MODEL_ID", raising=False)
-    with pytest.raises(SystemExit, match="Set MODEL_ID"):
-        runpy.run_path(str(SPACE / "app.py"))
+    for unset in (None, ""):
+        monkeypatch.setenv("MODEL_ID", unset) if unset is not None else monkeypatch.delenv("MODEL_ID", raising=False)
+        with pytest.raises(SystemExit, match="MODEL_ID is not set"):
+            runpy.run_path(str(SPACE / "app.py"))
     monkeypatch.setenv("MODEL_ID", "someone/vit")
-    monkeypatch.setenv("REVISION", "abc123")
-    runpy.run_path(str(SPACE / "app.py"))
-    assert calls == [(("someone/vit",), {"revision": "abc123", "host": "0.0.0.0", "port": 7860})]
+    for revision in ("abc123", ""):
+        monkeypatch.setenv("REVISION", revision)
+        runpy.run_path(str(SPACE / "app.py"))
+    where = {"host": "0.0.0.0", "port": 7860}
+    assert calls == [(("someone/vit",), {"revision": revision, **where}) for revision in ("abc123", None)]
     _, header, _ = (SPACE / "README.md").read_text().split("---\n", 2)
     card = RepoCard((SPACE / "README.md").read_text()).data.to_dict()
     assert card["sdk"] == "gradio" and (SPACE / card["app_file"]).is_file() and "python_version" in header

@@ -1,6 +1,6 @@
 """Show the page of `tokenreduce serve` in a Space.
 
-Set the variable MODEL_ID to the model, and REVISION to the commit of the model.
+The environment variable MODEL_ID names the model, and REVISION its commit. README.md describes them.
 """
 
 import os
@@ -8,6 +8,7 @@ import os
 from hf_tokenreduce.serve import serve
 
 
-if "MODEL_ID" not in os.environ:
-    raise SystemExit("Set MODEL_ID in the Space's settings, such as your-name/your-reduced-vit.")
-serve(os.environ["MODEL_ID"], revision=os.environ.get("REVISION"), host="0.0.0.0", port=7860)
+model_id = os.environ.get("MODEL_ID")
+if not model_id:
+    raise SystemExit("MODEL_ID is not set. Set it in the Space's settings, such as your-name/your-reduced-vit.")
+serve(model_id, revision=os.environ.get("REVISION") or None, host="0.0.0.0", port=7860)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..convert import reduce_tokens
 from ..modeling.encoders import encoder_of
-from ..modeling.tokens import unmerge
+from ..modeling.grid import unmerge
 from ..modes import evaluating
 from ..tasks import image_side, task_of_model
 from .accuracy import check_finite, costs_of, paired_bootstrap, wilson_interval

@@ -19,7 +19,7 @@ from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, 
 from .configuration import check_config, main_input_of, tower_of
 from .contents import one_line
 from .records import Record, accuracy, drop, duration, number, read_record
-from .usage import needs, pipeline_tag, run, stock_of, usage
+from .usage import LEAST_TRANSFORMERS, pipeline_tag, run, stock_of, usage
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -226,7 +226,7 @@ def _body(
         if record.get("command")
         else None,
         usage=None if config is None else usage(config, repo_id or "<this repository>"),
-        needs=None if config is None else needs(config),
+        needs=LEAST_TRANSFORMERS,
         run=None if config is None else run(config),
         adaptive=adaptive,
         limits=_limits(config, record, reduction, adaptive, base_license, "sound" if audio else "image"),

@@ -24,11 +24,11 @@ FEATURES = """processor = AutoImageProcessor.from_pretrained("{repo_id}", revisi
 out = model(**processor(load_image("photo.jpg"), return_tensors="pt"), output_patch_map=True)
 """
 A_ROW_PER_PATCH = "features = out.last_hidden_state  # {prefix}a row for every patch"
-UNMERGE = """unmerge = get_class_from_dynamic_module("tokens.unmerge", "{repo_id}", revision="<commit>")
+UNMERGE = """unmerge = get_class_from_dynamic_module("grid.unmerge", "{repo_id}", revision="<commit>")
 features = unmerge(out.last_hidden_state, out.{patches})  # a row for every patch"""
 
-# Older versions of transformers lay these encoders out differently.
-LEAST_VERSION = {"dinov2": "5.19", "dinov2_with_registers": "5.19"}
+# As in pyproject.toml, because a model's folder holds the code of this package.
+LEAST_TRANSFORMERS = "5.19"
 
 
 def stock_of(config: Any) -> str:
@@ -68,11 +68,6 @@ def run(config: Any) -> str:
     stock = stock_of(config)
     name = "model.get_image_features" if takes_texts(stock) else "model"
     return f"{name}({'pixels' if main_input_of(stock) == 'pixel_values' else 'sounds'}, output_patch_map=True)"
-
-
-def needs(config: Any) -> str:
-    """Name the oldest version of transformers that the model runs with."""
-    return LEAST_VERSION.get(tower_of(config).model_type, "5.10")
 
 
 def pipeline_tag(config: Any) -> str:

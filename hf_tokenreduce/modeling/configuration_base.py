@@ -126,10 +126,6 @@ class KeepRateConfig(ReductionConfig):
     def check_fit(self, facts: EncoderFacts) -> None:
         check_layers_fit(type(self).__name__, self.layers, facts.num_hidden_layers)
 
-    def untrained(self) -> str | None:
-        """Say what a new model with this setting still has to learn: nothing."""
-        return None
-
     def leaving(self, layer: int, count: int, facts: EncoderFacts) -> int:
         return rounded_up_share(self.schedule().get(layer, 1.0), count)
 

@@ -243,13 +243,12 @@ AUTO_CLASSES = (
 
 def auto_classes_of(model: str) -> list[str]:
     """Return the Auto classes through which transformers finds a stock class, given its name."""
-    found = []
-    for name in AUTO_CLASSES:
-        for known in getattr(modeling_auto, name)._model_mapping._model_mapping.values():
-            if model == known or (isinstance(known, (tuple, list)) and model in known):
-                found.append(name)
-                break
-    return found
+
+    def finds(auto_class: str) -> bool:
+        known = getattr(modeling_auto, auto_class)._model_mapping._model_mapping.values()
+        return any(model in (names if isinstance(names, (tuple, list)) else [names]) for names in known)
+
+    return [name for name in AUTO_CLASSES if finds(name)]
 
 
 class EncoderFacts(NamedTuple):
@@ -401,7 +400,7 @@ class Encoder:
             try:
                 getattr(self.model, "get_image_features", self.model)(*inputs, **kwargs)
             except _Entered as entered:
-                return entered.hidden_states
+                return entered.args[0]
         raise RuntimeError(f"{type(self.model).__name__} did not run its encoder. Give it images.")
 
     def run(self, tokens: Tensor, **kwargs: Any) -> Any:
@@ -435,9 +434,7 @@ class Encoder:
 
 
 class _Entered(Exception):
-    def __init__(self, hidden_states: Tensor):
-        super().__init__()
-        self.hidden_states = hidden_states
+    """Ends a forward at the first layer. Its argument is what enters there."""
 
 
 def encoder_of(model: Any) -> Encoder:

@@ -15,23 +15,11 @@ from torch.nn import functional as F
 
 from .attention import AttentionView, PairBias, attend, attend_masked, attend_with_map, split_heads
 from .encoders import Encoder, EncoderFacts, Layout
+from .grid import dropped_patches, fill_by_mean, on_grid
 from .hooks import Reducer
 from .methods import build_reducer
 from .recording import RECORDER, Encoded
-from .tokens import (
-    TokenMap,
-    TokenState,
-    apply_map,
-    dropped_patches,
-    fill_by_mean,
-    move,
-    on_grid,
-    pad,
-    prefix_alone,
-    representatives,
-    start,
-    unpad,
-)
+from .tokens import TokenMap, TokenState, apply_map, move, pad, prefix_alone, representatives, start, unpad
 
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines of each token, (B, T, d) or packed

@@ -25,6 +25,7 @@ from .encoders import (
     READ_EVERY_PATCH,
     READ_PREFIX_ALONE,
     TAKE_MEAN_LOSS,
+    TOWERS,
     TYPE_PREFIX,
     auto_classes_of,
     encoder_of,
@@ -109,6 +110,21 @@ class TokenReduceMixin(_StockModel):
             like = next(layer.mlp.parameters())
             layer.reducer = build_reducer(encoder.facts, index).to(device=like.device, dtype=like.dtype)
             self._initialize(layer.reducer.train(layer.training))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Let an Auto class choose between the classes of one configuration, such as DeiT with and without a teacher.
+
+        When an Auto class loads a folder, it notes one model class for the class of the configuration. transformers
+        names the code of a local folder after the last part of its path, so another folder of the same name has the
+        very same configuration class. It would be loaded as the class of the first folder.
+        """
+        super().register_for_auto_class(auto_class)
+        if isinstance(auto_class, str):
+            return
+        noted = auto_class._model_mapping._extra_content
+        for config_class in [config_class for config_class, found in noted.items() if found is cls]:
+            auto_class.register(config_class, reduced_classes_beside(cls, auto_class.__name__), exist_ok=True)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -321,6 +337,20 @@ def reduced_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     made.register_for_auto_class((auto_classes_of(stock.__name__) or ["AutoModel"])[0])
     globals()[name] = made
     return made
+
+
+def reduced_classes_beside(model_class: type[PreTrainedModel], auto_class: str) -> Any:
+    """Return the reduced classes with the same configuration that an Auto class finds, given its name: one class, or
+    a tuple, of which transformers takes the one that the configuration names."""
+    stock = model_class.__name__.removeprefix(PREFIX)
+    names = next((tower.models for tower in TOWERS if stock in tower.models), (stock,))
+    classes = [
+        reduced_model_class(getattr(transformers, name))
+        for name in names
+        if auto_class in (auto_classes_of(name) or ["AutoModel"])
+    ]
+    beside = [found for found in classes if found.config_class is model_class.config_class]
+    return tuple(beside) if len(beside) > 1 else model_class
 
 
 def __getattr__(name: str) -> Any:

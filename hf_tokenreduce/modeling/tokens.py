@@ -205,91 +205,16 @@ def remember_dropped(state: TokenState, patch_map: Tensor | None) -> Tensor | No
     if state.last_states is None or state.patch_map is None or patch_map is None:
         return state.last_states
     dropped = (patch_map < 0) & (state.patch_map >= 0)
-    rows = _even_rows(state)[:, state.num_prefix_tokens :]
-    return torch.where(dropped[..., None], _rows_at(rows, state.patch_map), state.last_states)
+    rows = even_rows(state)[:, state.num_prefix_tokens :]
+    return torch.where(dropped[..., None], rows_at(rows, state.patch_map), state.last_states)
 
 
-def on_grid(state: TokenState) -> Tensor:
-    """Return a row per patch, (B, P + N0, D): that of its token, so that a merged token counts once per patch. A
-    dropped patch has its last state if last states are kept, else the mean of the other rows."""
-    if _is_untouched(state):
-        return state.hidden_states
-    hidden_states = _even_rows(state)
-    if state.patch_weights is not None:
-        patches = _unmerged(hidden_states, state.patch_weights, "mean")
-    else:
-        assert state.patch_map is not None
-        held = torch.where(state.patch_map < 0, -1, state.patch_map + state.num_prefix_tokens)
-        patches = _unmerged(hidden_states, held, "mean" if state.last_states is None else state.last_states)
-    return torch.cat([hidden_states[:, : state.num_prefix_tokens], patches], dim=1)
-
-
-def dropped_patches(state: TokenState) -> Tensor | None:
-    """Return the patches that no token holds, (B, N0) bool, or None if certainly none was dropped."""
-    return None if _is_untouched(state) or state.patch_map is None else state.patch_map < 0
-
-
-def _is_untouched(state: TokenState) -> bool:
-    reduced = state.size is not None or state.mask is not None or state.lengths is not None
-    return not reduced and state.hidden_states.shape[1] == state.num_prefix_tokens + state.num_patches
-
-
-def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean") -> Tensor:
-    """Make one row per patch from the tokens of a reduced model.
-
-    Args:
-        hidden_states (`Tensor` of shape `(batch, tokens, features)`): Rows of tokens, prefix tokens included.
-        patch_map (`Tensor`): `patch_map` of the model's output, of shape `(batch, patches)`: the row that holds each
-            patch, -1 if it was dropped. For SiT, `patch_weights` of shape `(batch, patch tokens, patches)`: each patch
-            then gets the mean of the tokens, weighted by its weight in each.
-        fill (`str` or `Tensor`): What a dropped patch gets: `"mean"`, the mean of the rows of all other patches of
-            its image; `"zero"`; or its row of a tensor of shape `(batch, patches, features)`.
-
-    Returns:
-        `Tensor` of shape `(batch, patches, features)`, without the prefix tokens.
-
-    Example:
-        >>> output = model(pixel_values, output_patch_map=True)
-        >>> features = unmerge(output.last_hidden_state, output.patch_map)
-    """
-    if isinstance(fill, str) and fill not in ("mean", "zero"):
-        raise ValueError(f'fill must be "mean", "zero" or a tensor of one row per patch, got {fill!r}.')
-    spare = hidden_states.shape[1] - patch_map.shape[-1]
-    if spare >= 0 and not patch_map.is_floating_point() and not torch.compiler.is_compiling():
-        in_place = torch.arange(spare, hidden_states.shape[1], device=patch_map.device)
-        if not torch.equal(patch_map, in_place.expand_as(patch_map)):
-            raise ValueError(
-                "These hidden states have a row per patch already, as in CLIP, SigLIP, DINO and others. The patches "
-                f"are hidden_states[:, {spare}:]."
-            )
-    return _unmerged(hidden_states, patch_map, fill)
-
-
-def _unmerged(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor) -> Tensor:
-    if patch_map.is_floating_point():
-        shares = patch_map / patch_map.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        patches = hidden_states[:, hidden_states.shape[1] - patch_map.shape[1] :]
-        return (shares.transpose(1, 2) @ patches.float()).to(hidden_states.dtype)
-    rows = _rows_at(hidden_states, patch_map)
-    dropped = (patch_map < 0)[..., None]
-    if isinstance(fill, Tensor):
-        return torch.where(dropped, fill, rows)
-    return torch.where(dropped, 0.0, rows) if fill == "zero" else fill_by_mean(rows, dropped[..., 0])
-
-
-def fill_by_mean(rows: Tensor, dropped: Tensor) -> Tensor:
-    """Set the dropped rows (B, N) of (B, N, D) to the mean of the other rows of their image."""
-    dropped = dropped[..., None]
-    count = (~dropped).sum(dim=1, keepdim=True).clamp(min=1)
-    mean = torch.where(dropped, 0.0, rows).float().sum(dim=1, keepdim=True) / count
-    return torch.where(dropped, mean.to(rows.dtype), rows)
-
-
-def _even_rows(state: TokenState) -> Tensor:
+def even_rows(state: TokenState) -> Tensor:
+    """Return the hidden states in the even layout, padded if they are packed: (B, T, D)."""
     return state.hidden_states if state.lengths is None else pad(state.hidden_states, state.lengths)
 
 
-def _rows_at(rows: Tensor, index: Tensor) -> Tensor:
+def rows_at(rows: Tensor, index: Tensor) -> Tensor:
     """Pick rows (B, N, D) at index (B, M), where -1 picks any row: (B, M, D)."""
     if rows.shape[1] == 0:
         return rows.new_zeros(*index.shape, rows.shape[2])
