@@ -27,6 +27,15 @@ def blaming(name: str, file: str, config: PreTrainedConfig | None = None) -> Ite
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if file == "preprocessor_config.json" and (Path(name) / "config.json").is_file():
+            raise ValueError(
+                f"{name!r} has no usable {file}, so nobody knows how to prepare its images. Save the image processor "
+                f"of the original model there: AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained({name!r})."
+            ) from error
+        if not Path(name).exists() and "/" not in name:
+            raise ValueError(
+                f"There is no folder {name!r} here, and it could not be loaded from the Hub: {one_sentence(error)}"
+            ) from error
         raise ValueError(
             f"{name!r} could not be loaded: {one_sentence(error)} It must be a folder with config.json, "
             "model.safetensors and preprocessor_config.json, or the id of such a repository on the Hub."

@@ -38,6 +38,10 @@ def card(
     repo_id: Annotated[
         str | None, typer.Option(help="Hub id to publish it under: namespace/name.", metavar="ID")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="The report.json that evaluate -o wrote: its numbers for the card.", metavar="FILE"),
+    ] = None,
     records: Annotated[
         Path | None,
         typer.Option(help="Write a card into FOLDER for each record of this folder.", metavar="RECORDS"),
@@ -47,7 +51,9 @@ def card(
     from hf_tokenreduce.hub import write_card, write_cards
 
     names = {"base_model": base_model, "base_license": base_license, "dataset": dataset, "repo_id": repo_id}
-    written = [write_card(folder, **names)] if records is None else write_cards(records, folder, **names)
+    written = (
+        [write_card(folder, report=report, **names)] if records is None else write_cards(records, folder, **names)
+    )
     for path in written:
         out.print(f"Saved to {path}")
 

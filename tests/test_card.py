@@ -182,6 +182,29 @@ def test_records_that_make_no_sense(folder, changes, words):
         model_card(folder, record={**RECORD, **changes})
 
 
+def test_an_evaluation_gives_the_card_its_numbers(folder, tmp_path):
+    report = {"images": 200, "top1": 80.0, "baseline_top1": 81.5, "mult_adds_ratio": 0.6, "drop": 1.5}
+    report |= {"tokens_per_layer": [41.0, 41.0, 26.0, 26.0]}
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report))
+    for record in (None, RECORD):
+        text = model_card(folder, record=record, report=file)
+        assert "80.0 % (73.9 to 85.0)" in text and "Top-1 on 200 images," in text and "trash/val" not in text
+        assert ("5 epochs on trash/train" in text) is (record is not None)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"report\.json is not a report of an evaluation"):
+        model_card(folder, report=file)
+
+
+def test_the_title_is_the_name_on_the_hub(folder):
+    write_card(folder)
+    assert "# reduced\n" in (folder / "README.md").read_text()
+    write_card(folder, repo_id="me/rubbish")
+    assert (
+        "# rubbish\n" in (folder / "README.md").read_text() and "# reduced\n" not in (folder / "README.md").read_text()
+    )
+
+
 def test_a_record_cannot_write_markup(folder):
     record = {
         **RECORD,

@@ -55,6 +55,7 @@ def place(tmp_path_factory):
         for number in range(4):
             pixels = generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / where / name / f"{number}.png")
+    Image.fromarray(pixels).save(folder / "photo.jpg")
     return folder
 
 

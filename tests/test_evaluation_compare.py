@@ -90,6 +90,21 @@ class Killed(Exception):
     pass
 
 
+def test_classes_are_checked_first(monkeypatch, tmp_path, photos, processor):
+    """Nothing is computed, and the folder does not stand in the way of a corrected call."""
+    model = tiny_model()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "forward", None)
+        patched.setattr(model.config, "label2id", {"ox": 0, "hen": 1})
+        with pytest.raises(ValueError, match="are new to the model, train it on them first"):
+            compare(model, photos, processor, [], output_dir=tmp_path / "out", **QUICK)
+    (tmp_path / "out" / "settings").mkdir(parents=True)
+    (tmp_path / "out" / "settings.json").write_text('{"model": "another"}')  # of a run that failed before any result
+    assert len(compare(model, photos, processor, [], output_dir=tmp_path / "out", **QUICK).rows) == 1
+    with pytest.raises(ValueError, match="was made with other settings"):
+        compare(model, photos.select(range(3)), processor, [], output_dir=tmp_path / "out", **QUICK)
+
+
 def test_a_killed_comparison_goes_on(monkeypatch, tmp_path, photos, processor):
     module = sys.modules[compare.__module__]
     model, settings = tiny_model(), [SiTConfig(layers=(1, 2)), ToMeConfig(r=5), EViTConfig(layers=(1,))]

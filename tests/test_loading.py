@@ -108,6 +108,11 @@ def test_models_that_are_refused(tmp_path):
         (headless, r"no trained classifier\.bias, classifier\.weight, so its classifier would be random"),
         (other, "is a ResNetForImageClassification. These can be reduced: ViT, DeiT, .*encoders.md"),
         (cut, "could not be loaded"),
+        ("no-such-model", "There is no folder 'no-such-model' here"),
     ):
         with pytest.raises(ValueError, match=words):
             load_model(name)
+    saved(tmp_path / "bare", tiny_model())
+    (tmp_path / "bare" / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no usable preprocessor_config\.json.*Save the image processor"):
+        load_model(str(tmp_path / "bare"))

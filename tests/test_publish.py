@@ -297,7 +297,7 @@ def test_a_dry_run_is_exactly_what_would_be_sent(tmp_path):
         publish(folder, "someone/reduced", dry_run=tmp_path / "dry", load=False, skip_others=True)
 
 
-@pytest.mark.parametrize("repo_id", ["a/b/c", "someone/../other", "someone/na me", "-x/y", ""])
+@pytest.mark.parametrize("repo_id", ["a/b/c", "someone/../other", "someone/na me", "-x/y", "", "reduced"])
 def test_a_repository_needs_a_name(tmp_path, repo_id):
     with pytest.raises(ValueError, match="repo_id must be"):
         publish(tmp_path, repo_id)

@@ -140,6 +140,13 @@ def test_the_model_loads_anywhere_and_its_card_says_how_it_was_found(first, mode
     assert "Not trained after the reduction" in card
 
 
+def test_methods_without_time_are_named(model, photos, processor, tmp_path):
+    report = tune(model, photos, processor, share=0.7, minutes=1e-6, output_dir=tmp_path / "out", **QUICK)
+    assert report.methods == ["ToMe"] and report.untried == ["Top-K"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "settings of 1 method (ToMe)" in text and "Not tried: Top-K. With more minutes" in text
+
+
 def test_no_image_is_in_both_parts(monkeypatch, model, photos, processor, tmp_path):
     seen = {}
 

@@ -181,9 +181,14 @@ def class_index(name: str, label2id: dict[str, int]) -> int:
         return int(label2id[name])
     index = name.split("_")[0]
     if not index.isdecimal() or int(index) >= len(label2id):
+        some = ", ".join(repr(label) for label in list(label2id)[:5])
         raise ValueError(
-            f"The class {name!r} is not a label of the model, and does not begin with the index of a label. Rename "
-            f"its folder to one of {', '.join(list(label2id)[:5])}, ... or put an index in front, as in 0001_{name}."
+            f"The class {name!r} is not a label of the model, and does not begin with the index of a label. The "
+            f"labels are {some}, ... If it is one of them by another name, rename its folder to the label, or put the "
+            "index of the label and _ in front. If your classes are new to the model, train it on them first: "
+            "tokenreduce train MODEL --train-dir IMAGES -o TRAINED --ignore_mismatched_sizes. Without labels, "
+            "tokenreduce tune MODEL IMAGES --no-labels compares methods by how often they keep the class of the dense "
+            "model."
         )
     return int(index)
 

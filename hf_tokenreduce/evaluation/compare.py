@@ -27,7 +27,7 @@ from ..modeling.multiply_adds import check_share
 from ..modes import evaluating
 from ..tasks import image_side, task_of_model
 from ..timing import seconds_of
-from .accuracy import evaluate_model
+from .accuracy import class_indices, evaluate_model
 from .comparison import Comparison, write_comparison
 from .compute import facts_on
 from .features import check_features_model, evaluate_features
@@ -116,6 +116,8 @@ def compare(
     of_features = is_of_features(model, bank)
     columns = {"image_column": image_column, **({} if of_features else {"label_column": label_column})}
     check_data(dataset, batch_size, **columns)
+    if not of_features:  # before anything is computed
+        class_indices(dataset, label_column, model.config.label2id)
     if speed:
         check_runtimes([runtime], CPU)
     config = model.config
@@ -147,7 +149,8 @@ def compare(
         "speed": conditions_of(inside(dense), speed_batch_size, repeats, runtime) if speed else None,
         "bank": bank and labelled_digest(bank, image_column, label_column),
     }
-    if not (folder / "settings.json").is_file():
+    nothing_yet = not any((folder / "settings").iterdir()) and not (folder / "results.jsonl").is_file()
+    if nothing_yet or not (folder / "settings.json").is_file():
         write_whole(folder / "settings.json", json.dumps(settings, indent=1))
     known_settings(folder / "settings.json", settings)
 
@@ -215,7 +218,9 @@ def _tell_how_long(
     with evaluating(model), torch.no_grad():
         computing = min(seconds_of(partial(image_side(model), pixels), model.device) for _ in range(2))
     minutes = max(0, settings) * len(dataset) / len(pixels) * (reading + computing) / 60
-    estimate = f"{settings} settings on {len(dataset)} images take at most about {minutes:.0f} min, without timing."
+    estimate = (
+        f"{settings} settings on {len(dataset)} images take at most about {minutes:.0f} min. Timing comes on top."
+    )
     tqdm.write(estimate, sys.stderr)
 
 

@@ -18,7 +18,7 @@ from .card_check import settings_rows
 from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, split
 from .configuration import check_config, main_input_of, tower_of
 from .contents import one_line
-from .records import Record, accuracy, drop, duration, number, read_record
+from .records import Record, accuracy, drop, duration, number, read_record, read_report
 from .usage import LEAST_TRANSFORMERS, pipeline_tag, run, stock_of, usage
 
 
@@ -38,6 +38,7 @@ def model_card(
     dataset: str | None = None,
     repo_id: str | None = None,
     machine: str | None = None,
+    report: str | Path | None = None,
     previous: str | None = None,
 ) -> str:
     """Make the card of a saved model.
@@ -54,6 +55,8 @@ def model_card(
         dataset: The Hub id of the data set, for the metadata. The record's own name for it stands in the text.
         repo_id: The Hub id under which the model will be published.
         machine: The machine on which the record's speed-up was measured, unless the record names it.
+        report: The report.json that `evaluate_model` or `tokenreduce evaluate -o` wrote for this model. The card shows
+            its numbers instead of those of the record.
         previous: The text of the card to renew. By default the folder's README.md.
 
     Returns:
@@ -77,6 +80,9 @@ def model_card(
     elif record is None:
         raise ValueError("A card needs a folder, a record, or both.")
     known = {} if record is None else dict(read_record(record))
+    if report is not None:
+        own = getattr(config, "reduction", None)
+        known = {"method": own and own.method, "settings": own and own.to_dict(), **known, **read_report(report)}
     if machine is not None:
         known.setdefault("machine", machine)
     reduction = _reduction(config, known)
@@ -101,6 +107,9 @@ def model_card(
     )
     block = merge_metadata(block, _changes(present_metadata, data, explicit))
     body = _body(folder, config, known, reduction, method, title, base_model, base_license, repo_id)
+    if folder is not None and repo_id is not None:  # a title that this function wrote, before the id was known
+        first = re.compile(rf"^# {re.escape(folder.resolve().name)}$", re.MULTILINE)
+        old_body = first.sub(f"# {title}", old_body, count=1)
     text = f"---\n{block}---\n{merge_body(old_body, body)}"
     return text.replace("\n", line_break)
 
@@ -263,7 +272,7 @@ def _conditions(record: Record, speedup: str | None) -> str:
 
 
 def _measured_on(record: Record) -> str | None:
-    return record.get("eval_dataset") or record.get("dataset")
+    return record["eval_dataset"] if "eval_dataset" in record else record.get("dataset")
 
 
 def _training(record: Record) -> str | None:

@@ -98,6 +98,8 @@ def publish(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"repo_id must be 'namespace/name', got {repo_id!r}: {one_line(error)}") from None
+    if "/" not in repo_id:
+        raise ValueError(f"repo_id must be 'namespace/name', got {repo_id!r}. The namespace is your name on the Hub.")
     folder = Path(folder)
     target = None if dry_run is None else _empty_folder(Path(dry_run))
     if report is None:

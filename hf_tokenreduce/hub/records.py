@@ -64,6 +64,21 @@ def read_record(record: Record | str | Path) -> Record:
     return record
 
 
+def read_report(path: str | Path) -> Record:
+    """Read what a card shows from the report.json of `evaluate_model`."""
+    found = read_json(Path(path)) if Path(path).is_file() else None
+    if not isinstance(found, dict) or not {"images", "top1", "tokens_per_layer"} <= set(found):
+        raise ValueError(
+            f"{path} is not a report of an evaluation. Make one: tokenreduce evaluate MODEL IMAGES -o FOLDER writes "
+            "FOLDER/report.json."
+        )
+    record = {key: found.get(key) for key in ("top1", "baseline_top1", "mult_adds_ratio", "tokens_per_layer")}
+    # The record's own name of the data and its number of images are those of other numbers.
+    record |= {"eval_images": found["images"], "eval_dataset": None}
+    read_record({"method": None, **record})
+    return record
+
+
 def accuracy(record: Record, key: str = "top1") -> str | None:
     """Show an accuracy in per cent, with its interval if the number of images is known."""
     value, total = record.get(key), record.get("eval_images")

@@ -157,11 +157,13 @@ def main(
     if args.num_train_epochs:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.perf_counter() - begin
-    metrics = trainer.evaluate()
+    metrics = last_metrics(trainer) or trainer.evaluate()
     if model_args.lora:
         trainer.model = trainer.model.merge_and_unload()
     trainer.save_model()
     if args.process_index == 0:
+        if not args.disable_tqdm:
+            print(f"Saved to {args.output_dir}. Now its time beside the dense model is measured.", file=sys.stderr)
         record = describe(trainer.model, pixels) | {
             **came_from,
             "dataset": name_of(data_args.dataset_name, data_args.train_dir),
@@ -178,6 +180,14 @@ def main(
         write_whole(Path(args.output_dir) / "record.json", json.dumps(record, indent=1))
         return record, args.output_dir
     return None
+
+
+def last_metrics(trainer: TokenReduceTrainer) -> dict[str, Any] | None:
+    """Return the results of the evaluation after the last step, if the trainer keeps the model of that step."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    now = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
+    return next((log for log in reversed(now) if "eval_accuracy" in log), None)
 
 
 def origin(path: str) -> dict[str, Any]:

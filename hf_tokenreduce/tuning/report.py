@@ -47,6 +47,7 @@ class TuningReport:
         begun_from: Name of the reduction that the given model had. The search began with its dense form.
         rows: Records on the held-out images, the dense model first. They are like the records of `compare`, with
             `roles`, and under `search` the results on the images of the search.
+        untried: Titles of the methods that the time was too short for, or that cannot run on this model.
         folder: Folder of the report.
     """
 
@@ -62,6 +63,7 @@ class TuningReport:
     why: str
     begun_from: str | None
     rows: list[dict[str, Any]]
+    untried: list[str] = field(default_factory=list)
     folder: Path = field(default=Path())
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,9 +76,12 @@ class TuningReport:
         """Return the text for the model's card about how its setting was found."""
         wanted = MEANINGS[self.target["kind"]].format(self.target["value"])
         return (
-            f"The setting was found by tokenreduce tune for {wanted}, seed {self.seed}: {self.tried} settings of "
-            f"{len(self.methods)} methods were tried on {self.images['search']} images. {self._quality()}"
+            f"The setting was found by tokenreduce tune for {wanted}, seed {self.seed}: {self._tried()} were "
+            f"tried on {self.images['search']} images. {self._quality()}"
         )
+
+    def _tried(self) -> str:
+        return f"{self.tried} settings of {len(self.methods)} method{'' if len(self.methods) == 1 else 's'}"
 
     def _quality(self) -> str:
         """Return one sentence about the chosen setting on the held-out images."""
@@ -104,9 +109,11 @@ class TuningReport:
             "",
             f"Chosen: **{chosen}**." + (f" {self.why}" if self.why else ""),
             "",
-            f"{self.tried} settings of {len(self.methods)} methods ({', '.join(self.methods)}) were tried on "
+            f"{self._tried()} ({', '.join(self.methods)}) were tried on "
             f"{self.images['search']} images in {minutes}, with seed {self.seed}. {self._quality()}",
         ]
+        if self.untried:
+            lines[-1] += f" Not tried: {', '.join(self.untried)}. With more minutes, the same command goes on."
         if self.begun_from is not None:
             lines[-1] += f" The model was already reduced by {self.begun_from}. The search began with its dense form."
         rows = [row | {"name": _named(row)} for row in self.rows]

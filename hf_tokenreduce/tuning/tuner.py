@@ -164,6 +164,7 @@ def tune(
         runtime=runtime, calibration_images=CALIBRATION_IMAGES, calibration_dataset=trials.dataset, progress=progress,
     )  # fmt: skip
     name = Path(model.config.name_or_path or type(inside(model)).__name__).name
+    tried = {setting.method for setting in trials.tried()}
     rows = _rows(trials, comparison, shown, of_dense_classes=not of_features and labels is None)
     write_comparison(Comparison(rows, where), f"{name}, {len(held_out)} images")
     row, why = _decided(rows, target, speed, why)
@@ -174,7 +175,8 @@ def tune(
         images={"search": len(parts.search), "report": len(parts.report)},
         labelled=label_column in dataset.column_names,
         tried=len(trials.tried()),
-        methods=[method.title for method in found],
+        methods=[method.title for method in found if method.name in tried],
+        untried=[method.title for method in found if method.name not in tried],
         seconds=round(trials.clock, 1),
         chosen=row,
         why=why,
