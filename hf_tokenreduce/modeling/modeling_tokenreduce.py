@@ -29,8 +29,7 @@ from .encoders import (
     auto_classes_of,
     encoder_of,
 )
-from .hooks import Reducer
-from .layers import inject
+from .layers import ReducedLayer, inject
 from .methods import build_reducer, write_extra_method
 from .recording import RECORDER, Encoded, Recorder
 
@@ -79,10 +78,10 @@ class TokenReduceMixin(_StockModel):
         if encoder.facts.num_hidden_layers < 1:
             raise ValueError(f"A reduced model needs at least one layer, got {encoder.facts.num_hidden_layers}.")
         inject(encoder, encoder.facts, type(self).__name__.removeprefix(PREFIX) in READ_EVERY_PATCH)
-        for reducer in encoder.reducers:
-            self._initialize(reducer)
-            names = {name for name, _ in reducer.named_parameters()}
-            self._keep_in_fp32_modules_strict |= names & set(reducer.in_float32)
+        for layer in encoder.layers:
+            self._initialize(layer)
+            names = {name for name, _ in layer.reducer.named_parameters()}
+            self._keep_in_fp32_modules_strict |= names & set(layer.reducer.in_float32)
 
     def set_reduction(self, reduction) -> None:
         """Change the method in place.
@@ -108,7 +107,8 @@ class TokenReduceMixin(_StockModel):
         for index, layer in enumerate(encoder.layers):
             like = next(layer.mlp.parameters())
             layer.reducer = build_reducer(encoder.facts, index).to(device=like.device, dtype=like.dtype)
-            self._initialize(layer.reducer.train(layer.training))
+            layer.reducer.train(layer.training)
+            self._initialize(layer)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -118,16 +118,16 @@ class TokenReduceMixin(_StockModel):
     def initialize_weights(self):
         # The methods of transformers initialise linear layers and norms, but do not know reducers.
         super().initialize_weights()
-        for reducer in self.modules():  # none yet while the stock model is built
-            if isinstance(reducer, Reducer):
-                reducer.init_weights()
+        for layer in self.modules():  # none is reduced yet while the stock model is built
+            if isinstance(layer, ReducedLayer):
+                layer.init_reducer()
 
-    def _initialize(self, reducer: Reducer) -> None:
-        if any(parameter.is_meta for parameter in reducer.parameters()):
+    def _initialize(self, layer: ReducedLayer) -> None:
+        if any(parameter.is_meta for parameter in layer.reducer.parameters()):
             return  # weights are loaded later, and missing ones are initialised then
-        for module in reducer.modules():
+        for module in layer.reducer.modules():
             self._initialize_weights(module)
-        reducer.init_weights()
+        layer.init_reducer()
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """Save as the stock model does, but with the current names of the parameters instead of those of older
