@@ -1,8 +1,8 @@
 """A slow, plain rewrite of SiT's token slimming, DL-ViT's filter and DTEM's training for one image; see naive.py.
 
 SiT turns N patch tokens into k weighted means of all of them, so no patch is held by one token: a matrix says how much
-each patch weighs in each token. DL-ViT drops patch tokens once, before the first layer. In DTEM's training tokens go into
-others by parts.
+each patch weighs in each token. DL-ViT drops patch tokens once, before the first layer. While DTEM learns, tokens go
+into others by parts.
 """
 
 import math

@@ -296,8 +296,8 @@ def test_every_parameter_learns_and_the_loss_falls(backbone, method):
     assert losses[-1] < 0.5 * losses[0]
     idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     # A filter learns from labels, see test_labels.py. In the last layer nothing after it depends on LTMP's thresholds,
-    # which learn by the budget (test_ltmp.py), nor on SiT's network, which learns by the teacher's tokens, nor on DTEM's
-    # linear layer.
+    # which learn by the budget (test_ltmp.py), nor on SiT's network, which learns by the teacher's tokens, nor on the
+    # linear layer of DTEM.
     last = f"layers.{model.config.num_hidden_layers - 1}.reducer."
     apart = {"dlvit": "reducer.", "ltmp": last, "sit": last, "dtem": last}.get(model.config.reduction.method)
     assert idle == {name for name, _ in model.named_parameters() if apart is not None and apart in name}

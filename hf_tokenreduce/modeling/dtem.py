@@ -23,7 +23,7 @@ from .tome import ToMeConfig, match_most_similar
 
 NUM_CANDIDATES = 3  # a source can go into its most similar receivers only
 TEMPERATURE = 0.1  # of the similarities, and again of the softmax over all pairs
-LEAST = torch.finfo(torch.float32).eps  # no token becomes lighter than this share of itself: its logarithm is needed
+LEAST = torch.finfo(torch.float32).eps  # the smallest share of itself that a token keeps, because of the logarithm
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def merge_softly(
 
 
 def share_out(similarity: Tensor, r: int) -> Tensor:
-    """Choose r sources by similarities (B, A, R), softly: return the share of each source that goes into each receiver.
+    """Choose r sources by similarities (B, A, R) softly: return the share of each one that goes into each receiver.
 
-    A source is picked r times, each time by a softmax over all pairs. It becomes less likely in the next picks by the
-    share of it that was picked.
+    Sources are picked r times, each time by a softmax over all pairs. A source that was picked becomes less likely in
+    the next pick.
     """
     best = similarity.topk(min(NUM_CANDIDATES, similarity.shape[2]), dim=-1)
     scores, shares = best.values / TEMPERATURE, torch.zeros_like(best.values)
