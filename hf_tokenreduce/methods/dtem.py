@@ -20,14 +20,14 @@ DTEM = Method(
         "The recipes train only these linear layers; with `freeze_backbone` False the backbone learns too. In "
         "training all tokens stay, and merging is soft: a source gives parts of itself to its three most similar "
         "receivers, and a token counts in attention by the size that is left of it. The parts come from `r` picks, "
-        "each by a softmax over all pairs. The next layer merges only the largest tokens, as many as would be left. In "
-        "eval mode the tokens really merge."
+        "each by a softmax over all pairs. The next layer merges only the largest tokens, as many as would be left. "
+        "In eval mode the tokens really merge."
     ),
     limits=(
         "A layer merges at most half of the patch tokens that are present. Before training DTEM merges about what "
-        "ToMe merges, and costs a little more. Training removes no token, so it takes at least as much time and memory "
-        "as that of a dense model. The linear layer of the last layer learns nothing if the model reads only prefix "
-        "tokens."
+        "ToMe merges, and costs a little more. Training removes no token, so it takes at least as much time and "
+        "memory as that of a dense model. The linear layer of the last layer learns nothing if the model reads only "
+        "prefix tokens."
     ),
     ours=(
         "the linear layers begin with the keys, averaged over the heads; equal similarities are ordered by index; the "
