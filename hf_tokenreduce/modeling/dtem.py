@@ -120,13 +120,10 @@ class DTEMReducer(Reducer):
 
     def init_weights(self, attention: Any) -> None:
         """Begin with the layer's keys, averaged over the heads, as far as the embedding has room for them."""
-        if self.r == 0:
-            return
-        keys = attention.k_proj
-        for name, own in self.metric.named_parameters():
-            of_heads = getattr(keys, name)
-            if of_heads is None:  # keys without a bias
-                continue
+        for name, own in self.named_parameters():
+            of_heads = getattr(attention.k_proj, name.removeprefix("metric."))
+            if of_heads is None or getattr(own, "_is_hf_initialized", False):
+                continue  # keys without a bias, or loaded: the keys beside it may then be quantised
             mean = of_heads.unflatten(0, (-1, attention.head_dim)).float().mean(dim=0)[: len(own)]
             init.copy_(own, torch.cat([mean.to(own.dtype), own[len(mean) :]]))
 
