@@ -30,8 +30,7 @@ DTEM = Method(
         "prefix tokens."
     ),
     ours=(
-        "the linear layers begin with the keys, averaged over the heads; equal similarities are ordered by index; the "
-        "schedule of the training"
+        "the linear layers begin with the keys; equal similarities are ordered by index; the schedule of the training"
     ),
     at_share=DTEMConfig.for_budget,
     key_settings=("r",),

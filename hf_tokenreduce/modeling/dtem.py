@@ -119,13 +119,15 @@ class DTEMReducer(Reducer):
             self.metric = nn.Linear(facts.hidden_size, facts.reduction.embedding_size)
 
     def init_weights(self, attention: Any) -> None:
-        """Begin with the layer's keys, averaged over the heads, as far as the embedding has room for them."""
+        """Begin with the keys that ToMe compares, averaged over the heads, then those of each head, as far as there is
+        room."""
         for name, own in self.named_parameters():
             of_heads = getattr(attention.k_proj, name.removeprefix("metric."))
             if of_heads is None or getattr(own, "_is_hf_initialized", False):
                 continue  # keys without a bias, or loaded: the keys beside it may then be quantised
-            mean = of_heads.unflatten(0, (-1, attention.head_dim)).float().mean(dim=0)[: len(own)]
-            init.copy_(own, torch.cat([mean.to(own.dtype), own[len(mean) :]]))
+            mean = of_heads.unflatten(0, (-1, attention.head_dim)).float().mean(dim=0)
+            rows = torch.cat([mean.to(own.dtype), of_heads.to(own.dtype)])[: len(own)]
+            init.copy_(own, torch.cat([rows, own[len(rows) :]]))
 
     def after_attention(self, view: AttentionView, state: TokenState) -> TokenState:
         present, prefix = state.num_live, state.num_prefix_tokens
