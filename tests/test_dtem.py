@@ -15,6 +15,7 @@ from hf_tokenreduce import (
 )
 from hf_tokenreduce.modeling.dtem import merge_softly, share_out
 from hf_tokenreduce.modeling.encoders import facts_of
+from hf_tokenreduce.modeling.tokens import mix, on_grid, start
 from hf_tokenreduce.tasks import main_output
 from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArguments, recipe
 from hf_tokenreduce.training.losses import distillation_loss
@@ -79,6 +80,7 @@ def test_soft_merging_keeps_the_sizes_and_puts_the_largest_first():
     weights, sizes = merge_softly(embeddings, size, 9, 3, 1)
     torch.testing.assert_close(sizes.sum(dim=1), size.sum(dim=1))
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(2, 12))
+    torch.testing.assert_close((weights * sizes[:, None]).sum(dim=2), size)  # nothing of a token is lost
     assert torch.equal(sizes, sizes.sort(dim=1, descending=True).values)
     untouched = ((weights == 1).sum(dim=1) == 1) & ((weights > 0).sum(dim=1) == 1)
     assert (untouched.sum(dim=1) >= 12 - 5).all()  # the receivers alone are mixtures, even though sources lose a part
@@ -129,6 +131,29 @@ def test_frozen_linear_layers_merge_as_they_will():
     for linear in linears_of(model):
         linear.requires_grad_(False)
     torch.testing.assert_close(model(tiny_images()).logits, expected)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_some_linear_layers_may_be_frozen(frozen):
+    model = reduce_tiny(tiny_model(), DTEMConfig(r=R)).train()
+    linears_of(model)[frozen].requires_grad_(False)
+    output = model(tiny_images(), output_patch_map=True)
+    assert output.token_counts[0].tolist() == [56, 56, 44, 40]
+    rows = output.patch_weights.sum(dim=-1)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+    output.logits.pow(2).sum().backward()
+    gradients = [linear.weight.grad is not None for linear in linears_of(model)[:2]]
+    assert gradients == [frozen != 0, frozen != 1]
+
+
+def test_a_patch_gets_back_what_its_parts_became():
+    generator = torch.Generator().manual_seed(0)
+    state = start(torch.randn(2, 13, 4, generator=generator), 1, track_patches=True)
+    shares = torch.rand(2, 12, 12, generator=generator).softmax(dim=2)  # of each patch, to each token
+    sizes = shares.sum(dim=1)
+    mixed = mix(state, shares / sizes[:, None], sizes)
+    expected = shares @ mixed.hidden_states[:, 1:]
+    torch.testing.assert_close(on_grid(mixed)[:, 1:], expected)
 
 
 @pytest.mark.parametrize("name", ["clip-vision", "siglip-vision", "dinov2", "dinov3", "beit"])

@@ -135,7 +135,8 @@ class DTEMReducer(Reducer):
         if r == 0:
             return state
         embeddings = self.metric(view.hidden_states[:, prefix:].detach()).float()
-        if self.training and self.metric.weight.requires_grad:
+        learns = self.training and self.metric.weight.requires_grad
+        if learns or state.live is not None:  # another layer may be frozen
             size = sizes_of(state.size, embeddings)
             return mix(state, *merge_softly(embeddings, size, present, r, prefix), num_live=present - r)
         return apply_map(state, match_most_similar(embeddings, state.size, r, prefix))

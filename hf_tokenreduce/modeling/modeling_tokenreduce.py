@@ -52,7 +52,7 @@ class TokenReduceMixin(_StockModel):
             dropped. Only with `output_patch_map=True`. Some models, such as CLIP and DINO, return a row per patch
             already; for others `unmerge(last_hidden_state, patch_map)` makes one.
         patch_weights: (B, M, N0) float32, the weight of each patch in each of the last patch tokens. It replaces
-            `patch_map` if tokens are mixtures of patches (SiT).
+            `patch_map` if tokens are mixtures of patches (SiT, and DTEM while it learns).
         last_states: (B, N0, D), the last state of each dropped patch. Only with `output_patch_map=True`, and only for
             models whose head reads every patch by itself.
         auxiliary_loss: The method's own loss in training, if it has one. `loss` is the sum of it and `task_loss`. If

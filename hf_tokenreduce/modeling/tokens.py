@@ -322,10 +322,11 @@ def mix(state: TokenState, weights: Tensor, size: Tensor | None = None, num_live
     patches = state.hidden_states[:, prefix:]
     mixtures = weights.transpose(1, 2).to(patches.dtype) @ patches
     patch_weights = state.patch_weights
+    if patch_weights is None and state.patch_map is not None:
+        held = torch.arange(patches.shape[1], device=patches.device)[:, None] == state.patch_map[:, None]
+        patch_weights = held / held.sum(dim=2, keepdim=True)  # a token is the mean of its patches
     if patch_weights is not None:
         patch_weights = weights.detach().transpose(1, 2) @ patch_weights
-    elif state.patch_map is not None:  # nothing has moved yet: every token is one patch
-        patch_weights = weights.detach().transpose(1, 2)
     return state._replace(
         hidden_states=torch.cat([state.hidden_states[:, :prefix], mixtures.to(patches.dtype)], dim=1),
         size=size,
