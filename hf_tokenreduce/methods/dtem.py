@@ -37,10 +37,10 @@ DTEM = Method(
     tuned_settings=None,  # untrained, it is ToMe at a higher cost
     recipes={
         "paper": {**FINE_TUNE, "freeze_backbone": True, "learning_rate": 1e-3},
-        "quick": {**QUICK_FINE_TUNE, "freeze_backbone": True, "learning_rate": 1e-3},
+        "quick": {**QUICK_FINE_TUNE, "freeze_backbone": True, "learning_rate": 3e-4},
     },
     paper_recipe=(
         "The authors freeze the backbone. All other values are our own decision. They are those of the other methods, "
-        "with a higher learning rate, because only small new layers learn."
+        "with higher learning rates, because only small new layers learn."
     ),
 )
