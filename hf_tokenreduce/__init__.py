@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .modeling.configuration_tokenreduce import TokenReduceDeiTConfig, TokenReduceViTConfig
     from .modeling.diffrate import DiffRateConfig
     from .modeling.dlvit import DLViTConfig
+    from .modeling.dtem import DTEMConfig
     from .modeling.evit import EViTConfig
     from .modeling.grid import unmerge
     from .modeling.ltmp import LTMPConfig
@@ -50,6 +51,7 @@ __all__ = [
     "ATSConfig",
     "BATConfig",
     "DLViTConfig",
+    "DTEMConfig",
     "DiffRateConfig",
     "EViTConfig",
     "LTMPConfig",
@@ -87,6 +89,7 @@ _MODULES = {
     "ATSConfig": ".modeling.ats",
     "BATConfig": ".modeling.bat",
     "DLViTConfig": ".modeling.dlvit",
+    "DTEMConfig": ".modeling.dtem",
     "DiffRateConfig": ".modeling.diffrate",
     "EViTConfig": ".modeling.evit",
     "LTMPConfig": ".modeling.ltmp",

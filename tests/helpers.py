@@ -19,6 +19,7 @@ from hf_tokenreduce import (
     BATConfig,
     DiffRateConfig,
     DLViTConfig,
+    DTEMConfig,
     EViTConfig,
     LTMPConfig,
     MCTFConfig,
@@ -90,6 +91,7 @@ METHODS = {
     "diffrate": (DiffRateConfig(r=8, prune_share=[0.2, 0.0, 1.0, 0.5]), DiffRateConfig(r=(0, -1.0), prune_share=1)),
     "ppt": (PPTConfig(r=15, layers=(0, 2), threshold=4e-4), PPTConfig(r=0, layers=(1,))),
     "mctf": (MCTFConfig(r=7), MCTFConfig(r=0)),
+    "dtem": (DTEMConfig(r=7, embedding_size=20), DTEMConfig(r=0)),
     "shift": (ShiftConfig(keep_rate=[0.6, 0.5], layers=(0, 2)), ShiftConfig(keep_rate=1.0, layers=(0, 2))),
     "protected": (ProtectedConfig(keep_rate=[0.75, 0.4], layers=(0, 2)), ProtectedConfig(keep_rate=1.0, layers=(1,))),
 }
@@ -99,6 +101,7 @@ NEWER = {
     "diffrate": "vit",
     "ppt": "deit-teacher",
     "mctf": "vit",
+    "dtem": "deit",
     "shift": "vit",
     "protected": "deit",
 }

@@ -110,7 +110,7 @@ def attend(
         q, k, v = queries[:, channels], keys[:, channels], values[:, channels]
         scores = q @ k.T / math.sqrt(head_dim)
         if key_sizes is not None:
-            scores = scores + torch.log(torch.tensor(key_sizes, dtype=torch.float32, device=x.device))
+            scores = scores + torch.log(torch.as_tensor(key_sizes, dtype=torch.float32, device=x.device))
         probabilities = torch.softmax(scores, dim=-1)
         outputs.append(probabilities @ v)
         head_keys.append(k)

@@ -21,8 +21,9 @@ class Step:
     positions: of the patch tokens, behind the prefix; sizes: by position, the patches each stands for
     """
 
-    def __init__(self, layer, depth, x, groups, keys, class_rows, received, values, prefix):
+    def __init__(self, layer, depth, x, normed, groups, keys, class_rows, received, values, prefix):
         self.layer, self.depth, self.prefix = layer, depth, prefix
+        self.normed = normed.detach()
         self.positions = list(range(prefix, len(x)))
         self.sizes = {i: len(groups[i - prefix]) for i in self.positions}
         self.keys = nn.functional.normalize(keys.detach().float(), dim=-1)
@@ -61,6 +62,7 @@ def naive_newer(model: nn.Module, image: torch.Tensor, reduction: dict) -> Naive
         "diffrate": by_rates,
         "ppt": by_variance,
         "mctf": by_criteria,
+        "dtem": by_embeddings,
         "protected": by_importance,
     }.get(reduction["method"])
 
@@ -75,7 +77,7 @@ def naive_newer(model: nn.Module, image: torch.Tensor, reduction: dict) -> Naive
             maps = attention_maps(layer.attention, normed, key_sizes)
             received = sum(weights.mean(dim=0) for weights in maps) / len(maps)
             class_rows = [weights[0] for weights in maps]
-            step = Step(index, len(body.layers), x, groups, keys, class_rows, received, values, prefix)
+            step = Step(index, len(body.layers), x, normed, groups, keys, class_rows, received, values, prefix)
             families, weights = decide(step, reduction)
             x, groups = bring_together(x, groups, families, weights, prefix)
         moved = layer.mlp(layer.layernorm_after(x))
@@ -176,11 +178,26 @@ def by_variance(step: Step, reduction: dict):
     if sum((share - mean) ** 2 for share in shares.values()) / (len(shares) - 1) >= reduction["threshold"]:
         stay = sorted(step.positions, key=lambda i: (-shares[i], i))[: len(shares) - r]
         return [[i] for i in sorted(stay)], step.sizes
+    return most_similar(step, step.keys, r), step.sizes
+
+
+def most_similar(step: Step, rows: torch.Tensor, r: int) -> Families:
+    """ToMe."""
     evens, odds = ([i for i in step.positions if i % 2 == parity] for parity in (0, 1))
-    matches = {i: step.likest(i, odds) for i in evens}
+    matches = {i: step.likest(i, odds, rows) for i in evens}
     going = sorted(evens, key=lambda i: (-matches[i][0], i))[:r]
     stay = [[i] for i in evens if i not in going]
-    return stay + [[odd, *[i for i in going if matches[i][1] == odd]] for odd in odds], step.sizes
+    return stay + [[odd, *[i for i in going if matches[i][1] == odd]] for odd in odds]
+
+
+def by_embeddings(step: Step, reduction: dict):
+    """DTEM, when it runs. `linears`: weight and bias of the linear layer in each layer, or nothing."""
+    r = removed_in(reduction, step.layer, len(step.positions), step.depth)
+    if r == 0:
+        return [[i] for i in step.positions], step.sizes
+    linear = reduction["linears"][step.layer]
+    rows = nn.functional.linear(step.normed, linear["metric.weight"], linear["metric.bias"])
+    return most_similar(step, nn.functional.normalize(rows.detach().float(), dim=-1), r), step.sizes
 
 
 def by_criteria(step: Step, reduction: dict):

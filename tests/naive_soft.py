@@ -1,7 +1,8 @@
-"""A slow, plain rewrite of SiT's token slimming and of DL-ViT's filter for one image; see naive.py.
+"""A slow, plain rewrite of SiT's token slimming, DL-ViT's filter and DTEM's training for one image; see naive.py.
 
 SiT turns N patch tokens into k weighted means of all of them, so no patch is held by one token: a matrix says how much
-each patch weighs in each token. DL-ViT drops patch tokens once, before the first layer.
+each patch weighs in each token. DL-ViT drops patch tokens once, before the first layer. While DTEM learns, tokens go
+into others by parts.
 """
 
 import math
@@ -97,6 +98,70 @@ def passing_patches(logits: torch.Tensor, reduction: dict, prefix: int) -> list[
         room = max(reduction["max_tokens"] - prefix, 0)
         kept = sorted(sorted(kept, key=lambda i: (-probabilities[i], i))[:room])
     return kept
+
+
+def naive_dtem_training(
+    model: nn.Module, image: torch.Tensor, reduction: dict, linears: list[Weights]
+) -> tuple[NaiveResult, torch.Tensor]:
+    """Runs a stock ViT or DeiT on one image (C, H, W) as DTEM does while it learns: no token is removed.
+
+    Also returns the matrix (tokens, patches) of what each patch weighs in each token; a row sums to one.
+    """
+    x, prefix = embed(model, image)
+    left = len(x) - prefix
+    sizes = [torch.ones(()) for _ in range(left)]
+    patch_weights = torch.eye(left)
+    token_counts, hidden_states = [], []
+    for index, layer in enumerate(model.base_model.layers):
+        normed = layer.layernorm_before(x)
+        key_sizes = torch.stack([torch.ones(())] * prefix + sizes) if reduction["prop_attn"] else None
+        x = x + attend(layer.attention, normed, key_sizes)[0]
+        r = min(reduction["r"][index], left // 2)
+        if r:
+            rows = F.linear(normed.detach(), linears[index]["metric.weight"], linears[index]["metric.bias"])
+            x, sizes, patch_weights = give_parts(x, sizes, patch_weights, rows, left, r, prefix)
+            left -= r
+        x = x + layer.mlp(layer.layernorm_after(x))
+        token_counts.append(prefix + left)
+        hidden_states.append(x)
+    logits = classify(model, model.base_model.layernorm(x))
+    return NaiveResult(logits, token_counts, [], [], hidden_states), patch_weights
+
+
+def give_parts(x, sizes, patch_weights, rows, left: int, r: int, prefix: int):
+    """The even ones of the first tokens give parts of themselves to odd ones; then the largest tokens come first."""
+    directions = F.normalize(rows, dim=-1)
+    evens, odds = ([i for i in range(prefix, prefix + left) if i % 2 == parity] for parity in (0, 1))
+    pairs = []
+    for i in evens:
+        cosines = {j: directions[i] @ directions[j] for j in odds}
+        pairs += [(i, j, cosines[j]) for j in sorted(odds, key=lambda j: -cosines[j].item())[:3]]
+    scores = torch.stack([cosine / 0.1 for *_, cosine in pairs])
+    given = torch.zeros(len(pairs))
+    of_source = torch.tensor([[i == other for other, *_ in pairs] for i, *_ in pairs]).float()  # pairs of one source
+    for _ in range(r):
+        picked = torch.softmax(scores / 0.1, dim=0)
+        given = given + picked
+        scores = scores + torch.log(torch.clamp(1 - of_source @ picked, min=2**-23))
+    given = given / torch.clamp((of_source @ given).detach(), min=1)
+
+    new_sizes, new_rows, new_weights = list(sizes), list(x), list(patch_weights)
+    for j in odds:
+        parts = [(part, i) for part, (i, receiver, _) in zip(given, pairs, strict=True) if receiver == j]
+        parts = [(torch.ones(()), j), *parts]
+        total = sum(part * sizes[i - prefix] for part, i in parts)
+        new_sizes[j - prefix] = total
+        new_rows[j] = sum(part * sizes[i - prefix] / total * x[i] for part, i in parts)
+        new_weights[j - prefix] = sum(
+            part * sizes[i - prefix] / total * patch_weights[i - prefix] for part, i in parts
+        )
+    for i in evens:
+        rest = 1 - sum(part for part, (source, *_) in zip(given, pairs, strict=True) if source == i)
+        rest = rest + (torch.clamp(rest, min=2**-23) - rest).detach()  # all of it may be gone
+        new_sizes[i - prefix] = sizes[i - prefix] * rest
+    order = sorted(range(len(sizes)), key=lambda place: (-new_sizes[place].item(), place))
+    x = torch.stack(new_rows[:prefix] + [new_rows[prefix + place] for place in order])
+    return x, [new_sizes[place] for place in order], torch.stack([new_weights[place].detach() for place in order])
 
 
 def two_layer_mlp(x: torch.Tensor, weights: Weights) -> torch.Tensor:

@@ -122,6 +122,15 @@ def test_the_reference_names_what_exists():
         assert pkgutil.resolve_name(name), name
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_in_the_lists_that_people_write(name):
+    method, docs = METHODS[name], ROOT / "docs"
+    assert f"::: hf_tokenreduce.{method.config_class.__name__}\n" in (docs / "api" / "settings.md").read_text() + "\n"
+    trained = (docs / "training.md").read_text().split("## What each method trains")[1].split("##")[0]
+    named = {title for row in trained.splitlines() if row.startswith("|") for title in row.split("|")[1].split(",")}
+    assert method.title in {title.strip() for title in named}
+
+
 def test_every_page_is_in_the_site():
     listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}

@@ -24,6 +24,7 @@ from hf_tokenreduce import reduce_tokens, restore
 
 
 ATTENTIONS = ["eager", "sdpa"]
+KEEPS_EVERY_PATCH = ("bat", "bat-clusters", "evit", "ltmp-merge", "pitome", "mctf", "dtem")
 matrix = pytest.mark.parametrize(("backbone", "method"), EVERY_CASE)
 
 
@@ -77,9 +78,9 @@ def naive(model, stock, image):
         return naive_adaptive(stock, image, arguments)
     if setting.method == "bat":
         return naive_bat(stock, image, arguments)
-    if setting.method in NEWER:
-        return naive_newer(stock, image, arguments)
     learned = [dict(layer.reducer.named_parameters()) for layer in model.base_model.layers]
+    if setting.method in NEWER:
+        return naive_newer(stock, image, {**arguments, "linears": learned})
     if setting.method == "dlvit":
         return naive_dlvit(stock, image, arguments, learned[0])
     if setting.method == "sit":
@@ -236,7 +237,7 @@ def test_patch_maps_agree_with_counts(backbone, method):
     for patch_map, length in zip(output.patch_map, output.token_counts[:, -1].tolist(), strict=True):
         held = patch_map[patch_map >= 0]
         assert set(held.tolist()) == set(range(prefix, length))
-        if method.startswith("tome") or method in ("bat", "bat-clusters", "evit", "ltmp-merge", "pitome", "mctf"):
+        if method.startswith("tome") or method in KEEPS_EVERY_PATCH:
             assert len(held) == NUM_PATCHES
 
 
@@ -299,9 +300,10 @@ def test_every_parameter_learns_and_the_loss_falls(backbone, method):
     assert losses[-1] < 0.5 * losses[0]
     idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     # A filter learns from labels, see test_labels.py. In the last layer nothing after it depends on LTMP's thresholds,
-    # which learn by the budget (test_ltmp.py), nor on SiT's network, which learns by the teacher's tokens.
+    # which learn by the budget (test_ltmp.py), nor on SiT's network, which learns by the teacher's tokens, nor on the
+    # linear layer of DTEM.
     last = f"layers.{model.config.num_hidden_layers - 1}.reducer."
-    apart = {"dlvit": "reducer.", "ltmp": last, "sit": last}.get(model.config.reduction.method)
+    apart = {"dlvit": "reducer.", "ltmp": last, "sit": last, "dtem": last}.get(model.config.reduction.method)
     assert idle == {name for name, _ in model.named_parameters() if apart is not None and apart in name}
 
 

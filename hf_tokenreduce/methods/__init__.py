@@ -7,6 +7,7 @@ from .ats import ATS
 from .bat import BAT
 from .diffrate import DIFFRATE
 from .dlvit import DLVIT
+from .dtem import DTEM
 from .evit import EVIT
 from .ltmp import LTMP
 from .mctf import MCTF
@@ -24,7 +25,7 @@ from .topk import TOPK
 # The methods by name, in the order in which tables and pictures show them.
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (TOME, EVIT, TOPK, BAT, SIT, DLVIT, ATS, LTMP, PITOME, DIFFRATE, PPT, MCTF, SHIFT, PROTECTED)
+    for method in (TOME, EVIT, TOPK, BAT, SIT, DLVIT, ATS, LTMP, PITOME, DIFFRATE, PPT, MCTF, DTEM, SHIFT, PROTECTED)
 }
 
 # The description of a model that reduces nothing.

@@ -180,6 +180,8 @@ def _picture(method: Method) -> str:
         parts.append("Tokens are mixtures here, so each patch is drawn with the token in which it weighs most.")
     if method.needs == "labels":
         parts.append("For this picture the method learned from only 100 labelled photographs.")
+    if method.needs == "nothing" and method.config_class().untrained() is not None:
+        parts.append("For this picture the method was not trained.")
     text = " ".join([*parts, f"{CREDIT}*"])
     shown = f"A photograph, and the tokens that {method.title} leaves of it"
     return f"![{shown}](../images/methods/{method.name}.webp)\n\n{text}"

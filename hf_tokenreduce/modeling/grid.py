@@ -17,7 +17,8 @@ def on_grid(state: TokenState) -> Tensor:
         return state.hidden_states
     hidden_states = even_rows(state)
     if state.patch_weights is not None:
-        patches = _unmerged(hidden_states, state.patch_weights, "mean")
+        weights = state.patch_weights if state.size is None else state.patch_weights * state.size.detach()[..., None]
+        patches = _unmerged(hidden_states, weights, "mean")
     else:
         assert state.patch_map is not None
         held = torch.where(state.patch_map < 0, -1, state.patch_map + state.num_prefix_tokens)

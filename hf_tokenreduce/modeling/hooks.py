@@ -1,6 +1,8 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
 """The places of a model where a method can act."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .attention import AttentionView
@@ -47,10 +49,13 @@ class Reducer(nn.Module):
         self.built_for = facts.reduction
         self._facts, self._layer = facts, layer
 
-    def init_weights(self) -> None:
+    def init_weights(self, attention: Any) -> None:
         """Set the initial values of the reducer's own parameters, by `transformers.initialization`.
 
-        Stock submodules such as `nn.Linear` are initialised as in the rest of the model.
+        Stock submodules such as `nn.Linear` are initialised before, as in the rest of the model.
+
+        Args:
+            attention: The attention module of the layer, whose weights can be a start.
         """
 
     def before_encoder(self, state: TokenState) -> TokenState:

@@ -57,6 +57,7 @@ class LayerOutput(NamedTuple):
     origin: Tensor | None
     last_states: Tensor | None
     shift: Tensor | None
+    live: int | None
 
 
 class Role(NamedTuple):
@@ -95,7 +96,7 @@ class ReducedAttention(nn.Module):
         prefix, lengths = state.num_prefix_tokens, state.lengths
         key_bias = None
         if reducer.prop_attn and state.size is not None:
-            key_bias = F.pad(state.size.detach().log(), (prefix, 0))
+            key_bias = F.pad(state.size.log(), (prefix, 0))
             if lengths is not None:
                 key_bias = unpad(key_bias, lengths)
         view = AttentionView(
@@ -137,6 +138,10 @@ class ReducedLayer(nn.Module):
     role: Role
     reducer: Reducer
 
+    def init_reducer(self) -> None:
+        """Set the initial values of the reducer's own parameters."""
+        self.reducer.init_weights(getattr(self, self.layout.attention))
+
     def __call__(self, hidden_states: Any, attention_mask: Tensor | None = None, **kwargs) -> Any:
         passage = hidden_states if isinstance(hidden_states, Passage) else self._enter(hidden_states)
         for_prefix = self._is_for_prefix(passage.state)
@@ -165,7 +170,7 @@ class ReducedLayer(nn.Module):
         """Return the number of tokens that would leave the layer if all of it were computed."""
         if state.lengths is not None:
             return _counts(state)
-        return state.num_prefix_tokens + self.reducer.leaving(state.num_patch_tokens)
+        return state.num_prefix_tokens + self.reducer.leaving(state.num_live)
 
     def forward(
         self,
@@ -297,7 +302,7 @@ def _counts(state: TokenState) -> Any:
     """Count the tokens of each image: one number, a tuple with one per image, or a tensor (B,) if they are masked."""
     if state.mask is not None:
         return state.num_prefix_tokens + (state.mask > 0.5).sum(dim=1)
-    return state.hidden_states.shape[1] if state.lengths is None else state.lengths
+    return state.num_prefix_tokens + state.num_live if state.lengths is None else state.lengths
 
 
 def _stack_counts(counts: tuple[Any, ...], state: TokenState) -> Tensor:

@@ -222,7 +222,7 @@ class LTMPReducer(Reducer):
                 parameter.data = exact[name].to(device=parameter.device, dtype=torch.float32)
         return self
 
-    def init_weights(self) -> None:
+    def init_weights(self, attention: Any) -> None:
         for name, parameter in self.named_parameters(recurse=False):
             init.constant_(parameter, getattr(self.settings, name))
 

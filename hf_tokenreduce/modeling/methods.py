@@ -13,6 +13,7 @@ from .bat import BATConfig, BATReducer
 from .configuration_base import ReductionConfig
 from .diffrate import DiffRateConfig, DiffRateReducer
 from .dlvit import DLViTConfig, DLViTReducer
+from .dtem import DTEMConfig, DTEMReducer
 from .encoders import EncoderFacts
 from .evit import EViTConfig, EViTReducer
 from .extra_methods import EXTRA_METHODS
@@ -51,6 +52,7 @@ METHOD_CLASSES: dict[str, MethodClasses] = {
         MethodClasses(DiffRateConfig, DiffRateReducer),
         MethodClasses(PPTConfig, PPTReducer),
         MethodClasses(MCTFConfig, MCTFReducer),
+        MethodClasses(DTEMConfig, DTEMReducer),
         MethodClasses(ShiftConfig, ShiftReducer),
         MethodClasses(ProtectedConfig, ProtectedReducer),
         *(MethodClasses(*classes) for classes in EXTRA_METHODS),

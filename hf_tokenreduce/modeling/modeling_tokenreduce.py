@@ -30,8 +30,7 @@ from .encoders import (
     auto_classes_of,
     encoder_of,
 )
-from .hooks import Reducer
-from .layers import inject
+from .layers import ReducedLayer, inject
 from .methods import build_reducer, write_extra_method
 from .recording import RECORDER, Encoded, Recorder
 
@@ -54,7 +53,7 @@ class TokenReduceMixin(_StockModel):
             dropped. Only with `output_patch_map=True`. Some models, such as CLIP and DINO, return a row per patch
             already; for others `unmerge(last_hidden_state, patch_map)` makes one.
         patch_weights: (B, M, N0) float32, the weight of each patch in each of the last patch tokens. It replaces
-            `patch_map` if tokens are mixtures of patches (SiT).
+            `patch_map` if tokens are mixtures of patches (SiT, and DTEM while it learns).
         last_states: (B, N0, D), the last state of each dropped patch. Only with `output_patch_map=True`, and only for
             models whose head reads every patch by itself.
         auxiliary_loss: The method's own loss in training, if it has one. `loss` is the sum of it and `task_loss`. If
@@ -80,10 +79,10 @@ class TokenReduceMixin(_StockModel):
         if encoder.facts.num_hidden_layers < 1:
             raise ValueError(f"A reduced model needs at least one layer, got {encoder.facts.num_hidden_layers}.")
         inject(encoder, encoder.facts, type(self).__name__.removeprefix(PREFIX) in READ_EVERY_PATCH)
-        for reducer in encoder.reducers:
-            self._initialize(reducer)
-            names = {name for name, _ in reducer.named_parameters()}
-            self._keep_in_fp32_modules_strict |= names & set(reducer.in_float32)
+        for layer in encoder.layers:
+            self._initialize(layer)
+            names = {name for name, _ in layer.reducer.named_parameters()}
+            self._keep_in_fp32_modules_strict |= names & set(layer.reducer.in_float32)
 
     def set_reduction(self, reduction) -> None:
         """Change the method in place.
@@ -109,7 +108,8 @@ class TokenReduceMixin(_StockModel):
         for index, layer in enumerate(encoder.layers):
             like = next(layer.mlp.parameters())
             layer.reducer = build_reducer(encoder.facts, index).to(device=like.device, dtype=like.dtype)
-            self._initialize(layer.reducer.train(layer.training))
+            layer.reducer.train(layer.training)
+            self._initialize(layer)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
@@ -134,16 +134,16 @@ class TokenReduceMixin(_StockModel):
     def initialize_weights(self):
         # The methods of transformers initialise linear layers and norms, but do not know reducers.
         super().initialize_weights()
-        for reducer in self.modules():  # none yet while the stock model is built
-            if isinstance(reducer, Reducer):
-                reducer.init_weights()
+        for layer in self.modules():  # none is reduced yet while the stock model is built
+            if isinstance(layer, ReducedLayer):
+                layer.init_reducer()
 
-    def _initialize(self, reducer: Reducer) -> None:
-        if any(parameter.is_meta for parameter in reducer.parameters()):
+    def _initialize(self, layer: ReducedLayer) -> None:
+        if any(parameter.is_meta for parameter in layer.reducer.parameters()):
             return  # weights are loaded later, and missing ones are initialised then
-        for module in reducer.modules():
+        for module in layer.reducer.modules():
             self._initialize_weights(module)
-        reducer.init_weights()
+        layer.init_reducer()
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """Save as the stock model does, but with the current names of the parameters instead of those of older

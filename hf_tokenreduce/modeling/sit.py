@@ -6,7 +6,7 @@ B images · N patch tokens · K slim ones · D features
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class SiTReducer(Reducer):
             self.fc2 = nn.Linear(width // 2, self.num_slim)
             self.scale = nn.Parameter(torch.ones(()))
 
-    def init_weights(self) -> None:
+    def init_weights(self, attention: Any) -> None:
         if self.num_slim is not None:
             init.ones_(self.scale)
 

@@ -36,6 +36,8 @@ class TokenState(NamedTuple):
         last_states: (B, N0, D), the last hidden state of the token that held each dropped patch. None: not needed.
         shift: (B, N) float32, how far the layer's MLP has moved each token. Only for reducers with `needs_shift`, and
             only between the MLP and the end of the layer.
+        live: While a method merges softly to learn, the number of patch tokens that are left, which come first. The
+            others have given nearly all of themselves away. None: all are left.
     """
 
     hidden_states: Tensor
@@ -50,6 +52,7 @@ class TokenState(NamedTuple):
     origin: Tensor | None = None
     last_states: Tensor | None = None
     shift: Tensor | None = None
+    live: int | None = None
 
     @property
     def num_images(self) -> int:
@@ -61,6 +64,11 @@ class TokenState(NamedTuple):
         """The number of patch tokens, N: of every image if even, of the longest image if packed."""
         length = self.hidden_states.shape[1] if self.lengths is None else max(self.lengths)
         return length - self.num_prefix_tokens
+
+    @property
+    def num_live(self) -> int:
+        """The number of patch tokens, without those that a soft merge has emptied."""
+        return self.num_patch_tokens if self.live is None else self.live
 
     def valid(self) -> Tensor | None:
         """Return which patch tokens are not padding, (B, N) bool. None: all of them."""
@@ -222,9 +230,14 @@ def rows_at(rows: Tensor, index: Tensor) -> Tensor:
     return rows.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape, -1)
 
 
-def mix(state: TokenState, weights: Tensor) -> TokenState:
-    """Replace the patch tokens by mixtures of all of them, by weights (B, N, M). Even layout only."""
-    if state.size is not None or state.origin is not None:
+def mix(state: TokenState, weights: Tensor, size: Tensor | None = None, num_live: int | None = None) -> TokenState:
+    """Replace the patch tokens by mixtures of all of them, by weights (B, N, M). Even layout only.
+
+    size: (B, M), the number of patches that each mixture stands for. None: this has no meaning, so no token may have a
+        size or a position.
+    num_live: the new value of `state.live`
+    """
+    if size is None and (state.size is not None or state.origin is not None):
         raise ValueError(
             "Tokens that stand for several patches, or that have a position, cannot be mixed, because sizes and "
             "positions would be wrong afterwards. Let SiT reduce a model in which no method has merged tokens before."
@@ -233,14 +246,18 @@ def mix(state: TokenState, weights: Tensor) -> TokenState:
     patches = state.hidden_states[:, prefix:]
     mixtures = weights.transpose(1, 2).to(patches.dtype) @ patches
     patch_weights = state.patch_weights
+    if patch_weights is None and state.patch_map is not None:
+        held = torch.arange(patches.shape[1], device=patches.device)[:, None] == state.patch_map[:, None]
+        patch_weights = held / held.sum(dim=2, keepdim=True)  # a token is the mean of its patches
     if patch_weights is not None:
         patch_weights = weights.detach().transpose(1, 2) @ patch_weights
-    elif state.patch_map is not None:  # nothing has moved yet: every token is one patch
-        patch_weights = weights.detach().transpose(1, 2)
     return state._replace(
         hidden_states=torch.cat([state.hidden_states[:, :prefix], mixtures.to(patches.dtype)], dim=1),
+        size=size,
         patch_map=None,
         patch_weights=patch_weights,
+        origin=None if state.origin is None else state.origin.gather(1, weights.argmax(dim=1)),
+        live=num_live,
     )
 
 
