@@ -15,7 +15,8 @@ from hf_tokenreduce import (
 )
 from hf_tokenreduce.modeling.dtem import merge_softly, share_out
 from hf_tokenreduce.modeling.encoders import facts_of
-from hf_tokenreduce.modeling.tokens import mix, on_grid, start
+from hf_tokenreduce.modeling.grid import on_grid
+from hf_tokenreduce.modeling.tokens import mix, start
 from hf_tokenreduce.tasks import main_output
 from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArguments, recipe
 from hf_tokenreduce.training.losses import distillation_loss
