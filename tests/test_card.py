@@ -466,9 +466,7 @@ def test_a_card_of_another_model_is_not_published(tmp_path):
     for setting, what in ((ToMeConfig(r=5), "r"), (EViTConfig(layers=(1,)), "the method")):
         reduce_tokens(tiny_model(), setting).save_pretrained(folder)
         report = check_folder(folder, load=False)
-        assert (
-            not report.ok
-            and f"README.md tells of another model than config.json: they differ in {what}" in (report.errors[0])
-        )
+        different = f"README.md tells of another model than config.json: they differ in {what}"
+        assert not report.ok and different in report.errors[0]
     (folder / "README.md").write_text("# A card of its owner, about ToMe")
     assert check_folder(folder, load=False).ok

@@ -143,7 +143,7 @@ def test_every_family(tmp_path, family, reduced):
 
 
 def test_features_of_an_encoder_and_a_half_type(tmp_path):
-    model = reduce_tokens(tiny_model("vit", BASES), ToMeConfig(r=7)).to(torch.bfloat16)
+    model = reduce_tokens(tiny_model("vit", BASES, num_hidden_layers=2), ToMeConfig(r=7)).to(torch.bfloat16)
     found = export(model, tmp_path / "graph")
     assert model.dtype == torch.bfloat16 and found["output"] == "features"
     images = tiny_images(3)
@@ -155,7 +155,7 @@ def test_features_of_an_encoder_and_a_half_type(tmp_path):
 @pytest.fixture
 def a_model(tmp_path, monkeypatch):
     """A folder with a model, and one with photographs, in the working directory."""
-    model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
+    model = reduce_tokens(tiny_model(num_hidden_layers=2), ToMeConfig(r=7))
     model.config.id2label = dict(enumerate(["cat", "dog", "owl", "hen", "fox"]))
     model.config.label2id = {name: index for index, name in model.config.id2label.items()}
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
@@ -217,7 +217,7 @@ def test_predict_labels_images_by_any_model(a_model, capsys):
         broken = answers[model].pop("photos/broken.jpg")
         assert set(broken) == {"file", "error"} and "cannot be read as an image" in broken["error"]
         for file, row in answers[model].items():
-            assert row["label"] == a_model(file) and row["tokens"] == 37 and 0.2 < row["score"] < 1
+            assert row["label"] == a_model(file) and row["tokens"] == 51 and 0.2 < row["score"] < 1
     assert {file: row["score"] for file, row in answers["graph"].items()} == pytest.approx(
         {file: row["score"] for file, row in answers["model"].items()}, abs=1e-5
     )
@@ -298,7 +298,7 @@ def test_the_readme_of_sounds_runs(tmp_path, capsys, monkeypatch):
 
 
 def test_no_graph_of_another_model_stays(tmp_path):
-    model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
+    model = reduce_tokens(tiny_model(num_hidden_layers=2), ToMeConfig(r=7))
     with model_folder(tmp_path) as place:
         graphs = ("model.onnx", "model.onnx.data", "openvino_model.xml", "openvino_model.bin", "model.pt2")
         for name in ("config.json", *graphs):
@@ -313,7 +313,7 @@ def test_no_graph_of_another_model_stays(tmp_path):
 
 
 def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
-    model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
+    model = reduce_tokens(tiny_model(num_hidden_layers=2), ToMeConfig(r=7))
     with pytest.raises(ValueError, match=r"no format 'tflite'. .*onnx, openvino, torch, aoti"):
         export(model, tmp_path / "a", format="tflite")
     for changes, what in (
@@ -348,18 +348,18 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
 
 
 def test_numbers_that_are_not_finite_are_no_agreement(tmp_path):
-    model = reduce_tokens(tiny_model(), ToMeConfig(r=7))
+    model = reduce_tokens(tiny_model(num_hidden_layers=2), ToMeConfig(r=7))
     model.classifier.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match="differs from the model by nan"):
         export(model, tmp_path / "graph")
     with pytest.raises(ValueError, match="DL-ViT cannot be exported yet: its filter is not trained"):
-        export(reduce_tokens(tiny_model(), DLViTConfig(keep_rate=0.5)), tmp_path / "graph")
+        export(reduce_tokens(tiny_model(num_hidden_layers=2), DLViTConfig(keep_rate=0.5)), tmp_path / "graph")
 
 
 def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_tokenreduce.deploy.exporting.TOLERANCE", 0.0)
     with pytest.raises(ValueError, match="Nothing was written"):
-        export(reduce_tokens(tiny_model(), ToMeConfig(r=7)), tmp_path / "graph")
+        export(reduce_tokens(tiny_model(num_hidden_layers=2), ToMeConfig(r=7)), tmp_path / "graph")
     assert not (tmp_path / "graph").exists()
 
 
@@ -371,7 +371,7 @@ import gc, os, signal, sys
 from helpers import tiny_images, tiny_model
 from hf_tokenreduce import ToMeConfig, export, load_exported, reduce_tokens
 signal.signal(signal.SIGUSR1, lambda *_: print("handled", flush=True))
-model, images = reduce_tokens(tiny_model(), ToMeConfig(r=7)), tiny_images(12)
+model, images = reduce_tokens(tiny_model(num_hidden_layers=2), ToMeConfig(r=7)), tiny_images(12)
 export(model, "graph", format="openvino", int8=True, images=images)
 first, second = load_exported("graph"), load_exported("graph")
 first(images), second(images)
