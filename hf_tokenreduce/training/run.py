@@ -147,6 +147,9 @@ def main(
         compute_metrics=lambda given: {"accuracy": float((given.predictions.argmax(-1) == given.label_ids).mean())},
         teacher_model=model_args.teacher_model,
     )
+    sharded = trainer.is_fsdp_enabled
+    if sharded and model_args.lora:
+        raise ValueError("--lora does not run with FSDP: the adapters cannot be merged into sharded weights. Use DDP.")
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(EpochLines)
@@ -162,7 +165,9 @@ def main(
         trainer.model = trainer.model.merge_and_unload()
     trainer.save_model()
     if args.process_index == 0:
-        record = describe(trainer.model, pixels) | {
+        # FSDP leaves a part of each weight in each process: only what is saved is whole.
+        whole = AutoModelForImageClassification.from_pretrained(args.output_dir) if sharded else trainer.model
+        record = describe(whole, pixels) | {
             **came_from,
             "dataset": name_of(data_args.dataset_name, data_args.train_dir),
             "eval_dataset": name_of_validation(data_args),
