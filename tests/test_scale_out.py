@@ -100,3 +100,14 @@ def test_two_processes_resume(start, case):
     assert one.keys() == other.keys()
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ddp", "fsdp2"])
+def test_two_processes_train_and_evaluate_on_a_stream_as_one(start, case):
+    settings = ["--streaming", "True", "--max_steps", 4, "--save_steps", 4, "--eval_steps", 2]
+    one, two = (losses(train(start, *run, *settings)) for run in (("one", "tome", None), ("two", "tome", case)))
+    assert len(one) == 8 + 2 and two == pytest.approx(one, abs=1e-4)
+    one, two = (json.loads((start / name / "record.json").read_text()) for name in ("one", "two"))
+    assert one["eval_images"] == two["eval_images"] == 12
+    assert (one["top1"], one["baseline_top1"]) == (two["top1"], two["baseline_top1"])

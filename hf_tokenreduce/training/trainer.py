@@ -116,7 +116,7 @@ class TokenReduceTrainer(Trainer):
         self._kept_in_step: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
-        self._scalars: set[str] = set()  # names of the parameters that FSDP trains as vectors of length 1
+        self._scalars: set[str] = set()  # names of parameters that FSDP and DeepSpeed train as vectors
         super().__init__(model, args, *others, **settings)
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer divides them
         if self.teacher is not None:
@@ -128,7 +128,7 @@ class TokenReduceTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         reduced = _reduced_model(self.model)
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self._scalars |= _make_scalars_vectors(self.model)
         token_decoder = method_of(reduced.config.reduction).token_decoder if self.args.token_weight else None
         if token_decoder is None:
@@ -367,7 +367,10 @@ class WarmUpKeepRate(TrainerCallback):
 
 
 def _make_scalars_vectors(model: nn.Module) -> set[str]:
-    """Turn parameters of shape () into shape (1,), because FSDP cannot split a scalar. Return their names."""
+    """Turn parameters of shape () into shape (1,), for FSDP and DeepSpeed. Return their names.
+
+    Neither of them can train a scalar.
+    """
     scalars = {name for name, parameter in model.named_parameters() if parameter.ndim == 0}
     for name in scalars:
         module, _, own = name.rpartition(".")
