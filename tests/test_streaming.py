@@ -1,16 +1,22 @@
 """Training on streams: class folders and WebDataset shards, resumed in the midst of an epoch."""
 
 import json
+import runpy
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_from_disk
 from helpers import tiny_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTImageProcessor
 
 from hf_tokenreduce.training.run import main
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture
@@ -22,7 +28,10 @@ def start(tmp_path):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
     for split, count in (("train", 12), ("val", 6)):
         (tmp_path / "shards" / split).mkdir(parents=True)
-        shards = [tarfile.open(tmp_path / "shards" / split / f"{number}.tar", "w") for number in range(2)]
+        shards = [
+            tarfile.open(tmp_path / "shards" / split / f"{number}.tar", "w")  # noqa: SIM115
+            for number in range(2)
+        ]
         for index, name in enumerate(("cat", "dog")):
             folder = tmp_path / "folders" / split / name
             folder.mkdir(parents=True)
@@ -81,3 +90,23 @@ def test_wrong_streams(start):
     with pytest.raises(ValueError, match="A stream cannot be split"):
         main(["--model_name_or_path", str(start / "model"), "--train_dir", str(start / "folders" / "train"),
               "--output_dir", str(start / "no"), "--streaming", "True", "--max_steps", "1"])  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["folders", "shards"])
+def test_labels_and_filter_of_a_stream(start, source):
+    example = runpy.run_path(str(EXAMPLES / "run_delta_loss.py"))["main"]
+    command = ["--model_name_or_path", start / "model", "--train_dir", start / source / "train", "--output_dir"]
+    command += [start / "filter", "--labeller", "groups", "--keep_share", 0.5, "--num_train_epochs", 1, "--streaming"]
+    if source == "shards":
+        command += ["--image_column_name", "png", "--label_column_name", "cls"]
+    command = [str(word) for word in command]
+    with pytest.raises(ValueError, match="Give --max_train_samples"):
+        example(command)
+    example([*command, "--max_train_samples", "6"])
+    labels = load_from_disk(start / "filter" / "labels" / "labels")
+    assert labels["index"][:] == list(range(6)) and set(labels["label"]) == {0, 1}
+    assert json.loads((start / "filter" / "results.json").read_text())["labels"]["computed"] == 6
+    for file in (start / source / "train").rglob("*.tar"):  # the images are kept: the stream is not read again
+        file.unlink()
+    example([*command, "--max_train_samples", "6"])
+    assert json.loads((start / "filter" / "results.json").read_text())["labels"]["computed"] == 0

@@ -170,7 +170,8 @@ def main(
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(EpochLines)
-    sample = first_images(validation, 256, data_args.image_column_name)
+    some = validation.shuffle(seed=0) if data_args.streaming else validation.select(spread(len(validation), 256))
+    sample = first_images(some, 256, data_args.image_column_name)
     pixels = torch.stack([EvalTransform(processor)(decoded(image)) for image in sample])
     baseline = evaluate_dense(dense, trainer) if knows_classes else None
     begin = time.perf_counter()
@@ -269,8 +270,8 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
             )
     if data_args.streaming and args.max_steps < 1:
         raise ValueError(
-            "A stream has no length, so the number of epochs does not say when training ends. Give --max_steps: images "
-            "x epochs / images per step."
+            "A stream has no length, so the number of epochs does not say when training ends. Give --max_steps: "
+            "images x epochs / images per step."
         )
     if model_args.lora and args.freeze_backbone:
         raise ValueError("--lora trains the backbone and --freeze_backbone does not. Leave one of them out.")

@@ -1,5 +1,6 @@
 """Data sets that are read as a stream while a model trains: class folders, WebDataset shards and sets of the Hub."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from datasets import Image as ImageFeature
 
 from ..hub.contents import short
-from ..loading import spread
 
 
 def load_streams(data_args: Any) -> tuple[IterableDataset, IterableDataset, list[str] | None]:
@@ -19,11 +19,11 @@ def load_streams(data_args: Any) -> tuple[IterableDataset, IterableDataset, list
         found = load_dataset(data_args.dataset_name, streaming=True)
         train, validation = found["train"], found.get("validation", found.get("test"))
     elif data_args.train_dir:
-        train, validation = _folder(data_args.train_dir), None
+        train, validation = folder_stream(data_args.train_dir), None
     else:
         raise ValueError("There are no images to train on. Give --dataset_name or --train_dir.")
     if data_args.validation_dir:
-        validation = _folder(data_args.validation_dir)
+        validation = folder_stream(data_args.validation_dir)
     if validation is None:
         raise ValueError("A stream cannot be split into training and validation. Give --validation_dir.")
     parts, names = [], []
@@ -37,7 +37,7 @@ def load_streams(data_args: Any) -> tuple[IterableDataset, IterableDataset, list
     return parts[0], parts[1], names[0]
 
 
-def _folder(folder: str) -> IterableDataset:
+def folder_stream(folder: str) -> IterableDataset:
     """Return the stream of a folder: of its WebDataset shards if it has any, else of its class folders."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder. Give a folder with .tar shards, or with one folder per class.")
@@ -52,18 +52,35 @@ def _class_names(stream: IterableDataset, data_args: Any) -> list[str] | None:
     label = features.get(data_args.label_column_name)
     if label is None or not isinstance(features.get(data_args.image_column_name), ImageFeature):
         raise ValueError(
-            f"The stream needs the columns {data_args.image_column_name!r} and {data_args.label_column_name!r}, and the "
-            f"first must hold images. It has {short(dict(features), 300)}. Give --image_column_name and "
+            f"The stream needs the columns {data_args.image_column_name!r} and {data_args.label_column_name!r}, and "
+            f"the first must hold images. It has {short(dict(features), 300)}. Give --image_column_name and "
             "--label_column_name: those of a WebDataset are the endings of its files, such as jpg and cls."
         )
     return label.names if isinstance(label, ClassLabel) else None
 
 
 def first_images(data: Dataset | IterableDataset, most: int, column: str) -> list[Any]:
-    """Return at most `most` images: evenly spread ones of a data set, the first ones of a stream."""
+    """Return the first images of a data set or of a stream, at most `most`."""
     if isinstance(data, IterableDataset):
         return [row[column] for row in data.take(most)]
-    return data.select(spread(len(data), most))[column]
+    return data.select(range(min(most, len(data))))[column]
+
+
+def kept_images(stream: IterableDataset | None, count: int, seed: int, columns: list[str], folder: Path) -> Dataset:
+    """Copy `count` images of a shuffled stream into a folder, and return them as a data set.
+
+    Without a stream, the folder holds them already.
+    """
+    if stream is not None:
+        stream = stream.select_columns(columns).shuffle(seed=seed)
+        features = stream.features
+        for column, feature in features.items():
+            if isinstance(feature, ImageFeature):
+                stream = stream.cast_column(column, ImageFeature(decode=False))
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        Dataset.from_list(list(stream.take(count)), features=features).save_to_disk(unfinished)
+        os.replace(unfinished, folder)
+    return Dataset.load_from_disk(folder)
 
 
 @dataclass
