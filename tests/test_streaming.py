@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import ViTImageProcessor
 
 from hf_tokenreduce.training.run import main
+from hf_tokenreduce.training.streaming import folder_stream
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -82,7 +83,15 @@ def test_resumed_in_the_midst_of_an_epoch_is_uninterrupted(start, source, more):
     assert not all(torch.equal(value, other[name]) for name, value in whole.items())
 
 
+def test_class_folders_are_streamed_in_mixed_order(start):
+    stream = folder_stream(start / "folders" / "train")
+    labels = [row["label"] for row in stream]
+    assert stream.features["label"].names == ["cat", "dog"] and labels != sorted(labels) == [0] * 12 + [1] * 12
+
+
 def test_wrong_streams(start):
+    with pytest.raises(ValueError, match=r"holds neither \.tar shards nor images"):
+        folder_stream(start / "model")
     with pytest.raises(ValueError, match="Give --max_steps"):
         train(start, "no", "folders")
     with pytest.raises(ValueError, match=r"needs the columns 'image' and 'label'.*such as jpg and cls"):

@@ -1,6 +1,7 @@
 """Data sets that are read as a stream while a model trains: class folders, WebDataset shards and sets of the Hub."""
 
 import os
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from datasets import Image as ImageFeature
 
 from ..hub.contents import short
+from ..pictures import is_image
 
 
 def load_streams(data_args: Any) -> tuple[IterableDataset, IterableDataset, list[str] | None]:
@@ -37,14 +39,19 @@ def load_streams(data_args: Any) -> tuple[IterableDataset, IterableDataset, list
     return parts[0], parts[1], names[0]
 
 
-def folder_stream(folder: str) -> IterableDataset:
+def folder_stream(folder: str | Path) -> IterableDataset:
     """Return the stream of a folder: of its WebDataset shards if it has any, else of its class folders."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder. Give a folder with .tar shards, or with one folder per class.")
-    shards = sorted(str(file) for file in Path(folder).glob("*.tar"))
+    shards = sorted(str(file.resolve()) for file in Path(folder).glob("*.tar"))
     if shards:
         return load_dataset("webdataset", data_files={"train": shards}, split="train", streaming=True)
-    return load_dataset("imagefolder", data_files={"train": f"{folder}/**"}, split="train", streaming=True)
+    files = sorted(str(file.resolve()) for file in Path(folder).rglob("*") if is_image(file))
+    if not files:
+        raise ValueError(f"{folder} holds neither .tar shards nor images. Give it one folder per class.")
+    # A stream is only shuffled within a buffer, and here all images of a class would be neighbours.
+    random.Random(0).shuffle(files)
+    return load_dataset("imagefolder", data_files={"train": files}, split="train", streaming=True)
 
 
 def _class_names(stream: IterableDataset, data_args: Any) -> list[str] | None:
