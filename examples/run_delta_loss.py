@@ -14,6 +14,9 @@ gradient` a sixtieth. A run that was stopped goes on where it stopped. With anot
 nothing is measured again. The processes of `accelerate launch` or `torchrun` share the labelling. Fitting the filter
 takes minutes.
 
+With `--streaming` the folder may also hold WebDataset shards (.tar), and the data set is not downloaded as a whole.
+The labelled images are copied into the output folder, because the filter needs them again.
+
 Name each class folder by a label of the model, or begin its name with the index of the class: `0001_goldfish`.
 """
 
@@ -32,6 +35,7 @@ from hf_tokenreduce.loading import folder_split
 from hf_tokenreduce.training.filter import fit_filter
 from hf_tokenreduce.training.labels import LABELLERS, MASKS, make_labels
 from hf_tokenreduce.training.run import origin, shown
+from hf_tokenreduce.training.streaming import folder_stream, kept_images
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -47,6 +51,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--label_column_name", default="label", help="Name of the column with the labels.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the labels and the model.")
     parser.add_argument("--max_train_samples", type=int, help="Label at most this many images.")
+    parser.add_argument(
+        "--streaming", action="store_true", help="Read a stream, and copy only the images that are labelled."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the choice of images and of the filter.")
     keep = parser.add_mutually_exclusive_group()
     keep.add_argument("--threshold", type=float, default=0.0, help="Keep patches whose delta is larger than this.")
@@ -79,7 +86,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def load_images(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
     """Load the images, with the class indices of the model as labels."""
-    if args.train_dir is not None:
+    if args.streaming:
+        folder = args.output_dir / f"images-{args.max_train_samples}-{args.seed}"
+        if folder.exists():
+            stream = None
+        elif args.train_dir is not None:
+            stream = folder_stream(args.train_dir)
+        else:
+            name, config = args.dataset_name, args.dataset_config_name
+            stream = load_dataset(name, config, split=args.train_split, streaming=True)
+        columns = [args.image_column_name, args.label_column_name]
+        dataset = kept_images(stream, args.max_train_samples, args.seed, columns, folder)
+    elif args.train_dir is not None:
         dataset = folder_split(args.train_dir, args.train_split)
     else:
         dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=args.train_split)
@@ -95,6 +113,8 @@ def load_images(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     setting = DLViTConfig(**args.reduction_args)
+    if args.streaming and args.max_train_samples is None:
+        raise ValueError("A stream may be without end, and labelling takes long. Give --max_train_samples.")
     processes = PartialState(cpu=args.use_cpu)
     model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.model_revision)
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision)

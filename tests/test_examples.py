@@ -151,6 +151,18 @@ def test_measure_steps(deep, model_and_images, run):
     assert "| dense |" in printed and "| LTMP, frozen backbone |" in printed
 
 
+def test_loader_speed(tmp_path, model_and_images, run):
+    model, images = model_and_images
+    (images / "validation").rename(images / "train")
+    arguments = ["--model_name_or_path", model, "--train_dir", images / "train", "--workers", 0, 1]
+    arguments += ["--batch_size", 2, "--batches", 2, "--augmentation", "strong"]
+    printed = run("loader_speed.py", *arguments, "--output_file", tmp_path / "speed.json")
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["loader"].keys() == {"0", "1"} and found["step"].keys() == {"dense", "tome"}
+    assert all(speed > 0 for kind in ("loader", "step") for speed in found[kind].values())
+    assert printed.count("images/s") == 4
+
+
 def test_compare_labellers(model_and_images, run):
     model, images = model_and_images
     printed = run("compare_labellers.py", "--model_name_or_path", model, "--data_dir", images, "--max_samples", 3)

@@ -280,3 +280,17 @@ def test_data_parallel_is_refused(tmp_path):
     inputs = {name: torch.stack([row[name] for row in ROWS[:2]]) for name in ("pixel_values",)}
     with pytest.raises(ValueError, match=r"nn\.DataParallel .*accelerate launch"):
         trainer.compute_loss(torch.nn.DataParallel(trainer.model), {**inputs, "labels": torch.tensor([0, 1])})
+
+
+@pytest.mark.parametrize("method", ["tome", "sit"])
+def test_bfloat16_on_a_cpu_learns_as_float32(tmp_path, method):
+    seen = {}
+    for bf16 in (False, True):
+        trainer = trainer_for(tmp_path / str(bf16), method, max_steps=8, bf16=bf16)
+        trainer.train()
+        trainer.save_model()
+        seen[bf16] = torch.tensor(losses(trainer))
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / str(bf16))
+        assert loaded.dtype == torch.float32 and loaded(tiny_images()).logits.isfinite().all()
+    assert not torch.equal(seen[True], seen[False])  # it did compute in bfloat16
+    torch.testing.assert_close(seen[True], seen[False], rtol=0.02, atol=0.02)

@@ -344,6 +344,11 @@ def _unreduced(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _checked_classes(model: PreTrainedModel, dataset: Dataset, image_column: str, label_column: str) -> list[int]:
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "make_labels needs a data set with numbered rows, not a stream. Copy a part of the stream: "
+            "Dataset.from_list(list(stream.take(1000)), features=stream.features)."
+        )
     if len(dataset) == 0:
         raise ValueError("The data set is empty, so there is nothing to label.")
     for column in (image_column, label_column):

@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    EvalPrediction,
     HfArgumentParser,
     ProgressCallback,
     set_seed,
@@ -43,6 +44,7 @@ from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, decoded, readable_rows
 from .progress import EpochLines
 from .recipes import AUGMENTATION, recipe
+from .streaming import Seeded, first_images, load_streams, training_stream
 from .trainer import TokenReduceTrainer
 
 
@@ -97,6 +99,12 @@ class DataArguments:
     augmentation: str = field(
         default="light", metadata={"help": f"Augmentation of the training images: {', '.join(AUGMENTATION)}."}
     )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the images as a stream. Folders may hold WebDataset shards (.tar)."}
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Number of images of a stream that are held back to shuffle them."}
+    )
     on_error: str = field(default="stop", metadata={"help": "What to do about an unreadable image: stop, or skip it."})
 
 
@@ -117,7 +125,7 @@ def main(
     model_args, data_args, args = parse(arguments)
     came_from = origin(model_args.model_name_or_path)
     set_seed(args.seed)
-    train, validation, names = load_data(data_args, args.seed)
+    train, validation, names = load_streams(data_args) if data_args.streaming else load_data(data_args, args.seed)
     processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     dense, order, knows_classes = load_model(model_args, names)
     if not knows_classes and (args.freeze_backbone or (args.logits_weight and model_args.teacher_model is None)):
@@ -135,22 +143,35 @@ def main(
         "image_column_name": data_args.image_column_name,
         "label_column_name": data_args.label_column_name,
     }
+    if data_args.streaming:
+        columns["on_error"] = data_args.on_error
+    augment, plain = (
+        Relabelled(BatchTransform(transform, **columns), order)
+        for transform in (TrainTransform(processor, **augmentation), EvalTransform(processor))
+    )
+    if data_args.streaming:
+        train_rows = training_stream(train, Seeded(augment, args.seed), args.seed, data_args.shuffle_buffer)
+        eval_rows = validation.map(plain, batched=True, batch_size=1, remove_columns=validation.column_names)
+    else:
+        train_rows, eval_rows = train.with_transform(augment), validation.with_transform(plain)
     trainer = TokenReduceTrainer(
         model,
         args,
-        train_dataset=train.with_transform(
-            Relabelled(BatchTransform(TrainTransform(processor, **augmentation), **columns), order)
-        ),
-        eval_dataset=validation.with_transform(Relabelled(BatchTransform(EvalTransform(processor), **columns), order)),
-        data_collator=Collator(**mixing, num_labels=len(names)) if mixing else Collator(),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=Collator(**mixing, num_labels=len(order)) if mixing else Collator(),
         processing_class=processor,
-        compute_metrics=lambda given: {"accuracy": float((given.predictions.argmax(-1) == given.label_ids).mean())},
+        compute_metrics=accuracy,
         teacher_model=model_args.teacher_model,
     )
+    sharded = trainer.is_fsdp_enabled
+    if sharded and model_args.lora:
+        raise ValueError("--lora does not run with FSDP: the adapters cannot be merged into sharded weights. Use DDP.")
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(EpochLines)
-    sample = validation.select(spread(len(validation), 256))[data_args.image_column_name]
+    some = validation.shuffle(seed=0) if data_args.streaming else validation.select(spread(len(validation), 256))
+    sample = first_images(some, 256, data_args.image_column_name)
     pixels = torch.stack([EvalTransform(processor)(decoded(image)) for image in sample])
     baseline = evaluate_dense(dense, trainer) if knows_classes else None
     begin = time.perf_counter()
@@ -164,11 +185,13 @@ def main(
     if args.process_index == 0:
         if not args.disable_tqdm:
             print(f"Saved to {args.output_dir}. Now its time beside the dense model is measured.", file=sys.stderr)
-        record = describe(trainer.model, pixels) | {
+        # FSDP leaves a part of each weight in each process: only what is saved is whole.
+        whole = AutoModelForImageClassification.from_pretrained(args.output_dir) if sharded else trainer.model
+        record = describe(whole, pixels) | {
             **came_from,
             "dataset": name_of(data_args.dataset_name, data_args.train_dir),
             "eval_dataset": name_of_validation(data_args),
-            "eval_images": len(validation),
+            "eval_images": metrics["eval_images"],
             "seed": args.seed,
             "command": shown(command),
             "epochs": round(trainer.state.epoch or 0, 2),
@@ -240,6 +263,8 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
     # Trainer would hide its progress bar when messages are hidden, and warn of pinned memory without a device.
     parser.set_defaults(**defaults, remove_unused_columns=False, disable_tqdm=False, logging_strategy="epoch")
     parser.set_defaults(dataloader_pin_memory=torch.accelerator.is_available())
+    if known.streaming:  # a stream has no epochs
+        parser.set_defaults(eval_strategy="steps", save_strategy="steps", logging_strategy="steps")
     if known.lora:
         parser.set_defaults(freeze_backbone=False)
     model_args, data_args, args = parser.parse_args_into_dataclasses(arguments)
@@ -253,6 +278,11 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
             raise ValueError(
                 f"--{option} must be at least 1, got {getattr(known, option)}. Leave it out to use all images."
             )
+    if data_args.streaming and args.max_steps < 1:
+        raise ValueError(
+            "A stream has no length, so the number of epochs does not say when training ends. Give --max_steps: "
+            "images x epochs / images per step."
+        )
     if model_args.lora and args.freeze_backbone:
         raise ValueError("--lora trains the backbone and --freeze_backbone does not. Leave one of them out.")
     return model_args, data_args, args
@@ -304,8 +334,11 @@ def class_names(dataset: Dataset, data_args: DataArguments) -> list[str]:
     return feature.names
 
 
-def load_model(model_args: ModelArguments, names: list[str]) -> tuple[Any, list[int], bool]:
-    """Return the model, its index for each class of the data, and whether it knew these classes before."""
+def load_model(model_args: ModelArguments, names: list[str] | None) -> tuple[Any, list[int], bool]:
+    """Return the model, its index for each class of the data, and whether it knew these classes before.
+
+    Without names, the labels of the data are the indices of the model's classes.
+    """
     where = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
     model = AutoModelForImageClassification.from_pretrained(model_args.model_name_or_path, **where)
     if not hasattr(model, "classifier"):
@@ -314,6 +347,8 @@ def load_model(model_args: ModelArguments, names: list[str]) -> tuple[Any, list[
             "with one head by DeiTForImageClassification.from_pretrained(...).save_pretrained(FOLDER), and train that."
         )
     label2id = model.config.label2id
+    if names is None:
+        return model, list(range(model.config.num_labels)), True
     if set(label2id) == set(names):
         return model, [int(label2id[name]) for name in names], True
     if not model_args.ignore_mismatched_sizes:
@@ -342,7 +377,7 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
         )
     pixels = None
     if method is not None and (method.prepare is not None or (model_args.share and method.at_share is None)):
-        photos = train.shuffle(seed=0).select(range(min(100, len(train))))[data_args.image_column_name]
+        photos = first_images(train.shuffle(seed=0), 100, data_args.image_column_name)
         pixels = torch.stack([EvalTransform(processor)(decoded(photo)) for photo in photos])
     return reduce_to_share(dense, model_args.reduction, model_args.share, pixels, None, settings)
 
@@ -364,20 +399,31 @@ class Relabelled:
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         batch = self.transform(batch)
+        for label in batch["labels"]:
+            if not isinstance(label, int) or not 0 <= label < len(self.order):
+                raise ValueError(
+                    f"An image has the label {label!r}, but the model's classes are 0 to {len(self.order) - 1}. Use a "
+                    "model that was made for these classes, or another --label_column_name."
+                )
         return {**batch, "labels": [self.order[label] for label in batch["labels"]]}
+
+
+def accuracy(given: EvalPrediction) -> dict[str, float]:
+    return {
+        "accuracy": float((given.predictions.argmax(-1) == given.label_ids).mean()),
+        "images": len(given.label_ids),
+    }
 
 
 @torch.no_grad()
 def evaluate_dense(dense: Any, trainer: TokenReduceTrainer) -> float:
     """Return the top-1 accuracy, in percent, of the model as it was given, without reduction."""
     plain = (restore(dense) if hasattr(dense.config, "reduction") else dense).to(trainer.args.device).eval()
-    correct = 0
+    right = []
     for batch in trainer.get_eval_dataloader():
         predictions = plain(batch["pixel_values"].to(trainer.args.device)).logits.argmax(dim=-1)
-        correct += (
-            trainer.accelerator.gather_for_metrics(predictions == batch["labels"].to(predictions.device)).sum().item()
-        )
-    return 100 * correct / len(trainer.eval_dataset)
+        right.append(trainer.accelerator.gather_for_metrics(predictions == batch["labels"].to(predictions.device)))
+    return 100 * torch.cat(right).double().mean().item()
 
 
 @torch.no_grad()

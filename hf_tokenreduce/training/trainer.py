@@ -116,6 +116,7 @@ class TokenReduceTrainer(Trainer):
         self._kept_in_step: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
+        self._scalars: set[str] = set()  # names of parameters that FSDP and DeepSpeed train as vectors
         super().__init__(model, args, *others, **settings)
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer divides them
         if self.teacher is not None:
@@ -127,6 +128,8 @@ class TokenReduceTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         reduced = _reduced_model(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self._scalars |= _make_scalars_vectors(self.model)
         token_decoder = method_of(reduced.config.reduction).token_decoder if self.args.token_weight else None
         if token_decoder is None:
             try:
@@ -304,16 +307,21 @@ class TokenReduceTrainer(Trainer):
         return facts_of(reduced.config).num_tokens
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        reverse = getattr(_reduced_model(self.model), REVERSE, None)
-        if reverse is not None:
-            state_dict = self.model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: value for name, value in state_dict.items() if REVERSE not in name.split(".")}
+        if not self.args.should_save:  # two processes must not replace the files of one folder
+            return super()._save(output_dir, state_dict)
+        reverse = {}  # the token decoder, which gets a file of its own
+        if self._scalars or getattr(_reduced_model(self.model), REVERSE, None) is not None:
+            everything = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {}
+            for name, value in everything.items():
+                if REVERSE in name.split("."):
+                    reverse[name.split(f"{REVERSE}.")[-1]] = value.contiguous()
+                else:
+                    state_dict[name] = value.reshape(()) if name in self._scalars else value
         with self._at_its_goal(), model_folder(self.args.output_dir if output_dir is None else output_dir) as place:
             super()._save(str(place), state_dict)
-            if reverse is not None and self.args.should_save:
-                save_file(
-                    {name: value.contiguous() for name, value in reverse.state_dict().items()}, place / REVERSE_FILE
-                )
+            if reverse:
+                save_file(reverse, place / REVERSE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -331,7 +339,7 @@ class TokenReduceTrainer(Trainer):
             raise ValueError(
                 f"The weights of {folder} are cut short or broken ({error}). Resume from an earlier checkpoint."
             ) from error
-        if self.args.token_weight:
+        if self.args.token_weight and not self.is_fsdp_enabled:  # FSDP has loaded the token decoder with the model
             if not (folder / REVERSE_FILE).is_file():
                 raise ValueError(
                     f"{folder} was trained without token_weight, so it has no token decoder. Start again."
@@ -356,6 +364,20 @@ class WarmUpKeepRate(TrainerCallback):
         reduction = replace(self.goal, keep_rate=rates)
         if reduction != self.model.config.reduction:
             self.model.set_reduction(reduction)
+
+
+def _make_scalars_vectors(model: nn.Module) -> set[str]:
+    """Turn parameters of shape () into shape (1,), for FSDP and DeepSpeed. Return their names.
+
+    Neither of them can train a scalar.
+    """
+    scalars = {name for name, parameter in model.named_parameters() if parameter.ndim == 0}
+    for name in scalars:
+        module, _, own = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        vector = nn.Parameter(parameter.detach().reshape(1), requires_grad=parameter.requires_grad)
+        setattr(model.get_submodule(module), own, vector)
+    return scalars
 
 
 def _has_own_loss(reduced: PreTrainedModel) -> bool:

@@ -1,0 +1,121 @@
+"""Training on streams: class folders and WebDataset shards, resumed in the midst of an epoch."""
+
+import json
+import runpy
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_from_disk
+from helpers import tiny_model
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import ViTImageProcessor
+
+from hf_tokenreduce.training.run import main
+from hf_tokenreduce.training.streaming import folder_stream
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A model of two classes, class folders with images, and the same images as WebDataset shards."""
+    model = tiny_model(num_labels=2)
+    model.config.id2label, model.config.label2id = {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    for split, count in (("train", 12), ("val", 6)):
+        (tmp_path / "shards" / split).mkdir(parents=True)
+        shards = [
+            tarfile.open(tmp_path / "shards" / split / f"{number}.tar", "w")  # noqa: SIM115
+            for number in range(2)
+        ]
+        for index, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "folders" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(0, 256, (40, 36, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+                (tmp_path / "label").write_text(str(index))
+                shards[number % 2].add(folder / f"{number}.png", f"{name}{number}.png")
+                shards[number % 2].add(tmp_path / "label", f"{name}{number}.cls")
+        for shard in shards:
+            shard.close()
+    return tmp_path
+
+
+def train(start, output, source, *more):
+    data = start / source
+    command = ["--model_name_or_path", start / "model", "--train_dir", data / "train", "--validation_dir"]
+    command += [data / "val", "--output_dir", start / output, "--reduction", "tome", "--use_cpu", "True"]
+    command += ["--disable_tqdm", "True", "--per_device_train_batch_size", 4, "--streaming", "True"]
+    if source == "shards":
+        command += ["--image_column_name", "png", "--label_column_name", "cls"]
+    main([str(word) for word in (*command, *more)])
+    record = json.loads((start / output / "record.json").read_text())
+    return record, load_file(start / output / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("source", "more"),
+    [("folders", []), ("shards", ["--dataloader_num_workers", 1, "--augmentation", "strong"])],
+)
+def test_resumed_in_the_midst_of_an_epoch_is_uninterrupted(start, source, more):
+    settings = ["--max_steps", 9, "--save_steps", 4, "--save_total_limit", 3, *more]
+    record, whole = train(start, "whole", source, *settings)
+    assert record["eval_images"] == 12 and record["epochs"] == 1
+    # Step 4 is in the first pass over the 24 images, step 8 in the second.
+    for step in (4, 8):
+        again, resumed = train(
+            start,
+            f"resumed-{step}",
+            source,
+            *settings,
+            "--resume_from_checkpoint",
+            start / "whole" / f"checkpoint-{step}",
+        )
+        assert again["top1"] == record["top1"]
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    other = train(start, "other", source, *settings, "--seed", 5)[1]
+    assert not all(torch.equal(value, other[name]) for name, value in whole.items())
+
+
+def test_class_folders_are_streamed_in_mixed_order(start):
+    stream = folder_stream(start / "folders" / "train")
+    labels = [row["label"] for row in stream]
+    assert stream.features["label"].names == ["cat", "dog"] and labels != sorted(labels) == [0] * 12 + [1] * 12
+
+
+def test_wrong_streams(start):
+    with pytest.raises(ValueError, match=r"holds neither \.tar shards nor images"):
+        folder_stream(start / "model")
+    with pytest.raises(ValueError, match="Give --max_steps"):
+        train(start, "no", "folders")
+    with pytest.raises(ValueError, match=r"needs the columns 'image' and 'label'.*such as jpg and cls"):
+        train(start, "no", "shards", "--max_steps", 1, "--image_column_name", "image", "--label_column_name", "label")
+    with pytest.raises(ValueError, match="A stream cannot be split"):
+        main(["--model_name_or_path", str(start / "model"), "--train_dir", str(start / "folders" / "train"),
+              "--output_dir", str(start / "no"), "--streaming", "True", "--max_steps", "1"])  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["folders", "shards"])
+def test_labels_and_filter_of_a_stream(start, source):
+    example = runpy.run_path(str(EXAMPLES / "run_delta_loss.py"))["main"]
+    command = ["--model_name_or_path", start / "model", "--train_dir", start / source / "train", "--output_dir"]
+    command += [start / "filter", "--labeller", "groups", "--keep_share", 0.5, "--num_train_epochs", 1, "--streaming"]
+    if source == "shards":
+        command += ["--image_column_name", "png", "--label_column_name", "cls"]
+    command = [str(word) for word in command]
+    with pytest.raises(ValueError, match="Give --max_train_samples"):
+        example(command)
+    example([*command, "--max_train_samples", "6"])
+    labels = load_from_disk(start / "filter" / "labels" / "labels")
+    assert labels["index"][:] == list(range(6)) and set(labels["label"]) == {0, 1}
+    assert json.loads((start / "filter" / "results.json").read_text())["labels"]["computed"] == 6
+    for file in (start / source / "train").rglob("*.tar"):  # the images are kept: the stream is not read again
+        file.unlink()
+    example([*command, "--max_train_samples", "6"])
+    assert json.loads((start / "filter" / "results.json").read_text())["labels"]["computed"] == 0
