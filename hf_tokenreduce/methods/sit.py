@@ -109,7 +109,8 @@ def at_share(facts: EncoderFacts, share: float, **settings: Any) -> ReductionCon
     for option in options[:-1]:
         with contextlib.suppress(ValueError):
             setting = SiTConfig.for_budget(facts, share, **option)
-            if setting.keep_rate >= LEAST_KEPT:
+            rate: Any = setting.keep_rate  # one number, because `for_budget` gives all layers the same
+            if rate >= LEAST_KEPT:
                 return setting
     return SiTConfig.for_budget(facts, share, **options[-1])
 
