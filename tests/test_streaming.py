@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTImageProcessor
 
+from hf_tokenreduce.loading import load_model
+from hf_tokenreduce.training import make_labels
 from hf_tokenreduce.training.run import main
 from hf_tokenreduce.training.streaming import folder_stream
 
@@ -111,6 +113,9 @@ def test_labels_and_filter_of_a_stream(start, source):
     command = [str(word) for word in command]
     with pytest.raises(ValueError, match="Give --max_train_samples"):
         example(command)
+    with pytest.raises(ValueError, match="not a stream"):
+        model, processor = load_model(start / "model")
+        make_labels(model, folder_stream(start / source / "train"), start / "no", image_processor=processor)
     example([*command, "--max_train_samples", "6"])
     labels = load_from_disk(start / "filter" / "labels" / "labels")
     assert labels["index"][:] == list(range(6)) and set(labels["label"]) == {0, 1}
