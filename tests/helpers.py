@@ -11,6 +11,7 @@ from transformers import (
     DeiTModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessor,
     ViTModel,
 )
 
@@ -134,6 +135,14 @@ def reduce_tiny(stock, setting):
                 center = float(name.endswith(("norm.weight", "scale")))
                 parameter.copy_(center + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def save_cat_and_dog(folder):
+    """Save a tiny model that knows two classes, and its image processor."""
+    model = tiny_model(num_labels=2)
+    model.config.id2label, model.config.label2id = {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
 def tiny_images(count: int = 3, size: int = 32, seed: int = 2) -> torch.Tensor:

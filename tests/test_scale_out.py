@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import save_cat_and_dog
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification
 
 
 HERE = Path(__file__).resolve().parents[1]
@@ -32,10 +32,7 @@ CASES = [
 @pytest.fixture
 def start(tmp_path):
     """A model of two classes, and class folders with images."""
-    model = tiny_model(num_labels=2)
-    model.config.id2label, model.config.label2id = {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}
-    model.save_pretrained(tmp_path / "model")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    save_cat_and_dog(tmp_path / "model")
     for split, count in (("train", 12), ("val", 6)):
         for name in ("cat", "dog"):
             folder = tmp_path / split / name

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_from_disk
-from helpers import tiny_model
+from helpers import save_cat_and_dog
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import ViTImageProcessor
 
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.training import make_labels
@@ -25,10 +24,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 @pytest.fixture
 def start(tmp_path):
     """A model of two classes, class folders with images, and the same images as WebDataset shards."""
-    model = tiny_model(num_labels=2)
-    model.config.id2label, model.config.label2id = {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}
-    model.save_pretrained(tmp_path / "model")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    save_cat_and_dog(tmp_path / "model")
     for split, count in (("train", 12), ("val", 6)):
         (tmp_path / "shards" / split).mkdir(parents=True)
         shards = [
