@@ -161,9 +161,7 @@ def compare(
     model: Model,
     data: Annotated[
         str,
-        typer.Argument(
-            help="Folder or Hub id of images, one folder per class. Encoders need no classes.", metavar="DATA"
-        ),
+        typer.Argument(help="Folder with one folder per class, or Hub id of images.", metavar="DATA"),
     ],
     output_dir: Annotated[
         Path,
@@ -257,9 +255,7 @@ def tune(
     max_drop: Annotated[
         float | None, typer.Option(help="Largest drop of accuracy in points, such as 1.", metavar="N")
     ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="Longest time of the search in minutes. The report comes after.", metavar="N")
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Longest time of the search in minutes.", metavar="N")] = None,
     reduction: Annotated[
         list[str],
         typer.Option("--reduction", "-r", help="Search only this method. Repeatable.", metavar="NAME"),

@@ -247,9 +247,13 @@ def mix(state: TokenState, weights: Tensor, size: Tensor | None = None, num_live
     mixtures = weights.transpose(1, 2).to(patches.dtype) @ patches
     patch_weights = state.patch_weights
     if patch_weights is None and state.patch_map is not None:
-        held = torch.arange(patches.shape[1], device=patches.device)[:, None] == state.patch_map[:, None]
-        patch_weights = held / held.sum(dim=2, keepdim=True)  # a token is the mean of its patches
-    if patch_weights is not None:
+        if state.size is None and patches.shape[1] == state.num_patches:  # every token is one patch
+            patch_weights = weights.detach().transpose(1, 2)
+        else:
+            held = torch.arange(patches.shape[1], device=patches.device)[:, None] == state.patch_map[:, None]
+            means = held / held.sum(dim=2, keepdim=True)  # a token is the mean of its patches
+            patch_weights = weights.detach().transpose(1, 2) @ means
+    elif patch_weights is not None:
         patch_weights = weights.detach().transpose(1, 2) @ patch_weights
     return state._replace(
         hidden_states=torch.cat([state.hidden_states[:, :prefix], mixtures.to(patches.dtype)], dim=1),
