@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from helpers import tiny_model
@@ -11,7 +12,7 @@ from hf_tokenreduce import LTMPConfig, ToMeConfig
 from hf_tokenreduce.methods import METHODS
 from hf_tokenreduce.modeling.encoders import facts_of
 from hf_tokenreduce.modeling.multiply_adds import even_counts, even_share
-from hf_tokenreduce.tuning import Variant, even_setting, searched_methods, variants_of
+from hf_tokenreduce.tuning import Variant, even_setting, search, searched_methods, variants_of
 from hf_tokenreduce.tuning.parts import MOST_SEARCHED, split_rows, subset_sizes
 from hf_tokenreduce.tuning.space import shape_of
 
@@ -77,3 +78,27 @@ def test_the_parts_of_the_images():
     large = split_rows(None, 5000, seed=0)
     assert len(large.search) == MOST_SEARCHED and len(large.report) == 5000 - MOST_SEARCHED
     assert subset_sizes(500)[-1] == 500 and subset_sizes(500)[0] < 80 and subset_sizes(20) == [20]
+
+
+def test_methods_are_compared_at_the_share_that_their_time_asks_for(monkeypatch):
+    """A method that is best at equal multiply-adds but slow needs a lower share. There it may be the worse one."""
+    fixed = {"slow": 0.4, "fast": 0.0}  # time that a method takes on top of its share
+    asked = []
+
+    def quality(setting, count):
+        asked.append(setting)
+        name, share = setting
+        return 1 - share + (0.1 if name == "fast" else 0.0)  # a distance: at equal shares the slow method is better
+
+    trials = SimpleNamespace(
+        dataset=range(100), clock=0.0, quality=quality, order=lambda distance: distance,
+        speedup=lambda setting: 1 / (setting[1] + fixed[setting[0]]),
+    )  # fmt: skip
+    ranked = [search.Candidate(name, (name, 0.66)) for name in ("slow", "fast")]
+    monkeypatch.setattr(search, "_few_of_each_method", lambda trials, ranked: ranked)
+    monkeypatch.setattr(search, "_candidate", lambda trials, name, share: search.Candidate(name, (name, share)))
+    found = search._by_expected_share(trials, ranked, 1.5, 0.66, until=1.0)
+    assert [candidate.variant for _, candidate in found] == ["fast", "slow"]
+    for share, candidate in found:
+        assert share == candidate.setting[1] == pytest.approx(1 / (1.02 * 1.5) - fixed[candidate.variant])
+    assert len(asked) == 2

@@ -151,10 +151,10 @@ def _for_speedup(trials: Trials, variants: Sequence[Variant], speedup: float, se
     ranked = _halve(trials, candidates, sizes[:-1] or sizes, clock.begin, clock.at(0.3))
     shares: dict[str, float] = {}
     fitted: list[tuple[float, Candidate]] = []
-    for candidate in _few_of_each_method(trials, ranked):
-        if fitted and trials.clock > clock.at(0.5):
+    for expected, candidate in _by_expected_share(trials, ranked, speedup, least, clock.at(0.45)):
+        if fitted and trials.clock > clock.at(0.6):
             break
-        share = _share_at_speed(trials, candidate.variant, speedup, least)
+        share = _share_at_speed(trials, candidate.variant, speedup, expected)
         found = None if share is None else _candidate(trials, candidate.variant, share)
         quality = None if found is None else trials.quality(found.setting, sizes[-1])
         if share is not None and found is not None and quality is not None:
@@ -215,12 +215,33 @@ def _lowest_within(
     return best
 
 
-def _share_at_speed(trials: Trials, variant: Variant, speedup: float, share: float) -> float | None:
-    """Find the share at which a variant has the wanted speed-up over dense, or slightly more. None: it was not found.
+def _by_expected_share(
+    trials: Trials, ranked: Sequence[Candidate], speedup: float, share: float, until: float
+) -> list[tuple[float, Candidate]]:
+    """Time candidates of one share. Return them at the share that each needs for the speed-up, and that share, the
+    best first. The best method at equal multiply-adds may take the most time, and then it needs a far lower share."""
+    few = subset_sizes(len(trials.dataset))[-2:][0]
+    able: list[tuple[float, float, Candidate]] = []
+    for candidate in _few_of_each_method(trials, ranked):
+        if able and trials.clock > until:
+            break
+        measured = trials.speedup(candidate.setting)
+        needed = 0.0 if measured is None else _next_share(share, speedup, measured)
+        found = None if measured is None else _candidate(trials, candidate.variant, needed)
+        quality = None if found is None else trials.quality(found.setting, few)
+        if found is not None and quality is not None:
+            able.append((trials.order(quality), needed, found))
+    return [(needed, found) for _, needed, found in sorted(able, key=lambda item: item[0])]
 
-    The next share is chosen as if time fell exactly as the share does. What a setting takes on top of its share is the
-    time to decide and to move tokens, which is taken as constant.
-    """
+
+def _next_share(share: float, speedup: float, measured: float) -> float:
+    """Return the share that gives the speed-up, if `share` gives `measured` and time falls as the share does."""
+    return min(0.98, max(0.05, share + 1 / (1.02 * speedup) - 1 / measured))
+
+
+def _share_at_speed(trials: Trials, variant: Variant, speedup: float, share: float) -> float | None:
+    """Find the share at which a variant has the wanted speed-up over dense, or slightly more, beginning with a share.
+    None: it was not found."""
     best: float | None = None
     for _ in range(TIMINGS):
         found = _candidate(trials, variant, share)
@@ -231,7 +252,7 @@ def _share_at_speed(trials: Trials, variant: Variant, speedup: float, share: flo
             best = share if best is None else max(best, share)
             if measured <= 1.04 * speedup:
                 break
-        share = min(0.98, max(0.05, share + 1 / (1.02 * speedup) - 1 / measured))
+        share = _next_share(share, speedup, measured)
     return best
 
 
