@@ -25,9 +25,8 @@ TRANSFORMERS_MAIN ?= transformers @ git+https://github.com/huggingface/transform
 demo: $(INSTALLED)  ## draw images, train a small ViT, reduce it by every method; a report in demo/
 	$(BIN)/tokenreduce demo --output-dir demo
 
-# The tests of a file stay together, so that what they share is made once.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests -n 2 --dist loadscope
+	$(BIN)/python -m pytest tests -n 2
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow
