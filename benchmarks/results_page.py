@@ -240,6 +240,8 @@ def speed(file: Path) -> list[str]:
         f"{RUNTIMES[name]} {version}" for name, version in settings["runtimes"].items() if "int8" not in name
     )
     which = "--deit_tiny MODEL --images PHOTOS --sizes" if size == "deit-tiny" else f"--sizes {size}"
+    if batches != [1, 8, 32]:
+        which += f" --batch_sizes {' '.join(map(str, batches))}"
     lines = [
         f"## Speed of {size}",
         "",
