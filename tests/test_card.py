@@ -426,12 +426,12 @@ def test_what_a_card_needs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "tag", "words"),
     [
-        ("dinov2", "image-classification", ["AutoModelForImageClassification", 'classify("photo.jpg")']),
+        ("dinov2", "image-classification", ["AutoModelForImageClassification", 'classify("photo.jpg")', ">=5.19"]),
         ("clip", "zero-shot-image-classification", ["candidate_labels=[", "model.get_image_features(pixels, "]),
         ("dinov3", "image-feature-extraction", ["5 prefix tokens, then a row for", "4 registers included"]),
         ("vit-features", "image-feature-extraction", ['"grid.unmerge"', "unmerge(out.last_hidden_state"]),
         ("backbone", "image-feature-extraction", ["AutoBackbone.from_pretrained("]),
-        ("depth", "depth-estimation", ['estimate("photo.jpg")']),
+        ("depth", "depth-estimation", ['estimate("photo.jpg")', ">=5.19"]),
         ("audio", "audio-classification", ['classify("sound.wav")', "An audio transformer", "Every sound keeps"]),
         ("llava", "image-text-to-text", ["AutoModelForImageTextToText", "max_new_tokens"]),
         ("siglip", "zero-shot-image-classification", ["Tokens that leave each layer:"]),

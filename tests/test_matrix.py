@@ -24,6 +24,7 @@ from hf_tokenreduce import reduce_tokens, restore
 
 
 ATTENTIONS = ["eager", "sdpa"]
+OLDER_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 KEEPS_EVERY_PATCH = ("bat", "bat-clusters", "evit", "ltmp-merge", "pitome", "mctf", "dtem")
 matrix = pytest.mark.parametrize(("backbone", "method"), EVERY_CASE)
 
@@ -173,8 +174,8 @@ def test_half_precision(backbone, method, attention, dtype):
     if method == "ats":  # one near tie in an image moves other samples of its grid too, so images differ somewhere
         alike = ((half.patch_map >= 0) == (full.patch_map >= 0)).float().mean()
         assert alike > (0.7 if dtype == torch.bfloat16 else 0.87), alike
-    else:
-        assert dtype == torch.bfloat16 or same.sum() >= 5, same
+    # With older torch two cases of ATS have other near ties.
+    assert dtype == torch.bfloat16 or same.sum() >= 5 or (method == "ats" and OLDER_TORCH), same
     cosines = torch.nn.functional.cosine_similarity(half.logits.float(), full.logits, dim=-1)
     assert cosines[:3].min() > 0.8 and cosines.mean() > 0.9
 
