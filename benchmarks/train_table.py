@@ -87,12 +87,17 @@ def main(arguments: list[str] | None = None) -> None:
             refuse_other_settings(file, json.loads(file.read_text())["setting"], setting_of(cell, args))
     held_out = gather(args.eval_dirs, args.work_dir / "held-out")
     pixels, names = prepare(held_out, args.model_name_or_path)
+    missing = lost_starts(missing, args.work_dir) + missing
     for number, cell in enumerate(missing):
         print(
             f"{cell.stem}: {len(missing) - number} cells to go{time_left(folder, missing[number:], args)}", flush=True
         )
         row = train(cell, args, held_out) | evaluate(args.work_dir / cell.stem, pixels, names, args.device)
-        write_whole(folder / f"{cell.stem}.json", json.dumps(row, indent=1) + "\n")
+        file = folder / f"{cell.stem}.json"
+        if file.is_file():
+            say_what_changed(file, row)
+        else:
+            write_whole(file, json.dumps(row, indent=1) + "\n")
         print(f"{cell.stem}: top-1 {row['top1']:.2f}, {row['seconds'] / 60:.1f} minutes", flush=True)
         write_report(folder)
     print(write_report(folder))
@@ -138,6 +143,24 @@ def plan(seeds: list[int], shares: list[float], methods: Any, variants: Any) -> 
         cells += [Cell(START, None, seed), Cell(CONTROL, None, seed)]
         cells += [Cell(method, shares[0], seed) for method in methods if method in OF_THE_PAPERS]
     return cells
+
+
+def lost_starts(missing: list[Cell], work_dir: Path) -> list[Cell]:
+    """Starts that were trained once, from which missing cells begin, and whose models are no longer there."""
+    starts = dict.fromkeys(Cell(START, None, cell.seed) for cell in missing)
+    return [start for start in starts if start not in missing and not (work_dir / start.stem / "record.json").is_file()]
+
+
+def say_what_changed(file: Path, row: dict[str, Any]) -> None:
+    """Warn if a start that was trained once more is not what it was. Its first record stays."""
+    before = json.loads(file.read_text())["right"]
+    changed = sum(old != new for old, new in zip(before, row["right"], strict=True))
+    if changed:
+        print(
+            f"{file.stem} was trained once more, and {changed} of {len(before)} images now come out otherwise. The "
+            "cells of this seed begin from two starts.",
+            flush=True,
+        )
 
 
 def setting_of(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,20 @@ def test_the_table_of_a_tiny_model(tmp_path, monkeypatch, modules, arguments, ca
     assert not called
     with pytest.raises(ValueError, match="was made with other settings: epochs was 1, now 2"):
         table.main([*arguments, "--epochs", "2"])
+
+    # On another machine the records are there and the models are not: the start of a missing cell is trained again.
+    start, cell = folder / "start-seed0.json", folder / "tome-0.65-seed0.json"
+    before, weights = start.read_text(), load_file(tmp_path / "work" / "start-seed0" / "model.safetensors")
+    cell.unlink()
+    shutil.rmtree(tmp_path / "work")
+    table.main(arguments)
+    again = load_file(tmp_path / "work" / "start-seed0" / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert start.read_text() == before and len(called) == 2
+    assert json.loads(cell.read_text())["right"] == rows["tome-0.65-seed0"]["right"]
+    assert "out otherwise" not in capsys.readouterr().out
+    table.say_what_changed(start, {"right": "".join("10"[int(one)] for one in rows["start-seed0"]["right"])})
+    assert "10 of 10 images now come out otherwise" in capsys.readouterr().out
 
 
 def test_the_most_telling_cells_come_first(modules):
