@@ -25,12 +25,12 @@ class Records(NamedTuple):
     """What is on record.
 
     trained: lines of `train_report.summarise`, by name and share. free: rows of the training-free table, by model,
-    method and share. ranking: rows of `rank_patches.py`. speed: rows of `speed.py`, by name, batch size and runtime.
+    method and share. ranking: record of `rank_patches.py`. speed: rows of `speed.py`, by name, batch size and runtime.
     """
 
     trained: dict[tuple[str, float | None], dict[str, Any]]
     free: dict[tuple[str, str | None, float], dict[str, Any]]
-    ranking: dict[str, dict[str, Any]]
+    ranking: dict[str, Any]
     speed: dict[tuple[str, int, str], dict[str, Any]]
 
 
@@ -52,7 +52,7 @@ def read(results: Path = RESULTS) -> Records:
     return Records(
         {(line["name"], line["share"]): line for line in summarise(runs)} if runs else {},
         {(row["model"], row["method"], row["share"]): row for row in free},
-        json.loads(ranked[0].read_text())["rows"] if ranked else {},
+        json.loads(ranked[0].read_text()) if ranked else {},
         {(row["name"], row["batch_size"], row["runtime"]): row for row in speeds},
     )
 
@@ -103,15 +103,16 @@ def untrained(method: str, others: list[str], shares: list[float]) -> Callable[[
 
 
 def ranking(records: Records) -> str | None:
-    if "filter" not in records.ranking:
+    if not records.ranking:
         return None
-    attention = {name: row for name, row in records.ranking.items() if name.startswith("class attention")}
+    rows = records.ranking["rows"]
+    attention = {name: row for name, row in rows.items() if name.startswith("class attention")}
     best = max(attention, key=lambda name: attention[name]["auc"])
-    own = records.ranking["filter"]
+    own = rows["filter"]
     return (
         f"AUC {own['auc']:.2f} ({own['auc_interval'][0]:.2f} to {own['auc_interval'][1]:.2f}), precision "
         f"{own['precision']:.2f}; the best {best}: {attention[best]['auc']:.2f}, {attention[best]['precision']:.2f}; "
-        "chance: 0.50, 0.50"
+        f"chance: 0.50, {records.ranking['share_to_keep']:.2f}"
     )
 
 

@@ -3,11 +3,13 @@
     python benchmarks/rank_patches.py --model_name_or_path DENSE --filter_model FILTERED --data_dir IMAGE_FOLDER
 
 DENSE is the classifier that the labels of the filter were made with, and FILTERED the reduced model that
-`examples/run_delta_loss.py` wrote. The delta of a patch is how much the loss of DENSE grows without its square of 2 x
-2 patches. The half of all patches with the largest deltas are the ones to keep. Each ranking is measured by
+`examples/run_delta_loss.py` wrote; several can be compared. The delta of a patch is how much the loss of DENSE grows
+without its square of 2 x 2 patches. The patches to keep are those with the largest deltas of all images, a fifth unless
+`--keep_share` says otherwise. Near the median a delta is close to zero, and its sign is chance. Each ranking is
+measured by
 
 - AUC: how often it puts a patch to keep above a patch to drop, of the same image. Chance is 0.5.
-- precision: the share of patches to keep in the upper half of its ranking. Chance is the share to keep, 0.5.
+- precision: the share of patches to keep among the first of its ranking, a fifth of each image. Chance is a fifth.
 
 The rankings are the filter, the class attention of the dense model in its layers, and how far each layer's MLP moves a
 token. Writes `benchmarks/results/rank-patches-<data>-<model>.json`.
@@ -36,30 +38,35 @@ RESAMPLES = 2_000
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of the dense classifier.")
-    parser.add_argument("--filter_model", required=True, help="Folder of the model with the filter.")
+    parser.add_argument("--filter_model", nargs="+", required=True, help="Folders of models with a filter.")
     parser.add_argument("--data_dir", required=True, help="Folder of images, with one folder per class.")
     parser.add_argument("--max_samples", type=int, default=120, help="Use at most this many images.")
+    parser.add_argument("--keep_share", type=float, default=0.2, help="Share of the patches that are to be kept.")
     parser.add_argument("--batch_size", type=int, default=64, help="Number of masked copies of images per batch.")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="Folder for the record.")
     args = parser.parse_args(arguments)
 
     model, processor = load_model(args.model_name_or_path)
-    filtered, _ = load_model(args.filter_model)
     images = load_images(args.data_dir, limit=args.max_samples)
     names = images.features["label"].names
     targets = torch.tensor([class_index(names[label], model.config.label2id) for label in images["label"]])
     photos = [image.convert("RGB") for image in images["image"]]
     tokens = embed(model, photos, processor)
     _, deltas = masked_deltas(model, tokens, targets, patch_groups(model, "groups"), args.batch_size, "remove")
-    keep = deltas > deltas.median()
+    keep = deltas > deltas.quantile(1 - args.keep_share)
     patches = tokens[:, -facts_of(model.config).num_patches :]
     with torch.no_grad():
-        scores = {"filter": encoder_of(filtered).reducers[0].logits(patches)}
+        # The first is called "filter" in the record, and the others also by their folders.
+        scores = {
+            f"filter {short(folder)}" if place else "filter": encoder_of(load_model(folder)[0]).reducers[0].logits(patches)
+            for place, folder in enumerate(args.filter_model)
+        }
         scores |= dense_scores(model, processor(photos, return_tensors="pt")["pixel_values"])
-    rows = {name: measured(ranking, keep) for name, ranking in scores.items()}
+    first = round(args.keep_share * keep.shape[1])
+    rows = {name: measured(ranking, keep, first) for name, ranking in scores.items()}
     data, called = Path(args.data_dir).resolve(), Path(args.model_name_or_path).resolve().name
     record = {
-        "images": len(photos), "data": "/".join(data.parts[-2:]), "model": called,
+        "images": len(photos), "data": short(data), "model": called,
         "share_to_keep": round(keep.double().mean().item(), 3), "rows": rows,
     }  # fmt: skip
     file = args.output_dir / f"rank-patches-{data.parent.name}-{called}.json"
@@ -69,6 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
     for name, row in rows.items():
         print(f"| {name} | {shown(row, 'auc')} | {shown(row, 'precision')} |")
     print(f"Written to {file}.")
+
+
+def short(folder: str | Path) -> str:
+    return "/".join(Path(folder).resolve().parts[-2:])
 
 
 def dense_scores(model: Any, pixels: Tensor) -> dict[str, Tensor]:
@@ -92,9 +103,9 @@ def dense_scores(model: Any, pixels: Tensor) -> dict[str, Tensor]:
     return scores
 
 
-def measured(scores: Tensor, keep: Tensor, seed: int = 0) -> dict[str, Any]:
+def measured(scores: Tensor, keep: Tensor, first: int, seed: int = 0) -> dict[str, Any]:
     """AUC and precision of a ranking (B, N0) against what is to be kept, with 95 % intervals for other images."""
-    auc, precision = per_image(scores, keep)
+    auc, precision = per_image(scores, keep, first)
     generator = np.random.default_rng(seed)
     drawn = generator.integers(0, len(auc), (RESAMPLES, len(auc)))
     row: dict[str, Any] = {}
@@ -107,14 +118,13 @@ def measured(scores: Tensor, keep: Tensor, seed: int = 0) -> dict[str, Any]:
     return row
 
 
-def per_image(scores: Tensor, keep: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The AUC of each image, nan where all its patches are alike, and its precision in the upper half."""
-    half = keep.shape[1] // 2
+def per_image(scores: Tensor, keep: Tensor, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """The AUC of each image, nan where all its patches are alike, and the precision of the `first` of its ranking."""
     auc, precision = [], []
     for ranking, wanted in zip(scores.double(), keep, strict=True):
         above = ranking[wanted][:, None] - ranking[~wanted][None]
         auc.append((above.gt(0).double() + 0.5 * above.eq(0)).mean().item() if above.numel() else float("nan"))
-        precision.append(wanted[ranking.topk(half).indices].double().mean().item())
+        precision.append(wanted[ranking.topk(first).indices].double().mean().item())
     return np.array(auc), np.array(precision)
 
 

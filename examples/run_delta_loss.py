@@ -1,7 +1,7 @@
 """Prepare DL-ViT: label patches by how much the loss grows without them, then fit the filter to these labels.
 
     python examples/run_delta_loss.py --model_name_or_path FOLDER_OR_HUB_ID --train_dir IMAGE_FOLDER \
-        --output_dir FOLDER --max_train_samples 1000 --keep_share 0.5
+        --output_dir FOLDER --max_train_samples 1000
 
 The output folder gets `labels/` (delta and label of every patch), `model/` (the reduced model, which drops patches,
 and its image processor) and `results.json`. The script prints how well the filter predicts the labels of held-out
@@ -56,9 +56,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the choice of images and of the filter.")
     keep = parser.add_mutually_exclusive_group()
-    keep.add_argument("--threshold", type=float, default=0.0, help="Keep patches whose delta is larger than this.")
+    keep.add_argument("--threshold", type=float, help="The labels keep patches whose delta is larger than this.")
     keep.add_argument(
-        "--keep_share", type=float, help="Keep this share of all patches, those with the largest deltas."
+        "--keep_share",
+        type=float,
+        help="The labels keep this share of all patches, those with the largest deltas. Default: 0.2.",
     )
     parser.add_argument(
         "--labeller",
@@ -81,7 +83,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--use_cpu", action="store_true", help="Run on the CPU. Several processes without accelerators need it."
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.threshold is None and args.keep_share is None:
+        args.keep_share = 0.2  # most deltas are near zero, where their sign is chance and cannot be learned
+    return args
 
 
 def load_images(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
@@ -126,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         dataset,
         args.output_dir / "labels",
         image_processor=processor,
-        threshold=args.threshold,
+        threshold=args.threshold or 0.0,
         keep_share=args.keep_share,
         labeller=args.labeller,
         mask=args.mask,

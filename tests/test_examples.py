@@ -178,7 +178,8 @@ def test_rank_patches(tmp_path, model_and_images, run):
     filtered.save_pretrained(tmp_path / "filtered")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "filtered")
     words = ["--model_name_or_path", model, "--filter_model", tmp_path / "filtered", "--data_dir", images]
-    printed = run("rank_patches.py", *words, "--max_samples", 5, "--output_dir", tmp_path / "made")
+    words += ["--max_samples", 5, "--output_dir", tmp_path / "made"]
+    printed = run("rank_patches.py", *words, "--keep_share", 0.5)
     record = json.loads((tmp_path / "made" / f"rank-patches-{tmp_path.name}-model.json").read_text())
     assert record["images"] == 5 and len(record["rows"]) == 1 + 2 * 4 and "| filter |" in printed
     assert all(row["auc_interval"][0] <= row["auc"] <= row["auc_interval"][1] for row in record["rows"].values())
@@ -186,7 +187,7 @@ def test_rank_patches(tmp_path, model_and_images, run):
     per_image = runpy.run_path(str(HERE / "benchmarks" / "rank_patches.py"))["per_image"]
     scores = torch.tensor([[3.0, 1.0, 2.0, 2.0], [0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]])
     keep = torch.tensor([[True, False, True, False], [True, False, False, False], [True] * 4])
-    auc, precision = per_image(scores, keep)
+    auc, precision = per_image(scores, keep, 2)
     for row in range(2):
         pairs = [(a, b) for a, k in zip(scores[row], keep[row], strict=True) if k
                  for b, d in zip(scores[row], keep[row], strict=True) if not d]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -371,3 +372,13 @@ def test_the_example(tmp_path):
     reduced = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "model")
     pixels = PROCESSOR(photographs(1)[0]["image"], return_tensors="pt").pixel_values
     assert reduced(pixels).token_counts.tolist() == [[33] * 4]
+
+
+def test_the_labels_keep_a_fifth_unless_the_user_says_otherwise():
+    script = Path(__file__).resolve().parents[1] / "examples" / "run_delta_loss.py"
+    parse = runpy.run_path(str(script))["parse_arguments"]
+    words = ["--model_name_or_path", "model", "--train_dir", "images", "--output_dir", "out"]
+    assert (parse(words).keep_share, parse(words).threshold) == (0.2, None)
+    chosen = parse([*words, "--threshold", "0.1"])
+    assert (chosen.keep_share, chosen.threshold) == (None, 0.1)
+    assert parse([*words, "--keep_share", "0.4"]).keep_share == 0.4

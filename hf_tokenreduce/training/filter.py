@@ -81,7 +81,7 @@ def fit_filter(
         `FilterFit`: How well the filter repeats the labels of the held-out images.
 
     Example:
-        >>> make_labels(model, dataset, "labels", image_processor=processor, keep_share=0.5)
+        >>> make_labels(model, dataset, "labels", image_processor=processor, keep_share=0.2)
         >>> reduced = reduce_tokens(model, DLViTConfig())
         >>> fit = fit_filter(reduced, "labels", dataset, image_processor=processor)
     """

@@ -93,7 +93,8 @@ def make_labels(
         output_dir: The folder for the labels.
         image_processor: The image processor of the model.
         threshold: Keep the patches whose delta is larger than this.
-        keep_share: Keep this share of the patches of all images instead, those with the largest deltas.
+        keep_share: Keep this share of the patches of all images instead, those with the largest deltas. 0.2 is a
+            good value: most deltas are near zero, where their sign is chance, and a filter cannot learn it.
         labeller: How deltas are measured. "exact": one forward per patch. "groups": squares of 2 x 2 patches are
             masked together, and each patch gets the delta of its square. "gradient": a first-order estimate from one
             forward and backward per image.
@@ -111,7 +112,7 @@ def make_labels(
         `Labelling`: Numbers of images, and the share of patches that the labels keep.
 
     Example:
-        >>> make_labels(model, dataset, "labels", image_processor=processor, keep_share=0.5, max_samples=1000)
+        >>> make_labels(model, dataset, "labels", image_processor=processor, keep_share=0.2, max_samples=1000)
     """
     _check_choices(threshold, keep_share, labeller, mask, batch_size, max_samples, on_error)
     classifier = _unreduced(model)
