@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_tokenreduce import restore
 from hf_tokenreduce.evaluation.accuracy import class_index
 from hf_tokenreduce.loading import load_images, load_model
-from hf_tokenreduce.training.labels import embed, gradient_deltas, masked_deltas, patch_groups
+from hf_tokenreduce.training.deltas import embed, gradient_deltas, masked_deltas, patch_groups
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,9 +4,9 @@
 
 DENSE is the classifier that the labels of the filter were made with, and FILTERED the reduced model that
 `examples/run_delta_loss.py` wrote; several can be compared. The delta of a patch is how much the loss of DENSE grows
-without its square of 2 x 2 patches. The patches to keep are those with the largest deltas of all images, a fifth unless
-`--keep_share` says otherwise. Near the median a delta is close to zero, and its sign is chance. Each ranking is
-measured by
+without its square of 2 x 2 patches. The patches to keep are those with the largest deltas of all images, a fifth
+unless `--keep_share` says otherwise. Near the median a delta is close to zero, and its sign is chance. Each ranking
+is measured by
 
 - AUC: how often it puts a patch to keep above a patch to drop, of the same image. Chance is 0.5.
 - precision: the share of patches to keep among the first of its ranking, a fifth of each image. Chance is a fifth.
@@ -28,7 +28,7 @@ from hf_tokenreduce.evaluation.accuracy import class_index
 from hf_tokenreduce.files import write_whole
 from hf_tokenreduce.loading import load_images, load_model
 from hf_tokenreduce.modeling.encoders import encoder_of, facts_of
-from hf_tokenreduce.training.labels import embed, masked_deltas, patch_groups
+from hf_tokenreduce.training.deltas import embed, masked_deltas, patch_groups
 
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -58,7 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         # The first is called "filter" in the record, and the others also by their folders.
         scores = {
-            f"filter {short(folder)}" if place else "filter": encoder_of(load_model(folder)[0]).reducers[0].logits(patches)
+            f"filter {short(folder)}" if place else "filter": encoder_of(load_model(folder)[0])
+            .reducers[0]
+            .logits(patches)
             for place, folder in enumerate(args.filter_model)
         }
         scores |= dense_scores(model, processor(photos, return_tensors="pt")["pixel_values"])
@@ -80,6 +82,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def short(folder: str | Path) -> str:
     return "/".join(Path(folder).resolve().parts[-2:])
+
+
+def filter_scores(folder: str, patches: Tensor) -> Tensor:
+    return encoder_of(load_model(folder)[0]).reducers[0].logits(patches)
 
 
 def dense_scores(model: Any, pixels: Tensor) -> dict[str, Tensor]:

@@ -18,6 +18,10 @@ from hf_tokenreduce.methods import METHODS
 
 START, CONTROL = "start", "dense"
 RESAMPLES = 10_000
+OTHER_START = (
+    "\\* The start of this seed was trained once more on another machine, with the same command. Sums are rounded "
+    "otherwise there, so these rows begin from other weights than the dense control that they are compared with."
+)
 
 
 def write_report(folder: Path) -> str:
@@ -44,7 +48,9 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((row["name"], row["share"]), []).append(row)
     lines = []
     for (name, share), runs in groups.items():
-        paired = [(run, controls[run["seed"]]) for run in runs if run["seed"] in controls and name != CONTROL]
+        paired = [
+            (run, controls[run["seed"]]) for run in runs if run["seed"] in controls and name not in (START, CONTROL)
+        ]
         line = {
             "name": name,
             "share": share,
@@ -56,8 +62,9 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "interval": None,
             "seeds": {},
             "num_seeds": len(runs),
+            "other_start": any(run.get("start") != control.get("start") for run, control in paired),
         }
-        if paired and name != START:
+        if paired:
             lost = np.array([_right(run) - _right(control) for run, control in paired])
             of_seeds = zip((run["seed"] for run, _ in paired), lost.mean(axis=1), strict=True)
             line["seeds"] = {number: round(100 * float(mean), 2) for number, mean in of_seeds}
@@ -122,7 +129,7 @@ def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
             line["difference"], *line["interval"]
         )  # fmt: skip
         cells = [
-            title_of(line["name"]),
+            title_of(line["name"]) + (" \\*" if line["other_start"] else ""),
             "" if line["share"] is None else f"{line['share']:g}",
             f"{line['mult_adds_ratio']:.2f}",
             f"{line['top1']:.1f}",
@@ -132,6 +139,8 @@ def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
             f"{line['minutes']:.0f}",
         ]
         text.append(f"| {' | '.join(cells)} |")
+    if any(line["other_start"] for line in lines):
+        text += ["", OTHER_START]
     filters = [row for row in rows if "filter" in row]
     if filters:
         text += ["", *filter_lines(filters)]

@@ -14,6 +14,7 @@ model about one and a half minutes on two CPU cores. With `--device cuda` the sa
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -149,7 +150,9 @@ def plan(seeds: list[int], shares: list[float], methods: Any, variants: Any) -> 
 def lost_starts(missing: list[Cell], work_dir: Path) -> list[Cell]:
     """Starts that were trained once, from which missing cells begin, and whose models are no longer there."""
     starts = dict.fromkeys(Cell(START, None, cell.seed) for cell in missing)
-    return [start for start in starts if start not in missing and not (work_dir / start.stem / "record.json").is_file()]
+    return [
+        start for start in starts if start not in missing and not (work_dir / start.stem / "record.json").is_file()
+    ]
 
 
 def say_what_changed(file: Path, row: dict[str, Any]) -> None:
@@ -224,6 +227,7 @@ def train(cell: Cell, args: argparse.Namespace, held_out: Path) -> dict[str, Any
         # Of a run that was killed, only what came after it is known.
         "seconds": round(time.perf_counter() - began, 1),
         "resumed": resumed is not None,
+        "start": None if cell.name == START else digest(args.work_dir / f"{START}-seed{cell.seed}"),
         "machine": f"{args.device}, {os.cpu_count()} cores, torch {torch.__version__}, transformers "
         f"{transformers.__version__}",
     }  # fmt: skip
@@ -278,6 +282,11 @@ def learn_filter(cell: Cell, args: argparse.Namespace, start: Path) -> tuple[Pat
     words += ["--use_cpu"] if args.device == "cpu" else []
     call("examples/run_delta_loss.py", words)
     return out / "model", json.loads((out / "results.json").read_text())
+
+
+def digest(folder: Path) -> str:
+    """What tells the weights of a start from those of the same start that was trained on another machine."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def call(script: str, words: list[Any]) -> None:

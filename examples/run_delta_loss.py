@@ -32,8 +32,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_tokenreduce import DLViTConfig, reduce_tokens
 from hf_tokenreduce.evaluation.accuracy import class_index
 from hf_tokenreduce.loading import folder_split
+from hf_tokenreduce.training.deltas import LABELLERS, MASKS
 from hf_tokenreduce.training.filter import fit_filter
-from hf_tokenreduce.training.labels import LABELLERS, MASKS, make_labels
+from hf_tokenreduce.training.labels import make_labels
 from hf_tokenreduce.training.run import origin, shown
 from hf_tokenreduce.training.streaming import folder_stream, kept_images
 

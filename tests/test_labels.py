@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from hf_tokenreduce import DLViTConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce.training.deltas import embed, gradient_deltas
 from hf_tokenreduce.training.filter import fit_filter
-from hf_tokenreduce.training.labels import embed, gradient_deltas, make_labels
+from hf_tokenreduce.training.labels import make_labels
 
 
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})

@@ -116,6 +116,8 @@ def test_the_table_of_a_tiny_model(tmp_path, monkeypatch, modules, arguments, ca
     again = load_file(tmp_path / "work" / "start-seed0" / "model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert start.read_text() == before and len(called) == 2
+    assert json.loads(cell.read_text())["start"] == rows["tome-0.65-seed0"]["start"] == rows["dense-seed0"]["start"]
+    assert rows["start-seed0"]["start"] is None and "another machine" not in text
     assert json.loads(cell.read_text())["right"] == rows["tome-0.65-seed0"]["right"]
     assert "out otherwise" not in capsys.readouterr().out
     table.say_what_changed(start, {"right": "".join("10"[int(one)] for one in rows["start-seed0"]["right"])})
@@ -165,6 +167,8 @@ def test_differences_are_paired_by_seed(modules):
     assert 0.7 * width < high - low < 1.6 * (width + between) and low < np.mean(differences) < high
     same = [row("dense", 0, dense), row("tome", 0, dense, 0.65)]
     assert report.summarise(same)[1]["interval"] == (0.0, 0.0)
+    assert not lines["tome"]["other_start"]
+    assert report.summarise([same[0], same[1] | {"start": "of other weights"}])[1]["other_start"]
 
 
 @pytest.mark.slow

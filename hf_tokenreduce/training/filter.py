@@ -19,7 +19,8 @@ from ..modeling.dlvit import DLViTConfig
 from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.tokens import start
 from ..modes import evaluating
-from .labels import embed, read_image
+from .deltas import embed
+from .labels import read_image
 
 
 logger = logging.get_logger(__name__)
