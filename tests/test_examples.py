@@ -354,9 +354,6 @@ def test_no_script_is_taken_for_a_package():
     assert done.returncode == 0 and not scripts & set(done.stdout.split()), done.stderr
 
 
-NEWER = ("protected", "pitome", "diffrate", "ppt", "mctf", "shift", "dtem")
-
-
 def test_what_is_for_a_cuda_device_runs_on_the_cpu(run, monkeypatch, tmp_path):
     """All of its parts, one of them in its own process; a run that was stopped goes on, and what fails is told."""
     options = ["--smoke", "--output_dir", tmp_path]
@@ -379,12 +376,10 @@ def test_what_is_for_a_cuda_device_runs_on_the_cpu(run, monkeypatch, tmp_path):
     assert "Failed: nothing." in printed, printed
     found = json.loads((tmp_path / "cuda-smoke.json").read_text())
     rows = {part: {row["key"]: row["found"] for row in rows} for part, rows in found["parts"].items()}
-    errors = {key: one["error"] for key, one in rows["correct"].items() if "error" in one}
-    assert all(error < 1e-4 for key, error in errors.items() if "float32" in key) and "dtem, float32" in errors
-    # In bfloat16 near ties fall otherwise on some processors. Logits are held against those of images without any.
-    of_same = {key: one.get("error_of_same", one["error"]) for key, one in rows["correct"].items() if "error" in one}
-    assert all(error < 0.05 for key, error in of_same.items() if key.split(",")[0] not in NEWER)
-    assert all(one["same_counts"] == 1 for key, one in rows["correct"].items() if key.split(",")[0] in NEWER)
+    assert all(
+        one["error"] < (1e-4 if "float32" in key else 0.05) for key, one in rows["correct"].items() if "error" in one
+    )
+    assert "dtem, float32" in rows["correct"] and "dtem" in rows["waits"]
     assert all(one["error"] == 0 and one["graphs"] == 1 for one in rows["compiled"].values())
     assert all(one["waits"] <= one["layers"] for one in rows["waits"].values())
     assert [rows["waits"][name]["waits"] for name in ("tome", "dlvit-even", "dlvit")] == [0, 0, 1]
