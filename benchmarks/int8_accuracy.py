@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_tokenreduce import calibrate, export, load_exported, reduce_tokens
+from hf_tokenreduce import export, load_exported
 from hf_tokenreduce.budget import reduce_to_share
 from hf_tokenreduce.evaluation.accuracy import class_indices, paired_bootstrap
 from hf_tokenreduce.evaluation.reading import batches
@@ -33,12 +33,8 @@ def reduced(dense: Any, method: str, share: float, images: torch.Tensor) -> Any:
     """Reduce the model by one method without training. Methods that learn from images learn from `images`."""
     if method == "dense":
         return dense
-    if method in ("ats", "ltmp"):
-        return reduce_to_share(dense, method, share, images, None, {})
-    model = reduce_tokens(dense, method, share=share)
-    if method == "sit":
-        calibrate(model, images)
-    return model.eval()
+    needs_images = method in ("ats", "ltmp", "sit")
+    return reduce_to_share(dense, method, share, images if needs_images else None, None, {}).eval()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -32,6 +32,8 @@ def quantize(graph_file: Path, inputs: Tensor, batch_size: int | None = None) ->
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(parts),
             ignored_scope=nncf.IgnoredScope(names=in_float, validate=False),
+            # On processors without VNNI, sums of full 8-bit products overflow. The graph may be run on one.
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
     # Write another file first: the graph that was read still reads from its own file.
     beside = graph_file.with_name("small.xml")
