@@ -1,5 +1,7 @@
 """What every method keeps on every backbone, whatever the attention kernel, the dtype or the batch."""
 
+import copy
+
 import pytest
 import torch
 from helpers import (
@@ -24,7 +26,6 @@ from hf_tokenreduce import reduce_tokens, restore
 
 
 ATTENTIONS = ["eager", "sdpa"]
-OLDER_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 KEEPS_EVERY_PATCH = ("bat", "bat-clusters", "evit", "ltmp-merge", "pitome", "mctf", "dtem")
 matrix = pytest.mark.parametrize(("backbone", "method"), EVERY_CASE)
 
@@ -151,20 +152,34 @@ def test_attention_implementations_agree(backbone, method):
     torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-4, atol=1e-5)
 
 
+def steadiest(model, images, patch_map):
+    """The 16 images whose patch maps differ least often when pixels and weights change by about as much as float16
+    rounds them. Which way near ties fall in the others depends on the processor.
+    """
+    noise, rounded = torch.Generator().manual_seed(0), copy.deepcopy(model).to(torch.float16).float()
+    maps = [rounded(images, output_patch_map=True).patch_map] * 4  # counts as much as the four draws of noise
+    for _ in range(4):
+        near = images + 2**-10 * images.abs() * torch.randn(images.shape, generator=noise)
+        maps.append(model(near, output_patch_map=True).patch_map)
+    return sum((other == patch_map).all(dim=1).int() for other in maps).topk(16).indices
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @matrix
 def test_half_precision(backbone, method, attention, dtype):
-    images, stock = tiny_images(16), tiny_model(backbone)
+    samples = method.startswith("ats")
+    images, stock = tiny_images(64 if samples else 16), tiny_model(backbone)
     model = reduced(backbone, method, attn_implementation=attention)
     with torch.no_grad():
-        full, dense = model(images, output_patch_map=True), stock(images).logits
-        half, half_dense = model.to(dtype)(images, output_patch_map=True), stock.to(dtype)(images).logits
+        full, dense = model(images, output_patch_map=True), stock(images[:16]).logits
+        steady = steadiest(model, images, full.patch_map) if samples else torch.arange(16)
+        half, half_dense = model.to(dtype)(images, output_patch_map=True), stock.to(dtype)(images[:16]).logits
     assert half.logits.dtype == dtype
     if method in EVEN:
         assert torch.equal(half.token_counts, full.token_counts)
     # Decisions may differ where scores nearly tie. Where they do not, only rounding is left, as in the stock model.
-    same = torch.ones(16, dtype=torch.bool)
+    same = torch.ones(len(images), dtype=torch.bool)
     if full.patch_map is not None:  # none of mixtures, which have no ties
         same = (half.patch_map == full.patch_map).all(dim=1)
     same &= (half.token_counts == full.token_counts).all(dim=1)
@@ -174,8 +189,7 @@ def test_half_precision(backbone, method, attention, dtype):
     if method == "ats":  # one near tie in an image moves other samples of its grid too, so images differ somewhere
         alike = ((half.patch_map >= 0) == (full.patch_map >= 0)).float().mean()
         assert alike > (0.7 if dtype == torch.bfloat16 else 0.87), alike
-    # With older torch two cases of ATS have other near ties.
-    assert dtype == torch.bfloat16 or same.sum() >= 5 or (method == "ats" and OLDER_TORCH), same
+    assert dtype == torch.bfloat16 or same[steady].sum() >= 5, same[steady]
     cosines = torch.nn.functional.cosine_similarity(half.logits.float(), full.logits, dim=-1)
     assert cosines[:3].min() > 0.8 and cosines.mean() > 0.9
 
