@@ -1,5 +1,7 @@
 """Measure the time of a call, on the CPU or on a CUDA device."""
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,3 +36,18 @@ def in_turns(calls: Sequence[Callable[[], Any]], repeats: int, device: torch.dev
             if repeat:
                 taken.append(spent)
     return seconds
+
+
+def median_ratio(above: list[float], below: list[float]) -> tuple[float, tuple[float, float]]:
+    """Return the median of the ratios of each repeat, and its interval of at least 95 %, without assuming a shape.
+
+    Each ratio is above or below the true median like a coin toss. The ends of the interval are ratios chosen by that
+    rule. With fewer than 6 ratios the interval spans all of them.
+    """
+    ratios = sorted(a / b for a, b in zip(above, below, strict=True))
+    count, outside, chance = len(ratios), 0, 0.0
+    while chance + math.comb(count, outside) / 2**count <= 0.025:
+        chance += math.comb(count, outside) / 2**count
+        outside += 1
+    outside = max(outside - 1, 0)
+    return statistics.median(ratios), (ratios[outside], ratios[-1 - outside])

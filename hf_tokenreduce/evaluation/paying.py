@@ -14,6 +14,7 @@ from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, encoder_of
 from ..modeling.multiply_adds import even_share
 from ..tasks import image_side
+from ..timing import median_ratio
 
 
 STEP = 0.05  # how far the share falls from one try to the next
@@ -53,7 +54,6 @@ def nearest_that_pays(
     batches: Sequence[Tensor],
     repeats: int,
     times: Callable[[Callable[[], Any]], float],
-    ratio: Callable[[list[float], list[float]], tuple[float, tuple[float, float]]],
 ) -> tuple[dict[str, Any], float] | None:
     """Find the nearest setting of a model's method that is faster than the dense model.
 
@@ -63,7 +63,6 @@ def nearest_that_pays(
         batches: Images, batch by batch.
         repeats: Number of times that each batch is timed.
         times: Calls a function once and returns the seconds that it took.
-        ratio: Returns the median ratio of two lists of seconds, and the interval of the median.
 
     Returns:
         The setting as a dictionary, and its speed-up over dense. None: no setting that was tried is faster.
@@ -78,7 +77,7 @@ def nearest_that_pays(
                 taken = times(lambda run=run, images=images: run(images))  # type: ignore[misc]
                 if repeat >= 0:
                     spent.append(taken)
-        speedup, (low, _) = ratio(*seconds)
+        speedup, (low, _) = median_ratio(*seconds)
         if low > 1:
             return setting.to_dict(), speedup
     return None

@@ -2,9 +2,7 @@
 
 import copy
 import importlib
-import math
 import platform
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,7 +20,7 @@ from ..deploy.graphs import FORMATS
 from ..modeling.encoders import encoder_of, facts_of, what_can_be_reduced
 from ..modes import evaluating
 from ..tasks import image_side
-from ..timing import seconds_of
+from ..timing import median_ratio, seconds_of
 from .breakdown import breakdown
 from .memory import peak_memory
 from .oracle import SliceOracle
@@ -204,7 +202,7 @@ def _time_batches(
             continue
         own = torch.tensor(seconds[runtime, name, ""], dtype=torch.float64)
         leaving = torch.cat([c[:, -1] for c in counts[name]]).double()
-        speedup, interval = _ratio(seconds[runtime, dense_name, ""], seconds[runtime, name, ""])
+        speedup, interval = median_ratio(seconds[runtime, dense_name, ""], seconds[runtime, name, ""])
         row = SpeedRow(
             name=name,
             method=_method(ready[name]),
@@ -219,13 +217,13 @@ def _time_batches(
             speedup_interval=interval,
         )
         if (runtimes[0], dense_name, "") in seconds and len(runtimes) > 1:
-            row.speedup_over_first = _ratio(seconds[runtimes[0], dense_name, ""], seconds[runtime, name, ""])[0]
+            row.speedup_over_first = median_ratio(seconds[runtimes[0], dense_name, ""], seconds[runtime, name, ""])[0]
         if (runtime, name, "oracle") in seconds:
-            row.oracle_share, row.oracle_share_interval = _ratio(
+            row.oracle_share, row.oracle_share_interval = median_ratio(
                 seconds[runtime, name, "oracle"], seconds[runtime, name, ""]
             )
         if (runtime, name, "padded") in seconds:
-            row.over_padded = _ratio(seconds[runtime, name, "padded"], seconds[runtime, name, ""])[0]
+            row.over_padded = median_ratio(seconds[runtime, name, "padded"], seconds[runtime, name, ""])[0]
         rows.append(row)
     return rows
 
@@ -261,22 +259,7 @@ def _suggest(
 ) -> None:
     for row in rows:
         if row.method is not None and not row.pays:
-            row.nearest = nearest_that_pays(ready[row.name], ready[dense_name], batches, repeats, times, _ratio)
-
-
-def _ratio(above: list[float], below: list[float]) -> tuple[float, tuple[float, float]]:
-    """Return the median of the ratios of each repeat, and its interval of at least 95 %, without assuming a shape.
-
-    Each ratio is above or below the true median like a coin toss. The ends of the interval are ratios chosen by that
-    rule. With fewer than 6 ratios the interval spans all of them.
-    """
-    ratios = sorted(a / b for a, b in zip(above, below, strict=True))
-    count, outside, chance = len(ratios), 0, 0.0
-    while chance + math.comb(count, outside) / 2**count <= 0.025:
-        chance += math.comb(count, outside) / 2**count
-        outside += 1
-    outside = max(outside - 1, 0)
-    return statistics.median(ratios), (ratios[outside], ratios[-1 - outside])
+            row.nearest = nearest_that_pays(ready[row.name], ready[dense_name], batches, repeats, times)
 
 
 def _token_counts(model: PreTrainedModel, images: Tensor) -> Tensor:
