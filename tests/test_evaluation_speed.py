@@ -26,10 +26,10 @@ from hf_tokenreduce.evaluation.breakdown import PARTS, breakdown
 from hf_tokenreduce.evaluation.memory import peak_memory
 from hf_tokenreduce.evaluation.oracle import SliceOracle
 from hf_tokenreduce.evaluation.paying import weaker_first
-from hf_tokenreduce.evaluation.speed import _ratio
 from hf_tokenreduce.modeling import tokens, tome
 from hf_tokenreduce.modeling.encoders import facts_of
 from hf_tokenreduce.modeling.multiply_adds import even_share
+from hf_tokenreduce.timing import median_ratio
 
 
 QUICK = {"breakdown": False, "memory": False, "suggest": False, "progress": False, "warmup": 1}
@@ -90,10 +90,10 @@ def test_intervals_are_of_ratios_within_a_repeat():
 @pytest.mark.parametrize("repeats", [6, 11, 15, 51])
 def test_intervals_hold_the_median_as_often_as_they_say(repeats):
     noise = torch.randn(2000, repeats, generator=torch.Generator().manual_seed(0)).exp()
-    intervals = [_ratio(row, [1.0] * repeats)[1] for row in noise.tolist()]
+    intervals = [median_ratio(row, [1.0] * repeats)[1] for row in noise.tolist()]
     held = sum(low <= 1 <= high for low, high in intervals) / len(intervals)
     assert 0.94 < held <= 1 and all(low > 0 for low, _ in intervals)
-    assert _ratio([3.0], [2.0]) == (1.5, (1.5, 1.5))
+    assert median_ratio([3.0], [2.0]) == (1.5, (1.5, 1.5))
 
 
 def test_the_clock_is_read_around_a_forward_and_nothing_else(monkeypatch):
