@@ -25,8 +25,8 @@ from hf_tokenreduce import (
     reduce_tokens,
 )
 from hf_tokenreduce.evaluation import compare, default_reductions, evaluate_model, pareto_plot
-from hf_tokenreduce.evaluation.compare import describe
 from hf_tokenreduce.evaluation.pareto import spread_apart
+from hf_tokenreduce.evaluation.settings import describe
 from hf_tokenreduce.modeling.multiply_adds import even_share
 
 

@@ -1,12 +1,13 @@
 """Evaluation: measure what a reduction costs in accuracy, and what it saves in multiply-adds and in time."""
 
 from .accuracy import AccuracyReport, evaluate_model
-from .compare import compare, default_reductions, facts_for
+from .compare import compare, facts_for
 from .comparison import Comparison
 from .compute import dense_multiply_adds, describe_compute, measured_multiply_adds, total_multiply_adds
 from .features import FeatureReport, evaluate_features, nearest_neighbour_classes, patch_features, pooled_features
 from .metrics import metric_path
 from .pareto import pareto_plot
+from .settings import default_reductions
 from .speed import benchmark
 from .speed_report import BenchmarkReport, combine
 from .zero_shot import ZeroShotClassifier, class_names_of, zero_shot_classifier

@@ -281,7 +281,7 @@ def _halve(
         candidates = best_of + [
             candidate
             for place, candidate in enumerate(ranked)
-            if candidate not in best_of and (place < quarter or _is_default(candidate.variant))
+            if candidate not in best_of and (place < quarter or candidate.variant.is_default)
         ]
     return ranked
 
@@ -427,10 +427,6 @@ def _in_turns(variants: Sequence[Variant]) -> list[Variant]:
     for variant in variants:
         of_method.setdefault(variant.method, []).append(variant)
     return [variant for row in zip_longest(*of_method.values()) for variant in row if variant is not None]
-
-
-def _is_default(variant: Variant) -> bool:
-    return not variant.settings and variant.shape is None
 
 
 def _images(trials: Trials, variants: int) -> int:

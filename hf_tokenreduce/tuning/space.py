@@ -35,6 +35,11 @@ class Variant:
     settings: dict[str, Any] = field(default_factory=dict)
     shape: tuple[float, ...] | None = None
 
+    @property
+    def is_default(self) -> bool:
+        """Whether only the share decides what the method does."""
+        return not self.settings and self.shape is None
+
 
 def searched_methods(names: Sequence[str] | None = None) -> list[Method]:
     """List the methods that a search tries.

@@ -15,7 +15,6 @@ from ..evaluation.compare import (
     CPU,
     compare,
     conditions_of,
-    describe,
     is_of_features,
     labelled_digest,
     reduced_as,
@@ -24,6 +23,7 @@ from ..evaluation.comparison import Comparison, write_comparison
 from ..evaluation.reading import check_data
 from ..evaluation.resume import digest_of_model
 from ..evaluation.runtimes import check_runtimes
+from ..evaluation.settings import describe
 from ..evaluation.zero_shot import ZeroShotClassifier, converted, inside
 from ..files import known_settings, model_folder, write_whole
 from ..hub import write_card
