@@ -6,13 +6,13 @@
 The output folder gets `labels/` (delta and label of every patch), `model/` (the reduced model, which drops patches,
 and its image processor) and `results.json`. The script prints how well the filter predicts the labels of held-out
 images.
-Fine-tune the model afterwards, because dropping half of the patches costs accuracy at first.
+Fine-tune the model afterwards, because dropping patches costs accuracy at first.
 
 Labelling takes most of the time: it needs one forward per patch, 196 for an image of 224 pixels. Two CPU cores need
 about 5 to 10 seconds per image with a tiny model. `--labeller groups` takes a quarter of that time, and `--labeller
-gradient` a sixtieth. A run that was stopped goes on where it stopped. With another `--threshold` or `--keep_share`
-nothing is measured again. The processes of `accelerate launch` or `torchrun` share the labelling. Fitting the filter
-takes minutes.
+gradient` about a hundredth. A run that was stopped goes on where it stopped. With another `--threshold` or
+`--keep_share` nothing is measured again. The processes of `accelerate launch` or `torchrun` share the labelling.
+Fitting the filter takes minutes.
 
 With `--streaming` the folder may also hold WebDataset shards (.tar), and the data set is not downloaded as a whole.
 The labelled images are copied into the output folder, because the filter needs them again.

@@ -189,11 +189,14 @@ def _picture(method: Method) -> str:
 
 def _usage(method: Method) -> str:
     if method.needs == "labels":
-        why = method.why_not(method.config_class())
         start = (
             f'```python\nstart = reduce_tokens(model, "{method.name}")  # reduces nothing until it has learned\n```'
         )
-        return f"{start}\n\nIt needs {_needs(method)}. Without them {why}."
+        return (
+            f"{start}\n\nIt must learn first. Label the patches of some images, fit the filter to the labels, and "
+            "fine-tune the model. [Train on your data](../training.md#dl-vits-two-stages) has the commands. Until then "
+            "it keeps every token."
+        )
     if method.at_share is None and method.fit_share is None:
         return f"Call `reduce_tokens(model, {method.config_class.__name__}(...))` with the settings below."
     fitted = method.prepare is not None or method.at_share is None
