@@ -40,7 +40,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     `difference` is the mean over seeds of the accuracy less that of the dense control of the same seed, in points.
     `interval` is its 95 % interval for other images and other seeds: both are drawn anew. `seeds` gives the
-    difference of each seed.
+    difference of each seed, and `of_seeds` its accuracy.
     """
     controls = {row["seed"]: row for row in rows if row["name"] == CONTROL}
     groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
@@ -55,6 +55,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "name": name,
             "share": share,
             "top1": float(np.mean([run["top1"] for run in runs])),
+            "of_seeds": {run["seed"]: run["top1"] for run in runs},
             "mult_adds_ratio": float(np.mean([run["mult_adds_ratio"] for run in runs])),
             "epochs": runs[0]["setting"]["epochs"],
             "minutes": float(np.median([run["seconds"] for run in runs])) / 60,

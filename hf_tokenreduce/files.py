@@ -121,7 +121,9 @@ def model_folder(folder: str | Path, with_card: bool = False) -> Iterator[Path]:
     was_there = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(UNFINISHED.format("*")):
-        if not _is_alive(left.name.split(".")[1]):  # it belongs to a process that was killed
+        number = left.name.split(".")[1]
+        # It belongs to a process that was killed. In a container, that process can have had our own number.
+        if number == str(os.getpid()) or not _is_alive(number):
             shutil.rmtree(left, ignore_errors=True)
     # Inside `folder`, because its parent may be on another file system.
     unfinished = folder / UNFINISHED.format(os.getpid())

@@ -6,6 +6,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
+# Whatever the name of a file. Pillow knows more, such as EPS, for which it would start another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+UNREADABLE = "cannot be read as an image"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
 
@@ -37,7 +40,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 def read_picture(file: str | Path) -> Image.Image:
     """Read an image file as RGB, turned upright as its EXIF data say."""
     try:
-        with Image.open(file) as picture:
+        with Image.open(file, formats=FORMATS) as picture:
             return as_rgb(ImageOps.exif_transpose(picture))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image ({error}). Remove it or replace it.") from error
+    except Exception as error:  # the parsers of broken files raise many kinds
+        raise ValueError(f"{file} {UNREADABLE} ({error}). Remove it or replace it.") from error

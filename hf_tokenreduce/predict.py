@@ -18,7 +18,7 @@ from .evaluation.compute import tokens_entering
 from .evaluation.resume import append_line, digest, digest_of_model, launched_processes, read_lines
 from .files import known_settings, write_whole
 from .modes import evaluating
-from .pictures import is_image, read_picture
+from .pictures import UNREADABLE, is_image, read_picture
 from .tasks import all_layers_act, task_of_model
 
 
@@ -52,8 +52,9 @@ def predict(
         batch_size (`int`): Number of images per batch.
         num_workers (`int`): Number of processes that read images.
         output_dir (`str` or `Path`, *optional*): Folder to which predictions are written as they come, one line of
-            JSON each. The first process writes `part-0.jsonl`, and so on. If you call again, images that are in these
-            files are left out.
+            JSON each. The first process writes `part-0.jsonl`, and so on. If you call again, images that have a label
+            in these files are left out. Images with an error are tried again, unless they are as unreadable as they
+            were. So the last line of an image counts.
         progress (`bool`): Show a progress bar.
 
     Returns:
@@ -77,38 +78,44 @@ def predict(
     processes = launched_processes(device)
     folder = None if output_dir is None else Path(output_dir)
     done: set[str] = set()
+    base = os.getcwd()  # names of files are relative to it
     if folder is not None:
         labels = digest([json.dumps(model.config.id2label).encode()])
         processor = json.loads(json.dumps(image_processor.to_dict(), default=str))
         settings = {"model": _told(model), "labels": labels, "processor": processor, "top_k": top_k}
         if processes.rank == 0 and not (folder / SETTINGS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / SETTINGS, json.dumps(settings, indent=1))
+            write_whole(folder / SETTINGS, json.dumps({**settings, "base": base}, indent=1))
         processes.wait()
-        known_settings(folder / SETTINGS, settings)
-        done = {row["file"] for part in sorted(folder.glob("part-*.jsonl")) for row in read_lines(part)}
+        base = known_settings(folder / SETTINGS, settings).get("base", base)
+        done = {file for part in sorted(folder.glob("part-*.jsonl")) for file in _done(part, base)}
         processes.wait()  # no process writes before all have read
-    files = [file for file in find_images(images) if file not in done]
+    files = [file for file in find_images(images) if os.path.abspath(file) not in done]
     mine = files[processes.rank :: processes.world]
     where = None if folder is None else folder / f"part-{processes.rank}.jsonl"
     show = progress and processes.rank == 0
-    return _predict(model, mine, image_processor, top_k, batch_size, num_workers, where, device, show)
+    # From another folder, names that are relative to that one would not be found here.
+    keep = None if where is None else _Keeper(where, os.getcwd() == base)
+    return _predict(model, mine, image_processor, top_k, batch_size, num_workers, keep, device, show)
 
 
 def _predict(
     model: Any, files: list[str], image_processor: Any, top_k: int, batch_size: int, num_workers: int,
-    where: Path | None, device: torch.device, show: bool,
+    keep: "_Keeper | None", device: torch.device, show: bool,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     parts = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     reader = _Reader(parts, image_processor)
     loader: Any = DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(parts)))
     labels = model.config.id2label
     answer = model.with_counts if isinstance(model, ExportedModel) else _of_torch(model)
+    worked = False
     with logging.tqdm(total=len(files), desc="predicting", leave=False, disable=not show, file=sys.stderr) as bar:
-        for some, errors, pixel_values in loader:
-            rows = [{"file": file, "error": error} for file, error in errors]
-            some, failed, logits, tokens = _answered(answer, some, pixel_values.to(device))
-            rows += [{"file": file, "error": error} for file, error in failed]
+        for readable, errors, pixel_values in loader:
+            some, failed, logits, tokens = _answered(answer, readable, [one.to(device) for one in pixel_values])
+            worked = worked or bool(some)
+            if len(readable) > 1 and not worked:
+                raise ValueError(f"The model fails on every image. On {failed[0][0]}: {failed[0][1]}.")
+            rows = [{"file": file, "error": error} for file, error in [*errors, *failed]]
             if some:
                 best = logits.float().softmax(dim=-1).topk(min(top_k, logits.shape[-1]))
                 for file, scores, indices, count in zip(
@@ -121,10 +128,19 @@ def _predict(
                     row: dict[str, Any] = {"file": file, **named[0], "tokens": count}
                     rows.append(row if top_k == 1 else {**row, "others": named[1:]})
             for row in rows:
-                if where is not None:
-                    append_line(where, row)
+                if keep is not None:
+                    keep(row)
                 yield row
             bar.update(len(rows))
+
+
+def _done(part: Path, base: str) -> Iterator[str]:
+    """List the images that need no other try, by their absolute names."""
+    for row in read_lines(part):
+        file, error = os.path.normpath(os.path.join(base, row["file"])), row.get("error")
+        repaired = error is not None and os.path.isfile(file) and os.path.getmtime(file) > part.stat().st_mtime
+        if error is None or (UNREADABLE in error and not repaired):
+            yield file
 
 
 def find_images(names: Sequence[str | Path]) -> list[str]:
@@ -147,8 +163,21 @@ def _walk(folder: Path) -> Iterator[str]:
         yield from (os.path.join(where, name) for name in names if is_image(Path(where, name)))
 
 
+class _Keeper:
+    """Append rows to a file. The names of their images are as they were given, or absolute."""
+
+    def __init__(self, where: Path, as_given: bool):
+        self.where, self.as_given = where, as_given
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        append_line(self.where, row if self.as_given else {**row, "file": os.path.abspath(row["file"])})
+
+
 class _Reader(torch.utils.data.Dataset):
-    """Batches of files for a `DataLoader`: (readable files, other files with their errors, pixel values)."""
+    """Batches of files for a `DataLoader`: (readable files, other files with their errors, pixel values).
+
+    Pixel values are one tensor for all images, or one for each image if they cannot be prepared together.
+    """
 
     def __init__(self, parts: list[list[str]], image_processor: Any):
         self.parts, self.image_processor = parts, image_processor
@@ -156,7 +185,7 @@ class _Reader(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, number: int) -> tuple[list[str], list[tuple[str, str]], Tensor]:
+    def __getitem__(self, number: int) -> tuple[list[str], list[tuple[str, str]], list[Tensor]]:
         files, pictures, errors = [], [], []
         for file in self.parts[number]:
             try:
@@ -164,37 +193,56 @@ class _Reader(torch.utils.data.Dataset):
                 files.append(file)
             except ValueError as error:
                 errors.append((file, str(error)))
-        if not files:
-            return files, errors, torch.empty(0)
-        return files, errors, self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        try:
+            return files, errors, [self._prepared(pictures)] if files else []
+        except Exception:  # some image may be too small, or their sizes may differ
+            prepared: dict[str, Tensor] = {}
+            for file, picture in zip(files, pictures, strict=True):
+                try:
+                    prepared[file] = self._prepared([picture])
+                except Exception as error:
+                    errors.append((file, f"the image processor failed: {_said(error)}"))
+            return list(prepared), errors, list(prepared.values())
+
+    def _prepared(self, pictures: list[Any]) -> Tensor:
+        return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
 
 
 def _answered(
-    answer: Answer, files: list[str], pixel_values: Tensor
+    answer: Answer, files: list[str], pixel_values: list[Tensor]
 ) -> tuple[list[str], list[tuple[str, str]], Tensor, Tensor]:
     """Run the model on a batch. If it fails, run it image by image, so that only the images that fail are lost.
 
     Returns the files that worked, the other files with their errors, and logits and tokens of the files that worked.
     """
-    if not files:
-        return [], [], pixel_values, pixel_values
-    try:
-        return files, [], *answer(pixel_values)
-    except Exception as error:  # each runtime has its own exceptions
-        if len(files) == 1:
-            reason = f"the model failed: {str(error).strip().splitlines()[0]}"
-            return [], [(files[0], reason)], pixel_values, pixel_values
-    rows: list[str] = []
+    if len(pixel_values) == 1:
+        try:
+            logits, tokens = answer(pixel_values[0])
+            if logits.isfinite().all():
+                return files, [], logits, tokens
+        except Exception:  # each runtime has its own exceptions; below it is told of which image it is
+            pass
     broken: list[tuple[str, str]] = []
-    parts: list[tuple[Tensor, Tensor]] = []
-    for at, file in enumerate(files):
-        some, failed, logits, tokens = _answered(answer, [file], pixel_values[at : at + 1])
-        rows, broken = rows + some, broken + failed
-        if some:
-            parts.append((logits, tokens))
-    if not parts:
-        raise ValueError(f"The model fails on every image. On {broken[0][0]}: {broken[0][1]}.")
-    return rows, broken, torch.cat([one for one, _ in parts]), torch.cat([one for _, one in parts])
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for file, pixels in zip(files, (row for part in pixel_values for row in part.split(1)), strict=True):
+        try:
+            logits, tokens = answer(pixels)
+        except Exception as error:
+            broken.append((file, f"the model failed: {_said(error)}"))
+            continue
+        if logits.isfinite().all():
+            found[file] = logits, tokens
+        else:
+            broken.append((file, "the output of the model is not finite; try to load it in float32"))
+    if not found:
+        return [], broken, torch.empty(0), torch.empty(0)
+    logits, tokens = (torch.cat(parts) for parts in zip(*found.values(), strict=True))
+    return list(found), broken, logits, tokens
+
+
+def _said(error: Exception) -> str:
+    """Return the first line of an error. Some errors have no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _of_torch(model: PreTrainedModel) -> Answer:

@@ -26,7 +26,7 @@ from .methods import METHODS, Method
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import encoder_of, facts_of
 from .modeling.multiply_adds import multiply_adds
-from .pictures import as_rgb
+from .pictures import FORMATS, as_rgb
 from .timing import in_turns
 from .visualization import seen_images, token_maps
 from .visualization.drawing import draw_layer, resized_to_cells
@@ -34,7 +34,6 @@ from .visualization.drawing import draw_layer, resized_to_cells
 
 PUBLISHED = "as published"
 MAX_PIXELS = 50_000_000
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MORE_THAN_THE_FILE = 2**16  # bytes that a request may have besides the file
 REPEATS = 5
 TOP = 5
@@ -219,7 +218,9 @@ def read_image(file: str | Path, *, max_upload_mb: float = 10) -> Image.Image:
                 return as_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise ValueError(f"The image has more than {MAX_PIXELS // 10**6} megapixels. Give a smaller image.") from error
-    except (OSError, SyntaxError) as error:  # Pillow's parsers raise either on a broken file
+    except ValueError:
+        raise
+    except Exception as error:  # the parsers of broken files raise many kinds
         raise ValueError(f"The file is not an image that can be read. Give one of: {', '.join(FORMATS)}.") from error
 
 

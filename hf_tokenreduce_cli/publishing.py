@@ -206,7 +206,7 @@ def predict(
         if output_dir is not None:
             out.print(f"The predictions are in {output_dir}, one line per image.")
         if broken:
-            print(f"{broken} images could not be read.", file=sys.stderr)
+            print(f"{broken} images have an error and no label.", file=sys.stderr)
 
 
 @app.command(epilog="tokenreduce serve vit-tome")

@@ -191,6 +191,13 @@ def test_an_evaluation_gives_the_card_its_numbers(folder, tmp_path):
         text = model_card(folder, record=record, report=file)
         assert "80.0 % (73.9 to 85.0)" in text and "Top-1 on 200 images," in text and "trash/val" not in text
         assert ("5 epochs on trash/train" in text) is (record is not None)
+    own = json.loads((folder / "config.json").read_text())["reduction"]
+    file.write_text(json.dumps({**report, "method": own["method"], "settings": own}))
+    assert model_card(folder, record=RECORD, report=file) == text
+    for other in (None, {"method": "tome", "r": 4}):
+        file.write_text(json.dumps({**report, "method": other and other["method"], "settings": other}))
+        with pytest.raises(ValueError, match="is of a model with another reduction"):
+            model_card(folder, record=RECORD, report=file)
     file.write_text("[]")
     with pytest.raises(ValueError, match=r"report\.json is not a report of an evaluation"):
         model_card(folder, report=file)

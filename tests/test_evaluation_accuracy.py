@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from hf_tokenreduce import EViTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.evaluation import AccuracyReport, evaluate_model, metric_path
 from hf_tokenreduce.evaluation.accuracy import class_index, paired_bootstrap, wilson_interval
 from hf_tokenreduce.evaluation.compute import dense_multiply_adds, measured_multiply_adds, total_multiply_adds
+from hf_tokenreduce.evaluation.resume import digest_of_model
 from hf_tokenreduce.tasks import all_layers_act
 
 
@@ -188,6 +190,33 @@ def test_what_others_left_is_refused(tmp_path, photos, processor):
             evaluate_model(*arguments, output_dir=folder, **QUICK)
 
 
+def test_other_images_of_the_same_names_are_refused(tmp_path, photos, processor):
+    model = reduce_tokens(named_model(), ToMeConfig(r=5))
+    evaluate_model(model, photos, processor, output_dir=tmp_path / "out", **QUICK)
+    other = tmp_path / "other" / "photos"
+    shutil.copytree(tmp_path / "photos", other)
+    same = load_dataset("imagefolder", data_dir=str(other), split="train")
+    evaluate_model(model, same, processor, output_dir=tmp_path / "out", **QUICK)  # a copy, elsewhere
+    content = bytearray((other / "owl" / "00.png").read_bytes())
+    content[len(content) // 2] ^= 1  # of the same size
+    (other / "owl" / "00.png").write_bytes(content)
+    with pytest.raises(ValueError, match="made with other settings: data was"):
+        evaluate_model(model, same, processor, output_dir=tmp_path / "out", **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("value", "computes"),
+    [({"hidden_act": "relu"}, True), ({"layer_norm_eps": 1e-3}, True), ({"_name_or_path": "x"}, False),
+     ({"id2label": dict(enumerate("abcde"))}, False)],
+)  # fmt: skip
+def test_a_digest_of_a_model_tells_what_it_computes(value, computes):
+    model = reduce_tokens(named_model(), ToMeConfig(r=5))
+    before = digest_of_model(model)
+    for name, setting in value.items():
+        setattr(model.config, name, setting)
+    assert (digest_of_model(model) != before) is computes
+
+
 def test_images_within_the_data_set(tmp_path, photos, processor):
     """Where images have no files, their sizes tell two data sets apart."""
     features = Features({"picture": Image(), "class": Value("int64")})
@@ -229,6 +258,12 @@ def test_bad_input(photos, processor):
     assert class_index("0004_fox", {"a": 0, "0004_fox": 1, **{str(i): i for i in range(2, 9)}}) == 1
     with pytest.raises(ValueError, match="does not begin with the index"):
         class_index("9_hen", {"hen": 0})
+    # Two classes of ImageNet have the same label.
+    assert class_index("2_n03710637", {"crane": 1, "maillot": 2}) == 2
+    for missing in (-1, None):  # the classes of the data set have names, and the last would be taken for -1
+        unlabelled = photos.select(range(3)).map(lambda row, missing=missing: {"label": missing})
+        with pytest.raises(ValueError, match="Leave out images without a class"):
+            evaluate_model(model, unlabelled, processor, **QUICK)
 
 
 def test_metrics_load_offline_by_path():

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Fo
 
 from hf_tokenreduce import DLViTConfig, LTMPConfig, load_thresholds, reduce_tokens
 from hf_tokenreduce.loading import load_model
-from hf_tokenreduce.training.run import DataArguments, name_of_validation
+from hf_tokenreduce.training.run import DataArguments, name_of_validation, parse, shown
 from hf_tokenreduce.training.run import main as run_training
 
 
@@ -289,6 +289,18 @@ def test_training_with_lora_and_merging(tmp_path, class_folders, method):
     assert record["method"] == method and record["mult_adds_ratio"] < 1
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert not [name for name, _ in loaded.named_parameters() if "lora" in name]
+
+
+@pytest.mark.parametrize(
+    "words", [["--hub-token", "hf_nobody"], ["--hub-token=hf_nobody"], ["--api_key", "hf_nobody x"]]
+)
+def test_no_spelling_of_a_secret_is_told(words):
+    assert (
+        "hf_nobody" not in shown(["train", *words, "--token_weight", "2"])
+        and shown(["--token_weight", "2"])[-1] == "2"
+    )
+    with pytest.raises(ValueError, match="not used"):  # a shortened one would not be known as a secret
+        parse(["--output_dir", "out", "--model_name_or_path", "x", "--hub_tok", "hf_nobody"])
 
 
 def test_a_share_of_a_method_that_depends_on_the_images(tmp_path, class_folders):

@@ -238,6 +238,9 @@ def test_labelling_anew_measures_nothing(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             label(model, dataset, tmp_path, **{"max_samples": 3, "seed": 1, **changes})
+    other = photographs(5).select([1, 2, 3, 4]).remove_columns("label").add_column("label", dataset["label"])
+    with pytest.raises(ValueError, match="data was "):  # other images with the same labels
+        label(model, other.cast_column("label", LABEL), tmp_path, max_samples=3, seed=1)
     with torch.no_grad():
         model.classifier.bias[0] += 1
     with pytest.raises(ValueError, match="model was "):

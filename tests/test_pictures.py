@@ -1,9 +1,11 @@
 """Reading pictures: one reader for all rooms, right for 16 bits a pixel, and clear about what cannot be read."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import ViTImageProcessor
 
 from hf_tokenreduce.calibration import load_pixel_values
@@ -49,6 +51,41 @@ class _OnCpu:
 def seeded(transform, picture):
     torch.manual_seed(0)
     return transform(picture)
+
+
+@pytest.mark.parametrize("resolution", [b"\x01\x00\x00\x05", b"\x01\x1a\x00\x01"], ids=["struct.error", "TypeError"])
+def test_damaged_exif_is_told(tmp_path, resolution):
+    """Pillow raises these from exif_transpose, for a tag whose number or type is damaged."""
+    tags = [
+        b"\x01\x0f\x00\x02\x00\x00\x00\x06\x00\x00\x00J",  # the maker
+        b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00",  # the orientation: turned
+        resolution + b"\x00\x00\x00\x01\x00\x00\x00P",
+        b"\x87i\x00\x04\x00\x00\x00\x01\x00\x00\x00X",  # where more tags are
+        b"\x92\x86\x00\x02\x00\x00\x00\x03hi\x00\x00",  # a comment
+    ]
+    values = (
+        bytes(4)
+        + b"Canon\x00"
+        + b"\x00\x00\x00H\x00\x00\x00\x01"
+        + b"\x00\x01\x90\x00\x00\x07\x00\x00\x00\x040230"
+        + bytes(4)
+    )
+    exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08" + struct.pack(">H", len(tags)) + b"".join(tags) + values
+    Image.new("RGB", (24, 20)).save(tmp_path / "photo.jpg", exif=exif)
+    with Image.open(tmp_path / "photo.jpg") as picture, pytest.raises((struct.error, TypeError)):
+        ImageOps.exif_transpose(picture)
+    with pytest.raises(ValueError, match=r"photo\.jpg cannot be read as an image"):
+        read_picture(tmp_path / "photo.jpg")
+    with pytest.raises(ValueError, match="not an image that can be read"):
+        read_image(tmp_path / "photo.jpg")
+
+
+def test_only_formats_that_start_no_program_are_read(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "drawing.eps")
+    (tmp_path / "drawing.eps").rename(tmp_path / "photo.jpg")
+    assert Image.open(tmp_path / "photo.jpg").format == "EPS"
+    with pytest.raises(ValueError, match="cannot identify image file"):
+        read_picture(tmp_path / "photo.jpg")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"])

@@ -123,7 +123,7 @@ def _write_onnx(program: ExportedProgram, file: Path, input_name: str, outputs: 
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..convert import restore, stock_name
 from ..modeling.encoders import facts_of
@@ -124,13 +124,7 @@ def evaluate_model(
     """
     check_data(dataset, batch_size, image_column=image_column, label_column=label_column)
     _check_model(model)
-    classes = class_indices(dataset, label_column, model.config.label2id)
-    labels = [classes[label] if classes else label for label in dataset.with_format(None)[label_column]]
-    highest = model.config.num_labels - 1
-    if any(label is None or not 0 <= label <= highest for label in labels):
-        raise ValueError(
-            f"The labels must be classes of the model, which are 0 to {highest}. Leave out images without a class."
-        )
+    labels = labels_of(dataset, label_column, model.config)
     given, beside = None, None
     if isinstance(dense, AccuracyReport):
         given = _given_predictions(dense, len(dataset))
@@ -169,6 +163,20 @@ def evaluate_model(
     return report
 
 
+def labels_of(dataset: Dataset, label_column: str, config: PreTrainedConfig) -> list[int]:
+    """Return the model's index of the class of each image."""
+    classes = class_indices(dataset, label_column, config.label2id)
+    given = dataset.with_format(None)[label_column]
+    # On the Hub, -1 stands for "no label".
+    labels = [classes[label] if classes and label is not None and label >= 0 else label for label in given]
+    highest = config.num_labels - 1
+    if any(label is None or not 0 <= label <= highest for label in labels):
+        raise ValueError(
+            f"The labels must be classes of the model, which are 0 to {highest}. Leave out images without a class."
+        )
+    return labels
+
+
 def class_indices(dataset: Dataset, label_column: str, label2id: dict[str, int]) -> list[int]:
     """Return the model's index of each class of a data set. It is empty if the column has indices and no names."""
     names = getattr(dataset.features[label_column], "names", None)
@@ -180,7 +188,8 @@ def class_index(name: str, label2id: dict[str, int]) -> int:
     if name in label2id:
         return int(label2id[name])
     index = name.split("_")[0]
-    if not index.isdecimal() or int(index) >= len(label2id):
+    # Two classes of ImageNet have the same label, so the number of labels is not the number of classes.
+    if not index.isdecimal() or int(index) > max(map(int, label2id.values()), default=-1):
         some = ", ".join(repr(label) for label in list(label2id)[:5])
         raise ValueError(
             f"The class {name!r} is not a label of the model, and does not begin with the index of a label. The "

@@ -1,9 +1,10 @@
 """Keep results as they come, in one process or several, so that nothing is computed twice."""
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,12 @@ from torch import Tensor, nn
 
 from ..files import known_settings, write_whole
 
+
+# Values of a configuration that do not change what a model computes, or that its weights tell already.
+ONLY_TOLD = (
+    "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version",
+    "hf_tokenreduce_version", "id2label", "label2id", "problem_type",
+)  # fmt: skip
 
 Progress = dict[str, Any]
 """The results of a batch: `rows`, and under each other name a list with one value per row."""
@@ -130,15 +137,22 @@ def append_line(file: Path, record: Any) -> None:
 
 
 def digest_of_model(model: nn.Module) -> str:
-    """Return a digest of a model's weights and of its reduction."""
-    reduction = getattr(model.config, "reduction", None)
+    """Return a digest of a model's weights, its reduction and its configuration, without the names of classes."""
     named = (item for name, tensor in sorted(model.state_dict().items()) for item in (name.encode(), _bytes(tensor)))
-    how = [type(model).__name__, None if reduction is None else reduction.to_dict()]
-    return digest([json.dumps(how).encode(), *named])
+    config: Any = model.config
+    how = [type(model).__name__, _what_computes(config.to_dict())]
+    return digest([json.dumps(how, sort_keys=True, default=str).encode(), *named])
+
+
+def _what_computes(config: Any) -> Any:
+    """Return the values of a configuration that can change what a model computes."""
+    if not isinstance(config, dict):
+        return config
+    return {str(name): _what_computes(value) for name, value in config.items() if name not in ONLY_TOLD}
 
 
 def digest_of_data(dataset: Dataset, image_column: str, labels: list[int]) -> str:
-    """Return a digest of the labels and of the names and file sizes of the images. Pixels are not read."""
+    """Return a digest of the labels and of the names, sizes and middle bytes of the image files."""
 
     def parts() -> Iterable[bytes]:
         yield json.dumps(labels).encode()
@@ -148,10 +162,22 @@ def digest_of_data(dataset: Dataset, image_column: str, labels: list[int]) -> st
         for table in encoded.iter(1000):
             for image in table[image_column]:
                 name, content = image["path"].as_py(), image["bytes"]
-                where = "/".join(Path(name).parts[-2:]) if name else ""
-                yield f"{where}:{len(content.as_buffer()) if content.is_valid else 0}".encode()
+                yield "/".join(Path(name).parts[-2:] if name else ()).encode()
+                if content.is_valid:
+                    yield from _some_of(io.BytesIO(content.as_buffer()))
+                elif name and os.path.isfile(name):
+                    with open(name, "rb") as file:
+                        yield from _some_of(file)
 
     return digest(parts())
+
+
+def _some_of(file: Any) -> Iterator[bytes]:
+    """Return the size of an open file, and bytes from its middle. Files of other pixels can have the same size."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(size // 2)
+    yield str(size).encode()
+    yield file.read(1024)
 
 
 def digest(parts: Iterable[Any]) -> str:

@@ -82,7 +82,10 @@ def model_card(
     known = {} if record is None else dict(read_record(record))
     if report is not None:
         own = getattr(config, "reduction", None)
-        known = {"method": own and own.method, "settings": own and own.to_dict(), **known, **read_report(report)}
+        evaluated = read_report(report)
+        if config is not None and parse_reduction(evaluated.get("settings", own)) != own:
+            raise ValueError(f"{report} is of a model with another reduction. Evaluate the model in {folder}.")
+        known = {"method": own and own.method, "settings": own and own.to_dict(), **known, **evaluated}
     if machine is not None:
         known.setdefault("machine", machine)
     reduction = _reduction(config, known)

@@ -194,8 +194,8 @@ def _usage(method: Method) -> str:
         )
         return (
             f"{start}\n\nIt must learn first. Label the patches of some images, fit the filter to the labels, and "
-            "fine-tune the model. [Train on your data](../training.md#dl-vits-two-stages) has the commands. Until then "
-            "it keeps every token."
+            "fine-tune the model. [Train on your data](../training.md#dl-vits-two-stages) has the commands. Until "
+            "then it keeps every token."
         )
     if method.at_share is None and method.fit_share is None:
         return f"Call `reduce_tokens(model, {method.config_class.__name__}(...))` with the settings below."

@@ -5,7 +5,6 @@ DL-ViT's filter learns from these labels. They are computed once and stored.
 B images · T tokens of an image: P prefix tokens and N0 patches
 """
 
-import hashlib
 import io
 import json
 import os
@@ -13,7 +12,6 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..convert import reduce_tokens, stock_name
+from ..evaluation.resume import digest_of_data, digest_of_model
 from ..files import known_settings, write_whole
 from ..methods import method_of
 from ..modeling.encoders import MODELS
@@ -126,9 +125,9 @@ def make_labels(
         "max_samples": max_samples,
         "seed": None if max_samples is None else seed,
         "image_column_name": image_column_name,
-        "classes": _digest([np.asarray(classes).tobytes()]),
+        "data": digest_of_data(dataset, image_column_name, list(classes)),
         "num_patches": len(groups),
-        "model": _digest(part for item in sorted(classifier.state_dict().items()) for part in _as_bytes(*item)),
+        "model": digest_of_model(classifier),
         "image_processor": {
             name: value for name, value in image_processor.to_dict().items() if not name.endswith(("_type", "_class"))
         },
@@ -206,7 +205,7 @@ def read_image(dataset: Any, row: int, image_column_name: str) -> Image.Image:
     """Read the image of a row, in RGB. A `ValueError` names a row that cannot be read."""
     try:
         return as_rgb(dataset[row][image_column_name])
-    except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
+    except Exception as error:  # the parsers of broken files raise many kinds
         raise ValueError(
             f"Row {row} of the data set holds no readable image in its column {image_column_name!r} ({error}). "
             "Repair or remove the image, or pass on_error='skip' to make_labels."
@@ -267,7 +266,8 @@ def _checked_classes(model: PreTrainedModel, dataset: Dataset, image_column: str
                 f"The model has no class {name!r}. Its classes are {list(label2id)[:5]}, ... Use a model that was "
                 "trained for the classes of the data set, or give the labels as the model's class numbers."
             )
-        if int(label2id.get(name, index)) != index:
+        # Two classes of ImageNet have the same name, and label2id holds only one of them.
+        if model.config.id2label.get(index) != name and int(label2id.get(name, index)) != index:
             raise ValueError(
                 f"The class {name!r} is number {index} in the data set and {label2id[name]} in the model. Pass "
                 f"dataset.align_labels_with_mapping(model.config.label2id, {label_column!r})."
@@ -341,14 +341,3 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     if not (folder / "settings.json").exists():
         write_whole(folder / "settings.json", json.dumps(settings, indent=2))
-
-
-def _as_bytes(name: str, tensor: Tensor) -> tuple[bytes, Any]:
-    return f"{name} {tensor.dtype}".encode(), tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-
-
-def _digest(parts: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]

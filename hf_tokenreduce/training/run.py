@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -33,13 +32,13 @@ from transformers.utils import logging
 from ..budget import reduce_to_share
 from ..convert import reduce_tokens, restore
 from ..files import write_whole
-from ..hub.contents import short
+from ..hub.contents import read_json, short
 from ..loading import folder_split, parse_settings, spread
 from ..methods import METHODS
 from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.multiply_adds import shares_kept
 from ..tasks import all_layers_act
-from ..timing import in_turns
+from ..timing import in_turns, median_ratio
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, decoded, readable_rows
 from .progress import EpochLines
@@ -181,6 +180,8 @@ def main(
     metrics = last_metrics(trainer) or trainer.evaluate()
     if model_args.lora:
         trainer.model = trainer.model.merge_and_unload()
+    if args.process_index == 0:  # if this run is killed now, no record of an older model stays beside the new one
+        (Path(args.output_dir) / "record.json").unlink(missing_ok=True)
     trainer.save_model()
     if args.process_index == 0:
         if not args.disable_tqdm:
@@ -219,7 +220,7 @@ def origin(path: str) -> dict[str, Any]:
     A checkpoint without a record is its own origin.
     """
     file = Path(path) / "record.json"
-    record = json.loads(file.read_text()) if file.is_file() else {}
+    record = read_json(file) if file.is_file() else {}
     made_by = [record["command"]] if record.get("command") else []
     name = Path(path).name if Path(path).exists() else path  # else a Hub id
     return {
@@ -231,7 +232,7 @@ def origin(path: str) -> dict[str, Any]:
 def shown(command: Sequence[str]) -> str:
     """Return a command that may be published: without secrets, and with shortened absolute paths."""
     command = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in command]
-    return re.sub(r"(--\w*(?:token|key|secret|password)[ =])\S+", r"\1***", shlex.join(command))
+    return re.sub(r"(--[\w-]*(?:token|key|secret|password)[ =])('[^']*'|\S+)", r"\1***", shlex.join(command))
 
 
 def name_of(dataset_name: str | None, folder: str | None) -> str:
@@ -248,7 +249,10 @@ def name_of_validation(data_args: DataArguments) -> str:
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenReduceTrainingArguments]:
     """Parse the arguments. The method's recipe gives the defaults of the training arguments."""
     description = "Fine-tune an image classifier with any token reduction method, by the method's recipe."
-    parser = HfArgumentParser((ModelArguments, DataArguments, TokenReduceTrainingArguments), description=description)
+    # Without abbreviations: in the record, a shortened --hub_token could not be told from other options.
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TokenReduceTrainingArguments), description=description, allow_abbrev=False
+    )
     parser.set_defaults(report_to="none", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     known, _ = parser.parse_known_args(arguments)
     if known.augmentation not in AUGMENTATION:
@@ -440,7 +444,7 @@ def describe(model: Any, pixels: torch.Tensor, repeats: int = 7, batch_size: int
         "method": None if reduction is None else reduction.method,
         "settings": None if reduction is None else reduction.to_dict(),
         "mult_adds_ratio": round(share, 4),
-        "speedup": round(statistics.median(dense_seconds) / statistics.median(seconds), 3),
+        "speedup": round(median_ratio(dense_seconds, seconds)[0], 3),
         "speed_batch_size": len(batch),
         "machine": f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "tokens_per_layer": np.round(counts.double().mean(dim=0).numpy(), 1).tolist(),

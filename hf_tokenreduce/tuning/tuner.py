@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..evaluation.accuracy import class_indices, evaluate_model
+from ..evaluation.accuracy import evaluate_model, labels_of
 from ..evaluation.compare import (
     CPU,
     compare,
@@ -120,7 +120,7 @@ def tune(
     check_runtimes([runtime], CPU)
     found = searched_methods(methods)
     labels = None if of_features else _labels(model, dataset, label_column)
-    parts = _parts(dataset, None if of_features else _raw_labels(dataset, label_column), seed)
+    parts = _parts(dataset, None if of_features else _labels(model, dataset, label_column), seed)
     folder = _folder(Path(output_dir))
     settings = {
         "model": digest_of_model(model),
@@ -218,21 +218,7 @@ def _target(
 
 def _labels(model: Any, dataset: Dataset, label_column: str) -> list[int] | None:
     """Return the model's index of the class of each image. None: there are no labels."""
-    given = _raw_labels(dataset, label_column)
-    if given is None:
-        return None
-    classes = class_indices(dataset, label_column, model.config.label2id)
-    labels = [classes[label] if classes and label is not None else label for label in given]
-    highest = model.config.num_labels - 1
-    if any(label is None or not 0 <= label <= highest for label in labels):
-        raise ValueError(
-            f"The labels must be classes of the model, which are 0 to {highest}. Leave out images without a class."
-        )
-    return labels
-
-
-def _raw_labels(dataset: Dataset, label_column: str) -> list[int] | None:
-    return list(dataset.with_format(None)[label_column]) if label_column in dataset.column_names else None
+    return labels_of(dataset, label_column, model.config) if label_column in dataset.column_names else None
 
 
 def _parts(dataset: Dataset, labels: list[int] | None, seed: int) -> Parts:

@@ -1,0 +1,126 @@
+"""What `predict` does with images, models and processors that fail, and where it goes on."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_model
+from PIL import Image
+from transformers import BitImageProcessor, ViTImageProcessor
+
+from hf_tokenreduce import ToMeConfig, reduce_tokens
+from hf_tokenreduce.predict import predict
+
+
+PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder with four photographs, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return some_photos(Path("photos"), 0)
+
+
+def some_photos(folder, seed, sizes=((40, 36),) * 4):
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for number, size in enumerate(sizes):
+        pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def model():
+    return reduce_tokens(tiny_model(num_hidden_layers=2), ToMeConfig(r=7))
+
+
+def rows_of(model, folder, processor=PROCESSOR, **options):
+    return list(predict(model, [folder], processor, progress=False, **options))
+
+
+def test_names_are_relative_to_where_the_folder_was_made(model, photos, monkeypatch):
+    out = Path("out").resolve()
+    first = rows_of(model, "photos", output_dir=out)
+    some_photos(Path("elsewhere/photos"), 1)
+    monkeypatch.chdir("elsewhere")
+    second = rows_of(model, "photos", output_dir=out)
+    assert [row["file"] for row in second] == [row["file"] for row in first]
+    assert [row["score"] for row in second] != [row["score"] for row in first]
+    assert not rows_of(model, "photos", output_dir=out) and not rows_of(model, "../photos", output_dir=out)
+    kept = [json.loads(line)["file"] for line in (out / "part-0.jsonl").read_text().splitlines()]
+    assert kept == [*(row["file"] for row in first), *(os.path.abspath(row["file"]) for row in second)]
+
+
+def test_images_with_errors_are_tried_again(model, photos):
+    whole = (photos / "2.png").read_bytes()
+    (photos / "2.png").write_bytes(whole[:60])  # as a download that has not finished
+
+    def fails(module, given):
+        raise RuntimeError("out of memory")
+
+    handle = model.register_forward_pre_hook(fails)
+    found = rows_of(model, photos, output_dir="out", batch_size=1)
+    assert sum("the model failed: out of memory" in row["error"] for row in found) == 3
+    handle.remove()
+    again = rows_of(model, photos, output_dir="out")
+    assert len(again) == 3 and all("label" in row for row in again)  # the other is as unreadable as it was
+    assert not rows_of(model, photos, output_dir="out")
+    (photos / "2.png").write_bytes(whole)
+    later = Path("out/part-0.jsonl").stat().st_mtime + 5
+    os.utime(photos / "2.png", (later, later))
+    (repaired,) = rows_of(model, photos, output_dir="out")
+    assert repaired["file"] == "photos/2.png" and "label" in repaired
+
+
+def test_numbers_that_are_not_finite_are_no_label(model, photos):
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    found = rows_of(model, photos, batch_size=1)
+    assert all(set(row) == {"file", "error"} and "not finite" in row["error"] for row in found) and len(found) == 4
+    with pytest.raises(ValueError, match=r"fails on every image.*not finite"):
+        rows_of(model, photos)
+
+
+def test_images_that_cannot_be_prepared_together(model, tmp_path):
+    shapes = BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
+    folder = some_photos(tmp_path / "photos", 0, [(40, 40), (40, 80), (32, 32)])
+    found = {Path(row["file"]).name: row for row in rows_of(model, folder, shapes)}
+    assert "the model failed" in found.pop("1.png")["error"]  # its size is not that of the model
+    alone = {Path(row["file"]).name: row for row in rows_of(model, folder, shapes, batch_size=1)}
+    assert set(found) == {"0.png", "2.png"} and all(
+        alone[name]["score"] == row["score"] for name, row in found.items()
+    )
+
+
+def test_a_processor_that_fails_on_one_image(model, photos):
+    class Fails(ViTImageProcessor):
+        def preprocess(self, images, *args, **kwargs):
+            pictures = images if isinstance(images, list) else [images]
+            if any(picture.size == (9, 9) for picture in pictures):
+                raise AssertionError
+            return super().preprocess(images, *args, **kwargs)
+
+    Image.new("RGB", (9, 9)).save(photos / "1.png")
+    found = rows_of(model, photos, Fails(size={"height": 32, "width": 32}))
+    (error,) = [row for row in found if "error" in row]
+    assert error == {"file": "photos/1.png", "error": "the image processor failed: AssertionError"} and len(found) == 4
+
+
+def test_a_last_batch_that_fails_takes_no_answers_with_it(model, photos):
+    last = [photos / "2.png", photos / "3.png"]
+    broken = torch.cat([PROCESSOR(Image.open(file), return_tensors="pt").pixel_values for file in last])
+
+    def fails_on_the_last(module, given):
+        if any(torch.equal(one, bad) for one in given[0] for bad in broken):
+            raise MemoryError
+
+    model.register_forward_pre_hook(fails_on_the_last)
+    found = rows_of(model, photos, batch_size=2)
+    assert [row.get("error") for row in found] == [None, None, *["the model failed: MemoryError"] * 2]
+    shutil.rmtree(photos)
