@@ -35,7 +35,7 @@ from hf_tokenreduce.loading import folder_split
 from hf_tokenreduce.training.deltas import LABELLERS, MASKS
 from hf_tokenreduce.training.filter import fit_filter
 from hf_tokenreduce.training.labels import make_labels
-from hf_tokenreduce.training.run import origin, shown
+from hf_tokenreduce.training.origin import origin, shown
 from hf_tokenreduce.training.streaming import folder_stream, kept_images
 
 

@@ -159,7 +159,8 @@ def _walk(folder: Path) -> Iterator[str]:
     seen = set()  # a link may lead to a folder above it
     for where, folders, names in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(where))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(where, name)) not in seen]
+        inside = [name for name in folders if not name.startswith(".")]  # thumbnails and the like
+        folders[:] = [name for name in inside if os.path.realpath(os.path.join(where, name)) not in seen]
         yield from (os.path.join(where, name) for name in names if is_image(Path(where, name)))
 
 

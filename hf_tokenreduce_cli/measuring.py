@@ -276,7 +276,7 @@ def tune(
     The search uses one part of the images, and the report uses the others.
     Nothing is trained, and labels are not needed."""
     from hf_tokenreduce.loading import load_images, load_model
-    from hf_tokenreduce.training.run import name_of, origin, shown
+    from hf_tokenreduce.training.origin import name_of, origin, shown
     from hf_tokenreduce.tuning import tune as find
 
     loaded, processor = load_model(model, revision, trust_remote_code, any_task=True)

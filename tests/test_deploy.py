@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -257,6 +258,7 @@ def test_an_image_on_which_the_model_fails_takes_no_other_with_it(a_model, monke
         file: row["label"] for file, row in expected.items() if file != worst
     }
     Path("photos/loop").symlink_to(".")
+    shutil.copytree("photos/inner", "photos/.thumbnails")
     assert len(find_images(["photos"])) == 3
     Path("again.png").write_bytes(Path(worst).read_bytes())
     with pytest.raises(ValueError, match="The model fails on every image"):

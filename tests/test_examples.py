@@ -17,7 +17,8 @@ from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Fo
 
 from hf_tokenreduce import DLViTConfig, LTMPConfig, load_thresholds, reduce_tokens
 from hf_tokenreduce.loading import load_model
-from hf_tokenreduce.training.run import DataArguments, name_of_validation, parse, shown
+from hf_tokenreduce.training.origin import shown
+from hf_tokenreduce.training.run import DataArguments, name_of_validation, parse
 from hf_tokenreduce.training.run import main as run_training
 
 
@@ -269,6 +270,10 @@ def test_resumed_at_the_end_of_an_epoch_is_uninterrupted(tmp_path, class_folders
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert resumed["top1"] == whole["top1"] and resumed["epochs"] == 2
+    with pytest.raises(
+        ValueError, match=r"holds checkpoint-8 of a training\. To go on, pass --resume_from_checkpoint"
+    ):
+        train(model, data, tmp_path / "whole", *settings)  # its first save would delete the others
     assert resumed["seconds"] is None and whole["seconds"] > 0
 
 

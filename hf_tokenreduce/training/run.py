@@ -5,8 +5,6 @@
 
 import json
 import os
-import re
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -27,12 +25,13 @@ from transformers import (
     ProgressCallback,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..budget import reduce_to_share
 from ..convert import reduce_tokens, restore
 from ..files import write_whole
-from ..hub.contents import read_json, short
+from ..hub.contents import short
 from ..loading import folder_split, parse_settings, spread
 from ..methods import METHODS
 from ..modeling.encoders import encoder_of, facts_of
@@ -41,6 +40,7 @@ from ..tasks import all_layers_act
 from ..timing import in_turns, median_ratio
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, decoded, readable_rows
+from .origin import name_of, origin, shown
 from .progress import EpochLines
 from .recipes import AUGMENTATION, recipe
 from .streaming import Seeded, first_images, load_streams, training_stream
@@ -214,31 +214,6 @@ def last_metrics(trainer: TokenReduceTrainer) -> dict[str, Any] | None:
     return next((log for log in reversed(now) if "eval_accuracy" in log), None)
 
 
-def origin(path: str) -> dict[str, Any]:
-    """Return the checkpoint that `path` was made from, and the commands that made it, from the record in the folder.
-
-    A checkpoint without a record is its own origin.
-    """
-    file = Path(path) / "record.json"
-    record = read_json(file) if file.is_file() else {}
-    made_by = [record["command"]] if record.get("command") else []
-    name = Path(path).name if Path(path).exists() else path  # else a Hub id
-    return {
-        "base_model": record.get("base_model") or name,
-        "earlier_commands": (record.get("earlier_commands") or []) + made_by,
-    }
-
-
-def shown(command: Sequence[str]) -> str:
-    """Return a command that may be published: without secrets, and with shortened absolute paths."""
-    command = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in command]
-    return re.sub(r"(--[\w-]*(?:token|key|secret|password)[ =])('[^']*'|\S+)", r"\1***", shlex.join(command))
-
-
-def name_of(dataset_name: str | None, folder: str | None) -> str:
-    return dataset_name or "/".join(Path(str(folder)).parts[-2:])
-
-
 def name_of_validation(data_args: DataArguments) -> str:
     if data_args.validation_dir is not None:
         return name_of(None, data_args.validation_dir)
@@ -286,6 +261,12 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
         raise ValueError(
             "A stream has no length, so the number of epochs does not say when training ends. Give --max_steps: "
             "images x epochs / images per step."
+        )
+    left = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if left and args.num_train_epochs and args.resume_from_checkpoint is None:  # the first save would delete it
+        raise ValueError(
+            f"{args.output_dir} holds {Path(left).name} of a training. To go on, pass --resume_from_checkpoint {left} "
+            f"(tokenreduce train: --resume {left}). To start again, delete it, or name another folder."
         )
     if model_args.lora and args.freeze_backbone:
         raise ValueError("--lora trains the backbone and --freeze_backbone does not. Leave one of them out.")

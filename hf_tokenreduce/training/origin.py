@@ -1,0 +1,34 @@
+"""Say where a trained model came from: its checkpoint, its data, and the commands that made it."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..hub.contents import read_json
+
+
+def origin(path: str) -> dict[str, Any]:
+    """Return the checkpoint that `path` was made from, and the commands that made it, from the record in the folder.
+
+    A checkpoint without a record is its own origin.
+    """
+    file = Path(path) / "record.json"
+    record = read_json(file) if file.is_file() else {}
+    made_by = [record["command"]] if record.get("command") else []
+    name = Path(path).name if Path(path).exists() else path  # else a Hub id
+    return {
+        "base_model": record.get("base_model") or name,
+        "earlier_commands": (record.get("earlier_commands") or []) + made_by,
+    }
+
+
+def shown(command: Sequence[str]) -> str:
+    """Return a command that may be published: without secrets, and with shortened absolute paths."""
+    command = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in command]
+    return re.sub(r"(--[\w-]*(?:token|key|secret|password)[ =])('[^']*'|\S+)", r"\1***", shlex.join(command))
+
+
+def name_of(dataset_name: str | None, folder: str | None) -> str:
+    return dataset_name or "/".join(Path(str(folder)).parts[-2:])
