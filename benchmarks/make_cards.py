@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train_report import START, summarise
+from train_table import METHODS as TRAINED
 
 from hf_tokenreduce.hub import write_cards
 from hf_tokenreduce.methods import METHODS
@@ -57,10 +58,15 @@ def best_share(lines: list[dict[str, Any]]) -> float | None:
 def as_record(row: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
     """What `hf_tokenreduce.hub` makes a card of. before: the dense model that the training began with."""
     setting, images = row["setting"], len(row["right"])
+    which = f"--methods {row['name']} --variants" if row["name"] in TRAINED else f"--methods --variants {row['name']}"
+    others = {"epochs": 3, "start_epochs": 4, "label_images": 250, "max_train_samples": None, "device": "cpu"}
+    values = {name: setting.get(name) for name in others}
+    which += "".join(f" --{name} {value}" for name, value in values.items() if value not in (None, others[name]))
+    which += " --bf16" if setting["bf16"] and setting["device"] == "cpu" else ""
     command = (
         f"python benchmarks/train_table.py --model_name_or_path {setting['model']} --train_dir {setting['train']} "
-        f"--eval_dirs {' '.join(setting['eval'])} --work_dir train-table --methods {row['name']} --shares "
-        f"{row['share']:g} --seeds {row['seed']} --variants"
+        f"--eval_dirs {' '.join(setting['eval'])} --work_dir train-table {which} --shares "
+        f"{row['share']:g} --seeds {row['seed']}"
     )
     return {
         "method": row["method"], "settings": row["settings"], "base_model": setting["model"],

@@ -58,7 +58,8 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "of_seeds": {run["seed"]: run["top1"] for run in runs},
             "mult_adds_ratio": float(np.mean([run["mult_adds_ratio"] for run in runs])),
             "epochs": runs[0]["setting"]["epochs"],
-            "minutes": float(np.median([run["seconds"] for run in runs])) / 60,
+            # Of a run that was resumed, only the time of the rest is known.
+            "minutes": float(np.median([run["seconds"] for run in runs if not run.get("resumed")] or [np.nan])) / 60,
             "difference": None,
             "interval": None,
             "seeds": {},
@@ -68,7 +69,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if paired:
             lost = np.array([_right(run) - _right(control) for run, control in paired])
             of_seeds = zip((run["seed"] for run, _ in paired), lost.mean(axis=1), strict=True)
-            line["seeds"] = {number: round(100 * float(mean), 2) for number, mean in of_seeds}
+            line["seeds"] = {number: 100 * float(mean) for number, mean in of_seeds}
             line["difference"] = 100 * float(lost.mean())
             line["interval"] = interval(lost)
         lines.append(line)

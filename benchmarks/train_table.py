@@ -37,6 +37,7 @@ from hf_tokenreduce.modeling.dlvit import DLViTConfig
 from hf_tokenreduce.modeling.encoders import facts_of
 from hf_tokenreduce.modeling.multiply_adds import shares_kept
 from hf_tokenreduce.pictures import is_image
+from hf_tokenreduce.training.origin import last_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,13 +185,20 @@ def setting_of(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def gather(folders: list[str], target: Path) -> Path:
-    """One image folder of links to the images of several."""
+    """One image folder of links to the images of several, and of no others."""
+    wanted = {}
     for folder in map(Path, folders):
-        for image in sorted(folder.glob("*/*")):
+        for image in filter(is_image, sorted(folder.glob("*/*"))):
             link = target / image.parent.name / f"{folder.name}-{image.name}"
-            if is_image(image) and not link.is_symlink():
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(image.resolve())
+            if wanted.setdefault(link, image) != image:
+                raise ValueError(f"{wanted[link]} and {image} have the same name. Rename one of the folders.")
+    for left in target.glob("*/*"):
+        if left not in wanted or left.resolve() != wanted[left].resolve():
+            left.unlink()
+    for link, image in wanted.items():
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(image.resolve())
     return target
 
 
@@ -202,6 +210,16 @@ def prepare(folder: Path, model: str) -> tuple[Tensor, list[str]]:
     return torch.cat(prepared), [classes[label] for label in dataset["label"]]
 
 
+def belongs(out: Path, setting: dict[str, Any]) -> None:
+    """Refuse a folder of `--work_dir` with the model or checkpoints of another setting."""
+    file = out / "cell.json"
+    if file.is_file():
+        refuse_other_settings(out, json.loads(file.read_text()), setting)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(setting, indent=1))
+
+
 def train(cell: Cell, args: argparse.Namespace, held_out: Path) -> dict[str, Any]:
     """Train a cell, or go on with it."""
     began = time.perf_counter()
@@ -210,6 +228,7 @@ def train(cell: Cell, args: argparse.Namespace, held_out: Path) -> dict[str, Any
     source = args.model_name_or_path if cell.name == START else args.work_dir / f"{START}-seed{cell.seed}"
     if cell.name == "dlvit":
         source, filter_of = learn_filter(cell, args, Path(source))
+    belongs(out, {**setting_of(cell, args), "from": digest(Path(source)) if Path(source).is_dir() else str(source)})
     resumed = last_checkpoint(out)
     if not (out / "record.json").is_file():
         call("examples/run_image_classification.py", training(cell, args, source, held_out, resumed))
@@ -293,12 +312,6 @@ def call(script: str, words: list[Any]) -> None:
     """Run a script of this repository in a process of its own, which gives its memory back."""
     command = [sys.executable, script, *map(str, words)]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole: the state of the trainer comes last."""
-    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def time_left(folder: Path, cells: list[Cell], args: argparse.Namespace) -> str:

@@ -31,6 +31,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_tokenreduce import DLViTConfig, reduce_tokens
 from hf_tokenreduce.evaluation.accuracy import class_index
+from hf_tokenreduce.files import known_settings, write_whole
 from hf_tokenreduce.loading import folder_split
 from hf_tokenreduce.training.deltas import LABELLERS, MASKS
 from hf_tokenreduce.training.filter import fit_filter
@@ -94,6 +95,13 @@ def load_images(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
     """Load the images, with the class indices of the model as labels."""
     if args.streaming:
         folder = args.output_dir / f"images-{args.max_train_samples}-{args.seed}"
+        names = ("train_dir", "dataset_name", "dataset_config_name", "train_split", "image_column_name",
+                 "label_column_name")  # fmt: skip
+        source, file = {name: getattr(args, name) for name in names}, folder.with_suffix(".json")
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(source, indent=1))
+        known_settings(file, source)
         if folder.exists():
             stream = None
         elif args.train_dir is not None:
@@ -112,7 +120,8 @@ def load_images(args: argparse.Namespace, label2id: dict[str, int]) -> Dataset:
     if not isinstance(feature, ClassLabel):
         return dataset
     classes = [class_index(name, label2id) for name in feature.names]
-    labels = [classes[label] for label in dataset[column]]
+    # -1 and None are no labels, and make_labels refuses them.
+    labels = [label if label is None or label < 0 else classes[label] for label in dataset[column]]
     return dataset.remove_columns(column).add_column(column, labels)
 
 

@@ -207,7 +207,7 @@ def test_other_images_of_the_same_names_are_refused(tmp_path, photos, processor)
 @pytest.mark.parametrize(
     ("value", "computes"),
     [({"hidden_act": "relu"}, True), ({"layer_norm_eps": 1e-3}, True), ({"_name_or_path": "x"}, False),
-     ({"id2label": dict(enumerate("abcde"))}, False)],
+     ({"id2label": dict(enumerate("abcde"))}, False), ({"calibrated_share": 0.6}, False)],
 )  # fmt: skip
 def test_a_digest_of_a_model_tells_what_it_computes(value, computes):
     model = reduce_tokens(named_model(), ToMeConfig(r=5))

@@ -18,7 +18,8 @@ from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Fo
 from hf_tokenreduce import DLViTConfig, LTMPConfig, load_thresholds, reduce_tokens
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.training.origin import shown
-from hf_tokenreduce.training.run import DataArguments, name_of_validation, parse
+from hf_tokenreduce.training.run import DataArguments, ModelArguments, load_data, name_of_validation, parse
+from hf_tokenreduce.training.run import load_model as load_model_to_train
 from hf_tokenreduce.training.run import main as run_training
 
 
@@ -274,6 +275,9 @@ def test_resumed_at_the_end_of_an_epoch_is_uninterrupted(tmp_path, class_folders
         ValueError, match=r"holds checkpoint-8 of a training\. To go on, pass --resume_from_checkpoint"
     ):
         train(model, data, tmp_path / "whole", *settings)  # its first save would delete the others
+    (tmp_path / "whole" / "checkpoint-8" / "trainer_state.json").unlink()  # the last that is written
+    with pytest.raises(ValueError, match="holds checkpoint-4 of a training"):
+        train(model, data, tmp_path / "whole", *settings)
     assert resumed["seconds"] is None and whole["seconds"] > 0
 
 
@@ -289,6 +293,11 @@ def test_training_with_lora_and_merging(tmp_path, class_folders, method):
     changed = {name for name, value in load_file(tmp_path / "out" / "model.safetensors").items()
                if name in before and not torch.equal(value, before[name])}  # fmt: skip
     assert any("q_proj" in name for name in changed) and "classifier.weight" in changed
+    if method == "ltmp":
+        (left,) = (tmp_path / "out").glob("checkpoint-*")
+        again = ["--share", 0.5, "--num_train_epochs", 2, "--resume_from_checkpoint", left]
+        with pytest.raises(ValueError, match="is a checkpoint of LTMPConfig"):
+            train(tmp_path / "base", data, tmp_path / "out", "--lora", "True", "--reduction", method, *again)
     with pytest.raises(ValueError, match="new head for these classes"):
         train(model, data, tmp_path / "no", "--ignore_mismatched_sizes", "--reduction", method, "--share", 0.8)
     assert record["method"] == method and record["mult_adds_ratio"] < 1
@@ -306,6 +315,23 @@ def test_no_spelling_of_a_secret_is_told(words):
     )
     with pytest.raises(ValueError, match="not used"):  # a shortened one would not be known as a secret
         parse(["--output_dir", "out", "--model_name_or_path", "x", "--hub_tok", "hf_nobody"])
+
+
+def test_weights_in_a_half_type_are_trained_in_float32(tmp_path, class_folders):
+    model, _ = class_folders
+    half = AutoModelForImageClassification.from_pretrained(model, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    given, _, _ = load_model_to_train(ModelArguments(str(tmp_path / "half")), list(half.config.label2id))
+    assert half.dtype == torch.bfloat16 and {p.dtype for p in given.parameters()} == {torch.float32}
+
+
+def test_every_seed_holds_out_the_same_images(class_folders):
+    _, data = class_folders
+    held_out = [
+        [file["path"] for file in load_data(DataArguments(train_dir=str(data / "train")), seed)[1]["image"]]
+        for seed in (0, 1)
+    ]
+    assert held_out[0] and held_out[0] == held_out[1]
 
 
 def test_a_share_of_a_method_that_depends_on_the_images(tmp_path, class_folders):

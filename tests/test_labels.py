@@ -239,7 +239,7 @@ def test_labelling_anew_measures_nothing(tmp_path):
         with pytest.raises(ValueError, match=message):
             label(model, dataset, tmp_path, **{"max_samples": 3, "seed": 1, **changes})
     other = photographs(5).select([1, 2, 3, 4]).remove_columns("label").add_column("label", dataset["label"])
-    with pytest.raises(ValueError, match="data was "):  # other images with the same labels
+    with pytest.raises(ValueError, match="images was "):  # other images with the same labels
         label(model, other.cast_column("label", LABEL), tmp_path, max_samples=3, seed=1)
     with torch.no_grad():
         model.classifier.bias[0] += 1
@@ -338,6 +338,7 @@ def test_labels_that_do_not_fit(lesson, tmp_path):
         (reduce_tokens(stock, ToMeConfig(r=2)), labels, dataset, {}, "no filter to fit"),
         (small, labels, dataset, {}, "64 patches per image, but the model has 16"),
         (model, tmp_path, dataset.select(range(39)), {}, "data set with 40 rows, but this one has 39"),
+        (model, tmp_path, dataset.select(range(39, -1, -1)), {}, "of these in another order"),
         (model, labels, dataset.select(range(7)), {}, "a row 39, but this one has 7"),
         (model, tmp_path / "parts", dataset, {}, "holds no labels"),
         (model, same, dataset, {}, "keep every patch, so there is nothing to learn"),

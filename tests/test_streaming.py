@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.training import make_labels
 from hf_tokenreduce.training.run import main
-from hf_tokenreduce.training.streaming import folder_stream
+from hf_tokenreduce.training.streaming import first_images, folder_stream
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -87,6 +87,26 @@ def test_class_folders_are_streamed_in_mixed_order(start):
     assert stream.features["label"].names == ["cat", "dog"] and labels != sorted(labels) == [0] * 12 + [1] * 12
 
 
+def test_names_of_files_and_folders_are_no_patterns(start, tmp_path):
+    pixels = Image.new("RGB", (8, 8))
+    for place in ("pool/monday", "pool/tuesday", "links/cat", "links/dog [red]"):
+        (tmp_path / place).mkdir(parents=True)
+    for number, name in enumerate(("1*.png", "1x.png", "photo[1].png")):
+        pixels.save(tmp_path / "pool" / "monday" / name)
+        (tmp_path / "links" / "cat" / name).symlink_to(tmp_path / "pool" / "monday" / name)
+        (tmp_path / "links" / "dog [red]" / f"{number}.png").symlink_to(tmp_path / "pool" / "monday" / name)
+    stream = folder_stream(tmp_path / "links")
+    assert stream.features["label"].names == ["cat", "dog [red]"]  # a link's own folder, not that of its file
+    assert sorted(row["label"] for row in stream) == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_first_images_that_can_be_read():
+    rows = [{"image": {"bytes": b"no image", "path": None}}, {"image": Image.new("L", (3, 2))}]
+    assert [image.size for image in first_images(rows, 5, "image", "skip")] == [(3, 2)]
+    with pytest.raises(ValueError, match="cannot be read"):
+        first_images(rows, 5, "image")
+
+
 def test_wrong_streams(start):
     with pytest.raises(ValueError, match=r"holds neither \.tar shards nor images"):
         folder_stream(start / "model")
@@ -120,3 +140,6 @@ def test_labels_and_filter_of_a_stream(start, source):
         file.unlink()
     example([*command, "--max_train_samples", "6"])
     assert json.loads((start / "filter" / "results.json").read_text())["labels"]["computed"] == 0
+    command[command.index("--train_dir") + 1] = str(start / "folders" / "val")
+    with pytest.raises(ValueError, match="made with other settings: train_dir was"):
+        example([*command, "--max_train_samples", "6"])

@@ -124,6 +124,46 @@ def test_the_table_of_a_tiny_model(tmp_path, monkeypatch, modules, arguments, ca
     assert "10 of 10 images now come out otherwise" in capsys.readouterr().out
 
 
+def test_folders_of_work_are_not_mixed(tmp_path, modules, arguments):
+    table, _ = modules
+    parts = [str(tmp_path / "data" / part) for part in ("val", "tune", "train")]
+    assert len(list(table.gather(parts[:2], tmp_path / "links").glob("*/*"))) == 10
+    assert len(list(table.gather(parts[2:], tmp_path / "links").glob("*/*"))) == 12  # and none of the others
+    with pytest.raises(ValueError, match="have the same name"):
+        shutil.copytree(tmp_path / "data", tmp_path / "again")
+        table.gather([parts[0], str(tmp_path / "again" / "val")], tmp_path / "links")
+    args = table.parse_arguments(arguments)
+    setting = table.setting_of(table.Cell("tome", 0.65, 0), args)
+    table.belongs(tmp_path / "cell", {**setting, "from": "one"})
+    table.belongs(tmp_path / "cell", {**setting, "from": "one"})
+    with pytest.raises(ValueError, match="from was 'one', now 'other'"):
+        table.belongs(tmp_path / "cell", {**setting, "from": "other"})
+
+
+def test_cards_name_the_command_that_makes_them_again(modules):
+    table, _ = modules
+    cards = importlib.import_module("make_cards")
+    start = json.loads(next((HERE / "benchmarks" / "results").glob("train-*/start-seed0.json")).read_text())
+    for name, changes in (
+        ("topk", {"epochs": 5, "label_images": None}),
+        ("dlvit", {"label_images": 80, "bf16": True}),
+    ):
+        row = {
+            **start,
+            "name": name,
+            "share": 0.65,
+            "seed": 1,
+            "setting": {**start["setting"], "epochs": 3, **changes},
+        }
+        words = cards.as_record(row, start)["command"].split()[2:]
+        args = table.parse_arguments(words)
+        (cell,) = [one for one in table.plan(args.seeds, args.shares, args.methods, args.variants) if one.share]
+        assert cell == (name, 0.65, 1)
+        again = table.setting_of(cell, args)
+        assert {key: again[key] for key in changes} == changes and again["start_epochs"] == 4
+    sys.modules.pop("make_cards", None)
+
+
 def test_the_most_telling_cells_come_first(modules):
     table, _ = modules
     cells = [cell.stem for cell in table.plan([0, 1, 2], [0.65, 0.45], table.METHODS, tuple(table.VARIANTS))]

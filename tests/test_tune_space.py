@@ -6,15 +6,19 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from datasets import load_dataset
 from helpers import tiny_model
+from PIL import Image
 
 from hf_tokenreduce import LTMPConfig, ToMeConfig
+from hf_tokenreduce.loading import contents
 from hf_tokenreduce.methods import METHODS
 from hf_tokenreduce.modeling.encoders import facts_of
 from hf_tokenreduce.modeling.multiply_adds import even_counts, even_share
 from hf_tokenreduce.tuning import Variant, even_setting, search, searched_methods, variants_of
 from hf_tokenreduce.tuning.parts import MOST_SEARCHED, split_rows, subset_sizes
 from hf_tokenreduce.tuning.space import shape_of
+from hf_tokenreduce.tuning.tuner import _parts
 
 
 @pytest.mark.parametrize("depth", [4, 12, 24])
@@ -78,6 +82,18 @@ def test_the_parts_of_the_images():
     large = split_rows(None, 5000, seed=0)
     assert len(large.search) == MOST_SEARCHED and len(large.report) == 5000 - MOST_SEARCHED
     assert subset_sizes(500)[-1] == 500 and subset_sizes(500)[0] < 80 and subset_sizes(20) == [20]
+
+
+def test_copies_of_a_picture_are_in_one_part(tmp_path):
+    for number in range(30):
+        picture = Image.new("RGB", (4, 4), (number % 20, 0, 0))  # ten of them are there twice
+        picture.save(tmp_path / f"{number}.png")
+    photos = load_dataset("imagefolder", data_dir=str(tmp_path), split="train")
+    parts = _parts(photos, None, "image", 0)
+    search, report = (set(contents(photos.select(rows))) for rows in parts)
+    assert search and report and not search & report
+    with pytest.raises(ValueError, match="Every image is there several times"):
+        _parts(photos.select([0] * 40), None, "image", 0)
 
 
 def test_methods_are_compared_at_the_share_that_their_time_asks_for(monkeypatch):

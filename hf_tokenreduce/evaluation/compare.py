@@ -305,7 +305,13 @@ def conditions_of(model: PreTrainedModel, batch_size: int, repeats: int, runtime
         "attention": model.config._attn_implementation,
         "torch": torch.__version__,
         **({} if runtime == "eager" else {"runtime": runtime}),
+        **({} if RUNTIMES[runtime] or type_of(model) == "float32" else {"dtype": type_of(model)}),
     }
+
+
+def type_of(model: PreTrainedModel) -> str:
+    """Return the name of the floating type of a model, such as "bfloat16"."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def timed(
@@ -322,6 +328,7 @@ def timed(
         return dict.fromkeys(names)
     others: dict[str, Any] = {"batch_sizes": [batch_size], "repeats": repeats, "progress": False}
     others |= {"runtimes": [runtime], "device": CPU if RUNTIMES[runtime] else None}
+    others |= {} if RUNTIMES[runtime] else {"dtypes": [type_of(reduced)]}
     others |= {"oracle": False, "breakdown": False, "memory": False, "suggest": False}
     is_dense = reduced.config.reduction is None
     report = benchmark({"dense": dense} if is_dense else {"dense": dense, "reduced": reduced}, images, **others)

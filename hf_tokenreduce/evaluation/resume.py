@@ -20,7 +20,7 @@ from ..files import known_settings, write_whole
 # Values of a configuration that do not change what a model computes, or that its weights tell already.
 ONLY_TOLD = (
     "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version",
-    "hf_tokenreduce_version", "id2label", "label2id", "problem_type",
+    "hf_tokenreduce_version", "id2label", "label2id", "problem_type", "calibrated_share",
 )  # fmt: skip
 
 Progress = dict[str, Any]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..evaluation.resume import digest_of_data
 from ..modeling.dlvit import DLViTConfig
 from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.tokens import start
@@ -93,7 +94,7 @@ def fit_filter(
         )
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}.")
-    rows, keep = _checked_labels(model, labels, dataset)
+    rows, keep = _checked_labels(model, labels, dataset, image_column_name)
     held_out = round(validation_share * len(rows)) or 1
     if not 0 < validation_share < 1 or held_out >= len(rows):
         raise ValueError(
@@ -167,7 +168,9 @@ def fit_filter(
     )
 
 
-def _checked_labels(model: PreTrainedModel, labels: Any, dataset: Any) -> tuple[list[int], Tensor]:
+def _checked_labels(
+    model: PreTrainedModel, labels: Any, dataset: Any, image_column_name: str
+) -> tuple[list[int], Tensor]:
     """Return the n labelled rows of `dataset`, and which patches of each row the labels keep: bool (n, N0)."""
     num_rows = None
     if isinstance(labels, (str, Path)):
@@ -176,7 +179,13 @@ def _checked_labels(model: PreTrainedModel, labels: Any, dataset: Any) -> tuple[
             raise ValueError(
                 f"{folder} holds no labels. Give the output_dir of a call of make_labels that was not interrupted."
             )
-        num_rows = json.loads((folder / "settings.json").read_text())["num_rows"]
+        settings = json.loads((folder / "settings.json").read_text())
+        num_rows = settings["num_rows"]
+        if num_rows == len(dataset) and settings.get("images") != digest_of_data(dataset, image_column_name, []):
+            raise ValueError(
+                "The labels were made of other images, or of these in another order. Pass the data set that they were "
+                "made of."
+            )
         labels = load_from_disk(str(folder / "labels"))
     table = labels.select_columns(["index", "keep"]).with_format("numpy")[:]
     rows, keep = table["index"].tolist(), torch.from_numpy(table["keep"].astype(bool))

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..convert import reduce_tokens, stock_name
-from ..evaluation.resume import digest_of_data, digest_of_model
+from ..evaluation.resume import digest, digest_of_data, digest_of_model
 from ..files import known_settings, write_whole
 from ..methods import method_of
 from ..modeling.encoders import MODELS
@@ -125,7 +125,8 @@ def make_labels(
         "max_samples": max_samples,
         "seed": None if max_samples is None else seed,
         "image_column_name": image_column_name,
-        "data": digest_of_data(dataset, image_column_name, list(classes)),
+        "images": digest_of_data(dataset, image_column_name, []),
+        "classes": digest([np.asarray(classes).tobytes()]),
         "num_patches": len(groups),
         "model": digest_of_model(classifier),
         "image_processor": {

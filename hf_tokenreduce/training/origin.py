@@ -32,3 +32,9 @@ def shown(command: Sequence[str]) -> str:
 
 def name_of(dataset_name: str | None, folder: str | None) -> str:
     return dataset_name or "/".join(Path(str(folder)).parts[-2:])
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest checkpoint that was written whole: the state of the trainer comes last."""
+    whole = [state.parent for state in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)

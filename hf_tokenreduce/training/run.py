@@ -25,7 +25,6 @@ from transformers import (
     ProgressCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..budget import reduce_to_share
@@ -39,8 +38,8 @@ from ..modeling.multiply_adds import shares_kept
 from ..tasks import all_layers_act
 from ..timing import in_turns, median_ratio
 from .arguments import TokenReduceTrainingArguments
-from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, decoded, readable_rows
-from .origin import name_of, origin, shown
+from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
+from .origin import last_checkpoint, name_of, origin, shown
 from .progress import EpochLines
 from .recipes import AUGMENTATION, recipe
 from .streaming import Seeded, first_images, load_streams, training_stream
@@ -170,8 +169,8 @@ def main(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(EpochLines)
     some = validation.shuffle(seed=0) if data_args.streaming else validation.select(spread(len(validation), 256))
-    sample = first_images(some, 256, data_args.image_column_name)
-    pixels = torch.stack([EvalTransform(processor)(decoded(image)) for image in sample])
+    sample = first_images(some, 256, data_args.image_column_name, data_args.on_error)
+    pixels = torch.stack([EvalTransform(processor)(image) for image in sample])
     baseline = evaluate_dense(dense, trainer) if knows_classes else None
     begin = time.perf_counter()
     if args.num_train_epochs:
@@ -262,7 +261,7 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
             "A stream has no length, so the number of epochs does not say when training ends. Give --max_steps: "
             "images x epochs / images per step."
         )
-    left = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    left = last_checkpoint(args.output_dir)
     if left and args.num_train_epochs and args.resume_from_checkpoint is None:  # the first save would delete it
         raise ValueError(
             f"{args.output_dir} holds {Path(left).name} of a training. To go on, pass --resume_from_checkpoint {left} "
@@ -286,7 +285,8 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset, li
     train, validation = data["train"], data["validation"]
     names = class_names(train, data_args)
     if validation is None:
-        split = train.train_test_split(data_args.train_val_split, seed=seed)
+        # Always the same split: what one seed holds out, a model of another seed must not have seen.
+        split = train.train_test_split(data_args.train_val_split, seed=0)
         train, validation = split["train"], split["test"]
     elif class_names(validation, data_args) != names:
         raise ValueError(
@@ -324,7 +324,11 @@ def load_model(model_args: ModelArguments, names: list[str] | None) -> tuple[Any
 
     Without names, the labels of the data are the indices of the model's classes.
     """
-    where = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
+    where: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": model_args.trust_remote_code,
+        "dtype": torch.float32,  # small steps would be rounded away from weights in a half type
+    }
     model = AutoModelForImageClassification.from_pretrained(model_args.model_name_or_path, **where)
     if not hasattr(model, "classifier"):
         raise ValueError(
@@ -362,8 +366,8 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
         )
     pixels = None
     if method is not None and (method.prepare is not None or (model_args.share and method.at_share is None)):
-        photos = first_images(train.shuffle(seed=0), 100, data_args.image_column_name)
-        pixels = torch.stack([EvalTransform(processor)(decoded(photo)) for photo in photos])
+        photos = first_images(train.shuffle(seed=0), 100, data_args.image_column_name, data_args.on_error)
+        pixels = torch.stack([EvalTransform(processor)(photo) for photo in photos])
     return reduce_to_share(dense, model_args.reduction, model_args.share, pixels, None, settings)
 
 

@@ -1,5 +1,6 @@
 """Data sets that are read as a stream while a model trains: class folders, WebDataset shards and sets of the Hub."""
 
+import glob
 import os
 import random
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from datasets import Image as ImageFeature
 
 from ..hub.contents import short
 from ..pictures import is_image
+from .augmentation import decoded
 
 
 def load_streams(data_args: Any) -> tuple[IterableDataset, IterableDataset, list[str] | None]:
@@ -43,10 +45,11 @@ def folder_stream(folder: str | Path) -> IterableDataset:
     """Return the stream of a folder: of its WebDataset shards if it has any, else of its class folders."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder. Give a folder with .tar shards, or with one folder per class.")
-    shards = sorted(str(file.resolve()) for file in Path(folder).glob("*.tar"))
+    # The names are patterns to `datasets`. A link keeps its own folder, which is its class.
+    shards = sorted(glob.escape(str(file.absolute())) for file in Path(folder).glob("*.tar"))
     if shards:
         return load_dataset("webdataset", data_files={"train": shards}, split="train", streaming=True)
-    files = sorted(str(file.resolve()) for file in Path(folder).rglob("*") if is_image(file))
+    files = sorted(glob.escape(str(file.absolute())) for file in Path(folder).rglob("*") if is_image(file))
     if not files:
         raise ValueError(f"{folder} holds neither .tar shards nor images. Give it one folder per class.")
     # A stream is only shuffled within a buffer, and here all images of a class would be neighbours.
@@ -66,11 +69,18 @@ def _class_names(stream: IterableDataset, data_args: Any) -> list[str] | None:
     return label.names if isinstance(label, ClassLabel) else None
 
 
-def first_images(data: Dataset | IterableDataset, most: int, column: str) -> list[Any]:
-    """Return the first images of a data set or of a stream, at most `most`."""
-    if isinstance(data, IterableDataset):
-        return [row[column] for row in data.take(most)]
-    return data.select(range(min(most, len(data))))[column]
+def first_images(data: Dataset | IterableDataset, most: int, column: str, on_error: str = "stop") -> list[Any]:
+    """Return the first images of a data set or of a stream, decoded, at most `most`."""
+    found: list[Any] = []
+    for row in data:
+        if len(found) == most:
+            break
+        try:
+            found.append(decoded(row[column]))
+        except ValueError:
+            if on_error == "stop":
+                raise
+    return found
 
 
 def kept_images(stream: IterableDataset | None, count: int, seed: int, columns: list[str], folder: Path) -> Dataset:

@@ -32,6 +32,7 @@ from .losses import distillation_loss, token_loss
 
 
 REVERSE_FILE = "reverse_slimming.safetensors"
+REDUCTION_FILE = "reduction.json"
 REVERSE = "reverse_slimming"  # attribute of the model that holds the token decoder during training; prefix of its keys
 
 logger = logging.get_logger(__name__)
@@ -322,12 +323,16 @@ class TokenReduceTrainer(Trainer):
             super()._save(str(place), state_dict)
             if reverse:
                 save_file(reverse, place / REVERSE_FILE)
+            if not (place / "config.json").is_file():  # the adapters of LoRA have none
+                goal = None if self._goal is None else self._goal.to_dict()
+                (place / REDUCTION_FILE).write_text(json.dumps({"reduction": goal}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         reduced = _reduced_model(self.model)
-        if (folder / "config.json").is_file():
-            saved = parse_reduction(json.loads((folder / "config.json").read_text()).get("reduction"))
+        told = next((file for file in (folder / "config.json", folder / REDUCTION_FILE) if file.is_file()), None)
+        if told is not None:
+            saved = parse_reduction(json.loads(told.read_text()).get("reduction"))
             if saved != self._goal:
                 raise ValueError(
                     f"{folder} is a checkpoint of {saved}, but this model is reduced by {self._goal}. Resume with the "

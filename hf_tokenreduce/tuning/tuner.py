@@ -120,7 +120,8 @@ def tune(
     check_runtimes([runtime], CPU)
     found = searched_methods(methods)
     labels = None if of_features else _labels(model, dataset, label_column)
-    parts = _parts(dataset, None if of_features else _labels(model, dataset, label_column), seed)
+    raw = None if labels is None else list(dataset.with_format(None)[label_column])
+    parts = _parts(dataset, raw, image_column, seed)
     folder = _folder(Path(output_dir))
     settings = {
         "model": digest_of_model(model),
@@ -221,7 +222,7 @@ def _labels(model: Any, dataset: Dataset, label_column: str) -> list[int] | None
     return labels_of(dataset, label_column, model.config) if label_column in dataset.column_names else None
 
 
-def _parts(dataset: Dataset, labels: list[int] | None, seed: int) -> Parts:
+def _parts(dataset: Dataset, labels: list[int] | None, image_column: str, seed: int) -> Parts:
     count = len(dataset)
     if count < LEAST_IMAGES:
         raise ValueError(
@@ -233,7 +234,13 @@ def _parts(dataset: Dataset, labels: list[int] | None, seed: int) -> Parts:
             f"All {count} images are of one class, so errors between classes cannot be seen. Give images of at least "
             "two classes."
         )
-    return split_rows(labels, count, seed)
+    search, report = split_rows(labels, count, seed)
+    searched = set(contents(dataset.select(search), image_column))  # a folder may hold a picture twice
+    left = [row for row, one in zip(report, contents(dataset.select(report), image_column), strict=True)
+            if one not in searched]  # fmt: skip
+    if not left:
+        raise ValueError("Every image is there several times. The report needs images that the search does not see.")
+    return Parts(search, left)
 
 
 def _check_classes(trials: Trials) -> None:
