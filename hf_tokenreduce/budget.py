@@ -2,16 +2,38 @@
 
 from typing import Any
 
+from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .calibration import calibrate, load_pixel_values
 from .convert import reduce_tokens, with_reduction
 from .loading import check_decided, method_setting
 from .methods import find_method
+from .modeling.encoders import EncoderFacts, encoder_of, facts_of
 from .modeling.multiply_adds import check_share
+from .tasks import facts_on
 
 
 MOST_IMAGES = 128
+
+logger = logging.get_logger(__name__)
+
+
+def _facts_of_inputs(model: PreTrainedModel, images: Any, image_processor: Any) -> EncoderFacts:
+    """Return the facts of an encoder for inputs of the size that it will get: DINOv2 says 518 and is given 224."""
+    if isinstance(images, Tensor):
+        return facts_on(model, images)
+    facts = facts_of(model.config)
+    if image_processor is not None:
+        return facts_on(model, image_processor(Image.new("RGB", (640, 640)), return_tensors="pt")["pixel_values"])
+    height, width = (side * patch for side, patch in zip(facts.grid, encoder_of(model).patch_size, strict=True))
+    logger.warning(
+        f"The share is that of images of {height} x {width} pixels, the size in the configuration. If the image "
+        "processor makes another size, pass image_processor=."
+    )
+    return facts
 
 
 def reduce_to_share(
@@ -33,7 +55,10 @@ def reduce_to_share(
     # Begin with the dense form. A model that runs this very setting would share its learned parts with the new one.
     model = reduce_tokens(model, None)
     fitted = share is not None and found.at_share is None and found.fit_share is not None
-    setting = method_setting(model.config, found.name, None if fitted else share, settings)
+    facts = facts_of(model.config)
+    if share is not None and encoder_of(model).tower.any_size:
+        facts = _facts_of_inputs(model, images, image_processor)
+    setting = method_setting(facts, found.name, None if fitted else share, settings)
     if fitted:
         check_decided(found, share, settings)
     reason = found.why_not(setting)

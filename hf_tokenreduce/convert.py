@@ -98,7 +98,9 @@ def with_reduction(model: PreTrainedModel, reduction: Any) -> PreTrainedModel:
     reduced._set_reduction(reduction)
     if _runs(model, reduced.config.reduction):
         for new_layer, old_layer in zip(encoder_of(reduced).layers, encoder_of(model).layers, strict=True):
-            new_layer.reducer = old_layer.reducer
+            new_layer.reducer = _own_modules(old_layer.reducer)  # the same parameters, in a mode of its own
+        if hasattr(model.config, "calibrated_share"):
+            reduced.config.calibrated_share = model.config.calibrated_share
     return reduced
 
 
@@ -106,7 +108,9 @@ def _runs(model: PreTrainedModel, reduction: ReductionConfig | None) -> bool:
     """Return whether a model is reduced by this very setting, even if it has another copy of the setting's class."""
     if type(model).__name__ == stock_name(model):
         return False
-    wanted, own = (None if one is None else one.to_dict() for one in (reduction, model.config.reduction))
+    # The reducers, because a configuration can have been changed, or be that of two models.
+    built_for = encoder_of(model).reducers[0].built_for
+    wanted, own = (None if one is None else one.to_dict() for one in (reduction, built_for))
     return wanted == own
 
 

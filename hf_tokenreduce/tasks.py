@@ -7,7 +7,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .convert import stock_name
-from .modeling.encoders import PREFIX, READ_PREFIX_ALONE, auto_classes_of, what_can_be_reduced
+from .modeling.encoders import (
+    PREFIX,
+    READ_PREFIX_ALONE,
+    EncoderFacts,
+    auto_classes_of,
+    encoder_of,
+    what_can_be_reduced,
+)
 
 
 class Task(NamedTuple):
@@ -95,3 +102,10 @@ def all_layers_act(model: PreTrainedModel) -> dict[str, Any]:
 def image_side(model: PreTrainedModel) -> nn.Module:
     """Return the model itself if it takes images alone, else its `ImageSide`."""
     return ImageSide(model) if hasattr(model, "get_image_features") else model
+
+
+def facts_on(model: nn.Module, pixel_values: Tensor) -> EncoderFacts:
+    """Return the facts of a model's encoder with the grid of these images, whose size may differ from the model's."""
+    encoder = encoder_of(model)
+    height, width = encoder.patch_size
+    return encoder.facts._replace(grid=(pixel_values.shape[-2] // height, pixel_values.shape[-1] // width))

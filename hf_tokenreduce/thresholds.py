@@ -88,6 +88,7 @@ def load_thresholds(model: PreTrainedModel, path: str | Path, *, check_backbone:
     for kind, values in thresholds.items():
         for reducer, value in zip(reducers, values, strict=True):
             getattr(reducer, kind).copy_(value)
+    model.config.__dict__.pop("calibrated_share", None)  # it was that of the thresholds before
 
 
 def _reducers(model: PreTrainedModel) -> list[Any]:

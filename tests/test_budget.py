@@ -5,12 +5,14 @@ import torch
 from helpers import SIZES, tiny_images, tiny_model
 from PIL import Image
 from torch import nn
-from transformers import Dinov2Config, Dinov2Model, ViTConfig
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig
+from transformers.utils import logging
 
-from hf_tokenreduce import BATConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce import BATConfig, PPTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.loading import method_setting
 from hf_tokenreduce.methods import METHODS, Method
 from hf_tokenreduce.methods.fitting import share_on
+from hf_tokenreduce.modeling.encoders import facts_of
 from hf_tokenreduce.modeling.multiply_adds import even_share
 
 
@@ -40,6 +42,29 @@ def test_a_sampler_is_fitted_to_images_of_another_size():
     reduced = reduce_tokens(model, "ats", share=0.5, images=images)
     more = reduced.config.reduction.num_tokens + 1
     assert share_on(reduced, images) <= 0.5 < share_on(reduce_tokens(model, "ats", num_tokens=more), images)
+
+
+@pytest.mark.parametrize("name", ["tome", "topk", "ppt"])
+def test_the_share_is_that_of_the_images_that_come(name, caplog):
+    """DINOv2's configuration says 518 pixels, and its image processor makes 224."""
+    torch.manual_seed(0)
+    model = Dinov2Model(Dinov2Config(**{**SIZES, "num_hidden_layers": 12, "image_size": 128})).eval()
+    images = tiny_images(2, size=64)
+    processor = BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    kept = share_on(reduce_tokens(model, name, share=0.6, image_processor=processor), images)
+    assert kept == pytest.approx(0.6, abs=0.02)
+    assert "pass image_processor" not in caplog.text
+    logging.enable_propagation()
+    assert share_on(reduce_tokens(model, name, share=0.6), images) != pytest.approx(0.6, abs=0.02)
+    assert "images of 128 x 128 pixels, the size in the configuration" in caplog.text
+    logging.disable_propagation()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.8])
+def test_ppt_reduces_in_its_own_layers(share):
+    facts = facts_of(ViTConfig())
+    setting = PPTConfig.for_budget(facts, share)
+    assert setting.layers == (3, 6, 9) and even_share(setting, facts) == pytest.approx(share, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["ltmp", "sit"])
@@ -87,6 +112,9 @@ REFUSED = [
     (("ltmp",), {"share": 0.5, "images": [PICTURE]}, "must be a folder or pixel values, got a list"),
     (("ltmp",), {"share": 0.5, "images": "no/such/folder"}, "No images in"),
     (("dlvit",), {"share": 0.5}, "its filter is not trained"),
+    (("ppt",), {"share": 0.6, "layers": []}, "layers is empty"),
+    (("ppt",), {"share": 0.6, "layers": [-1]}, "layers must hold 0-based layer indices"),
+    (("tome",), {"share": 0.6, "inflect": -0.5}, "so leave inflect out"),
     (("tomme",), {"share": 0.5}, "no method 'tomme'"),
     ((dict,), {"share": 0.5}, "no method <class 'dict'>"),
     ((ToMeConfig(r=3),), {"share": 0.5}, r"share can be given with a method's name .* not with ToMeConfig\(r=3"),

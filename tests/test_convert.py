@@ -7,7 +7,19 @@ from peft import LoraConfig, get_peft_model
 from transformers import ViTForImageClassification
 from transformers.utils import logging
 
-from hf_tokenreduce import EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens, restore
+from hf_tokenreduce import (
+    DTEMConfig,
+    EViTConfig,
+    LTMPConfig,
+    SiTConfig,
+    ToMeConfig,
+    calibrate,
+    load_thresholds,
+    reduce_tokens,
+    restore,
+    save_thresholds,
+)
+from hf_tokenreduce.modeling.encoders import encoder_of
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -166,6 +178,47 @@ def test_modes_are_each_models_own():
     assert not torch.equal(reduced(tiny_images()).logits, reduced(tiny_images()).logits)  # dropout is at work
     again = reduce_tokens(reduced, EViTConfig(layers=(1,)))
     assert again.training and not again.eval().training and reduced.training
+
+
+@pytest.mark.parametrize("setting", [LTMPConfig(), DTEMConfig(r=5)], ids=["ltmp", "dtem"])
+def test_a_model_of_the_same_setting_has_modes_of_its_own(setting):
+    model = reduce_tokens(tiny_model(), setting)
+    expected = model(tiny_images())
+    again = reduce_tokens(model, setting).train()
+    assert not any(module.training for module in model.modules()) and all(one.training for one in again.modules())
+    assert all(one is other for one, other in zip(model.parameters(), again.parameters(), strict=True))
+    found = model(tiny_images())
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.token_counts, expected.token_counts)
+
+
+def test_a_method_that_cannot_be_built_changes_nothing():
+    model = reduce_tokens(tiny_model(), ToMeConfig(r=5))
+    expected = model(tiny_images()).logits
+    with torch.no_grad():
+        weight = next(encoder_of(model).layers[2].mlp.parameters())
+        kept, weight.data = weight.data, weight.data.to(torch.int8)  # as a quantised layer has it
+        with pytest.raises(TypeError):
+            model.set_reduction(LTMPConfig())
+        weight.data = kept
+    assert model.config.reduction == ToMeConfig(r=5) and torch.equal(model(tiny_images()).logits, expected)
+
+
+def test_a_setting_is_that_which_runs():
+    model = reduce_tokens(tiny_model(), ToMeConfig(r=5))
+    model.config.reduction = EViTConfig(keep_rate=0.5, layers=(1,))  # changes nothing that runs
+    again = reduce_tokens(model, EViTConfig(keep_rate=0.5, layers=(1,)))
+    assert again(tiny_images()).token_counts[0].tolist() == [65, 34, 34, 34]
+
+
+def test_a_calibrated_share_is_that_of_the_thresholds(tmp_path):
+    model = reduce_tokens(tiny_model(), LTMPConfig())
+    calibrate(model, tiny_images(8), 0.8)
+    share = model.config.calibrated_share
+    assert reduce_tokens(model, LTMPConfig()).config.calibrated_share == share
+    assert not hasattr(reduce_tokens(model, LTMPConfig(target=0.5)).config, "calibrated_share")
+    save_thresholds(model, tmp_path / "file.safetensors")
+    load_thresholds(model, tmp_path / "file.safetensors")
+    assert not hasattr(model.config, "calibrated_share")
 
 
 def test_parameters_are_shared_unless_copied():

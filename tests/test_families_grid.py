@@ -3,11 +3,11 @@
 import pytest
 import torch
 from families import FAMILIES, GRIDS, PLAIN, cases, family_inputs, family_model, image_features_of
-from helpers import METHODS, NEWER, NUM_PATCHES, reduce_tiny
+from helpers import METHODS, NEWER, NUM_PATCHES, reduce_tiny, tiny_images, tiny_model
 from naive_families import naive_run
 from test_families_naive import images_of, run_and_watch
 
-from hf_tokenreduce import TopKConfig, reduce_tokens, unmerge
+from hf_tokenreduce import ToMeConfig, TopKConfig, reduce_tokens, unmerge
 from hf_tokenreduce.modeling.encoders import encoder_of
 
 
@@ -127,6 +127,17 @@ def test_every_patch_has_the_mean_of_the_mixtures_it_is_in(family):
             shares = weights[:, patch] / sum(weights[:, patch].tolist())
             expected = sum(share * token for share, token in zip(shares, tokens[prefix:], strict=True))
             torch.testing.assert_close(shown[prefix + patch], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("setting", [ToMeConfig(r=[1, 0, 0, 0]), TopKConfig(keep_rate=0.99, layers=(1,))])
+def test_nearly_as_many_tokens_as_patches_are_unmerged(setting):
+    output = reduce_tokens(tiny_model(), setting).vit(tiny_images(), output_patch_map=True)
+    hidden, places = output.last_hidden_state, output.patch_map
+    assert hidden.shape[1] >= places.shape[1]
+    rows = unmerge(hidden, places)
+    for image, row in enumerate(places):
+        for patch, place in enumerate(row.tolist()):
+            assert place < 0 or torch.equal(rows[image, patch], hidden[image, place])
 
 
 def test_unmerge_fills_what_was_dropped_as_told():

@@ -88,6 +88,9 @@ def test_whoever_looks_sees_the_whole_layer():
     assert attentions[-1].shape[-2:] == (44, 44) and seen.rows[0] == 2
     base = RowsOfTheLastMLP(model)
     assert model.vit(images).last_hidden_state.shape[1] == base.rows[0] // 2 == 65 - 28
+    plain = RowsOfTheLastMLP(model)
+    again = model(images)  # transformers leaves its hooks in place, but nobody looks through them now
+    assert plain.rows == [2] and again.token_counts[:, -1].tolist() == [37, 37]
     fresh = reduce_tokens(tiny_model(), ToMeConfig(r=7))
     seen, kept = RowsOfTheLastMLP(fresh), []
     handle = encoder_of(fresh).layers[-1].register_forward_hook(lambda module, args, output: kept.append(output[0]))

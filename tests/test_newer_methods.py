@@ -3,7 +3,8 @@
 import pytest
 import torch
 from families import family_inputs, family_model, layers_of
-from helpers import reduce_tiny, tiny_images, tiny_model
+from helpers import NUM_PATCHES, SIZES, reduce_tiny, tiny_images, tiny_model
+from transformers import Dinov2Config, Dinov2Model
 
 from hf_tokenreduce import (
     DiffRateConfig,
@@ -106,6 +107,16 @@ def test_diffrate_drops_its_share(share, dropped):
 def test_mctf_without_its_criteria_begins_as_tome():
     ours = run(MCTFConfig(r=[0, 1, 0, 0], informativeness_weight=0, size_weight=0))
     assert groups(ours.patch_map)[0][0] == groups(run(ToMeConfig(r=[0, 1, 0, 0])).patch_map)[0][0]
+
+
+def test_shift_does_not_see_drop_path():
+    """An image whose MLP is dropped in training would keep its first patches."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "image_size": 32, "drop_path_rate": 0.9}
+    model = reduce_tokens(Dinov2Model(Dinov2Config(**sizes)).eval(), ShiftConfig(keep_rate=0.25, layers=(3,)))
+    places = model.train()(tiny_images(8), output_patch_map=True).patch_map
+    first = torch.arange(NUM_PATCHES) < (places >= 0).sum(dim=1, keepdim=True)
+    assert not (first == (places >= 0)).all(dim=1).any()
 
 
 def test_shift_is_what_the_layer_adds_scaled_as_it_is():

@@ -24,11 +24,10 @@ from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, facts_of
 from ..modeling.methods import parse_reduction
 from ..modes import evaluating
-from ..tasks import image_side, task_of_model
+from ..tasks import facts_on, image_side, task_of_model
 from ..timing import seconds_of
 from .accuracy import class_indices, evaluate_model
 from .comparison import Comparison, write_comparison
-from .compute import facts_on
 from .features import check_features_model, evaluate_features
 from .reading import check_data, sample_pixels
 from .resume import (

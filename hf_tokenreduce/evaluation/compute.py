@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..methods import method_of
-from ..modeling.encoders import PREFIX, READ_PREFIX_ALONE, EncoderFacts, encoder_of, facts_of
+from ..modeling.encoders import PREFIX, READ_PREFIX_ALONE, encoder_of, facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share, multiply_adds
 from ..modes import evaluating
-from ..tasks import image_side, task_of_model
+from ..tasks import facts_on, image_side, task_of_model
 
 
 # Parts of larger models that do not read the encoder, or do not run once per image.
@@ -143,13 +143,6 @@ def _read_once(part: nn.Module, patches: int, skipped: set[int]) -> int:
     if isinstance(part, nn.Linear):
         return part.weight.numel()
     return sum(_read_once(child, patches, skipped) for child in part.children())
-
-
-def facts_on(model: nn.Module, pixel_values: Tensor) -> EncoderFacts:
-    """Return the facts of a model's encoder with the grid of these images, whose size may differ from the model's."""
-    encoder = encoder_of(model)
-    height, width = encoder.patch_size
-    return encoder.facts._replace(grid=(pixel_values.shape[-2] // height, pixel_values.shape[-1] // width))
 
 
 def tokens_entering(model: nn.Module, pixel_values: Tensor) -> int:

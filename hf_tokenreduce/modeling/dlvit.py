@@ -105,7 +105,11 @@ class DLViTConfig(ReductionConfig):
         return rounded_up_share(rate, count)
 
     def own_multiply_adds(self, layer: int, count: int, facts: EncoderFacts) -> int:
-        filters = layer == 0 and self.trained and (self.keep_rate is None or self.keeps(count) < count)
+        if self.keep_rate is None:
+            keeps_all = self.threshold == 0 and self.max_tokens is None
+        else:
+            keeps_all = self.keeps(count) == count
+        filters = layer == 0 and self.trained and not keeps_all
         inner = self.hidden_size or facts.hidden_size // 2
         return count * inner * (2 * facts.hidden_size + 1) if filters else 0
 

@@ -58,8 +58,8 @@ def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean
         raise ValueError(f'fill must be "mean", "zero" or a tensor of one row per patch, got {fill!r}.')
     spare = hidden_states.shape[1] - patch_map.shape[-1]
     if spare >= 0 and not patch_map.is_floating_point() and not torch.compiler.is_compiling():
-        in_place = torch.arange(spare, hidden_states.shape[1], device=patch_map.device)
-        if not torch.equal(patch_map, in_place.expand_as(patch_map)):
+        used = int(patch_map.max()) + 1 if patch_map.numel() else 0
+        if 0 < used < hidden_states.shape[1]:  # more rows than tokens
             raise ValueError(
                 "These hidden states have a row per patch already, as in CLIP, SigLIP, DINO and others. The patches "
                 f"are hidden_states[:, {spare}:]."

@@ -22,6 +22,11 @@ from .recording import RECORDER, Encoded
 from .tokens import TokenMap, TokenState, apply_map, move, pad, prefix_alone, representatives, start, unpad
 
 
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # it is no public name
+    _active_collector = None
+
 Rotary = tuple[Tensor, Tensor]  # cosines and sines of each token, (B, T, d) or packed
 
 
@@ -164,7 +169,7 @@ class ReducedLayer(nn.Module):
             return False
         if self.training and any(parameter.requires_grad for parameter in self.reducer.parameters()):
             return False  # these parameters would have no gradient
-        return not any(module._forward_hooks for module in self.modules())  # a hook may read more than the prefix
+        return not _is_watched(*self.modules())  # a hook may read more than the prefix
 
     def _counts_of_papers(self, state: TokenState) -> Any:
         """Return the number of tokens that would leave the layer if all of it were computed."""
@@ -184,11 +189,13 @@ class ReducedLayer(nn.Module):
         state = self._attention_block(TokenState(*state_fields), attention_mask, for_prefix, **kwargs)
         hidden_states = state.hidden_states
         branch = self.mlp(getattr(self, self.layout.norm_after)(hidden_states))  # type: ignore[operator]
-        branch = self._through(self.layout.after_mlp, branch, state.lengths)
-        state = state._replace(hidden_states=hidden_states + branch)
+        grown = self._through(self.layout.after_mlp, branch, state.lengths)
+        state = state._replace(hidden_states=hidden_states + grown)
         if not for_prefix:
-            if self.reducer.needs_shift:
-                state = state._replace(shift=_lengths_of_patch_rows(branch.detach(), state))
+            if self.reducer.needs_shift:  # in training, drop path leaves no way of any token in some images
+                names = tuple(name for name in self.layout.after_mlp if not hasattr(getattr(self, name), "drop_prob"))
+                shift = self._through(names, branch.detach(), state.lengths)
+                state = state._replace(shift=_lengths_of_patch_rows(shift, state))
             state = self.reducer.after_layer(state)._replace(shift=None)
         return LayerOutput(self._shown(state), *state)
 
@@ -264,7 +271,7 @@ class ReducedLayer(nn.Module):
 
     def _shown(self, state: TokenState) -> Tensor:
         """Return what is captured as hidden states: `_result`, but only if a forward hook reads it."""
-        return self._result(state) if self._forward_hooks else state.hidden_states
+        return self._result(state) if _is_watched(self) else state.hidden_states
 
     def _result(self, state: TokenState) -> Tensor:
         """Return a row per patch where the code after the encoder reads that, else the tokens, padded with zeros."""
@@ -289,6 +296,18 @@ class ReducedLayer(nn.Module):
             )
             recorder.encoded.append(encoded)
         return self._result(state)
+
+
+def _is_watched(*modules: nn.Module) -> bool:
+    """Return whether a forward hook reads what modules return.
+
+    transformers leaves its own hooks in place after a call with `output_hidden_states` or `output_attentions`. They
+    read only during such a call.
+    """
+    names = [getattr(hook, "__name__", "") for module in modules for hook in module._forward_hooks.values()]
+    if not names or any(name != "output_capturing_hook" for name in names):
+        return bool(names)
+    return _active_collector is None or bool(_active_collector.get())
 
 
 def _lengths_of_patch_rows(rows: Tensor, state: TokenState) -> Tensor:

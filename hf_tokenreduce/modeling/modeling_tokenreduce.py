@@ -102,12 +102,18 @@ class TokenReduceMixin(_StockModel):
             logger.warning_once(untrained)
 
     def _set_reduction(self, reduction) -> None:
-        self.config.reduction = reduction
+        before, self.config.reduction = self.config.reduction, reduction
+        encoder, reducers = encoder_of(self), []
+        try:
+            for index, layer in enumerate(encoder.layers):
+                like = next(layer.mlp.parameters())
+                reducers.append(build_reducer(encoder.facts, index).to(device=like.device, dtype=like.dtype))
+        except Exception:
+            self.config.reduction = before  # which still runs
+            raise
         self.config.__dict__.pop("calibrated_share", None)  # it belongs to the old method and what that had learned
-        encoder = encoder_of(self)
-        for index, layer in enumerate(encoder.layers):
-            like = next(layer.mlp.parameters())
-            layer.reducer = build_reducer(encoder.facts, index).to(device=like.device, dtype=like.dtype)
+        for layer, reducer in zip(encoder.layers, reducers, strict=True):
+            layer.reducer = reducer
             layer.reducer.train(layer.training)
             self._initialize(layer)
 

@@ -6,10 +6,11 @@ B images · N patch tokens · d features of a key
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from .ats import significance
 from .attention import AttentionView
@@ -49,6 +50,20 @@ class PPTConfig(ToMeConfig):
         if not is_number(self.threshold) or not 0 <= self.threshold <= 1:
             raise ValueError(f"PPTConfig: threshold is a variance, between 0 and 1, got {self.threshold!r}.")
         self._set(layers=checked_layers("PPTConfig", layers), threshold=float(self.threshold))
+
+    @classmethod
+    def for_budget(
+        cls,
+        config: PreTrainedConfig | EncoderFacts,
+        share: float,
+        *,
+        layers: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> "PPTConfig":
+        """Do what `ToMeConfig.for_budget` does, by default with the layers of this class."""
+        layers = cls.layers if layers is None else layers
+        found: Any = super().for_budget(config, share, layers=layers, **settings)
+        return found
 
     def schedule(self, num_layers: int) -> list[int]:
         return [r if layer in self.layers else 0 for layer, r in enumerate(super().schedule(num_layers))]

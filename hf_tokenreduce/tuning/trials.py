@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..evaluation.accuracy import check_finite
 from ..evaluation.compare import calibrate_once, key_of, reduced_as, timed, why_it_cannot_run
-from ..evaluation.compute import facts_on, tokens_entering
+from ..evaluation.compute import tokens_entering
 from ..evaluation.features import pooled_features
 from ..evaluation.reading import batches, sample_pixels
 from ..evaluation.resume import append_line, digest, read_lines
@@ -28,7 +28,7 @@ from ..modeling.configuration_base import ReductionConfig
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_share, shares_kept
 from ..modes import evaluating
-from ..tasks import all_layers_act, image_side
+from ..tasks import all_layers_act, facts_on, image_side
 from .space import Variant, even_setting
 
 
