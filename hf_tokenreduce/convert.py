@@ -46,7 +46,8 @@ def reduce_tokens(
         share (`float`, *optional*): Share of the encoder's multiply-adds to keep.
         images (`Tensor`, `str` or `Path`, *optional*): Images without labels, for methods that are fitted to a share
             on images: pixel values, or a folder.
-        image_processor: Image processor of the model. It is needed if `images` is a folder.
+        image_processor: Image processor of the model. It is needed if `images` is a folder, and for a share of an
+            encoder that takes any image size, such as DINOv2, whose configuration names another size.
         copy (`bool`): Give the result its own parameters.
         settings: Further fields of the method's configuration.
 
