@@ -119,9 +119,9 @@ def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
         "chosen. Every row begins with the start of its seed and trains as many epochs as the dense control of its "
         "seed, on the same images in the same order. The difference is to that control, in points, with its interval "
         f"of 95 % for other images and seeds. Trained in {precision} on {rows[0]['machine'].split(',')[0]}, evaluated "
-        "in float32. The minutes are wall time, also of a machine that did other work meanwhile. By "
-        "`benchmarks/train_table.py`. Its JSON files, one for each run, hold the result of every image "
-        "and the commands.",
+        "in float32. The minutes are wall time, also of a machine that did other work meanwhile, of runs that were "
+        "not stopped. By `benchmarks/train_table.py`. Its JSON files, one for each run, hold the result of every "
+        "image and the commands.",
         "",
         "| model | share asked for | multiply-adds | top-1 | difference | of each seed | epochs | minutes |",
         "|---" * 8 + "|",
@@ -138,7 +138,7 @@ def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
             difference,
             ", ".join(f"{value:+.1f}" for value in line["seeds"].values()) or count_of(line["num_seeds"], "seed"),
             f"{line['epochs']}",
-            f"{line['minutes']:.0f}",
+            "" if np.isnan(line["minutes"]) else f"{line['minutes']:.0f}",
         ]
         text.append(f"| {' | '.join(cells)} |")
     if any(line["other_start"] for line in lines):

@@ -96,19 +96,18 @@ def predict(
     show = progress and processes.rank == 0
     # From another folder, names that are relative to that one would not be found here.
     keep = None if where is None else _Keeper(where, os.getcwd() == base)
-    return _predict(model, mine, image_processor, top_k, batch_size, num_workers, keep, device, show)
+    return _predict(model, mine, image_processor, top_k, batch_size, num_workers, keep, device, show, bool(done))
 
 
 def _predict(
     model: Any, files: list[str], image_processor: Any, top_k: int, batch_size: int, num_workers: int,
-    keep: "_Keeper | None", device: torch.device, show: bool,
+    keep: "_Keeper | None", device: torch.device, show: bool, worked: bool,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     parts = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     reader = _Reader(parts, image_processor)
     loader: Any = DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(parts)))
     labels = model.config.id2label
     answer = model.with_counts if isinstance(model, ExportedModel) else _of_torch(model)
-    worked = False
     with logging.tqdm(total=len(files), desc="predicting", leave=False, disable=not show, file=sys.stderr) as bar:
         for readable, errors, pixel_values in loader:
             some, failed, logits, tokens = _answered(answer, readable, [one.to(device) for one in pixel_values])
