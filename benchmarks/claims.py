@@ -65,14 +65,21 @@ def after_training(name: str, share: float, other: str | None = None) -> Callabl
         lines = [records.trained.get((one, share)) for one in (name, other) if one is not None]
         if any(line is None or line["difference"] is None for line in lines):
             return None
+        # Two lines are compared on the seeds that both have. The intervals are those of all seeds of a line.
+        seeds = set.intersection(*(set(line["seeds"]) for line in lines if line))
+        if not seeds:
+            return None
         texts = [
-            "{:+.1f} ({:+.1f} to {:+.1f})".format(line["difference"], *line["interval"]) for line in lines if line
+            "{:+.1f} ({:+.1f} to {:+.1f})".format(line["difference"], *line["interval"])
+            if set(line["seeds"]) == seeds
+            else f"{mean(line['seeds'][seed] for seed in seeds):+.1f}"
+            for line in lines
+            if line
         ]
-        seeds = min(line["num_seeds"] for line in lines if line)
         kept = lines[0]["mult_adds_ratio"] if lines[0] else share
         text = f"{texts[0]} points to the dense control at {kept:.2f}"
         text += f"; {other}: {texts[1]}" if other is not None else ""
-        return f"{text}; {seeds} seed{'s' if seeds > 1 else ''}"
+        return f"{text}; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
 
     return here
 
