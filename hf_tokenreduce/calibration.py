@@ -71,7 +71,8 @@ def calibrate(
 def _check_finite(model: PreTrainedModel, pixels: Tensor) -> None:
     if not pixels.isfinite().all():
         raise ValueError("The prepared images are not finite. Check the settings of the image processor.")
-    first: Any = main_output(image_side(model)(pixels[:1]))
+    size = encoder_of(model).size_arguments(pixels)  # images may have another size than the model's own
+    first: Any = main_output(image_side(model)(pixels[:1], **size))
     if not first.isfinite().all():
         raise ValueError(
             "What the model computes for the first image is not finite, so nothing can be fitted. Maybe its weights "

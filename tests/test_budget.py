@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig
 from transformers.utils import logging
 
-from hf_tokenreduce import BATConfig, PPTConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce import BATConfig, PPTConfig, ToMeConfig, calibrate, reduce_tokens
 from hf_tokenreduce.loading import method_setting
 from hf_tokenreduce.methods import METHODS, Method
 from hf_tokenreduce.methods.fitting import share_on
@@ -42,6 +42,17 @@ def test_a_sampler_is_fitted_to_images_of_another_size():
     reduced = reduce_tokens(model, "ats", share=0.5, images=images)
     more = reduced.config.reduction.num_tokens + 1
     assert share_on(reduced, images) <= 0.5 < share_on(reduce_tokens(model, "ats", num_tokens=more), images)
+
+
+@pytest.mark.parametrize(("name", "share"), [("ats", 0.42), ("ltmp", 0.6)])
+def test_methods_are_fitted_to_images_of_another_size_than_the_models(name, share):
+    model, images = twelve(), tiny_images(6, size=48)
+    reduced = reduce_tokens(model, name, share=share, images=images)
+    assert share_on(reduced, images) == pytest.approx(share, abs=0.03)
+    counts = reduced(images, interpolate_pos_encoding=True).token_counts
+    assert counts[:, 0].max() <= 145 and counts[:, -1].max() < 145
+    if name == "ltmp":
+        assert calibrate(reduced, images, 0.8) == pytest.approx(0.8, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["tome", "topk", "ppt"])

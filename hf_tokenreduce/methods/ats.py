@@ -47,7 +47,9 @@ def fit_share(model: PreTrainedModel, pixels: Tensor, share: float, **settings: 
         return share_on(reduce_tokens(model, ATSConfig(num_tokens=count, **settings)), pixels)
 
     # Images may be of another size than the model's own.
-    low, high = facts.num_prefix_tokens + 1, encoder_of(model).embed(pixels[:1]).shape[1]
+    encoder = encoder_of(model)
+    low = facts.num_prefix_tokens + 1
+    high = encoder.embed(pixels[:1], **encoder.size_arguments(pixels)).shape[1]
     if kept(low) > share:
         raise ValueError(
             f"share={share} cannot be reached: with the smallest num_tokens={low} these images keep {kept(low):.3f} "

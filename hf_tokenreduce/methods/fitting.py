@@ -19,8 +19,9 @@ def share_on(model: PreTrainedModel, pixels: Tensor, batch_size: int = 64) -> fl
     """Return the mean share of its encoder's multiply-adds that a reduced model keeps on images (B, C, H, W)."""
     encoder = encoder_of(model)
     with evaluating(model):
-        num_tokens = encoder.embed(pixels[:1]).shape[1]  # images may have another size than the model's own
-        run, options = image_side(model), all_layers_act(model)
+        size = encoder.size_arguments(pixels)  # images may have another size than the model's own
+        num_tokens = encoder.embed(pixels[:1], **size).shape[1]
+        run, options = image_side(model), {**all_layers_act(model), **size}
         counts = torch.cat([run(part, **options).token_counts.cpu() for part in pixels.split(batch_size)])
     return shares_kept(encoder.facts, counts, num_tokens, encoder.facts.reduction).mean().item()
 

@@ -58,7 +58,8 @@ def fit_thresholds(
     settings = model.config.reduction
     encoder = encoder_of(model)
     reducers = encoder.reducers
-    num_tokens = encoder.embed(pixels).shape[1]  # images may have another size than the model's own
+    size = encoder.size_arguments(pixels)  # images may have another size than the model's own
+    num_tokens = encoder.embed(pixels[:1], **size).shape[1]
     given = [(threshold, threshold.clone()) for reducer in reducers for threshold in reducer.parameters()]
     merge_share = merge_share if settings.merge and settings.prune else float(settings.merge)
     starts = (len(reducers) // 4, 0) if target >= 0.5 else (0,)
@@ -73,7 +74,7 @@ def fit_thresholds(
             _set_thresholds(reducer, view, state, part if place[id(reducer)] >= first else 0.0, merge_share)
 
         with before_acting(reducers, "after_attention", fit):
-            counts = image_side(model)(pixels, **all_layers_act(model)).token_counts.cpu()
+            counts = image_side(model)(pixels, **all_layers_act(model), **size).token_counts.cpu()
         return shares_kept(model.config, counts, num_tokens, settings).mean().item()
 
     try:

@@ -386,9 +386,9 @@ class Encoder:
 
     def size_arguments(self, pixel_values: Tensor) -> dict[str, Any]:
         """Return the arguments that a forward needs for images of this size."""
-        if self.tower.any_size or tuple(pixel_values.shape[-2:]) == self.image_size:
-            return {}
-        return {"interpolate_pos_encoding": True}
+        fits = self.tower.any_size or not hasattr(self.config, "image_size")  # spectrograms have no such size
+        fits = fits or tuple(pixel_values.shape[-2:]) == self.image_size
+        return {} if fits else {"interpolate_pos_encoding": True}
 
     def embed(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Run a forward up to the first layer and return the tokens that enter it, (B, P + N0, D)."""
