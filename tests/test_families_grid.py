@@ -168,6 +168,19 @@ def test_what_is_on_the_grid_already_is_not_unmerged_again(family):
         unmerge(output.last_hidden_state, output.patch_map)
 
 
+@pytest.mark.parametrize("family", ["siglip", "siglip-classifier"])
+def test_an_encoder_inside_a_model_may_be_called_by_itself(family):
+    """Its own class is the stock one there, which records nothing, and yet its norm must know what was dropped."""
+    model, pixels = reduce_tokens(family_model(family), TOPK), tiny_images()
+    alone = model.vision_model(pixels)
+    if family == "siglip":
+        found, expected = alone.pooler_output, model.get_image_features(pixels)
+        expected = getattr(expected, "pooler_output", expected)
+    else:
+        found, expected = model.classifier(alone.last_hidden_state.mean(dim=1)), model(pixels).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_unmerge_by_weights():
     model = reduce_tiny(family_model("vit"), METHODS["sit"][0])
     output = model.vit(**family_inputs("vit"), output_patch_map=True)

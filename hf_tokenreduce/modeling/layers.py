@@ -295,14 +295,16 @@ class ReducedLayer(nn.Module):
                 dropped_patches(state) if self.role.wants_grid else None,
             )
             recorder.encoded.append(encoded)
-        return self._result(state)
+        result = self._result(state)
+        if recorder is None and self.role.wants_grid and not torch.compiler.is_compiling():
+            result.dropped = dropped_patches(state)  # type: ignore[attr-defined]  # for an encoder that is called alone
+        return result
 
 
 def _is_watched(*modules: nn.Module) -> bool:
     """Return whether a forward hook reads what modules return.
 
-    transformers leaves its own hooks in place after a call with `output_hidden_states` or `output_attentions`. They
-    read only during such a call.
+    transformers leaves its own hooks in place after a call with `output_hidden_states`. They read only in such calls.
     """
     names = [getattr(hook, "__name__", "") for module in modules for hook in module._forward_hooks.values()]
     if not names or any(name != "output_capturing_hook" for name in names):
@@ -342,9 +344,11 @@ class FilledNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         rows, recorder = super().forward(hidden_states), RECORDER.get()
-        if recorder is None or not recorder.encoded or recorder.encoded[-1].dropped is None:
+        dropped = getattr(hidden_states, "dropped", None)
+        if recorder is not None:
+            dropped = recorder.encoded[-1].dropped if recorder.encoded else None
+        if dropped is None:
             return rows
-        dropped = recorder.encoded[-1].dropped
         prefix = rows.shape[1] - dropped.shape[1]
         return torch.cat([rows[:, :prefix], fill_by_mean(rows[:, prefix:], dropped)], dim=1)
 
