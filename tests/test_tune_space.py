@@ -18,7 +18,7 @@ from hf_tokenreduce.modeling.multiply_adds import even_counts, even_share
 from hf_tokenreduce.tuning import Variant, even_setting, search, searched_methods, variants_of
 from hf_tokenreduce.tuning.parts import MOST_SEARCHED, split_rows, subset_sizes
 from hf_tokenreduce.tuning.space import shape_of
-from hf_tokenreduce.tuning.tuner import _parts
+from hf_tokenreduce.tuning.tuner import _without_copies
 
 
 @pytest.mark.parametrize("depth", [4, 12, 24])
@@ -89,11 +89,11 @@ def test_copies_of_a_picture_are_in_one_part(tmp_path):
         picture = Image.new("RGB", (4, 4), (number % 20, 0, 0))  # ten of them are there twice
         picture.save(tmp_path / f"{number}.png")
     photos = load_dataset("imagefolder", data_dir=str(tmp_path), split="train")
-    parts = _parts(photos, None, "image", 0)
+    parts = _without_copies(photos, split_rows(None, 30, 0), "image")
     search, report = (set(contents(photos.select(rows))) for rows in parts)
     assert search and report and not search & report
     with pytest.raises(ValueError, match="Every image is there several times"):
-        _parts(photos.select([0] * 40), None, "image", 0)
+        _without_copies(photos.select([0] * 40), split_rows(None, 40, 0), "image")
 
 
 def test_methods_are_compared_at_the_share_that_their_time_asks_for(monkeypatch):

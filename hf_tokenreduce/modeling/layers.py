@@ -304,10 +304,10 @@ class ReducedLayer(nn.Module):
 def _is_watched(*modules: nn.Module) -> bool:
     """Return whether a forward hook reads what modules return.
 
-    transformers leaves its own hooks in place after a call with `output_hidden_states`. They read only in such calls.
-    """
+    transformers leaves its own hooks in place after a call that reads hidden states. They read only in such calls."""
     names = [getattr(hook, "__name__", "") for module in modules for hook in module._forward_hooks.values()]
-    if not names or any(name != "output_capturing_hook" for name in names):
+    # A checkpointed layer runs again in the backward, after such a call, and must then do the same.
+    if not names or modules[0].training or any(name != "output_capturing_hook" for name in names):
         return bool(names)
     return _active_collector is None or bool(_active_collector.get())
 

@@ -103,19 +103,20 @@ class TokenReduceMixin(_StockModel):
 
     def _set_reduction(self, reduction) -> None:
         before, self.config.reduction = self.config.reduction, reduction
-        encoder, reducers = encoder_of(self), []
+        encoder = encoder_of(self)
+        old = [layer.reducer for layer in encoder.layers]
         try:
             for index, layer in enumerate(encoder.layers):
                 like = next(layer.mlp.parameters())
-                reducers.append(build_reducer(encoder.facts, index).to(device=like.device, dtype=like.dtype))
+                layer.reducer = build_reducer(encoder.facts, index).to(device=like.device, dtype=like.dtype)
+                layer.reducer.train(layer.training)
+                self._initialize(layer)
         except Exception:
-            self.config.reduction = before  # which still runs
+            self.config.reduction = before
+            for layer, reducer in zip(encoder.layers, old, strict=True):
+                layer.reducer = reducer
             raise
         self.config.__dict__.pop("calibrated_share", None)  # it belongs to the old method and what that had learned
-        for layer, reducer in zip(encoder.layers, reducers, strict=True):
-            layer.reducer = reducer
-            layer.reducer.train(layer.training)
-            self._initialize(layer)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):

@@ -121,7 +121,7 @@ def tune(
     found = searched_methods(methods)
     labels = None if of_features else _labels(model, dataset, label_column)
     raw = None if labels is None else list(dataset.with_format(None)[label_column])
-    parts = _parts(dataset, raw, image_column, seed)
+    parts = _parts(dataset, raw, seed)
     folder = _folder(Path(output_dir))
     settings = {
         "model": digest_of_model(model),
@@ -144,6 +144,7 @@ def tune(
         batch_size=batch_size, runtime=runtime, image_column=image_column, num_workers=num_workers, progress=progress,
     )  # fmt: skip
     _check_classes(trials)
+    parts = _without_copies(dataset, parts, image_column)
     variants = [variant for method in found for variant in variants_of(method, trials.facts)]
     own = parse_reduction(getattr(model.config, "reduction", None))
     if own is not None:
@@ -222,7 +223,7 @@ def _labels(model: Any, dataset: Dataset, label_column: str) -> list[int] | None
     return labels_of(dataset, label_column, model.config) if label_column in dataset.column_names else None
 
 
-def _parts(dataset: Dataset, labels: list[int] | None, image_column: str, seed: int) -> Parts:
+def _parts(dataset: Dataset, labels: list[int] | None, seed: int) -> Parts:
     count = len(dataset)
     if count < LEAST_IMAGES:
         raise ValueError(
@@ -234,7 +235,12 @@ def _parts(dataset: Dataset, labels: list[int] | None, image_column: str, seed: 
             f"All {count} images are of one class, so errors between classes cannot be seen. Give images of at least "
             "two classes."
         )
-    search, report = split_rows(labels, count, seed)
+    return split_rows(labels, count, seed)
+
+
+def _without_copies(dataset: Dataset, parts: Parts, image_column: str) -> Parts:
+    """Leave images out of the report that the search sees under another name."""
+    search, report = parts
     searched = set(contents(dataset.select(search), image_column))  # a folder may hold a picture twice
     left = [row for row, one in zip(report, contents(dataset.select(report), image_column), strict=True)
             if one not in searched]  # fmt: skip
