@@ -166,5 +166,29 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def table(results: Path) -> list[str]:
+    """Return the lines of the section of the results page, with one table for each size."""
+    records = {file: json.loads(file.read_text()) for file in sorted(results.glob("authors-tome-*.json"))}
+    first = next(iter(records.values()))
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    lines = [
+        "## ToMe beside the code of its authors",
+        "",
+        f"{first['processor']}, {first['threads']} threads, float32, {versions}, r={first['r']}. Both get the same "
+        "random weights and images, and take turns. Command: `python benchmarks/authors_tome.py --tome_dir FOLDER`. "
+        "The authors' code changes models of timm, which compute queries, keys and values in one product. Models of "
+        "transformers need three. The last column shows what this is worth; it is part of the second column too.",
+    ]
+    for file, found in records.items():
+        size, difference = file.stem.removeprefix("authors-tome-"), found["largest_difference"]
+        lines += [
+            "",
+            f"{size}, medians of {found['repeats']} repeats ([record](../benchmarks/results/{file.name})); largest "
+            f"difference of the logits {difference:.0e}:",
+        ]
+        lines += ["", to_markdown(found["rows"])]
+    return lines
+
+
 if __name__ == "__main__":
     main()

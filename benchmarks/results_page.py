@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import authors_tome
 import claims
-from authors_tome import to_markdown as beside_authors_table
 from train_report import summarise, to_markdown
 
 from hf_tokenreduce.evaluation.accuracy import wilson_interval
@@ -56,7 +56,7 @@ def page(results: Path = RESULTS) -> str:
         (results.glob("compare-*.csv"), comparison),
         ([results] if any(results.glob("tune-*.json")) else [], tuned),
         (results.glob("speed-*.json"), speed),
-        ([results] if any(results.glob("authors-tome-*.json")) else [], beside_authors),
+        ([results] if any(results.glob("authors-tome-*.json")) else [], authors_tome.table),
         (results.glob("int8-accuracy-*.json"), int8),
         ([results] if any(results.glob("train-*/*.json")) else [], claims.table),
         ((folder for folder in results.glob("train-*") if any(folder.glob("*.json"))), trained),
@@ -308,26 +308,6 @@ def speed_cell(row: dict[str, Any] | None) -> str:
     return own if row["runtime"] == "eager" or over_first is None else f"{own} / {over_first:.2f}"
 
 
-def beside_authors(results: Path) -> list[str]:
-    """ToMe of this library beside the authors' code, one table for each size."""
-    records = {file: json.loads(file.read_text()) for file in sorted(results.glob("authors-tome-*.json"))}
-    first = next(iter(records.values()))
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    lines = [
-        "## ToMe beside the code of its authors",
-        "",
-        f"{first['processor']}, {first['threads']} threads, float32, {versions}, r={first['r']}. Both get the same "
-        "random weights and images, and take turns. Command: `python benchmarks/authors_tome.py --tome_dir FOLDER`. "
-        "The authors' code changes models of timm, which compute queries, keys and values in one product. Models of "
-        "transformers need three. The last column shows what this is worth; it is part of the second column too.",
-    ]
-    for file, found in records.items():
-        lines += ["", f"{file.stem.removeprefix('authors-tome-')}, medians of {found['repeats']} repeats "]
-        lines[-1] += f"([record]({link(file)})); largest difference of the logits {found['largest_difference']:.0e}:"
-        lines += ["", beside_authors_table(found["rows"])]
-    return lines
-
-
 def loader(file: Path) -> list[str]:
     """How fast images come, and how fast training takes them."""
     found = json.loads(file.read_text())
@@ -342,10 +322,8 @@ def loader(file: Path) -> list[str]:
         "| what | images per second |",
         rule(2),
     ]
-    lines += [
-        row_of(f"the loader alone, number of workers {count}", f"{rate:.0f}")
-        for count, rate in found["loader"].items()
-    ]
+    for count, rate in found["loader"].items():
+        lines.append(row_of(f"the loader alone, number of workers {count}", f"{rate:.0f}"))
     lines += [row_of(f"the training step, {title_of(name)}", f"{rate:.0f}") for name, rate in found["step"].items()]
     return lines
 
