@@ -149,12 +149,12 @@ def correct(bench: Bench) -> Iterator[Task]:
     def kernel(name: str) -> dict[str, Any]:
         model = _moved(bench.reduced(stock, name), bench.device, bench.half)
         pixels = images.to(bench.device, bench.half)
-        used, by_kernel = attention._has_varlen_kernel, model(pixels).logits
-        attention._has_varlen_kernel = lambda *seen: False
+        used, by_kernel = attention.has_varlen_kernel, model(pixels).logits
+        attention.has_varlen_kernel = lambda *seen: False
         try:
             by_loop = model(pixels).logits
         finally:
-            attention._has_varlen_kernel = used
+            attention.has_varlen_kernel = used
         present = attention.varlen_attn is not None and not bench.smoke
         return {"kernel_is_there": present, "kernel_to_loop": _distance(by_kernel, by_loop)}
 

@@ -1,11 +1,16 @@
 """ATS and LTMP on packed tokens: edges, caps, and that nothing is computed for padding."""
 
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import ADAPTIVE, METHODS, SIZES, reduce_tiny, tiny_images, tiny_model
 
 from hf_tokenreduce import ATSConfig, LTMPConfig, TokenReduceDeiTConfig, TokenReduceViTConfig, reduce_tokens
 from hf_tokenreduce.modeling import attention as attention_module
+from hf_tokenreduce.modeling import received as received_module
 from hf_tokenreduce.modeling.tokens import pad, unpad
 
 
@@ -141,36 +146,57 @@ def test_wrong_settings(attempt, message):
 @pytest.mark.parametrize("release", ["first", "later"])
 def test_a_varlen_kernel_gets_what_it_needs(monkeypatch, release):
     """A stand-in for the CUDA kernel attends one packed sequence after the other. Its first release takes no
-    scale."""
-    calls = []
+    scale. With the attention map never stored, received attention comes from the kernel's sums of exponentials."""
+    calls, summed = [], []
 
     def attend(query, key, value, query_ends, key_ends, longest_query, longest_key, scale):
         assert query_ends.dtype == key_ends.dtype == torch.int32
         assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max()
         assert query.shape[-1] == key.shape[-1] == value.shape[-1]
         calls.append(len(query))
-        outputs = []
+        outputs, log_sums = [], []
         for image in range(len(query_ends) - 1):
             rows = slice(query_ends[image], query_ends[image + 1])
             keys = slice(key_ends[image], key_ends[image + 1])
-            weights = (torch.einsum("qhd,khd->hqk", query[rows], key[keys]) * scale).softmax(dim=-1)
-            outputs.append(torch.einsum("hqk,khd->qhd", weights, value[keys]))
-        return torch.cat(outputs)
+            logits = torch.einsum("qhd,khd->hqk", query[rows], key[keys]) * scale
+            log_sums.append(logits.logsumexp(dim=-1))
+            outputs.append(torch.einsum("hqk,khd->qhd", logits.softmax(dim=-1), value[keys]))
+        return torch.cat(outputs), torch.cat(log_sums, dim=1)
 
-    def first(query, key, value, query_ends, key_ends, longest_query, longest_key):
+    def received_attention(query, key, bias, log_sums, ends, longest, scale):
+        assert longest == ends.diff().max() and log_sums.shape == query.shape[:2]
+        summed.append(len(ends) - 1)
+        columns = []
+        for begin, end in pairwise(ends):
+            logits = query[:, begin:end] @ key[:, begin:end].transpose(1, 2) * scale
+            logits = logits if bias is None else logits + bias[begin:end]
+            columns.append((logits - log_sums[:, begin:end, None]).exp().mean(dim=(0, 1)))
+        return torch.cat(columns)
+
+    def first(query, key, value, query_ends, key_ends, longest_query, longest_key, *, return_aux):
+        assert return_aux.lse
         scale = query.shape[-1] ** -0.5
         return attend(query, key, value, query_ends, key_ends, longest_query, longest_key, scale)
 
-    def later(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale):
+    def later(query, key, value, query_ends, key_ends, longest_query, longest_key, *, return_aux, scale):
+        assert return_aux.lse
         return attend(query, key, value, query_ends, key_ends, longest_query, longest_key, scale)
 
     kernel = first if release == "first" else later
-    for setting in (METHODS["ats"][0], LTMPConfig(merge_threshold=0.4, prune=False)):
+    stand_in = SimpleNamespace(received_attention=received_attention)
+    settings = METHODS["ats"][0], LTMPConfig(merge_threshold=0.4, prune=False), METHODS["ltmp"][0]
+    # The third attends without a map from the first layer on. The last layer, for the class token, needs no columns.
+    for setting, packed_layers, all_sums in zip(settings, (3, 3, 4), (0, 0, 3), strict=True):
         model = reduce_tokens(tiny_model(), setting)
         expected = model(tiny_images())
         monkeypatch.setattr(attention_module, "varlen_attn", kernel)
-        monkeypatch.setattr(attention_module, "_has_varlen_kernel", lambda attention, query: True)
-        calls.clear()
-        torch.testing.assert_close(model(tiny_images()).logits, expected.logits, rtol=1e-4, atol=1e-5)
-        assert len(calls) == 3  # the packed layers
+        monkeypatch.setattr(attention_module, "has_varlen_kernel", lambda attention, query: True)
+        monkeypatch.setattr(received_module, "has_varlen_kernel", lambda attention, query: True)
+        monkeypatch.setattr(received_module, "HAS_TRITON", True)
+        monkeypatch.setitem(sys.modules, "hf_tokenreduce.modeling.received_kernel", stand_in)
+        calls.clear(), summed.clear()
+        output = model(tiny_images())
+        torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-5)
+        assert torch.equal(output.token_counts, expected.token_counts)
+        assert (len(calls), len(summed)) == (packed_layers, all_sums)
         monkeypatch.undo()

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .tokens import pad
+from .tokens import on_device, pad
 
 
 varlen_attn: Any = None
+AuxRequest: Any = None
 with suppress(ImportError):  # exists in torch 2.10 and later
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 
 def _takes_scale(kernel: Any) -> bool:
@@ -105,7 +106,7 @@ class AttentionView(NamedTuple):
         elif self.lengths is None:
             asking = hidden_states[:, :1]
         else:
-            starts = torch.tensor([0, *accumulate(self.lengths[:-1])], device=key.device)
+            starts = on_device([0, *accumulate(self.lengths[:-1])], key.device)
             asking = hidden_states[0].index_select(0, starts)[:, None]
         query = split_heads(self.attention.q_proj(asking), head_dim)
         with full_precision(query):
@@ -180,14 +181,14 @@ def attend(
         # The function of transformers warns a caller who asks for attentions, so such a call must reach it.
         by_sdpa = attention.config._attn_implementation == "sdpa" and not kwargs.get("output_attentions")
         attend_to_all = _attend_by_sdpa if by_sdpa else _attend_evenly
-        return attend_to_all(attention, query, key, value, _logit_bias(key_bias, pairs), **kwargs)
+        return attend_to_all(attention, query, key, value, join_biases(key_bias, pairs), **kwargs)
     if key_lengths is None:
         batch, length = key.shape[0], key.shape[2]
-        key, value = _pack_heads(key), _pack_heads(value)
+        key, value = pack_heads(key), pack_heads(value)
         key_bias = None if key_bias is None else key_bias.reshape(1, -1)
         key_lengths = (length,) * batch
-    if pair_bias is None and _has_varlen_kernel(attention, query):
-        return _attend_varlen(attention, query, key, value, key_bias, query_lengths, key_lengths), None
+    if pair_bias is None and has_varlen_kernel(attention, query):
+        return attend_varlen(attention, query, key, value, key_bias, query_lengths, key_lengths)[0], None
     biases: Any = [None] * len(key_lengths) if key_bias is None else key_bias.split(key_lengths, dim=1)
     attend_to_one = _attend_by_sdpa if attention.config._attn_implementation == "sdpa" else _attend_evenly
     outputs, maps = [], []
@@ -201,89 +202,15 @@ def attend(
         )
     ):
         pairs = None if pair_bias is None else pair_bias.of_image(image, one_query.shape[2], one_key.shape[2])
-        bias = _logit_bias(one_bias, pairs)
+        bias = join_biases(one_bias, pairs)
         output, weights = attend_to_one(attention, one_query, one_key, one_value, bias, **kwargs)
         outputs.append(output)
         if weights is not None:
             maps.append(weights)
-    return torch.cat(outputs, dim=1), _pad_maps(maps, query_lengths, key_lengths) if maps else None
+    return torch.cat(outputs, dim=1), pad_maps(maps, query_lengths, key_lengths) if maps else None
 
 
-def attend_with_map(
-    attention: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_bias: Tensor | None,
-    lengths: Lengths = None,
-    pair_bias: PairBias | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Attend for methods that need the whole map: returns (output, map if eager, received attention (B, T)).
-
-    It goes image by image: the map of one image fits into a CPU's cache, and two maps never exist at once. A graph for
-    any number of images cannot do this, so it computes the maps of all images together.
-    """
-    keep_maps = attention.config._attn_implementation == "eager"
-    if lengths is None and torch.compiler.is_compiling():
-        with full_precision(query):
-            bias = _logit_bias(key_bias, None if pair_bias is None else pair_bias.whole().float())
-            weights = _logits(query, key, bias, attention.scaling).softmax(dim=-1)  # (B, H, T, T)
-            dropped = F.dropout(weights, attention.attention_dropout, attention.training)
-            output = (dropped.to(value.dtype) @ value).transpose(1, 2)
-        return output, weights if keep_maps else None, weights.detach().mean(dim=(1, 2))
-    if lengths is None:
-        images = zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
-        biases: Any = [None] * len(query) if key_bias is None else key_bias.unbind()
-    else:
-        images = zip(*(tensor[0].split(lengths, dim=1) for tensor in (query, key, value)), strict=True)
-        biases = [None] * len(lengths) if key_bias is None else key_bias[0].split(lengths)
-    outputs, received, maps = [], [], []
-    with full_precision(query):
-        for image, ((one_query, one_key, one_value), bias) in enumerate(zip(images, biases, strict=True)):
-            if pair_bias is not None:
-                pairs = pair_bias.of_image(image, one_query.shape[1], one_key.shape[1])[0].float()
-                bias = pairs if bias is None else pairs + bias
-            weights = _logits(one_query, one_key, bias, attention.scaling).softmax(dim=-1)  # (H, T, T)
-            received.append(weights.detach().sum(dim=(0, 1)) / weights[..., 0].numel())
-            if keep_maps:
-                maps.append(weights[None])
-            if attention.training:
-                weights = F.dropout(weights, attention.attention_dropout)
-            outputs.append((weights.to(value.dtype) @ one_value).transpose(0, 1))
-    if lengths is None:
-        return torch.stack(outputs), torch.cat(maps) if keep_maps else None, torch.stack(received)
-    padded_maps = _pad_maps(maps, lengths, lengths) if keep_maps else None
-    return torch.cat(outputs)[None], padded_maps, pad(torch.cat(received)[None], lengths)
-
-
-def attend_masked(
-    attention: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_bias: Tensor | None,
-    mask: Tensor,
-    pair_bias: PairBias | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Attend as `attend_with_map` does, with tokens that are masked instead of removed.
-
-    mask: (B, T), 1 for a live token and 0 for a masked one. It weighs the keys and has a gradient. Masked queries
-    still attend, but their attention does not count as received.
-    """
-    bias = _logit_bias(key_bias, None if pair_bias is None else pair_bias.whole().float())
-    with full_precision(query):
-        logits = _logits(query, key, bias, attention.scaling)  # (B, H, T, T)
-        highest = logits.detach().masked_fill((mask <= 0.5)[:, None, None, :], -torch.inf).amax(dim=-1, keepdim=True)
-        weights = (logits - highest).clamp(max=30).exp() * mask[:, None, None, :]  # a masked one can be far higher
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        live = (mask > 0.5).float()
-        received = (weights.detach().mean(dim=1) * live[:, :, None]).sum(dim=1) / live.sum(dim=1, keepdim=True)
-        dropped = F.dropout(weights, attention.attention_dropout, attention.training)
-        output = (dropped.to(value.dtype) @ value).transpose(1, 2)
-    return output, weights if attention.config._attn_implementation == "eager" else None, received
-
-
-def _logit_bias(key_bias: Tensor | None, pairs: Tensor | None) -> Tensor | None:
+def join_biases(key_bias: Tensor | None, pairs: Tensor | None) -> Tensor | None:
     """Join the biases of keys and pairs: (B, T) if there are only keys, else (B, H, Q, T)."""
     if pairs is None:
         return key_bias
@@ -350,19 +277,7 @@ def _as_mask(bias: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.to(dtype) if bias.ndim == 4 else bias.to(dtype)[:, None, None, :]
 
 
-def _logits(query: Tensor, key: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-    """Compute the logits (..., H, Q, T) float32. bias: per key, (T,) or (B, T), or per pair, (..., H, Q, T)"""
-    if query.ndim == 3 and query.dtype == torch.float32 and bias is not None:
-        # scaling and bias are part of the product, which saves two passes over the map
-        bias = bias if bias.ndim == 3 else bias.expand(len(query), 1, -1)
-        return torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scaling)
-    logits = (query * scaling @ key.transpose(-1, -2)).float()
-    if bias is None:
-        return logits
-    return logits + (bias[:, None, None, :] if bias.ndim == 2 else bias)
-
-
-def _has_varlen_kernel(attention: Any, query: Tensor) -> bool:
+def has_varlen_kernel(attention: Any, query: Tensor) -> bool:
     return (
         varlen_attn is not None
         and query.is_cuda
@@ -373,7 +288,7 @@ def _has_varlen_kernel(attention: Any, query: Tensor) -> bool:
     )
 
 
-def _attend_varlen(
+def attend_varlen(
     attention: Any,
     query: Tensor,
     key: Tensor,
@@ -381,28 +296,32 @@ def _attend_varlen(
     key_bias: Tensor | None,
     query_lengths: tuple[int, ...],
     key_lengths: tuple[int, ...],
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend in packed tokens by one kernel. Returns the output (1, rows, H, d), the logarithm of each query's sum of
+    exponentials (H, rows), and the row where each image's queries begin, with the number of all rows at the end."""
     head_dim = value.shape[-1]
     if key_bias is not None:
         query, key, value = fold_key_bias(query, key, value, key_bias, attention.scaling)
     query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (rows, H, d)
-    query_ends, key_ends = (
-        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=key.device)
-        for lengths in (query_lengths, key_lengths)
-    )
+    query_ends = on_device([0, *accumulate(query_lengths)], key.device, torch.int32)
+    key_ends = query_ends
+    if key_lengths != query_lengths:
+        key_ends = on_device([0, *accumulate(key_lengths)], key.device, torch.int32)
     longest = max(query_lengths), max(key_lengths)
     options = {"scale": attention.scaling}
     if not _takes_scale(varlen_attn):
         query, options = query * (attention.scaling * math.sqrt(query.shape[-1])), {}
-    output = varlen_attn(query, key, value, query_ends, key_ends, *longest, **options)
-    return output[None, ..., :head_dim]
+    output, log_sums = varlen_attn(
+        query, key, value, query_ends, key_ends, *longest, return_aux=AuxRequest(lse=True), **options
+    )
+    return output[None, ..., :head_dim], log_sums, query_ends
 
 
-def _pack_heads(heads: Tensor) -> Tensor:
+def pack_heads(heads: Tensor) -> Tensor:
     """Pack the heads of all images: (B, H, T, d) -> (1, H, B * T, d)."""
     return heads.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
 
 
-def _pad_maps(maps: list[Tensor], query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> Tensor:
+def pad_maps(maps: list[Tensor], query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> Tensor:
     longest = max(query_lengths), max(key_lengths)
     return torch.cat([F.pad(m, (0, longest[1] - m.shape[3], 0, longest[0] - m.shape[2])) for m in maps])

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import AttentionView, PairBias, attend, attend_masked, attend_with_map, split_heads
+from .attention import AttentionView, PairBias, attend, split_heads
 from .encoders import Encoder, EncoderFacts, Layout
 from .grid import dropped_patches, fill_by_mean, on_grid
 from .hooks import Reducer
 from .methods import build_reducer
+from .received import attend_masked, attend_with_map
 from .recording import RECORDER, Encoded
-from .tokens import TokenMap, TokenState, apply_map, move, pad, prefix_alone, representatives, start, unpad
+from .tokens import TokenMap, TokenState, apply_map, move, on_device, pad, prefix_alone, representatives, start, unpad
 
 
 try:
@@ -229,7 +230,7 @@ class ReducedLayer(nn.Module):
             elif lengths is not None and self.training and hasattr(part, "drop_prob"):
                 # One draw for each image, although all packed images are one row.
                 drawn = part(branch.new_ones(len(lengths), 1))
-                branch = branch * drawn.repeat_interleave(torch.tensor(lengths, device=branch.device), dim=0)[None]
+                branch = branch * drawn.repeat_interleave(on_device(lengths, branch.device), dim=0)[None]
             else:
                 branch = part(branch)
         return branch
@@ -333,9 +334,9 @@ def _stack_counts(counts: tuple[Any, ...], state: TokenState) -> Tensor:
     if state.mask is not None:
         return torch.stack(list(counts), dim=1)
     if not any(isinstance(count, tuple) for count in counts):
-        return torch.tensor(counts, device=device).repeat(state.num_images, 1)
+        return on_device(counts, device).repeat(state.num_images, 1)
     rows = [count if isinstance(count, tuple) else (count,) * state.num_images for count in counts]
-    return torch.tensor(list(zip(*rows, strict=True)), device=device)
+    return on_device(list(zip(*rows, strict=True)), device)
 
 
 class FilledNorm(nn.Module):

@@ -33,6 +33,7 @@ from .encoders import (
 from .layers import ReducedLayer, inject
 from .methods import build_reducer, write_extra_method
 from .recording import RECORDER, Encoded, Recorder
+from .tokens import on_device
 
 
 _StockModel: Any = nn.Module  # the mixin is only used in front of a stock model, whose methods it extends
@@ -237,7 +238,7 @@ class TokenReduceMixin(_StockModel):
         """Set padding rows to zero again, because a norm has changed them. A row per patch has no padding."""
         if encoder_of(self).tower.wants_grid:
             return hidden
-        ends = torch.tensor(lengths, device=hidden.device)[:, None]
+        ends = on_device(lengths, hidden.device)[:, None]
         real = torch.arange(hidden.shape[1], device=hidden.device) < ends
         return hidden.masked_fill(~real[..., None], 0.0)
 

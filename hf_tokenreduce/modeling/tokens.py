@@ -359,6 +359,11 @@ def as_numbers(counts: Tensor, most: int) -> tuple[int, ...]:
     return numbers
 
 
+def on_device(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Make a tensor of Python numbers on a device. The host does not wait until a GPU has done all it was given."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
 def ranks(scores: Tensor) -> Tensor:
     """Rank scores (B, N) -> (B, N) long, 0 for the highest. Of equal scores the earlier comes first."""
     order = scores.argsort(dim=1, descending=True, stable=True)
@@ -370,7 +375,7 @@ def _widest(num_tokens: int | tuple[int, ...]) -> int:
 
 
 def _real(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    return torch.arange(max(lengths), device=device) < on_device(lengths, device)[:, None]
 
 
 def _places_in_padded(lengths: tuple[int, ...], device: torch.device) -> Tensor:
@@ -381,7 +386,7 @@ def _places_in_padded(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     total, longest = sum(lengths), max(lengths)
     starts = accumulate(lengths[:-1], initial=0)
     shifts = [image * longest - start for image, start in enumerate(starts)]
-    each, counts = torch.tensor([shifts, lengths], device=device).unbind()
+    each, counts = on_device([shifts, lengths], device).unbind()
     return torch.arange(total, device=device) + each.repeat_interleave(counts, output_size=total)
 
 
@@ -390,7 +395,7 @@ def _even_starts(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 def _packed_starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths[:-1])], device=device)[:, None]
+    return on_device([0, *accumulate(lengths[:-1])], device)[:, None]
 
 
 def _positions(like: Tensor, count: int) -> Tensor:

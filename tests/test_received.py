@@ -1,0 +1,95 @@
+"""The ways to attention with received attention give the same: one image at a time, groups of images, a GPU kernel."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_tokenreduce.modeling import received
+from hf_tokenreduce.modeling.attention import PairBias
+from hf_tokenreduce.modeling.tokens import pad
+
+
+HEADS, HEAD_DIM = 3, 8
+LENGTHS = (7, 4, 9, 1, 9)
+
+
+def attention(implementation):
+    config = SimpleNamespace(_attn_implementation=implementation)
+    return SimpleNamespace(config=config, scaling=HEAD_DIM**-0.5, attention_dropout=0.0, training=False)
+
+
+def drawn(lengths, biased, with_pairs):
+    draw = torch.Generator().manual_seed(0)
+    rows = (1, HEADS, sum(LENGTHS), HEAD_DIM) if lengths else (len(LENGTHS), HEADS, 9, HEAD_DIM)
+    tensors = [torch.randn(rows, generator=draw).requires_grad_() for _ in range(3)]
+    bias = torch.rand(rows[0], rows[2], generator=draw) if biased else None
+    pairs = None
+    if with_pairs:
+        places = torch.stack([torch.randperm(9, generator=draw) for _ in LENGTHS])
+        pairs = PairBias(torch.randn(HEADS, 9, 9, generator=draw), places, places)
+    return tensors, bias, pairs
+
+
+@pytest.mark.parametrize("most", [1, 2 * HEADS * 81, 2**24])
+@pytest.mark.parametrize("with_pairs", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_groups_of_images_are_as_one_image_at_a_time(monkeypatch, lengths, implementation, biased, with_pairs, most):
+    monkeypatch.setattr(received, "MOST_WEIGHTS", most)
+    found = []
+    for attend in (received._attend_one_by_one, received._attend_by_groups):
+        tensors, bias, pairs = drawn(lengths, biased, with_pairs)
+        output, weights, column = attend(attention(implementation), *tensors, bias, lengths, pairs)
+        output.square().sum().backward()
+        found.append((output, weights, column, *(tensor.grad for tensor in tensors)))
+    for one, other in zip(*found, strict=True):
+        if one is None:
+            assert other is None and implementation == "sdpa"
+            continue
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+    sums = found[1][2].sum(dim=1)
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+KERNEL = """
+import torch
+from hf_tokenreduce.modeling.received_kernel import received_attention
+draw = torch.Generator().manual_seed(0)
+lengths, heads = (70, 5, 129, 64), 2
+ends = [0, 70, 75, 204, 268]
+for head_dim, with_bias in ((64, False), (64, True), (80, True)):
+    query, key = (torch.randn(ends[-1], heads, head_dim, generator=draw).half().transpose(0, 1) for _ in range(2))
+    bias = torch.rand(ends[-1], generator=draw) if with_bias else None
+    wanted, log_sums = [], []
+    for begin, end in zip(ends, ends[1:]):
+        logits = query[:, begin:end].float() @ key[:, begin:end].float().transpose(1, 2) * 0.125
+        logits = logits if bias is None else logits + bias[begin:end]
+        log_sums.append(logits.logsumexp(dim=-1))
+        wanted.append(logits.softmax(dim=-1).mean(dim=(0, 1)))
+    found = received_attention(
+        query, key, bias, torch.cat(log_sums, dim=1), torch.tensor(ends, dtype=torch.int32), max(lengths), 0.125
+    )
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-6)
+print("as the map")
+"""
+
+
+def test_the_gpu_kernel_sums_the_columns_of_the_map():
+    """In triton's interpreter, which needs no GPU."""
+    pytest.importorskip("triton", reason="triton comes with torch for CUDA")
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "as the map" in done.stdout, done.stderr
+
+
+def test_padding_receives_nothing():
+    tensors, bias, _ = drawn(LENGTHS, True, False)
+    column = received._attend_by_groups(attention("sdpa"), *tensors, bias, LENGTHS, None)[2]
+    real = pad(torch.ones(1, sum(LENGTHS), dtype=torch.bool), LENGTHS)
+    assert (column[real] > 0).all() and not column[~real].any()
