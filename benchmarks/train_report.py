@@ -7,6 +7,7 @@ Writes `<folder>.md` and `<folder>.png` beside the folder, and prints the table.
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,13 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval, in points, of the mean of differences (seeds, images), each -1, 0 or 1, where images and
     seeds are drawn anew. With few seeds, what they add is drawn from few values and so is too small."""
+    return _interval(differences.astype(np.int8).tobytes(), *differences.shape, seed)
+
+
+@cache  # a report is written after each run, and most of its lines are as before
+def _interval(content: bytes, seeds: int, images: int, seed: int) -> tuple[float, float]:
+    differences = np.frombuffer(content, dtype=np.int8).reshape(seeds, images)
     generator = np.random.default_rng(seed)
-    seeds, images = differences.shape
     means = np.empty(RESAMPLES)
     for one in range(RESAMPLES):
         drawn = differences[generator.integers(0, seeds, seeds)]
@@ -108,20 +114,29 @@ def count_of(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def minutes_of(minutes: float) -> str:
+    if np.isnan(minutes):
+        return ""
+    return f"{minutes:.0f}" if minutes > 2 else f"{minutes:.1f}"
+
+
 def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
     setting = rows[0]["setting"]
     images = len(rows[0]["right"])
     precision = "bfloat16" if setting["bf16"] else "float32"
+    machines = sorted({row["machine"].split(",")[0] for row in rows})
+    at_once = max(row.get("jobs", 1) for row in rows)
+    beside = f" Up to {at_once} runs shared the machine, so one alone would take less." if at_once > 1 else ""
     text = [
-        f"# {setting['model']} trained on {setting['train']}",
+        f"# {setting['model']} trained on {setting['train']}{', on a GPU' if setting.get('device') == 'cuda' else ''}",
         "",
         f"Top-1 in percent on {images} images of {' and '.join(setting['eval'])}, from which nothing was trained or "
         "chosen. Every row begins with the start of its seed and trains as many epochs as the dense control of its "
         "seed, on the same images in the same order. The difference is to that control, in points, with its interval "
-        f"of 95 % for other images and seeds. Trained in {precision} on {rows[0]['machine'].split(',')[0]}, evaluated "
+        f"of 95 % for other images and seeds. Trained in {precision} on {' and '.join(machines)}, evaluated "
         "in float32. The minutes are wall time, also of a machine that did other work meanwhile, of runs that were "
-        "not stopped. By `benchmarks/train_table.py`. Its JSON files, one for each run, hold the result of every "
-        "image and the commands.",
+        f"not stopped.{beside} By `benchmarks/train_table.py`. Its JSON files, one for each run, hold the result of "
+        "every image and the commands.",
         "",
         "| model | share asked for | multiply-adds | top-1 | difference | of each seed | epochs | minutes |",
         "|---" * 8 + "|",
@@ -138,7 +153,7 @@ def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
             difference,
             ", ".join(f"{value:+.1f}" for value in line["seeds"].values()) or count_of(line["num_seeds"], "seed"),
             f"{line['epochs']}",
-            "" if np.isnan(line["minutes"]) else f"{line['minutes']:.0f}",
+            minutes_of(line["minutes"]),
         ]
         text.append(f"| {' | '.join(cells)} |")
     if any(line["other_start"] for line in lines):

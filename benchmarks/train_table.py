@@ -9,8 +9,12 @@ the images of `--eval_dirs`, from which nothing is trained or chosen. The most t
 them all.
 
 Each cell becomes a JSON file in `benchmarks/results/train-<data>-<model>/`. A cell that is there is not run again, and
-a run that was killed goes on from its last epoch: call the same command again. An epoch of 1,800 images takes a tiny
-model about one and a half minutes on two CPU cores. With `--device cuda` the same command runs on a GPU.
+a run that was killed goes on from its last epoch: call the same command again. A cell that fails does not stop the
+others. It is named at the end, and the command then ends with an error. An epoch of 1,800 images takes a tiny model
+about one and a half minutes on two CPU cores.
+
+With `--device cuda` the same command runs on a GPU, and the name of the folder ends in `-cuda`. One training of a tiny
+model leaves most of a GPU idle, because a core cannot read images that fast: `--jobs` trains several cells at once.
 """
 
 import argparse
@@ -21,7 +25,11 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
+import traceback
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +38,7 @@ import transformers
 from torch import Tensor
 from train_report import CONTROL, START, write_report
 from training_free_table import run as predict
+from transformers import AutoConfig
 
 from hf_tokenreduce.files import refuse_other_settings, write_whole
 from hf_tokenreduce.loading import load_images, load_model
@@ -75,9 +84,7 @@ class Cell(NamedTuple):
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     cells = plan(args.seeds, args.shares, args.methods, args.variants)
-    folder = (
-        args.output_dir / f"train-{Path(args.train_dir).resolve().parent.name}-{Path(args.model_name_or_path).name}"
-    )
+    folder = results_folder(args)
     missing = [cell for cell in cells if not (folder / f"{cell.stem}.json").is_file()]
     if args.list:
         for cell in cells:
@@ -90,20 +97,76 @@ def main(arguments: list[str] | None = None) -> None:
             refuse_other_settings(file, json.loads(file.read_text())["setting"], setting_of(cell, args))
     held_out = gather(args.eval_dirs, args.work_dir / "held-out")
     pixels, names = prepare(held_out, args.model_name_or_path)
-    missing = lost_starts(missing, args.work_dir) + missing
-    for number, cell in enumerate(missing):
-        print(
-            f"{cell.stem}: {len(missing) - number} cells to go{time_left(folder, missing[number:], args)}", flush=True
-        )
-        row = train(cell, args, held_out) | evaluate(args.work_dir / cell.stem, pixels, names, args.device)
-        file = folder / f"{cell.stem}.json"
-        if file.is_file():
-            say_what_changed(file, row)
-        else:
-            write_whole(file, json.dumps(row, indent=1) + "\n")
-        print(f"{cell.stem}: top-1 {row['top1']:.2f}, {row['seconds'] / 60:.1f} minutes", flush=True)
-        write_report(folder)
-    print(write_report(folder))
+    pixels = pixels.to(args.device)  # once, and not for each cell
+    alone = threading.Lock()
+
+    def run(cell: Cell) -> None:
+        row = train(cell, args, held_out)
+        with alone:  # loading a model changes settings of the whole process
+            row |= evaluate(args.work_dir / cell.stem, pixels, names, args.device)
+        keep(row, folder / f"{cell.stem}.json")
+
+    def report(to_go: list[Cell]) -> str:
+        if to_go:
+            print(f"{len(to_go)} cells to go{time_left(folder, to_go, args)}", flush=True)
+        return write_report(folder) if any(folder.glob("*.json")) else ""
+
+    failed = run_all(lost_starts(missing, args.work_dir) + missing, args.jobs, run, report)
+    print(report([]))
+    if failed:
+        sys.exit(f"These cells failed or begin from a start that failed: {', '.join(cell.stem for cell in failed)}")
+
+
+def run_all(
+    cells: list[Cell], jobs: int, run: Callable[[Cell], None], report: Callable[[list[Cell]], Any]
+) -> list[Cell]:
+    """Call `run` for each cell, for at most `jobs` of them at once, in their order as far as `may_begin` allows it.
+
+    Each time that cells have begun, `report` is called with all that have not ended.
+
+    Returns the cells that failed, and those that were left out because their start failed.
+    """
+    waiting, failed = list(cells), []
+    running: dict[Future[None], Cell] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            for cell in [*waiting]:
+                if len(running) < jobs and may_begin(cell, waiting, running.values()):
+                    waiting.remove(cell)
+                    print(f"{cell.stem} begins", flush=True)
+                    running[pool.submit(run, cell)] = cell
+            report([*running.values(), *waiting])  # by this thread alone, while the others work
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell, error = running.pop(future), future.exception()
+                if error is not None:
+                    traceback.print_exception(error)
+                    left_out = [other for other in waiting if cell.name == START and other.seed == cell.seed]
+                    waiting = [other for other in waiting if other not in left_out]
+                    failed += [cell, *left_out]
+    return failed
+
+
+def may_begin(cell: Cell, waiting: Iterable[Cell], running: Iterable[Cell]) -> bool:
+    """Whether the start of a cell is there, and no other cell uses the folder of its filter."""
+    start = Cell(START, None, cell.seed)
+    if cell != start and (start in waiting or start in running):
+        return False
+    return cell.name != "dlvit" or all((other.name, other.seed) != ("dlvit", cell.seed) for other in running)
+
+
+def keep(row: dict[str, Any], file: Path) -> None:
+    """Write the record of a cell."""
+    if file.is_file():
+        say_what_changed(file, row)
+    else:
+        write_whole(file, json.dumps(row, indent=1) + "\n")
+    print(f"{file.stem}: top-1 {row['top1']:.2f}, {row['seconds'] / 60:.1f} minutes", flush=True)
+
+
+def results_folder(args: argparse.Namespace) -> Path:
+    """The folder of the records. A GPU rounds sums otherwise than a CPU, so each has its own."""
+    name = f"train-{Path(args.train_dir).resolve().parent.name}-{Path(args.model_name_or_path).name}"
+    return args.output_dir / (name if args.device == "cpu" else f"{name}-{args.device}")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -122,9 +185,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_train_samples", type=int, help="train on fewer images")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16, as is always done on a GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="number of cells that are trained at the same time")
+    parser.add_argument(
+        "--dataloader_num_workers", type=int, default=0, help="processes that read images, for each training"
+    )
     parser.add_argument("--list", action="store_true", help="show the cells and which are done, and stop")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
     args.bf16 = args.bf16 or args.device == "cuda"
     # The scripts are called from the root of this repository.
     args.train_dir, args.work_dir = str(Path(args.train_dir).resolve()), args.work_dir.resolve()
@@ -181,6 +250,8 @@ def setting_of(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
         "label_share": LABEL_SHARE if cell.name == "dlvit" else None,
         "device": args.device,
         "bf16": args.bf16,
+        # The order of the images is the same with workers, but each of them draws its own crops.
+        "dataloader_num_workers": args.dataloader_num_workers or None,
     }
 
 
@@ -231,7 +302,7 @@ def train(cell: Cell, args: argparse.Namespace, held_out: Path) -> dict[str, Any
     belongs(out, {**setting_of(cell, args), "from": digest(Path(source)) if Path(source).is_dir() else str(source)})
     resumed = last_checkpoint(out)
     if not (out / "record.json").is_file():
-        call("examples/run_image_classification.py", training(cell, args, source, held_out, resumed))
+        call("examples/run_image_classification.py", training(cell, args, source, held_out, resumed), args.jobs)
     record = json.loads((out / "record.json").read_text())
     return {
         "name": cell.name,
@@ -246,10 +317,15 @@ def train(cell: Cell, args: argparse.Namespace, held_out: Path) -> dict[str, Any
         # Of a run that was killed, only what came after it is known.
         "seconds": round(time.perf_counter() - began, 1),
         "resumed": resumed is not None,
+        "jobs": args.jobs,  # at most as many cells were trained at the same time
         "start": None if cell.name == START else digest(args.work_dir / f"{START}-seed{cell.seed}"),
-        "machine": f"{args.device}, {os.cpu_count()} cores, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}",
-    }  # fmt: skip
+        "machine": machine_of(args.device),
+    }
+
+
+def machine_of(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def evaluate(folder: Path, pixels: Tensor, names: list[str], device: str) -> dict[str, Any]:
@@ -276,6 +352,8 @@ def training(cell: Cell, args: argparse.Namespace, source: Any, held_out: Path, 
     words += ["--output_dir", args.work_dir / cell.stem, "--seed", cell.seed, "--eval_strategy", "no"]
     words += ["--disable_tqdm", "True", "--bf16", args.bf16, "--use_cpu", args.device == "cpu"]
     words += ["--max_eval_samples", 32]  # all images are evaluated afterwards, one by one
+    if args.dataloader_num_workers:
+        words += ["--dataloader_num_workers", args.dataloader_num_workers]
     words += [] if args.max_train_samples is None else ["--max_train_samples", args.max_train_samples]
     words += [] if resumed is None else ["--resume_from_checkpoint", resumed]
     if cell.name == START:
@@ -292,14 +370,13 @@ def training(cell: Cell, args: argparse.Namespace, source: Any, held_out: Path, 
 def learn_filter(cell: Cell, args: argparse.Namespace, start: Path) -> tuple[Path, dict[str, Any]]:
     """DL-ViT's first stage: the model with a fitted filter, and what is known of the filter. The labels of a start are
     made once, for all shares."""
-    model, _ = load_model(start)
-    keep_rate = DLViTConfig.for_budget(model.config, cell.share).keep_rate
+    keep_rate = DLViTConfig.for_budget(AutoConfig.from_pretrained(start), cell.share).keep_rate
     out = args.work_dir / f"filter-seed{cell.seed}"
     words = ["--model_name_or_path", start, "--train_dir", args.train_dir, "--output_dir", out, "--seed", cell.seed]
     words += ["--max_train_samples", args.label_images, "--labeller", "groups", "--keep_share", LABEL_SHARE]
     words += ["--reduction_args", json.dumps({"keep_rate": keep_rate})]
     words += ["--use_cpu"] if args.device == "cpu" else []
-    call("examples/run_delta_loss.py", words)
+    call("examples/run_delta_loss.py", words, args.jobs)
     return out / "model", json.loads((out / "results.json").read_text())
 
 
@@ -308,20 +385,27 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def call(script: str, words: list[Any]) -> None:
+def call(script: str, words: list[Any], jobs: int) -> None:
     """Run a script of this repository in a process of its own, which gives its memory back."""
     command = [sys.executable, script, *map(str, words)]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    subprocess.run(command, cwd=ROOT, check=True, env=environment(jobs))
+
+
+def environment(jobs: int) -> dict[str, str]:
+    """The environment of a script. Scripts that run at the same time share the cores, and do not fight for them."""
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    return {**threads, **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def time_left(folder: Path, cells: list[Cell], args: argparse.Namespace) -> str:
-    """How long the cells will take, by those that are done."""
+    """How long the cells will take, by those that are done and had as many beside them."""
     rows = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-    per_epoch = [row["seconds"] / row["setting"]["epochs"] for row in rows if not row["resumed"]]
-    if not per_epoch:
+    rows = [row for row in rows if not row["resumed"] and row.get("jobs", 1) == args.jobs]
+    if not rows or not cells:
         return ""
+    per_epoch = statistics.mean(row["seconds"] / row["setting"]["epochs"] for row in rows)
     epochs = sum(args.start_epochs if cell.name == START else args.epochs for cell in cells)
-    return f", about {statistics.mean(per_epoch) * epochs / 60:.0f} minutes"
+    return f", about {per_epoch * epochs / min(args.jobs, len(cells)) / 60:.0f} minutes"
 
 
 if __name__ == "__main__":

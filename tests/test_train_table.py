@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_the_table_of_a_tiny_model(tmp_path, monkeypatch, modules, arguments, ca
     table, _ = modules
     called = []
 
-    def call(script, words):
+    def call(script, words, jobs):
         called.append(script)
         runpy.run_path(str(HERE / script))["main"]([str(word) for word in words])
 
@@ -209,6 +210,149 @@ def test_differences_are_paired_by_seed(modules):
     assert report.summarise(same)[1]["interval"] == (0.0, 0.0)
     assert not lines["tome"]["other_start"]
     assert report.summarise([same[0], same[1] | {"start": "of other weights"}])[1]["other_start"]
+
+
+@pytest.fixture
+def trained_beside(modules, arguments, monkeypatch):
+    """Give a function that runs the table without training: words, names of cells that fail -> what happened."""
+    table, _ = modules
+
+    def run(*words, fails=()):
+        happened, lock, reports = [], threading.Lock(), threading.Lock()
+
+        def train(cell, args, held_out):
+            with lock:
+                happened.append(("begins", cell))
+            time.sleep(0.02)
+            with lock:
+                happened.append(("ends", cell))
+            if cell.stem in fails:
+                raise subprocess.CalledProcessError(1, "train")
+            (args.work_dir / cell.stem).mkdir()
+            (args.work_dir / cell.stem / "record.json").touch()
+            row = {"name": cell.name, "share": cell.share, "seed": cell.seed, "setting": table.setting_of(cell, args)}
+            return row | {"seconds": 60.0, "resumed": False, "jobs": args.jobs}
+
+        def write_report(folder):
+            assert reports.acquire(blocking=False), "two threads write the report"
+            time.sleep(0.005)
+            reports.release()
+            return ""
+
+        monkeypatch.setattr(table, "prepare", lambda folder, model: (torch.zeros(1), []))
+        monkeypatch.setattr(table, "train", train)
+        monkeypatch.setattr(table, "evaluate", lambda *given: {"top1": 50.0, "right": "10"})
+        monkeypatch.setattr(table, "write_report", write_report)
+        try:
+            table.main([*arguments, "--methods", "tome", "dlvit", "--variants", "topk", *words])
+        except SystemExit as end:
+            return happened, end.code
+        return happened, 0
+
+    return run
+
+
+def running_at(happened):
+    """The cells that were in training after each event."""
+    running = []
+    for event, cell in happened:
+        running = [*running, cell] if event == "begins" else [other for other in running if other != cell]
+        yield running
+
+
+def test_cells_are_trained_at_the_same_time(modules, trained_beside, tmp_path, capsys):
+    table, _ = modules
+    happened, code = trained_beside("--jobs", "4", "--seeds", "0", "1", "--shares", "0.65", "0.45")
+    begun = [cell for event, cell in happened if event == "begins"]
+    assert code == 0 and len(begun) == len(set(begun)) == 16
+    assert max(map(len, running_at(happened))) == 4
+    assert {cell.stem for cell in begun[:2]} == {"start-seed0", "start-seed1"}
+    for running in running_at(happened):
+        assert len({cell.seed for cell in running if cell.name == "dlvit"}) == sum(c.name == "dlvit" for c in running)
+    first, second, other = (table.Cell("dlvit", share, seed) for share, seed in ((0.65, 0), (0.45, 0), (0.65, 1)))
+    assert not table.may_begin(second, [], [first]) and table.may_begin(other, [second], [first])
+    for seed in (0, 1):
+        at = [(event, cell.name) for event, cell in happened if cell.seed == seed]
+        assert at[:2] == [("begins", "start"), ("ends", "start")]
+    rows = [json.loads(file.read_text()) for file in (tmp_path / "results" / "train-data-tiny").glob("*.json")]
+    assert len(rows) == 16 and all(row["jobs"] == 4 for row in rows)
+    assert "16 cells to go" in capsys.readouterr().out
+
+    happened, code = trained_beside("--seeds", "0", "1", "2", "--shares", "0.65", "0.45")
+    assert [cell.stem for event, cell in happened if event == "begins"] == [
+        "start-seed2", "dense-seed2", "dlvit-0.65-seed2"
+    ]  # what was missing, in the order of the plan  # fmt: skip
+    assert max(map(len, running_at(happened))) == 1
+    args = table.parse_arguments(
+        ["--model_name_or_path", "m", "--train_dir", "t", "--eval_dirs", "e", "--work_dir", "w"]
+    )
+    cells = [table.Cell("tome", 0.65, seed) for seed in range(6)]
+    folder = tmp_path / "results" / "train-data-tiny"
+    # Those that ran alone took a minute for one epoch of the start, and for three epochs of each other cell.
+    assert table.time_left(folder, cells, args) == ", about 10 minutes" and not table.time_left(tmp_path, cells, args)
+    args.jobs = 4
+    per_epoch = np.mean([1, 1, *[1 / 3] * 14])
+    assert table.time_left(folder, cells, args) == f", about {per_epoch * 18 / 4:.0f} minutes"
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_cell_that_fails_does_not_stop_the_others(trained_beside, tmp_path, jobs, capfd):
+    words = ("--jobs", str(jobs), "--seeds", "0", "1")
+    happened, code = trained_beside(*words, fails=("start-seed1", "tome-0.65-seed0"))
+    folder = tmp_path / "results" / "train-data-tiny"
+    done = {file.stem for file in folder.glob("*.json")}
+    assert done == {"start-seed0", "dense-seed0", "dlvit-0.65-seed0", "topk-0.65-seed0"}
+    assert [cell.stem for event, cell in happened if cell.seed == 1] == ["start-seed1"] * 2
+    assert all(f"{name}-seed1" in code for name in ("start", "dense", "tome-0.65")) and "tome-0.65-seed0" in code
+    assert "dlvit-0.65-seed0" not in code and "CalledProcessError" in capfd.readouterr().err
+
+    happened, code = trained_beside(*words)
+    assert code == 0 and len(list(folder.glob("*.json"))) == 10
+    assert not done & {cell.stem for event, cell in happened}
+
+
+def test_trainings_share_the_cores(modules, monkeypatch):
+    table, _ = modules
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert "OMP_NUM_THREADS" not in table.environment(1)
+    assert table.environment(5)["OMP_NUM_THREADS"] == "3" and table.environment(40)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert table.environment(5)["OMP_NUM_THREADS"] == "2"
+
+
+def test_runs_on_a_gpu_have_records_of_their_own(tmp_path, modules, arguments, monkeypatch, capsys):
+    table, report = modules
+    (tmp_path / "results" / "train-data-tiny-cuda").mkdir(parents=True)
+    (tmp_path / "results" / "train-data-tiny-cuda" / "start-seed0.json").write_text("{}")
+    table.main([*arguments, "--list"])
+    assert "done" not in capsys.readouterr().out
+    table.main([*arguments, "--device", "cuda", "--list"])
+    assert "done     start-seed0" in capsys.readouterr().out
+
+    args = table.parse_arguments([*arguments, "--device", "cuda", "--dataloader_num_workers", "2"])
+    cell = table.Cell("tome", 0.65, 0)
+    words = [str(word) for word in table.training(cell, args, tmp_path, tmp_path, None)]
+    given = {"use_cpu": "False", "bf16": "True", "dataloader_num_workers": "2", "max_eval_samples": "4"}
+    for name, value in given.items():
+        assert words[words.index(f"--{name}") + 1] == value
+    assert table.setting_of(cell, args)["dataloader_num_workers"] == 2  # the workers draw other crops
+    args = table.parse_arguments(arguments)
+    assert table.setting_of(cell, args)["dataloader_num_workers"] is None
+    assert "--dataloader_num_workers" not in table.training(cell, args, tmp_path, tmp_path, None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert table.machine_of("cuda").startswith("NVIDIA H100, ") and table.machine_of("cpu").startswith("cpu, ")
+    with pytest.raises(SystemExit):
+        table.parse_arguments([*arguments, "--jobs", "0"])
+
+    setting = {"model": "tiny", "train": "data/train", "eval": ["data/val"], "epochs": 3, "bf16": True}
+    row = {"name": "dense", "share": None, "seed": 0, "right": "10", "top1": 50.0, "mult_adds_ratio": 1.0}
+    row |= {"seconds": 45.0, "setting": setting | {"device": "cuda"}, "machine": table.machine_of("cuda")}
+    text = report.to_markdown([row], report.summarise([row]))
+    assert "# tiny trained on data/train, on a GPU" in text and "on NVIDIA H100, evaluated" in text
+    assert "| 0.8 |" in text and "shared the machine" not in text  # minutes
+    row |= {"jobs": 12}
+    assert "Up to 12 runs shared the machine" in report.to_markdown([row], report.summarise([row]))
 
 
 @pytest.mark.slow

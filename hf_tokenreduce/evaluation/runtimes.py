@@ -90,6 +90,13 @@ def why_not(runtime: str, adaptive: bool, batch_size: int, dtype: str) -> str | 
     return None
 
 
+def compiled(model: nn.Module, device: torch.device, **options: Any) -> Callable[..., Any]:
+    """Compile a model for batches of one shape. On a GPU its kernels become CUDA graphs, because with few images it
+    takes longer to start them one by one than to run them."""
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    return torch.compile(model, dynamic=False, mode=mode, **options)
+
+
 class _OneInput(nn.Module):
     """Wrap a module so that it takes exactly one tensor. Then torch.export accepts any number of images."""
 

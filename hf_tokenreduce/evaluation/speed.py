@@ -25,7 +25,7 @@ from .breakdown import breakdown
 from .memory import peak_memory
 from .oracle import SliceOracle
 from .paying import nearest_that_pays
-from .runtimes import RUNTIMES, Graphs, MainOutput, check_runtimes, why_not
+from .runtimes import RUNTIMES, Graphs, MainOutput, check_runtimes, compiled, why_not
 from .speed_report import BenchmarkReport, SpeedRow
 
 
@@ -68,10 +68,10 @@ def benchmark(
         warmup: Number of rounds before that, which are not timed.
         threads: Number of CPU threads, for all models. By default torch's setting.
         device: Device, for all models. By default the device of the first model.
-        runtimes: `"eager"`; `"compiled"`, which is torch.compile, where adaptive methods run eagerly; or `"onnx"`,
-            `"openvino"` and `"openvino-int8"`, on the CPU, as graphs of a fixed number of images, where adaptive
-            methods run one image at a time. Each model is compared with the dense one in the same runtime, and with
-            the dense one in the first runtime.
+        runtimes: `"eager"`; `"compiled"`, which is torch.compile, on a GPU with CUDA graphs, where adaptive methods
+            run eagerly; or `"onnx"`, `"openvino"` and `"openvino-int8"`, on the CPU, as graphs of a fixed number of
+            images, where adaptive methods run one image at a time. Each model is compared with the dense one in the
+            same runtime, and with the dense one in the first runtime.
         oracle: Also time the slice oracle of each reduced model: the dense model, cut to the mean number of tokens
             that each layer of the reduced model leaves of this batch. The cut takes no time. If images keep different
             numbers of tokens, a second oracle has the highest number instead of the mean ("padded").
@@ -155,13 +155,14 @@ def _time_batches(
             if reason is not None:
                 left_out.append(f"{name} in {runtime} at batch {batch_size}: {reason}")
                 continue
-            compiled = runtime == "compiled" and name not in adaptive
+            compiles = runtime == "compiled" and name not in adaptive
+            device = batches[0].device
             if RUNTIMES[runtime]:
                 one_by_one = name in adaptive
                 runs[runtime, name, ""] = graphs.open(name, MainOutput(model), runtime, batch_size, dtype, one_by_one)
             else:
                 side = image_side(model)
-                runs[runtime, name, ""] = torch.compile(side, dynamic=False) if compiled else side
+                runs[runtime, name, ""] = compiled(side, device) if compiles else side
             if not oracle or _method(model) is None or (RUNTIMES[runtime] and name in adaptive):
                 continue
             hook = model.config.reduction.hook
@@ -178,7 +179,7 @@ def _time_batches(
                     runs[key] = graphs.open(f"{name} {kind}", cut, runtime, batch_size, dtype)
                 else:
                     lengths[key], oracles[key] = wanted, cut
-                    runs[key] = torch.compile(cut, dynamic=False) if compiled else cut
+                    runs[key] = compiled(cut, device) if compiles else cut
 
     if not runs:
         raise ValueError(f"Nothing can be timed: {'; '.join(left_out)}.")

@@ -131,7 +131,7 @@ def main(
             "The model gets a new head for these classes, and this recipe would freeze it or use it as the teacher. "
             "First train the model as it is, without --reduction. Then train that model with --reduction."
         )
-    model = reduce(dense, model_args, train, processor, data_args)
+    model = reduce(dense, model_args, train, processor, data_args, args.device)
     if model_args.lora:
         model = with_lora(model)
 
@@ -187,7 +187,7 @@ def main(
             print(f"Saved to {args.output_dir}. Now its time beside the dense model is measured.", file=sys.stderr)
         # FSDP leaves a part of each weight in each process: only what is saved is whole.
         whole = AutoModelForImageClassification.from_pretrained(args.output_dir) if sharded else trainer.model
-        record = describe(whole, pixels) | {
+        record = describe(whole, pixels, args.device) | {
             **came_from,
             "dataset": name_of(data_args.dataset_name, data_args.train_dir),
             "eval_dataset": name_of_validation(data_args),
@@ -354,7 +354,14 @@ def load_model(model_args: ModelArguments, names: list[str] | None) -> tuple[Any
     return model, list(range(len(names))), False
 
 
-def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: Any, data_args: DataArguments) -> Any:
+def reduce(
+    dense: Any,
+    model_args: ModelArguments,
+    train: Dataset,
+    processor: Any,
+    data_args: DataArguments,
+    device: torch.device,
+) -> Any:
     if model_args.reduction is None:
         return dense if hasattr(dense.config, "reduction") else reduce_tokens(dense, None)
     settings = parse_settings(model_args.reduction_args)
@@ -368,7 +375,10 @@ def reduce(dense: Any, model_args: ModelArguments, train: Dataset, processor: An
     if method is not None and (method.prepare is not None or (model_args.share and method.at_share is None)):
         photos = first_images(train.shuffle(seed=0), 100, data_args.image_column_name, data_args.on_error)
         pixels = torch.stack([EvalTransform(processor)(photo) for photo in photos])
-    return reduce_to_share(dense, model_args.reduction, model_args.share, pixels, None, settings)
+    if pixels is None:
+        return reduce_to_share(dense, model_args.reduction, model_args.share, None, None, settings)
+    # A fit runs the model many times. The trainer then takes the model from the CPU to where it belongs.
+    return reduce_to_share(dense.to(device), model_args.reduction, model_args.share, pixels, None, settings).cpu()
 
 
 def with_lora(model: Any) -> Any:
@@ -416,21 +426,25 @@ def evaluate_dense(dense: Any, trainer: TokenReduceTrainer) -> float:
 
 
 @torch.no_grad()
-def describe(model: Any, pixels: torch.Tensor, repeats: int = 7, batch_size: int = 32) -> dict[str, Any]:
+def describe(
+    model: Any, pixels: torch.Tensor, device: torch.device, repeats: int = 7, batch_size: int = 32
+) -> dict[str, Any]:
     """Measure what the reduction saves: multiply-adds on all images, time on one batch in turns with the dense one."""
-    model = model.cpu().eval()
+    model = model.to(device).eval()
     plain = restore(model).eval()
-    counts = torch.cat([model(part, **all_layers_act(model)).token_counts for part in pixels.split(batch_size)])
-    batch = pixels[spread(len(pixels), batch_size)]
+    acting = all_layers_act(model)
+    counts = torch.cat([model(part.to(device), **acting).token_counts.cpu() for part in pixels.split(batch_size)])
+    batch = pixels[spread(len(pixels), batch_size)].to(device)
     reduction = model.config.reduction
     share = shares_kept(model.config, counts, facts_of(model.config).num_tokens, reduction).mean().item()
-    seconds, dense_seconds = in_turns([lambda: model(batch), lambda: plain(batch)], repeats, model.device)
+    seconds, dense_seconds = in_turns([lambda: model(batch), lambda: plain(batch)], repeats, device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
         "method": None if reduction is None else reduction.method,
         "settings": None if reduction is None else reduction.to_dict(),
         "mult_adds_ratio": round(share, 4),
         "speedup": round(median_ratio(dense_seconds, seconds)[0], 3),
         "speed_batch_size": len(batch),
-        "machine": f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{where}, torch {torch.__version__}",
         "tokens_per_layer": np.round(counts.double().mean(dim=0).numpy(), 1).tolist(),
     }
