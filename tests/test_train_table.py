@@ -333,7 +333,7 @@ def test_runs_on_a_gpu_have_records_of_their_own(tmp_path, modules, arguments, m
     args = table.parse_arguments([*arguments, "--device", "cuda", "--dataloader_num_workers", "2"])
     cell = table.Cell("tome", 0.65, 0)
     words = [str(word) for word in table.training(cell, args, tmp_path, tmp_path, None)]
-    given = {"use_cpu": "False", "bf16": "True", "dataloader_num_workers": "2", "max_eval_samples": "4"}
+    given = {"use_cpu": "False", "bf16": "True", "dataloader_num_workers": "2", "max_eval_samples": "32"}
     for name, value in given.items():
         assert words[words.index(f"--{name}") + 1] == value
     assert table.setting_of(cell, args)["dataloader_num_workers"] == 2  # the workers draw other crops
