@@ -227,7 +227,7 @@ def weighing(bench: Bench) -> Iterator[Task]:
             return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
 
         def by_channels() -> torch.Tensor:
-            wide = attention.fold_key_bias(query, key, value, bias, 64**-0.5)
+            wide = attention.fold_key_bias(query, key, value, bias[:, None], 64**-0.5)
             return torch.nn.functional.scaled_dot_product_attention(*wide, scale=64**-0.5)[..., :64]
 
         def by_cudnn() -> torch.Tensor:

@@ -25,7 +25,7 @@ def attention_with_bias(query, key, value, bias, scaling):
 def test_folded_bias_is_exact_in_float32(head_dim):
     query, key, value, bias = heads(torch.float32, head_dim)
     scaling = head_dim**-0.5
-    wide = fold_key_bias(query, key, value, bias, scaling)
+    wide = fold_key_bias(query, key, value, bias[:, None], scaling)
     assert {tensor.shape[-1] % 8 for tensor in wide} == {0}
     folded = attention_with_bias(*wide, None, scaling)[..., :head_dim]
     torch.testing.assert_close(folded, attention_with_bias(query, key, value, bias, scaling), rtol=1e-5, atol=1e-6)
@@ -37,13 +37,13 @@ def test_folded_bias_in_half_precision(head_dim, dtype):
     """Of the logits, the folded bias must be good to 16 bits: a bias in one half-precision channel is not."""
     query, key, value, bias = heads(dtype, head_dim)
     scaling = head_dim**-0.5
-    wide_query, wide_key, _ = fold_key_bias(query, key, value, bias, scaling)
+    wide_query, wide_key, _ = fold_key_bias(query, key, value, bias[:, None], scaling)
     exact = query.double() @ key.double().transpose(2, 3) * scaling + bias[:, None, None, :].double()
     folded = wide_query.double() @ wide_key.double().transpose(2, 3) * scaling
     one_channel = query.double() @ key.double().transpose(2, 3) * scaling + bias[:, None, None, :].to(dtype).double()
     assert (folded - exact).abs().max() < 4.0 * 2**-16
     assert (one_channel - exact).abs().max() > 5 * (folded - exact).abs().max()
-    output = attention_with_bias(*fold_key_bias(query, key, value, bias, scaling), None, scaling)[..., :head_dim]
+    output = attention_with_bias(*fold_key_bias(query, key, value, bias[:, None], scaling), None, scaling)[..., :head_dim]
     reference = attention_with_bias(query.float(), key.float(), value.float(), bias, scaling)
     torch.testing.assert_close(output.float(), reference, rtol=0, atol=0.03)
 
@@ -51,7 +51,7 @@ def test_folded_bias_in_half_precision(head_dim, dtype):
 def test_folding_carries_gradients():
     query, key, value, bias = heads(torch.float32, 16)
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    wide = fold_key_bias(*inputs, bias, 0.25)
+    wide = fold_key_bias(*inputs, bias[:, None], 0.25)
     ours = torch.autograd.grad(attention_with_bias(*wide, None, 0.25)[..., :16].pow(2).sum(), inputs)
     theirs = torch.autograd.grad(attention_with_bias(*inputs, bias, 0.25).pow(2).sum(), inputs)
     for a, b in zip(ours, theirs, strict=True):

@@ -8,7 +8,6 @@ d features per head. Packed tokens are one "image" with the rows of all images: 
 import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext, suppress
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .tokens import on_device, pad
+from .tokens import layout_of, pad
 
 
 varlen_attn: Any = None
@@ -99,15 +98,13 @@ class AttentionView(NamedTuple):
         if self.lengths is not None:
             key = split_heads(pad(key.transpose(1, 2).flatten(2), self.lengths), head_dim)
             bias = None if bias is None else pad(bias, self.lengths)
-            real = torch.ones(1, sum(self.lengths), dtype=torch.bool, device=key.device)
-            padding = ~pad(real, self.lengths)
+            padding = ~layout_of(self.lengths, key.device).real
         if self.num_prefix_tokens == 0:
             asking = self._mean_token(bias, padding)
         elif self.lengths is None:
             asking = hidden_states[:, :1]
         else:
-            starts = on_device([0, *accumulate(self.lengths[:-1])], key.device)
-            asking = hidden_states[0].index_select(0, starts)[:, None]
+            asking = hidden_states[0].index_select(0, layout_of(self.lengths, key.device).starts[:, 0])[:, None]
         query = split_heads(self.attention.q_proj(asking), head_dim)
         with full_precision(query):
             logits = query.float() @ key.float().transpose(2, 3) * self.attention.scaling  # (B, H, 1, T)
@@ -224,14 +221,14 @@ def fold_key_bias(
 
     Two extra channels hold bias / scaling as a high and a low part. In half types the two parts together keep at least
     16 bits of its precision. The heads grow to a multiple of 8, as flash kernels require; the caller crops the output.
+
+    key_bias: float32, one number per key, which broadcasts to all dimensions of the keys but the last
     """
     extra = 2 + -(query.shape[-1] + 2) % 8
-    wide_bias = key_bias[:, None, :, None] / scaling
+    wide_bias = (key_bias / scaling).expand(key.shape[:-1])[..., None]
     high = wide_bias.to(key.dtype)
     low = (wide_bias - high.float()).to(key.dtype)
-    heads = key.shape[1]
-    channels = torch.cat([high, low], dim=-1).expand(-1, heads, -1, -1)  # (B, H, T, 2)
-    key = torch.cat([key, F.pad(channels, (0, extra - 2))], dim=-1)
+    key = torch.cat([key, high, low, key.new_zeros(*key.shape[:-1], extra - 2)], dim=-1)
     ones = query.new_ones(*query.shape[:-1], 2)
     query = torch.cat([query, F.pad(ones, (0, extra - 2))], dim=-1)
     return query, key, F.pad(value, (0, extra))
@@ -248,7 +245,7 @@ def _attend_evenly(
         if bias.ndim == 4 or implementation in ("eager", "sdpa"):
             mask = _as_mask(bias, query.dtype)
         else:  # flash kernels take no mask; with one, flex attention would recompile, and crash on a CPU
-            query, key, value = fold_key_bias(query, key, value, bias, attention.scaling)
+            query, key, value = fold_key_bias(query, key, value, bias[:, None], attention.scaling)
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, attention.eager_attention_forward)
     output, weights = interface(
         attention,
@@ -300,13 +297,12 @@ def attend_varlen(
     """Attend in packed tokens by one kernel. Returns the output (1, rows, H, d), the logarithm of each query's sum of
     exponentials (H, rows), and the row where each image's queries begin, with the number of all rows at the end."""
     head_dim = value.shape[-1]
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (rows, H, d), as in memory
     if key_bias is not None:
-        query, key, value = fold_key_bias(query, key, value, key_bias, attention.scaling)
-    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (rows, H, d)
-    query_ends = on_device([0, *accumulate(query_lengths)], key.device, torch.int32)
-    key_ends = query_ends
-    if key_lengths != query_lengths:
-        key_ends = on_device([0, *accumulate(key_lengths)], key.device, torch.int32)
+        query, key, value = fold_key_bias(query, key, value, key_bias[0, :, None], attention.scaling)
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    query_ends = layout_of(query_lengths, key.device).ends
+    key_ends = layout_of(key_lengths, key.device).ends
     longest = max(query_lengths), max(key_lengths)
     options = {"scale": attention.scaling}
     if not _takes_scale(varlen_attn):

@@ -336,7 +336,7 @@ def _stack_counts(counts: tuple[Any, ...], state: TokenState) -> Tensor:
     if not any(isinstance(count, tuple) for count in counts):
         return on_device(counts, device).repeat(state.num_images, 1)
     rows = [count if isinstance(count, tuple) else (count,) * state.num_images for count in counts]
-    return on_device(list(zip(*rows, strict=True)), device)
+    return on_device(rows, device).t().contiguous()
 
 
 class FilledNorm(nn.Module):

@@ -29,7 +29,7 @@ from .attention import (
     pack_heads,
     pad_maps,
 )
-from .tokens import pad, unpad
+from .tokens import layout_of, pad, unpad
 
 
 HAS_TRITON = find_spec("triton") is not None
@@ -135,7 +135,7 @@ def _attend_by_groups(
     if lengths is not None:
         query, key, value = (pad(rows.transpose(1, 2), lengths).transpose(1, 2) for rows in (query, key, value))
         key_bias = None if key_bias is None else pad(key_bias, lengths)
-        live = pad(torch.ones(1, sum(lengths), dtype=torch.bool, device=query.device), lengths)
+        live = layout_of(lengths, query.device).real
     batch, heads, length, _ = query.shape
     step = max(1, MOST_WEIGHTS // (heads * length * length))
     parts = []

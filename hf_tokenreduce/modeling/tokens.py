@@ -9,6 +9,7 @@ tokens, and rows are those of all images one after the other, (1, sum of lengths
 with one number per token, are padded to the longest image in both layouts: (B, N).
 """
 
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -74,7 +75,23 @@ class TokenState(NamedTuple):
         """Return which patch tokens are not padding, (B, N) bool. None: all of them."""
         if self.lengths is None:
             return None
-        return _real(self.lengths, self.hidden_states.device)[:, self.num_prefix_tokens :]
+        return layout_of(self.lengths, self.hidden_states.device).real[:, self.num_prefix_tokens :]
+
+
+class PackedLayout(NamedTuple):
+    """Where the rows of packed images are. T is the length of the longest image.
+
+    Attributes:
+        starts: (B, 1) long, the first row of each image.
+        ends: (B + 1,) int32, the same, and then the number of all rows.
+        places: (sum of lengths,) long, the place of each row among the rows of all images if they are padded.
+        real: (B, T) bool, which tokens of padded images are not padding.
+    """
+
+    starts: Tensor
+    ends: Tensor
+    places: Tensor
+    real: Tensor
 
 
 class TokenMap(NamedTuple):
@@ -99,7 +116,7 @@ class TokenMap(NamedTuple):
     def lengths(self, num_prefix_tokens: int) -> tuple[int, ...] | None:
         if not isinstance(self.num_tokens, tuple) or len(self.num_tokens) == 1:
             return None
-        return tuple(num_prefix_tokens + count for count in self.num_tokens)
+        return _remembered(_with_prefix_tokens, self.num_tokens, num_prefix_tokens)
 
 
 def start(
@@ -287,10 +304,12 @@ def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tup
         total, new_starts = batch * shape[1], _even_starts(batch, shape[1], rows.device)
     else:
         shape = (1, sum(new_lengths), rows.shape[-1])
-        total, new_starts = shape[1], _packed_starts(new_lengths, rows.device)
+        total, new_starts = shape[1], layout_of(new_lengths, rows.device).starts
     slot = torch.where(target < 0, total, new_starts + target)  # dropped: one row past the end, cut off below
     if token_map.weight is None:
-        starts = _even_starts(batch, length, rows.device) if lengths is None else _packed_starts(lengths, rows.device)
+        starts = _even_starts(batch, length, rows.device)
+        if lengths is not None:
+            starts = layout_of(lengths, rows.device).starts
         source = starts + _positions(target, length)
         index = target.new_zeros(total + 1).scatter(0, slot.flatten(), source.flatten())[:-1]
         return flat.index_select(0, index).view(shape)
@@ -322,12 +341,50 @@ def pad(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Pad packed rows (1, sum of lengths, ...) -> (B, longest, ...), with zeros after shorter images."""
     shape = (len(lengths), max(lengths))
     padded = rows.new_zeros(shape[0] * shape[1], *rows.shape[2:])
-    return padded.index_copy(0, _places_in_padded(lengths, rows.device), rows[0]).unflatten(0, shape)
+    return padded.index_copy(0, layout_of(lengths, rows.device).places, rows[0]).unflatten(0, shape)
 
 
 def unpad(padded: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Pack padded rows (B, longest, ...) -> (1, sum of lengths, ...)."""
-    return padded.flatten(0, 1).index_select(0, _places_in_padded(lengths, padded.device))[None]
+    return padded.flatten(0, 1).index_select(0, layout_of(lengths, padded.device).places)[None]
+
+
+def layout_of(lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
+    """Return where the rows of packed images are. Several steps of a layer ask for the same, so it is remembered."""
+    return _remembered(_make_layout, lengths, device)
+
+
+def _make_layout(lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
+    # No number is read from the device, so the host does not wait for it.
+    total, longest = sum(lengths), max(lengths)
+    starts = list(accumulate(lengths, initial=0))
+    counts, first = on_device([lengths, starts[:-1]], device).unbind()
+    within = torch.arange(longest, device=device)
+    image = torch.arange(len(lengths), device=device)
+    shifts = (image * longest - first).repeat_interleave(counts, output_size=total)
+    return PackedLayout(
+        first[:, None],
+        on_device(starts, device, torch.int32),
+        torch.arange(total, device=device) + shifts,
+        within < counts[:, None],
+    )
+
+
+def _with_prefix_tokens(counts: tuple[int, ...], num_prefix_tokens: int) -> tuple[int, ...]:
+    return tuple(num_prefix_tokens + count for count in counts)
+
+
+def _remembered(make: Any, *given: Any) -> Any:
+    """Call a function whose last few results are remembered. Not in a graph, where the numbers are symbols."""
+    if torch.compiler.is_compiling():
+        return make(*given)
+    return _remember(make, *given)
+
+
+@lru_cache(maxsize=16)
+def _remember(make: Any, *given: Any) -> Any:
+    with torch.inference_mode(False):  # a tensor of inference mode could not be used in training
+        return make(*given)
 
 
 def follow(index: Tensor, values: Tensor, fill: float) -> Tensor:
@@ -374,28 +431,8 @@ def _widest(num_tokens: int | tuple[int, ...]) -> int:
     return max(num_tokens) if isinstance(num_tokens, tuple) else num_tokens
 
 
-def _real(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.arange(max(lengths), device=device) < on_device(lengths, device)[:, None]
-
-
-def _places_in_padded(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the place of each packed row among the rows of all padded images, (sum of lengths,) long.
-
-    No number is read from the device, so the host does not wait for it.
-    """
-    total, longest = sum(lengths), max(lengths)
-    starts = accumulate(lengths[:-1], initial=0)
-    shifts = [image * longest - start for image, start in enumerate(starts)]
-    each, counts = on_device([shifts, lengths], device).unbind()
-    return torch.arange(total, device=device) + each.repeat_interleave(counts, output_size=total)
-
-
 def _even_starts(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(batch, device=device)[:, None] * length
-
-
-def _packed_starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return on_device([0, *accumulate(lengths[:-1])], device)[:, None]
 
 
 def _positions(like: Tensor, count: int) -> Tensor:
