@@ -43,7 +43,9 @@ def test_folded_bias_in_half_precision(head_dim, dtype):
     one_channel = query.double() @ key.double().transpose(2, 3) * scaling + bias[:, None, None, :].to(dtype).double()
     assert (folded - exact).abs().max() < 4.0 * 2**-16
     assert (one_channel - exact).abs().max() > 5 * (folded - exact).abs().max()
-    output = attention_with_bias(*fold_key_bias(query, key, value, bias[:, None], scaling), None, scaling)[..., :head_dim]
+    output = attention_with_bias(*fold_key_bias(query, key, value, bias[:, None], scaling), None, scaling)[
+        ..., :head_dim
+    ]
     reference = attention_with_bias(query.float(), key.float(), value.float(), bias, scaling)
     torch.testing.assert_close(output.float(), reference, rtol=0, atol=0.03)
 

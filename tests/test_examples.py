@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -402,20 +403,22 @@ def test_what_is_for_a_cuda_device_runs_on_the_cpu(run, monkeypatch, tmp_path):
     options = ["--smoke", "--output_dir", tmp_path]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)  # this process goes on
-    start, started = subprocess.run, []
+    start, started = subprocess.Popen, []
 
-    def run_part(command, timeout):
-        """Run other parts than the first one here, because each process takes seconds to import torch."""
+    def run_part(command, env):
+        """Run other parts than those that wait for their turn here, because each process takes seconds to import
+        torch."""
         started.append(command[command.index("--part") + 1])
-        if len(started) == 1:
-            return start(command, timeout=timeout)
+        if started[-1] == "speed_compiled":
+            return start([*command[:-3], "0", "2", command[-1]], env=env)  # one of two processes, so it waits
         runpy.run_path(command[1])["main"](command[2:])
-        return subprocess.CompletedProcess(command, 0)
+        return SimpleNamespace(poll=lambda: 0)
 
+    monkeypatch.syspath_prepend(HERE / "benchmarks")
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "run", run_part)
+        patch.setattr(subprocess, "Popen", run_part)
         printed = run("cuda_device.py", *options)
-    assert started == ["correct", "compiled", "waits", "weighing", "speed"]
+    assert started == ["correct", "waits", "compiled", "weighing", "speed", "speed_compiled"]
     assert "Failed: nothing." in printed, printed
     found = json.loads((tmp_path / "cuda-smoke.json").read_text())
     rows = {part: {row["key"]: row["found"] for row in rows} for part, rows in found["parts"].items()}
@@ -427,10 +430,12 @@ def test_what_is_for_a_cuda_device_runs_on_the_cpu(run, monkeypatch, tmp_path):
     assert all(one["waits"] <= one["layers"] for one in rows["waits"].values())
     assert [rows["waits"][name]["waits"] for name in ("tome", "dlvit-even", "dlvit")] == [0, 0, 1]
     assert {row["name"] for row in rows["speed"]["tiny, batch 3, eager"]} == {"dense", "tome", "ats"}
+    assert {row["name"] for row in rows["speed_compiled"]["tiny, batch 3, compiled"]} == {"dense", "tome"}
+    assert not (tmp_path / "cuda-smoke.parts" / "turns").exists()
     table = (tmp_path / "cuda-smoke.md").read_text()
     assert "| tiny, batch 3, eager | ats |" in table and "- tome, float32: error" in table
 
-    part = tmp_path / "cuda-smoke.parts" / "weighing.jsonl"
+    part = tmp_path / "cuda-smoke.parts" / "weighing-0.jsonl"
     known, left = part.read_text(), json.dumps({"key": "a", "failed": "ValueError: no"}) + "\n"
     for before, after in ((known, known), (left, None)):  # what is there is not done again, what is missing is
         part.write_text(before)
