@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import transformers
 from cuda_parts import COMPILED, COMPILED_CELLS, PARTS, Bench
+from cuda_report import table
 from transformers.utils import logging
 
 import hf_tokenreduce
@@ -103,37 +104,6 @@ def run_stage(counts: dict[str, int], seconds: float, start: Callable[..., Any],
     return stopped
 
 
-def table(found: dict[str, Any]) -> str:
-    """Write the results as Markdown."""
-    lines = [f"# {found['device']}", "", f"torch {found['torch']}, transformers {found['transformers']}, "
-             f"{found['date']}. By `benchmarks/cuda_device.py`.", ""]  # fmt: skip
-    for part, rows in found["parts"].items():
-        lines += [f"## {part}", "", (PARTS[part].__doc__ or "").split("\n\n")[0].strip(), ""]
-        if part.startswith("speed"):
-            lines += ["| | model | ms | over dense | of the oracle | peak over dense |", "|---|---|---|---|---|---|"]
-            for row in rows:
-                for one in row.get("found", ()):
-                    oracle, memory = (_short(one[key] or "") for key in ("oracle_share", "memory_over_dense"))
-                    low, high = one["speedup_interval"]
-                    lines.append(
-                        f"| {row['key']} | {one['name']} | {one['p50_ms']:.2f} | {one['speedup']:.2f} "
-                        f"({low:.2f}-{high:.2f}) | {oracle} | {memory} |"
-                    )
-        else:
-            for row in rows:
-                told = ", ".join(f"{key} {_short(value)}" for key, value in row.get("found", {}).items())
-                lines.append(f"- {row['key']}: {told or 'FAILED'}")
-        lines += [f"- {row['key']}: {row['failed']}" for row in rows if "failed" in row]
-        if found["stopped"].get(part):
-            lines.append(f"- **{found['stopped'][part]}**")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="Run on the CPU, with tiny models.")
@@ -141,7 +111,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=8, help="Stop after this time, all parts together.")
     parser.add_argument("--part", choices=PARTS, help="Run only this part, in this process.")
     parser.add_argument("--slice", type=int, nargs=2, default=(0, 1), help="Run every n-th task: the first, and n.")
+    parser.add_argument("--report", type=Path, help="Only write the report of this folder of parts; needs no GPU.")
     args = parser.parse_args(arguments)
+    if args.report:
+        print(report(args.report))
+        return
     if not args.smoke and not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device. With --smoke everything runs on the CPU.")
     name = "smoke" if args.smoke else re.sub(r"\W+", "-", torch.cuda.get_device_name(0)).strip("-").lower()
@@ -150,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.part:
         run_part(args.part, folder, args.smoke, *args.slice)
         return
+    (folder / "about.json").write_text(json.dumps(about(args.smoke)))
 
     def start(part: str, index: int, count: int) -> Any:
         command = [sys.executable, __file__, "--part", part, "--output_dir", str(args.output_dir)]
@@ -165,16 +140,33 @@ def main(arguments: list[str] | None = None) -> None:
             counts, seconds = dict.fromkeys(counts, 1), 900.0
         print(f"{', '.join(counts)}: at most {seconds:.0f} s", flush=True)
         stopped |= run_stage(counts, seconds, start, folder)
+    (folder / "stopped.json").write_text(json.dumps(stopped))
+    print(report(folder))
+
+
+def about(smoke: bool) -> dict[str, str]:
+    """Name the device and the versions."""
+    return {
+        "device": device_name(torch.device("cpu" if smoke else "cuda")),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_tokenreduce": hf_tokenreduce.__version__,
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+    }
+
+
+def report(folder: Path) -> str:
+    """Write what is known so far, as JSON and as Markdown, and tell what failed."""
     parts = {part: rows for part in PARTS if (rows := rows_of(part, folder))}
-    found = {
-        "device": device_name(torch.device("cpu" if args.smoke else "cuda")), "torch": torch.__version__,
-        "transformers": transformers.__version__, "hf_tokenreduce": hf_tokenreduce.__version__,
-        "python": platform.python_version(), "date": date.today().isoformat(), "stopped": stopped, "parts": parts,
-    }  # fmt: skip
-    (args.output_dir / f"cuda-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    (args.output_dir / f"cuda-{name}.md").write_text(table(found) + "\n")
+    stopped = json.loads((folder / "stopped.json").read_text()) if (folder / "stopped.json").is_file() else {}
+    found = {**json.loads((folder / "about.json").read_text()), "stopped": stopped, "parts": parts}
+    file = folder.with_suffix(".json")
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    meanings = {part: (run.__doc__ or "").split("\n\n")[0].strip() for part, run in PARTS.items()}
+    file.with_suffix(".md").write_text(table(found, meanings) + "\n")
     failed = [f"{part}: {row['key']}" for part, rows in parts.items() for row in rows if "failed" in row]
-    print(f"Saved to {args.output_dir / f'cuda-{name}.md'}. Failed: {', '.join(failed + list(stopped)) or 'nothing'}.")
+    return f"Saved to {file.with_suffix('.md')}. Failed: {', '.join(failed + list(stopped)) or 'nothing'}."
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 
 import authors_tome
 import claims
+import cuda_report
+from cuda_report import title_of
 from train_report import summarise, to_markdown
 
 from hf_tokenreduce.evaluation.accuracy import wilson_interval
@@ -57,6 +59,7 @@ def page(results: Path = RESULTS) -> str:
         ([results] if any(results.glob("tune-*.json")) else [], tuned),
         (results.glob("speed-*.json"), speed),
         ([results] if any(results.glob("authors-tome-*.json")) else [], authors_tome.table),
+        (results.glob("cuda-*.json"), lambda file: cuda_report.section(file, link(file))),
         (results.glob("int8-accuracy-*.json"), int8),
         ([results] if any(results.glob("train-*/*.json")) else [], claims.table),
         ((folder for folder in results.glob("train-*") if any(folder.glob("*.json"))), trained),
@@ -411,10 +414,6 @@ def with_interval(row: dict[str, Any], name: str) -> str:
 
 def link(file: Path) -> str:
     return f"../{file.resolve().relative_to(ROOT).as_posix()}"
-
-
-def title_of(name: str) -> str:
-    return METHODS[name].title if name in METHODS else name
 
 
 def known(names: Iterable[str | None]) -> list[str]:

@@ -1,0 +1,134 @@
+"""What `cuda_device.py` found, as a table of its own and as a section of the page of results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_tokenreduce.methods import METHODS
+
+
+TITLES = {"dlvit": "DL-ViT by threshold", "dlvit-even": "DL-ViT by share"}
+
+
+def table(found: dict[str, Any], meanings: dict[str, str]) -> str:
+    """Write all results as Markdown. meanings: what each part checks or measures."""
+    lines = [f"# {found['device']}", "", f"torch {found['torch']}, transformers {found['transformers']}, "
+             f"{found['date']}. By `benchmarks/cuda_device.py`.", ""]  # fmt: skip
+    for part, rows in found["parts"].items():
+        lines += [f"## {part}", "", meanings[part], ""]
+        if part.startswith("speed"):
+            lines += ["| | model | ms | over dense | of the oracle | peak over dense |", "|---|---|---|---|---|---|"]
+            for row in rows:
+                for one in row.get("found", ()):
+                    oracle, memory = (_short(one[key] or "") for key in ("oracle_share", "memory_over_dense"))
+                    low, high = one["speedup_interval"]
+                    lines.append(
+                        f"| {row['key']} | {one['name']} | {one['p50_ms']:.2f} | {one['speedup']:.2f} "
+                        f"({low:.2f}-{high:.2f}) | {oracle} | {memory} |"
+                    )
+        else:
+            for row in rows:
+                told = ", ".join(f"{key} {_short(value)}" for key, value in row.get("found", {}).items())
+                lines.append(f"- {row['key']}: {told or 'FAILED'}")
+        lines += [f"- {row['key']}: {row['failed']}" for row in rows if "failed" in row]
+        lines.append("")
+    lines += [f"- **{part}: {why}**" for part, why in found["stopped"].items()]
+    return "\n".join(lines).rstrip()
+
+
+def section(file: Path, link: str) -> list[str]:
+    """The section on one GPU, for the page of results."""
+    found = json.loads(file.read_text())
+    parts = {
+        part: {row["key"]: row["found"] for row in rows if "found" in row} for part, rows in found["parts"].items()
+    }
+    lines = [
+        f"## On a GPU: {found['device']}",
+        "",
+        f"torch {found['torch']}, transformers {found['transformers']}, bfloat16, random weights. Command: "
+        f"`make bench-cuda` ([record]({link})).",
+        "",
+        *_facts(parts),
+    ]
+    for part, title in (("speed", "In PyTorch"), ("speed_compiled", "Compiled into CUDA graphs")):
+        cells = {key: found for key, found in parts.get(part, {}).items() if not key.endswith(("methods", "profiled"))}
+        if cells:
+            lines += ["", *_speeds(title, cells)]
+    if found["stopped"]:
+        lines += ["", f"The time ended before these parts were whole: {', '.join(found['stopped'])}."]
+    return lines
+
+
+def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
+    lines = []
+    exact = {key.split(",")[0]: one for key, one in parts.get("correct", {}).items() if key.endswith("float32")}
+    if exact:
+        differing = [name for name, one in exact.items() if one.get("same_tokens", 1) < 1]
+        worst = max(one.get("error_of_same", one["error"]) for one in exact.values())
+        lines.append(
+            f"- **Correct.** In float32, {len(exact) - 1} methods and the dense model give the CPU's logits: the "
+            f"largest difference is {worst:.0e} of the largest logit."
+        )
+        if differing:
+            alike = min(exact[name]["same_tokens"] for name in differing)
+            lines[-1] += (
+                f" {' and '.join(map(_title, differing))} kept other tokens in {1 - alike:.0%} of the images, "
+                "where two candidates were nearly equal. These images are not counted in the difference."
+            )
+    waits = parts.get("waits", {})
+    if waits:
+        waiting = [f"{_title(name)} {one['waits']}" for name, one in waits.items() if one["waits"]]
+        lines.append(
+            "- **Waiting.** How often the host waits for the GPU in one forward of 12 layers: "
+            f"{', '.join(waiting)}, all others never."
+        )
+    compiled = parts.get("compiled", {})
+    if compiled:
+        lines.append(
+            f"- **Compiled.** {len(compiled)} models were compiled into CUDA graphs. Each made "
+            f"{max(one['graphs'] for one in compiled.values())} graph for three batches, and gave the eager logits to "
+            f"{max(one['median_error'] for one in compiled.values()):.3f} of the largest, which is the rounding of "
+            "bfloat16."
+        )
+    weighing = [one["channels_over_mask"] for one in parts.get("weighing", {}).values()]
+    if weighing:
+        lines.append(
+            "- **Sizes of merged tokens.** As a mask they cost less time than as extra channels of the heads: the "
+            f"channels take {min(weighing):.1f} to {max(weighing):.1f} times as long. So attention with `sdpa` uses a "
+            "mask."
+        )
+    memory = [one["memory_over_dense"] for cell in parts.get("speed", {}).values() for one in cell[1:]]
+    if memory:
+        lines.append(f"- **Memory.** The peak of a forward is {min(memory):.2f} to {max(memory):.2f} of dense.")
+    return lines
+
+
+def _speeds(title: str, cells: dict[str, Any]) -> list[str]:
+    keys = list(cells)
+    names = list(dict.fromkeys(one["name"] for cell in cells.values() for one in cell))
+    by_name = {key: {one["name"]: one for one in cell} for key, cell in cells.items()}
+    dense = ", ".join(f"{cells[key][0]['p50_ms']:.1f}" for key in keys)
+    lines = [
+        f"{title}, the speed-up over dense and, in brackets, the part of the slice oracle's speed. The dense model "
+        f"takes {dense} ms.",
+        "",
+        "| method | " + " | ".join(", ".join(key.split(", ")[:2]) for key in keys) + " |",
+        "|" + "---|" * (len(keys) + 1),
+    ]
+    for name in names[1:]:
+        row = [by_name[key].get(name) for key in keys]
+        told = ["" if one is None else f"{one['speedup']:.2f} ({one['oracle_share']:.2f})" for one in row]
+        lines.append(f"| {_title(name)} | {' | '.join(told)} |")
+    return lines
+
+
+def title_of(name: str) -> str:
+    return METHODS[name].title if name in METHODS else name
+
+
+def _title(name: str) -> str:
+    return TITLES.get(name) or title_of(name)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
