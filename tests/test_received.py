@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -93,3 +94,7 @@ def test_padding_receives_nothing():
     column = received._attend_by_groups(attention("sdpa"), *tensors, bias, LENGTHS, None)[2]
     real = pad(torch.ones(1, sum(LENGTHS), dtype=torch.bool), LENGTHS)
     assert (column[real] > 0).all() and not column[~real].any()
+
+
+def test_the_kernel_is_asked_for_only_where_triton_is():
+    assert (received.gpu_kernel() is None) == (find_spec("triton") is None)

@@ -12,7 +12,7 @@ promise: they compute the same numbers.
 - On a GPU in half precision, without a map: a flash kernel computes the output, and `received_kernel` the columns.
 """
 
-from importlib.util import find_spec
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ from .attention import (
 from .tokens import layout_of, pad, unpad
 
 
-HAS_TRITON = find_spec("triton") is not None
 MOST_WEIGHTS = 2**24  # of a map that a GPU computes at once: 64 MiB in float32
 
 Attended = tuple[Tensor, Tensor | None, Tensor]
@@ -53,11 +52,21 @@ def attend_with_map(
     """
     if lengths is None and torch.compiler.is_compiling():
         return _attend_at_once(attention, query, key, value, key_bias, None, pair_bias)
-    if pair_bias is None and HAS_TRITON and has_varlen_kernel(attention, query):
+    if pair_bias is None and has_varlen_kernel(attention, query) and gpu_kernel() is not None:
         return _attend_without_map(attention, query, key, value, key_bias, lengths)
     if query.is_cuda:
         return _attend_by_groups(attention, query, key, value, key_bias, lengths, pair_bias)
     return _attend_one_by_one(attention, query, key, value, key_bias, lengths, pair_bias)
+
+
+@lru_cache
+def gpu_kernel() -> Any:
+    """Return the kernel that sums the columns. None: there is no triton, which comes with torch for CUDA."""
+    try:  # on a CPU nothing asks for it, because the import takes time
+        from .received_kernel import received_attention
+    except ImportError:
+        return None
+    return received_attention
 
 
 def _attend_one_by_one(
@@ -159,8 +168,6 @@ def _attend_by_groups(
 def _attend_without_map(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, lengths: Lengths
 ) -> Attended:
-    from .received_kernel import received_attention  # it imports triton, which takes time
-
     batch, _, length, _ = query.shape
     packed = lengths
     if packed is None:
@@ -168,7 +175,7 @@ def _attend_without_map(
         query, key, value = pack_heads(query), pack_heads(key), pack_heads(value)
         key_bias = None if key_bias is None else key_bias.reshape(1, -1)
     output, log_sums, ends = attend_varlen(attention, query, key, value, key_bias, packed, packed)
-    received = received_attention(
+    received = gpu_kernel()(
         query[0].detach(),
         key[0].detach(),
         None if key_bias is None else key_bias[0].detach(),
