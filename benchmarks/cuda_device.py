@@ -13,7 +13,7 @@ The parts are:
 - speed_compiled: the same, compiled into CUDA graphs.
 
 What is not timed runs first, in many processes at once, because a compiler keeps one core busy for half a minute. What
-is timed has the device for itself. Each process has a time limit, and writes each result at once. A failure is
+is timed has the device to itself. Each process has a time limit, and writes each result at once. A failure is
 reported and the rest goes on. A run that was stopped goes on where it stopped.
 """
 
@@ -73,7 +73,8 @@ def run_part(name: str, folder: Path, smoke: bool, index: int, count: int) -> No
 def rows_of(part: str, folder: Path) -> list[dict[str, Any]]:
     """Read what all processes of a part have found so far."""
     files = sorted(folder.glob(f"{part}-*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    # A process that was killed while it wrote leaves half a line.
+    return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.endswith("}")]
 
 
 def run_stage(counts: dict[str, int], seconds: float, start: Callable[..., Any], folder: Path) -> dict[str, str]:
@@ -82,20 +83,25 @@ def run_stage(counts: dict[str, int], seconds: float, start: Callable[..., Any],
     shutil.rmtree(turns, ignore_errors=True)
     turns.mkdir()
     running = [(part, start(part, index, count)) for part, count in counts.items() for index in range(count)]
-    took_turns = next((count for part, count in counts.items() if part == "speed_compiled"), 0)
     began, stopped = time.monotonic(), {}
+
+    def stop(part: str, process: Any) -> None:
+        process.kill()
+        process.wait()
+        stopped[part] = f"The part was stopped after {time.monotonic() - began:.0f} s. Run it again to continue."
+
     while any(process.poll() is None for _, process in running):
         spent = time.monotonic() - began
-        alive = sum(process.poll() is None for _, process in running)
-        ready = len(list(turns.glob("ready-*")))
-        if took_turns and not (turns / "quiet").exists() and (ready >= alive or spent > READY_SHARE * seconds):
-            (turns / "quiet").touch()
+        alive = [(part, process) for part, process in running if process.poll() is None]
+        if "speed_compiled" in counts and not (turns / "quiet").exists():
+            late = [(part, process) for part, process in alive if not (turns / f"ready-{process.pid}").exists()]
+            if not late or spent > READY_SHARE * seconds:
+                for part, process in late:  # it would compile while others are timed
+                    stop(part, process)
+                (turns / "quiet").touch()
         if spent > seconds:
-            for part, process in running:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-                    stopped[part] = f"The part was stopped after {seconds:.0f} s. Run it again to continue."
+            for part, process in alive:
+                stop(part, process)
         time.sleep(0.1)
     for part, process in running:
         if process.poll() and part not in stopped:
@@ -124,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.part:
         run_part(args.part, folder, args.smoke, *args.slice)
         return
-    (folder / "about.json").write_text(json.dumps(about(args.smoke)))
+    (folder / "about.json").write_text(json.dumps(about(args.smoke, args.minutes)))
 
     def start(part: str, index: int, count: int) -> Any:
         command = [sys.executable, __file__, "--part", part, "--output_dir", str(args.output_dir)]
@@ -144,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(report(folder))
 
 
-def about(smoke: bool) -> dict[str, str]:
+def about(smoke: bool, minutes: float) -> dict[str, Any]:
     """Name the device and the versions."""
     return {
         "device": device_name(torch.device("cpu" if smoke else "cuda")),
@@ -153,6 +159,7 @@ def about(smoke: bool) -> dict[str, str]:
         "hf_tokenreduce": hf_tokenreduce.__version__,
         "python": platform.python_version(),
         "date": date.today().isoformat(),
+        "minutes": minutes,
     }
 
 

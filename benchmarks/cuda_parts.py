@@ -5,11 +5,13 @@ A part is a function that yields tasks: a key, and a call that returns what was 
 
 import copy
 import fcntl
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,26 @@ def correct(bench: Bench) -> Iterator[Task]:
     for name in PACKED:
         yield f"{name}, one kernel beside the loop", lambda n=name: kernel(n)
 
+    def columns(biased: bool) -> dict[str, Any]:
+        from hf_tokenreduce.modeling.received_kernel import received_attention
+
+        draw, lengths = torch.Generator().manual_seed(0), [197, 5, 64, 130]
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        query, key = (torch.randn(6, sum(lengths), 64, generator=draw).to(bench.half).float() for _ in range(2))
+        bias = torch.rand(sum(lengths), generator=draw)
+        wanted, log_sums = [], []
+        for begin, end in pairwise(ends.tolist()):
+            logits = query[:, begin:end] @ key[:, begin:end].transpose(1, 2) / 8 + (bias[begin:end] if biased else 0)
+            log_sums.append(logits.logsumexp(dim=-1))
+            wanted.append(logits.softmax(dim=-1).mean(dim=(0, 1)))
+        inputs = query.to(bench.device, bench.half), key.to(bench.device, bench.half)
+        sums, ends = torch.cat(log_sums, dim=1).to(bench.device), ends.to(bench.device, torch.int32)
+        found = received_attention(*inputs, bias.to(bench.device) if biased else None, sums, ends, max(lengths), 0.125)
+        return {"error": _distance(found, torch.cat(wanted))}
+
+    for biased in () if bench.smoke else (False, True):  # triton needs a GPU
+        yield f"columns of a map, {'with' if biased else 'without'} weights", lambda b=biased: columns(b)
+
 
 @torch.no_grad()
 def compiled(bench: Bench) -> Iterator[Task]:
@@ -182,6 +204,7 @@ def compiled(bench: Bench) -> Iterator[Task]:
             "error": torch.cat(errors).max().item(),  # NaN if one of them is NaN
             "median_error": torch.cat(errors).median().item(),
             "graphs": made["stats"]["unique_graphs"],
+            "without_cuda_graphs": made["inductor"]["cudagraph_skips"],
             "seconds": time.perf_counter() - begin,
         }
         if name != "dense" and not bench.smoke:
@@ -271,7 +294,7 @@ def speed_compiled(bench: Bench, turns: Path | None = None) -> Iterator[Task]:
     def measure(size: str, batch: int) -> list[dict[str, Any]]:
         names = list(bench.compiled_names)
         untimed = WARMUP * (2 * len(names) - 1)  # every model and the oracle of each reduced one
-        with in_turn(turns, f"{size}-{batch}", untimed, bench.device) as timer:
+        with in_turn(turns, untimed, bench.device) as timer:
             return _measured(bench, size, batch, names, "eager" if bench.smoke else "compiled", timer=timer)
 
     for size, batch in bench.compiled_cells:
@@ -309,17 +332,19 @@ def _measured(
 
 
 @contextmanager
-def in_turn(turns: Path | None, name: str, untimed: int, device: torch.device) -> Iterator[Any]:
+def in_turn(turns: Path | None, untimed: int, device: torch.device) -> Iterator[Any]:
     """Make a timer for one of several processes. Its first `untimed` calls, which compile, run at once. Then it says
-    in the folder `turns` that it is ready, waits until all are, and has the device for itself until the end."""
-    calls, lock = 0, None
+    in the folder `turns` that it is ready, waits until all are, and has the device to itself until the end."""
+    calls, lock, parent = 0, None, os.getppid()
 
     def timer(call: Callable[[], Any]) -> float:
         nonlocal calls, lock
         calls += 1
         if turns is not None and calls > untimed and lock is None:
-            (turns / f"ready-{name}").touch()
+            (turns / f"ready-{os.getpid()}").touch()
             while not (turns / "quiet").exists():
+                if os.getppid() != parent:
+                    raise RuntimeError("The process that started this one has ended.")
                 time.sleep(0.05)
             lock = (turns / "lock").open("w")
             fcntl.flock(lock, fcntl.LOCK_EX)

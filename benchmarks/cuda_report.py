@@ -46,7 +46,7 @@ def section(file: Path, link: str) -> list[str]:
         f"## On a GPU: {found['device']}",
         "",
         f"torch {found['torch']}, transformers {found['transformers']}, bfloat16, random weights. Command: "
-        f"`make bench-cuda` ([record]({link})).",
+        f"`python benchmarks/cuda_device.py --minutes {found['minutes']:g}` ([record]({link})).",
         "",
         *_facts(parts),
     ]
@@ -54,6 +54,9 @@ def section(file: Path, link: str) -> list[str]:
         cells = {key: found for key, found in parts.get(part, {}).items() if not key.endswith(("methods", "profiled"))}
         if cells:
             lines += ["", *_speeds(title, cells)]
+    failed = [row["key"] for rows in found["parts"].values() for row in rows if "failed" in row]
+    if failed:
+        lines += ["", f"These failed: {'; '.join(failed)}."]
     if found["stopped"]:
         lines += ["", f"The time ended before these parts were whole: {', '.join(found['stopped'])}."]
     return lines
@@ -72,23 +75,24 @@ def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
         if differing:
             alike = min(exact[name]["same_tokens"] for name in differing)
             lines[-1] += (
-                f" {' and '.join(map(_title, differing))} kept other tokens in {1 - alike:.0%} of the images, "
-                "where two candidates were nearly equal. These images are not counted in the difference."
+                f" {' and '.join(map(_title, differing))} kept other tokens in {8 - 8 * alike:.0f} of 8 images, which "
+                "are not counted in the difference."
             )
     waits = parts.get("waits", {})
     if waits:
         waiting = [f"{_title(name)} {one['waits']}" for name, one in waits.items() if one["waits"]]
         lines.append(
             "- **Waiting.** How often the host waits for the GPU in one forward of 12 layers: "
-            f"{', '.join(waiting)}, all others never."
+            f"{', '.join([*waiting, 'all others never' if waiting else 'never'])}."
         )
     compiled = parts.get("compiled", {})
     if compiled:
+        names = dict.fromkeys(key.split(", ")[-1] for key in compiled)
+        worst = max(compiled.values(), key=lambda one: one["error"])["error"]
         lines.append(
-            f"- **Compiled.** {len(compiled)} models were compiled into CUDA graphs. Each made "
-            f"{max(one['graphs'] for one in compiled.values())} graph for three batches, and gave the eager logits to "
-            f"{max(one['median_error'] for one in compiled.values()):.3f} of the largest, which is the rounding of "
-            "bfloat16."
+            f"- **Compiled.** {', '.join(map(_title, names))} were compiled for CUDA graphs. Each made "
+            f"{max(one['graphs'] for one in compiled.values())} graph for three batches. Its logits differ from the "
+            f"eager ones by at most {worst:.3f} of the largest logit, in bfloat16."
         )
     weighing = [one["channels_over_mask"] for one in parts.get("weighing", {}).values()]
     if weighing:
@@ -98,6 +102,7 @@ def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
             "mask."
         )
     memory = [one["memory_over_dense"] for cell in parts.get("speed", {}).values() for one in cell[1:]]
+    memory = [one for one in memory if one is not None]
     if memory:
         lines.append(f"- **Memory.** The peak of a forward is {min(memory):.2f} to {max(memory):.2f} of dense.")
     return lines

@@ -59,7 +59,7 @@ def page(results: Path = RESULTS) -> str:
         ([results] if any(results.glob("tune-*.json")) else [], tuned),
         (results.glob("speed-*.json"), speed),
         ([results] if any(results.glob("authors-tome-*.json")) else [], authors_tome.table),
-        (results.glob("cuda-*.json"), lambda file: cuda_report.section(file, link(file))),
+        (results.glob("cuda-nvidia-*.json"), lambda file: cuda_report.section(file, link(file))),
         (results.glob("int8-accuracy-*.json"), int8),
         ([results] if any(results.glob("train-*/*.json")) else [], claims.table),
         ((folder for folder in results.glob("train-*") if any(folder.glob("*.json"))), trained),

@@ -164,7 +164,7 @@ def keep(row: dict[str, Any], file: Path) -> None:
 
 
 def results_folder(args: argparse.Namespace) -> Path:
-    """The folder of the records. A GPU rounds sums otherwise than a CPU, so each has its own."""
+    """The folder of the records. A GPU rounds sums differently from a CPU, so each has its own."""
     name = f"train-{Path(args.train_dir).resolve().parent.name}-{Path(args.model_name_or_path).name}"
     return args.output_dir / (name if args.device == "cpu" else f"{name}-{args.device}")
 
@@ -392,7 +392,7 @@ def call(script: str, words: list[Any], jobs: int) -> None:
 
 
 def environment(jobs: int) -> dict[str, str]:
-    """The environment of a script. Scripts that run at the same time share the cores, and do not fight for them."""
+    """The environment of a script. Scripts that run at the same time share the cores."""
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     return {**threads, **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 

@@ -1,7 +1,8 @@
 """Run a model for `benchmark` in each runtime: eager or compiled PyTorch, or a graph in ONNX Runtime or OpenVINO."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,21 @@ def why_not(runtime: str, adaptive: bool, batch_size: int, dtype: str) -> str | 
 
 def compiled(model: nn.Module, device: torch.device, **options: Any) -> Callable[..., Any]:
     """Compile a model for batches of one shape. On a GPU its kernels become CUDA graphs, because with few images it
-    takes longer to start them one by one than to run them."""
+    takes longer to start them one by one than to run them.
+
+    Use it inside `many_compiled`. All reduced models share one `forward`, and torch would run the ninth eagerly."""
     mode = "reduce-overhead" if device.type == "cuda" else None
     return torch.compile(model, dynamic=False, mode=mode, **options)
+
+
+@contextmanager
+def many_compiled() -> Iterator[None]:
+    """Let many models be compiled for the duration of a `with` block, and free them at its end."""
+    import torch._dynamo  # it takes time
+
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.accumulated_recompile_limit):
+        yield
+    torch._dynamo.reset()
 
 
 class _OneInput(nn.Module):

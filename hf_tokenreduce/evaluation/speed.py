@@ -25,7 +25,7 @@ from .breakdown import breakdown
 from .memory import peak_memory
 from .oracle import SliceOracle
 from .paying import nearest_that_pays
-from .runtimes import RUNTIMES, Graphs, MainOutput, check_runtimes, compiled, why_not
+from .runtimes import RUNTIMES, Graphs, MainOutput, check_runtimes, compiled, many_compiled, why_not
 from .speed_report import BenchmarkReport, SpeedRow
 
 
@@ -113,10 +113,11 @@ def benchmark(
             images = pixel_values.to(device, dtype)
             with evaluating(*ready.values()), torch.no_grad():
                 for batch_size in batch_sizes:
-                    rows = _time_batches(
-                        ready, dense_name, _batches(images, batch_size, repeats), dtype_name, repeats, warmup,
-                        runtimes, graphs, oracle, times, bar, report.left_out,
-                    )  # fmt: skip
+                    with many_compiled() if "compiled" in runtimes else nullcontext():
+                        rows = _time_batches(
+                            ready, dense_name, _batches(images, batch_size, repeats), dtype_name, repeats, warmup,
+                            runtimes, graphs, oracle, times, bar, report.left_out,
+                        )  # fmt: skip
                     eager = [row for row in rows if row.runtime == "eager"]
                     _measure_more(rows, ready, dense_name, _batches(images, batch_size, 1)[0], breakdown, memory)
                     if suggest and "eager" in runtimes:

@@ -279,6 +279,7 @@ def has_varlen_kernel(attention: Any, query: Tensor) -> bool:
         varlen_attn is not None
         and query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and attention.config._attn_implementation != "eager"
         and not (attention.training and attention.attention_dropout)
@@ -301,8 +302,8 @@ def attend_varlen(
     if key_bias is not None:
         query, key, value = fold_key_bias(query, key, value, key_bias[0, :, None], attention.scaling)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    query_ends = layout_of(query_lengths, key.device).ends
-    key_ends = layout_of(key_lengths, key.device).ends
+    query_ends = _ends(query_lengths, key.device)
+    key_ends = query_ends if key_lengths == query_lengths else _ends(key_lengths, key.device)
     longest = max(query_lengths), max(key_lengths)
     options = {"scale": attention.scaling}
     if not _takes_scale(varlen_attn):
@@ -310,7 +311,16 @@ def attend_varlen(
     output, log_sums = varlen_attn(
         query, key, value, query_ends, key_ends, *longest, return_aux=AuxRequest(lse=True), **options
     )
-    return output[None, ..., :head_dim], log_sums, query_ends
+    if log_sums.shape[0] != query.shape[1]:  # the documentation of torch promises the other order
+        log_sums = log_sums.t()
+    return output[None, ..., :head_dim], log_sums.contiguous(), query_ends
+
+
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the row where each image begins, and the number of all rows: (B + 1,) int32."""
+    if len(set(lengths)) == 1:  # no copy from the CPU
+        return torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * lengths[0]
+    return layout_of(lengths, device).ends
 
 
 def pack_heads(heads: Tensor) -> Tensor:

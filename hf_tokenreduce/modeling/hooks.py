@@ -35,7 +35,7 @@ class Reducer(nn.Module):
     Attributes:
         in_float32: Names of parameters that stay float32 when the model is loaded in a half type.
         prop_attn: Whether attention in this layer counts a token once per patch it stands for.
-        needs_received: Whether `after_attention` reads `view.received`, for which the whole attention map is computed.
+        needs_received: Whether `after_attention` reads `view.received`, which costs a CPU the whole attention map.
         needs_shift: Whether `after_layer` reads `state.shift`.
     """
 

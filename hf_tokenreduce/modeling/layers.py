@@ -230,7 +230,10 @@ class ReducedLayer(nn.Module):
             elif lengths is not None and self.training and hasattr(part, "drop_prob"):
                 # One draw for each image, although all packed images are one row.
                 drawn = part(branch.new_ones(len(lengths), 1))
-                branch = branch * drawn.repeat_interleave(on_device(lengths, branch.device), dim=0)[None]
+                branch = (
+                    branch
+                    * drawn.repeat_interleave(on_device(lengths, branch.device), dim=0, output_size=sum(lengths))[None]
+                )
             else:
                 branch = part(branch)
         return branch
@@ -334,7 +337,12 @@ def _stack_counts(counts: tuple[Any, ...], state: TokenState) -> Tensor:
     if state.mask is not None:
         return torch.stack(list(counts), dim=1)
     if not any(isinstance(count, tuple) for count in counts):
-        return on_device(counts, device).repeat(state.num_images, 1)
+        if device.type == "cuda" and torch.compiler.is_compiling():
+            # CUDA graphs take no copy from the CPU.
+            numbers = torch.stack([torch.full((), count, dtype=torch.long, device=device) for count in counts])
+        else:
+            numbers = on_device(counts, device)
+        return numbers.repeat(state.num_images, 1)
     rows = [count if isinstance(count, tuple) else (count,) * state.num_images for count in counts]
     return on_device(rows, device).t().contiguous()
 

@@ -4,12 +4,12 @@
 B images · T tokens · H heads · d features per head. Packed tokens are one "image" with the rows of all images:
 (1, H, sum of lengths, d).
 
-A token's received attention is the mean of its column of the attention map. There are three ways to it, and one
-promise: they compute the same numbers.
+A token's received attention is the mean of its column of the attention map. It is computed in one of three ways. In
+float32 they agree.
 
-- On a CPU, image by image: the map of one image fits into the cache, and two maps never exist at once.
-- On a GPU, by a few images at once, padded to the longest: a GPU is slow with many small products.
-- On a GPU in half precision, without a map: a flash kernel computes the output, and `received_kernel` the columns.
+- On a CPU, image by image. The map of one image fits into the cache, and two maps never exist at once.
+- On a GPU, in groups of images that are padded to the longest, because a GPU is slow with many small products.
+- On a GPU in half precision, without a map. A flash kernel computes the output, and `received_kernel` the columns.
 """
 
 from functools import lru_cache
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from .attention import (
     Lengths,
@@ -31,6 +32,8 @@ from .attention import (
 )
 from .tokens import layout_of, pad, unpad
 
+
+logger = logging.get_logger(__name__)
 
 MOST_WEIGHTS = 2**24  # of a map that a GPU computes at once: 64 MiB in float32
 
@@ -46,7 +49,7 @@ def attend_with_map(
     lengths: Lengths = None,
     pair_bias: PairBias | None = None,
 ) -> Attended:
-    """Attend for methods that need the whole map: returns (output, map if eager, received attention (B, T)).
+    """Attend for methods that read received attention: returns (output, map if eager, received attention (B, T)).
 
     A graph for any number of images has no loop over images, so it computes the maps of all images together.
     """
@@ -61,11 +64,18 @@ def attend_with_map(
 
 @lru_cache
 def gpu_kernel() -> Any:
-    """Return the kernel that sums the columns. None: there is no triton, which comes with torch for CUDA."""
+    """Return the kernel that sums the columns. None: triton, which comes with torch for CUDA, is missing or fails."""
     try:  # on a CPU nothing asks for it, because the import takes time
         from .received_kernel import received_attention
     except ImportError:
         return None
+    if torch.cuda.is_available():
+        try:  # triton needs a C compiler, which some machines do not have
+            heads, ends = torch.zeros(1, 16, 16, device="cuda", dtype=torch.float16), torch.tensor([0, 16])
+            received_attention(heads, heads, None, heads[..., 0].float(), ends.to("cuda", torch.int32), 16, 1.0)
+        except Exception as error:
+            logger.warning(f"triton cannot make a kernel here, so attention maps are computed in full: {error}")
+            return None
     return received_attention
 
 
@@ -124,8 +134,8 @@ def _attend_at_once(
         if live is None:
             received = weights.detach().mean(dim=(1, 2))
         else:
-            received = (weights.detach() * live[:, None, :, None]).sum(dim=2).mean(dim=1)
-            received = received / live.sum(dim=1, keepdim=True)
+            received = weights.detach().masked_fill(~live[:, None, :, None], 0.0).sum(dim=2).mean(dim=1)
+            received = received / live.sum(dim=1, keepdim=True).clamp(min=1)
         dropped = F.dropout(weights, attention.attention_dropout, attention.training)
         output = (dropped.to(value.dtype) @ value).transpose(1, 2)
     return output, weights if attention.config._attn_implementation == "eager" else None, received

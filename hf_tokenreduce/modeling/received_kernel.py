@@ -3,8 +3,7 @@
 
 A flash kernel keeps of each row of a map the logarithm of its sum of exponentials. With it, any weight of the map can
 be computed again from its query and its key. Each program takes a block of keys of one head of one image, goes through
-the queries of that image, and adds up the weights of its keys. Imported only on a GPU, because triton exists only for
-GPUs.
+the queries of that image, and adds up the weights of its keys. `received.py` imports this file only on a GPU.
 """
 
 import torch
@@ -24,9 +23,10 @@ def _sum_columns(
     query_row, query_head, key_row, key_head, sums_row,
     HAS_BIAS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    image, head = tl.program_id(1), tl.program_id(2)
-    first, last = tl.load(ends + image), tl.load(ends + image + 1)
-    own = first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # 64 bits, because the places of many large images do not fit into 32.
+    image, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    first, last = tl.load(ends + image).to(tl.int64), tl.load(ends + image + 1).to(tl.int64)
+    own = first + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     features = tl.arange(0, WIDTH)
     inside = own < last
     keys = tl.load(
@@ -77,10 +77,11 @@ def received_attention(
     query, key = (part if part.stride(2) == 1 else part.contiguous() for part in (query, key))
     sums = torch.empty(heads, rows, dtype=torch.float32, device=query.device)
     block = 64
-    grid = (triton.cdiv(longest, block), len(ends) - 1, heads)
-    _sum_columns[grid](
-        query, key, log_sums if bias is None else bias, log_sums, ends, sums, rows, scale,
-        query.stride(1), query.stride(0), key.stride(1), key.stride(0), rows,
-        HAS_BIAS=bias is not None, HEAD_DIM=head_dim, WIDTH=max(16, triton.next_power_of_2(head_dim)), BLOCK=block,
-    )  # fmt: skip
+    grid = (len(ends) - 1, triton.cdiv(longest, block), heads)
+    with torch.cuda.device_of(query):  # triton runs on the current device
+        _sum_columns[grid](
+            query, key, log_sums if bias is None else bias, log_sums, ends, sums, rows, scale,
+            query.stride(1), query.stride(0), key.stride(1), key.stride(0), rows,
+            HAS_BIAS=bias is not None, HEAD_DIM=head_dim, WIDTH=max(16, triton.next_power_of_2(head_dim)), BLOCK=block,
+        )  # fmt: skip
     return sums.mean(dim=0)

@@ -9,7 +9,7 @@ tokens, and rows are those of all images one after the other, (1, sum of lengths
 with one number per token, are padded to the longest image in both layouts: (B, N).
 """
 
-from functools import lru_cache
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -75,7 +75,8 @@ class TokenState(NamedTuple):
         """Return which patch tokens are not padding, (B, N) bool. None: all of them."""
         if self.lengths is None:
             return None
-        return layout_of(self.lengths, self.hidden_states.device).real[:, self.num_prefix_tokens :]
+        # A copy, because a method may change its mask in place.
+        return layout_of(self.lengths, self.hidden_states.device).real[:, self.num_prefix_tokens :].clone()
 
 
 class PackedLayout(NamedTuple):
@@ -92,6 +93,30 @@ class PackedLayout(NamedTuple):
     ends: Tensor
     places: Tensor
     real: Tensor
+
+
+class Counts(tuple[int, ...]):
+    """The number of tokens of each packed image. It remembers what was computed from it, because the steps of a layer
+    ask for the same again and again, and a GPU waits for each list that the host makes."""
+
+    known: dict[Any, Any]
+
+    def __new__(cls, numbers: Iterable[int]) -> "Counts":
+        counts = super().__new__(cls, numbers)
+        counts.known = {}
+        return counts
+
+    def plus(self, number: int) -> "Counts":
+        """Return the counts with a number added to each."""
+        if number not in self.known:
+            self.known[number] = Counts(number + count for count in self)
+        return self.known[number]
+
+    def layout(self, device: torch.device) -> PackedLayout:
+        """Return where the rows are."""
+        if device not in self.known:
+            self.known[device] = _make_layout(self, device)
+        return self.known[device]
 
 
 class TokenMap(NamedTuple):
@@ -116,7 +141,9 @@ class TokenMap(NamedTuple):
     def lengths(self, num_prefix_tokens: int) -> tuple[int, ...] | None:
         if not isinstance(self.num_tokens, tuple) or len(self.num_tokens) == 1:
             return None
-        return _remembered(_with_prefix_tokens, self.num_tokens, num_prefix_tokens)
+        if isinstance(self.num_tokens, Counts) and not torch.compiler.is_compiling():
+            return self.num_tokens.plus(num_prefix_tokens)
+        return tuple(num_prefix_tokens + count for count in self.num_tokens)
 
 
 def start(
@@ -350,8 +377,10 @@ def unpad(padded: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 
 def layout_of(lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
-    """Return where the rows of packed images are. Several steps of a layer ask for the same, so it is remembered."""
-    return _remembered(_make_layout, lengths, device)
+    """Return where the rows of packed images are."""
+    if isinstance(lengths, Counts) and not torch.compiler.is_compiling():
+        return lengths.layout(device)
+    return _make_layout(lengths, device)
 
 
 def _make_layout(lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
@@ -368,23 +397,6 @@ def _make_layout(lengths: tuple[int, ...], device: torch.device) -> PackedLayout
         torch.arange(total, device=device) + shifts,
         within < counts[:, None],
     )
-
-
-def _with_prefix_tokens(counts: tuple[int, ...], num_prefix_tokens: int) -> tuple[int, ...]:
-    return tuple(num_prefix_tokens + count for count in counts)
-
-
-def _remembered(make: Any, *given: Any) -> Any:
-    """Call a function whose last few results are remembered. Not in a graph, where the numbers are symbols."""
-    if torch.compiler.is_compiling():
-        return make(*given)
-    return _remember(make, *given)
-
-
-@lru_cache(maxsize=16)
-def _remember(make: Any, *given: Any) -> Any:
-    with torch.inference_mode(False):  # a tensor of inference mode could not be used in training
-        return make(*given)
 
 
 def follow(index: Tensor, values: Tensor, fill: float) -> Tensor:
@@ -413,12 +425,13 @@ def as_numbers(counts: Tensor, most: int) -> tuple[int, ...]:
         for number in numbers:
             torch._check(number >= 2)
             torch._check(number <= most)
-    return numbers
+        return numbers
+    return Counts(numbers)
 
 
 def on_device(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Make a tensor of Python numbers on a device. The host does not wait until a GPU has done all it was given."""
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+    """Make a tensor of Python numbers on a device. The host does not wait for a GPU."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def ranks(scores: Tensor) -> Tensor:

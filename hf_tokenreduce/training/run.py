@@ -430,6 +430,7 @@ def describe(
     model: Any, pixels: torch.Tensor, device: torch.device, repeats: int = 7, batch_size: int = 32
 ) -> dict[str, Any]:
     """Measure what the reduction saves: multiply-adds on all images, time on one batch in turns with the dense one."""
+    device = device if device.type == "cuda" else torch.device("cpu")  # only these two can be timed
     model = model.to(device).eval()
     plain = restore(model).eval()
     acting = all_layers_act(model)
@@ -438,7 +439,9 @@ def describe(
     reduction = model.config.reduction
     share = shares_kept(model.config, counts, facts_of(model.config).num_tokens, reduction).mean().item()
     seconds, dense_seconds = in_turns([lambda: model(batch), lambda: plain(batch)], repeats, device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = f"{torch.cuda.get_device_name(device)}, {str(model.dtype).removeprefix('torch.')}"
     return {
         "method": None if reduction is None else reduction.method,
         "settings": None if reduction is None else reduction.to_dict(),
