@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,12 @@ def run_part(name: str, folder: Path, smoke: bool, index: int, count: int) -> No
 
 def rows_of(part: str, folder: Path) -> list[dict[str, Any]]:
     """Read what all processes of a part have found so far."""
-    files = sorted(folder.glob(f"{part}-*.jsonl"))
-    # A process that was killed while it wrote leaves half a line.
-    return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.endswith("}")]
+    rows = []
+    for file in sorted(folder.glob(f"{part}-*.jsonl")):
+        for line in file.read_text().splitlines():
+            with suppress(json.JSONDecodeError):  # a process that was killed while it wrote leaves half a line
+                rows.append(json.loads(line))
+    return rows
 
 
 def run_stage(counts: dict[str, int], seconds: float, start: Callable[..., Any], folder: Path) -> dict[str, str]:

@@ -5,6 +5,9 @@ import torch
 from helpers import BACKBONES, EVEN, METHODS, reduce_tiny, tiny_images, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from hf_tokenreduce import ToMeConfig
+from hf_tokenreduce.evaluation.runtimes import compiled, many_compiled
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -84,3 +87,15 @@ def test_export(method):
     program = torch.export.export(model, (tiny_images(),))
     output = program.module()(tiny_images(seed=5))
     torch.testing.assert_close(output.logits, model(tiny_images(seed=5)).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_benchmark_compiles_as_many_models_as_it_gets():
+    """All of them have the same forward, and torch would run the ninth eagerly."""
+    stock = tiny_model()
+    with many_compiled():
+        for number in range(10):
+            model, counter = reduce_tiny(stock, ToMeConfig(r=number % 3 + 1)), CompileCounterWithBackend("eager")
+            run = compiled(model, torch.device("cpu"), backend=counter)
+            expected = model(tiny_images()).logits
+            torch.testing.assert_close(run(tiny_images()).logits, expected, rtol=1e-4, atol=1e-5)
+            assert counter.frame_count == 1

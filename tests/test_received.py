@@ -98,3 +98,12 @@ def test_padding_receives_nothing():
 
 def test_the_kernel_is_asked_for_only_where_triton_is():
     assert (received.gpu_kernel() is None) == (find_spec("triton") is None)
+
+
+def test_an_image_without_tokens_gives_no_nan():
+    tensors, bias, _ = drawn(LENGTHS, True, False)
+    first = [tensor.detach()[:, :, :7] for tensor in tensors]
+    output, _, column = received._attend_by_groups(attention("sdpa"), *first, bias[:, :7], (4, 0, 3), None)
+    assert output.isfinite().all() and not column[1].any()
+    sums = column.sum(dim=1)
+    torch.testing.assert_close(sums, torch.tensor([1.0, 0.0, 1.0]))

@@ -1,11 +1,25 @@
 """Properties of token maps, whatever the method that made them."""
 
+import copy
+import pickle
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_tokenreduce.modeling.attention import AttentionView
-from hf_tokenreduce.modeling.tokens import TokenMap, TokenState, apply_map, follow, merge, move, start
+from hf_tokenreduce.modeling.tokens import (
+    TokenMap,
+    TokenState,
+    apply_map,
+    as_numbers,
+    follow,
+    layout_of,
+    merge,
+    move,
+    on_device,
+    start,
+)
 from hf_tokenreduce.modeling.tome import match_most_similar
 from hf_tokenreduce.modeling.topk import keep_best, rounded_up_share
 
@@ -175,3 +189,24 @@ def test_keys_are_averaged_in_float32():
     key = torch.randn(2, 3, 9, 16).to(torch.bfloat16)
     view = AttentionView(None, None, key, key, None, 1)
     assert torch.equal(view.patch_keys(), key.float().mean(dim=1)[:, 1:])
+
+
+def test_what_is_remembered_of_packed_rows_cannot_be_changed():
+    """A layout is made once for its counts. A mask that a method changes in place is its own."""
+    counts = as_numbers(torch.tensor([3, 1, 2]), 3)
+    lengths = TokenMap(torch.zeros(3, 3, dtype=torch.long), counts).lengths(1)
+    assert lengths == (4, 2, 3) and layout_of(lengths, torch.device("cpu")).starts[:, 0].tolist() == [0, 4, 6]
+    assert layout_of(lengths, torch.device("cpu")) is layout_of(lengths, torch.device("cpu"))
+    state = TokenState(torch.randn(1, 9, 2), lengths=lengths)
+    state.valid().fill_(False)
+    assert state.valid().tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+    assert copy.deepcopy(lengths) == pickle.loads(pickle.dumps(lengths)) == lengths
+    for one, plain in zip(
+        layout_of(lengths, torch.device("cpu")), layout_of((4, 2, 3), torch.device("cpu")), strict=True
+    ):
+        assert torch.equal(one, plain)
+
+
+def test_numbers_do_not_go_through_the_default_device():
+    with torch.device("meta"):
+        assert on_device([1, 2], torch.device("cpu")).tolist() == [1, 2]
