@@ -8,18 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_tokenreduce.modeling.attention import AttentionView
-from hf_tokenreduce.modeling.tokens import (
-    TokenMap,
-    TokenState,
-    apply_map,
-    as_numbers,
-    follow,
-    layout_of,
-    merge,
-    move,
-    on_device,
-    start,
-)
+from hf_tokenreduce.modeling.packed import as_numbers, layout_of, on_device
+from hf_tokenreduce.modeling.tokens import TokenMap, TokenState, apply_map, follow, merge, move, start
 from hf_tokenreduce.modeling.tome import match_most_similar
 from hf_tokenreduce.modeling.topk import keep_best, rounded_up_share
 

@@ -17,7 +17,8 @@ from .configuration_base import ReductionConfig
 from .encoders import EncoderFacts
 from .hooks import Reducer
 from .multiply_adds import class_attention_cost
-from .tokens import TokenMap, TokenState, as_numbers
+from .packed import as_numbers
+from .tokens import TokenMap, TokenState
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .tokens import layout_of, pad
+from .packed import layout_of
+from .tokens import pad
 
 
 varlen_attn: Any = None

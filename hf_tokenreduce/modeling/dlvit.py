@@ -31,11 +31,11 @@ from .multiply_adds import (
     largest_within,
     rounded_up_share,
 )
+from .packed import as_numbers
 from .tokens import (
     TokenMap,
     TokenState,
     apply_map,
-    as_numbers,
     ranks,
 )
 

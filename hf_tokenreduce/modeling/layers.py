@@ -18,9 +18,10 @@ from .encoders import Encoder, EncoderFacts, Layout
 from .grid import dropped_patches, fill_by_mean, on_grid
 from .hooks import Reducer
 from .methods import build_reducer
+from .packed import for_each_row, on_device, same_of_all
 from .received import attend_masked, attend_with_map
 from .recording import RECORDER, Encoded
-from .tokens import TokenMap, TokenState, apply_map, move, on_device, pad, prefix_alone, representatives, start, unpad
+from .tokens import TokenMap, TokenState, apply_map, move, pad, prefix_alone, representatives, start, unpad
 
 
 try:
@@ -229,11 +230,7 @@ class ReducedLayer(nn.Module):
                 branch = part * branch
             elif lengths is not None and self.training and hasattr(part, "drop_prob"):
                 # One draw for each image, although all packed images are one row.
-                drawn = part(branch.new_ones(len(lengths), 1))
-                branch = (
-                    branch
-                    * drawn.repeat_interleave(on_device(lengths, branch.device), dim=0, output_size=sum(lengths))[None]
-                )
+                branch = branch * for_each_row(part(branch.new_ones(len(lengths), 1)), lengths)
             else:
                 branch = part(branch)
         return branch
@@ -333,18 +330,12 @@ def _counts(state: TokenState) -> Any:
 def _stack_counts(counts: tuple[Any, ...], state: TokenState) -> Tensor:
     """Make a tensor (B, L) long of the counts of all layers. It is made once, at the end, because a small operation
     in each layer would take more time to start than to run."""
-    device = state.hidden_states.device
     if state.mask is not None:
         return torch.stack(list(counts), dim=1)
     if not any(isinstance(count, tuple) for count in counts):
-        if device.type == "cuda" and torch.compiler.is_compiling():
-            # CUDA graphs take no copy from the CPU.
-            numbers = torch.stack([torch.full((), count, dtype=torch.long, device=device) for count in counts])
-        else:
-            numbers = on_device(counts, device)
-        return numbers.repeat(state.num_images, 1)
+        return same_of_all(counts, state.num_images, state.hidden_states.device)
     rows = [count if isinstance(count, tuple) else (count,) * state.num_images for count in counts]
-    return on_device(rows, device).t().contiguous()
+    return on_device(rows, state.hidden_states.device).t().contiguous()
 
 
 class FilledNorm(nn.Module):

@@ -19,11 +19,11 @@ from .configuration_base import ReductionConfig
 from .encoders import EncoderFacts
 from .hooks import Reducer
 from .multiply_adds import similarity_cost
+from .packed import as_numbers
 from .tokens import (
     TokenMap,
     TokenState,
     apply_map,
-    as_numbers,
     follow,
     merge,
     move,

@@ -32,8 +32,8 @@ from .encoders import (
 )
 from .layers import ReducedLayer, inject
 from .methods import build_reducer, write_extra_method
+from .packed import on_device
 from .recording import RECORDER, Encoded, Recorder
-from .tokens import on_device
 
 
 _StockModel: Any = nn.Module  # the mixin is only used in front of a stock model, whose methods it extends

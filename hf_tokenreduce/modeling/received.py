@@ -30,7 +30,8 @@ from .attention import (
     pack_heads,
     pad_maps,
 )
-from .tokens import layout_of, pad, unpad
+from .packed import layout_of
+from .tokens import pad, unpad
 
 
 logger = logging.get_logger(__name__)

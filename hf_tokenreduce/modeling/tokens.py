@@ -9,13 +9,13 @@ tokens, and rows are those of all images one after the other, (1, sum of lengths
 with one number per token, are padded to the longest image in both layouts: (B, N).
 """
 
-from collections.abc import Iterable
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .packed import Counts, layout_of
 
 
 class TokenState(NamedTuple):
@@ -77,46 +77,6 @@ class TokenState(NamedTuple):
             return None
         # A copy, because a method may change its mask in place.
         return layout_of(self.lengths, self.hidden_states.device).real[:, self.num_prefix_tokens :].clone()
-
-
-class PackedLayout(NamedTuple):
-    """Where the rows of packed images are. T is the length of the longest image.
-
-    Attributes:
-        starts: (B, 1) long, the first row of each image.
-        ends: (B + 1,) int32, the same, and then the number of all rows.
-        places: (sum of lengths,) long, the place of each row among the rows of all images if they are padded.
-        real: (B, T) bool, which tokens of padded images are not padding.
-    """
-
-    starts: Tensor
-    ends: Tensor
-    places: Tensor
-    real: Tensor
-
-
-class Counts(tuple[int, ...]):
-    """The number of tokens of each packed image. It remembers what was computed from it, because the steps of a layer
-    ask for the same again and again, and a GPU waits for each list that the host makes."""
-
-    known: dict[Any, Any]
-
-    def __new__(cls, numbers: Iterable[int]) -> "Counts":
-        counts = super().__new__(cls, numbers)
-        counts.known = {}
-        return counts
-
-    def plus(self, number: int) -> "Counts":
-        """Return the counts with a number added to each."""
-        if number not in self.known:
-            self.known[number] = Counts(number + count for count in self)
-        return self.known[number]
-
-    def layout(self, device: torch.device) -> PackedLayout:
-        """Return where the rows are."""
-        if device not in self.known:
-            self.known[device] = _make_layout(self, device)
-        return self.known[device]
 
 
 class TokenMap(NamedTuple):
@@ -376,29 +336,6 @@ def unpad(padded: Tensor, lengths: tuple[int, ...]) -> Tensor:
     return padded.flatten(0, 1).index_select(0, layout_of(lengths, padded.device).places)[None]
 
 
-def layout_of(lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
-    """Return where the rows of packed images are."""
-    if isinstance(lengths, Counts) and not torch.compiler.is_compiling():
-        return lengths.layout(device)
-    return _make_layout(lengths, device)
-
-
-def _make_layout(lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
-    # No number is read from the device, so the host does not wait for it.
-    total, longest = sum(lengths), max(lengths)
-    starts = list(accumulate(lengths, initial=0))
-    counts, first = on_device([lengths, starts[:-1]], device).unbind()
-    within = torch.arange(longest, device=device)
-    image = torch.arange(len(lengths), device=device)
-    shifts = (image * longest - first).repeat_interleave(counts, output_size=total)
-    return PackedLayout(
-        first[:, None],
-        on_device(starts, device, torch.int32),
-        torch.arange(total, device=device) + shifts,
-        within < counts[:, None],
-    )
-
-
 def follow(index: Tensor, values: Tensor, fill: float) -> Tensor:
     """Pick `values` (B, M) at `index` (B, N), and `fill` where the index is -1. It joins one map to another."""
     if values.shape[1] == 0:  # no token is left in any image
@@ -412,26 +349,6 @@ def sum_by_target(values: Tensor, target: Tensor, num_tokens: int, keeps_all: bo
         return values.new_zeros(target.shape[0], num_tokens).scatter_add(1, target, values)
     sums = values.new_zeros(target.shape[0], num_tokens + 1)
     return sums.scatter_add(1, torch.where(target < 0, num_tokens, target), values)[:, :-1]
-
-
-def as_numbers(counts: Tensor, most: int) -> tuple[int, ...]:
-    """Turn the number of tokens that each image keeps, (B,) long and at most `most`, into Python numbers.
-
-    While a graph is exported these are symbols, and the exporter must know their bounds. With fewer than two tokens
-    some steps would differ.
-    """
-    numbers = tuple(counts.tolist())
-    if torch.compiler.is_compiling():
-        for number in numbers:
-            torch._check(number >= 2)
-            torch._check(number <= most)
-        return numbers
-    return Counts(numbers)
-
-
-def on_device(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Make a tensor of Python numbers on a device. The host does not wait for a GPU."""
-    return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def ranks(scores: Tensor) -> Tensor:
