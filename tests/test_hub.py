@@ -197,6 +197,9 @@ def test_the_folder_holds_what_it_needs_and_nothing_else(tmp_path):
         "hooks",
         "layers",
         "matching",
+        "packed",
+        "received",
+        "received_kernel",
         "recording",
     }
     modeling |= {"modeling_tokenreduce", "multiply_adds", "tokens", "methods", "extra_methods", "version"}
