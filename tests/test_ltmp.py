@@ -7,7 +7,13 @@ import torch
 from helpers import BACKBONES, tiny_images, tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments, ViTImageProcessor
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessor,
+)
 
 from hf_tokenreduce import LTMPConfig, ToMeConfig, calibrate, load_thresholds, reduce_tokens, save_thresholds
 from hf_tokenreduce.modeling.ltmp import budget_share
@@ -323,3 +329,15 @@ def test_thresholds_are_never_rounded(tmp_path, dtype):
     check(type(model).from_pretrained(tmp_path, dtype=dtype))
     check(reduce_tokens(model, model.config.reduction))
     check(copy.deepcopy(model).float().to(dtype))
+
+
+def test_the_budget_is_that_of_the_images_and_not_of_the_configuration():
+    """The configuration of DINOv2 names the largest images, and smaller ones come in."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 4, "mlp_ratio": 2, "patch_size": 8}
+    stock = Dinov2ForImageClassification(Dinov2Config(**sizes, image_size=128, num_labels=3))
+    model = reduce_tokens(stock, LTMPConfig(merge_threshold=0.5, prune_threshold=0.05, target=0.75)).train()
+    output = model(torch.randn(3, 3, 32, 32), labels=torch.tensor([0, 1, 2]))
+    assert output.token_counts[:, 0].max() <= 17
+    expected = 10 * (budget_share(output.token_counts.float().mean(dim=0) / 17, 17, 48) - 0.75) ** 2
+    torch.testing.assert_close(output.auxiliary_loss, expected)

@@ -164,9 +164,7 @@ class ReducedLayer(nn.Module):
         return self._leave(passage) if self.role.is_last else passage
 
     def _is_for_prefix(self, state: TokenState) -> bool:
-        if not self.role.is_last or state.mask is not None:
-            return False
-        recorder = RECORDER.get()
+        recorder = RECORDER.get() if self.role.is_last and state.mask is None else None
         if recorder is None or not recorder.reads_prefix_alone:
             return False
         if self.training and any(parameter.requires_grad for parameter in self.reducer.parameters()):
@@ -293,6 +291,7 @@ class ReducedLayer(nn.Module):
                 state.last_states if recorder.track_patches else None,
                 state.lengths,
                 torch.stack(passage.kept) if passage.kept else None,
+                state.num_prefix_tokens + state.num_patches,
                 dropped_patches(state) if self.role.wants_grid else None,
             )
             recorder.encoded.append(encoded)

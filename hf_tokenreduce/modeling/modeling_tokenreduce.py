@@ -219,7 +219,7 @@ class TokenReduceMixin(_StockModel):
             if one.lengths is not None and values.get("last_hidden_state") is not None:
                 values["last_hidden_state"] = self._without_padding(values["last_hidden_state"], one.lengths)
             if one.kept_shares is not None:
-                auxiliary_loss = self._auxiliary_loss(one.kept_shares)
+                auxiliary_loss = encoder_of(self).reducers[0].auxiliary_loss(one.kept_shares, one.num_tokens)
                 if num_items is not None and getattr(self, "accepts_loss_kwargs", True):
                     # Trainer then divides nothing itself: the parts of all accumulated batches and processes must add
                     # up to a mean.
@@ -229,10 +229,6 @@ class TokenReduceMixin(_StockModel):
                     values["task_loss"] = values["loss"]
                     values["loss"] = values["loss"] + auxiliary_loss
         return reduced_output_class(type(output))(**values)
-
-    def _auxiliary_loss(self, kept_shares: Tensor) -> Tensor:
-        encoder = encoder_of(self)
-        return encoder.reducers[0].auxiliary_loss(kept_shares, encoder.facts.num_tokens)
 
     def _without_padding(self, hidden: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Set padding rows to zero again, because a norm has changed them. A row per patch has no padding."""

@@ -16,6 +16,7 @@ class Encoded(NamedTuple):
         patch_map: (B, N0) long, the row of the token that holds each patch, prefix tokens counted, or None.
         lengths: The number of tokens of each image after the last layer if they are packed, else None.
         kept_shares: (L,), the mean share of the tokens that leaves each layer if tokens are masked, else None.
+        num_tokens: The number of tokens that entered the first layer, prefix tokens included.
         dropped: (B, N0) bool, the patches that no token holds, for a result with a row per patch. None: no patch can
             be dropped.
     """
@@ -26,6 +27,7 @@ class Encoded(NamedTuple):
     last_states: Tensor | None
     lengths: tuple[int, ...] | None
     kept_shares: Tensor | None
+    num_tokens: int
     dropped: Tensor | None
 
 

@@ -33,9 +33,9 @@ from ..files import write_whole
 from ..hub.contents import short
 from ..loading import folder_split, parse_settings, spread
 from ..methods import METHODS
-from ..modeling.encoders import encoder_of, facts_of
+from ..modeling.encoders import encoder_of
 from ..modeling.multiply_adds import shares_kept
-from ..tasks import all_layers_act
+from ..tasks import all_layers_act, facts_on
 from ..timing import in_turns, median_ratio
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
@@ -437,7 +437,7 @@ def describe(
     counts = torch.cat([model(part.to(device), **acting).token_counts.cpu() for part in pixels.split(batch_size)])
     batch = pixels[spread(len(pixels), batch_size)].to(device)
     reduction = model.config.reduction
-    share = shares_kept(model.config, counts, facts_of(model.config).num_tokens, reduction).mean().item()
+    share = shares_kept(model.config, counts, facts_on(model, pixels).num_tokens, reduction).mean().item()
     seconds, dense_seconds = in_turns([lambda: model(batch), lambda: plain(batch)], repeats, device)
     where = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":

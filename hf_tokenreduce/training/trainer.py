@@ -26,6 +26,7 @@ from ..modeling.encoders import encoder_config, encoder_of, facts_of
 from ..modeling.hooks import Reducer
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import shares_kept
+from ..tasks import facts_on
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
 from .losses import distillation_loss, token_loss
@@ -251,12 +252,15 @@ class TokenReduceTrainer(Trainer):
         smoothing = self.args.label_smoothing_factor if learning else 0.0
         parts = {"task_loss": F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)}
         if learning:
-            parts |= self._method_losses(_reduced_model(model), inputs, outputs)
-            self._record(parts, outputs.token_counts)
+            num_tokens = facts_on(_reduced_model(model), inputs["pixel_values"]).num_tokens
+            parts |= self._method_losses(_reduced_model(model), inputs, outputs, num_tokens)
+            self._record(parts, outputs.token_counts, num_tokens)
         loss = torch.stack(list(parts.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
-    def _method_losses(self, reduced: PreTrainedModel, inputs: dict[str, Any], outputs: Any) -> dict[str, Tensor]:
+    def _method_losses(
+        self, reduced: PreTrainedModel, inputs: dict[str, Any], outputs: Any, num_tokens: int
+    ) -> dict[str, Tensor]:
         parts = {}
         if outputs.kept_shares is not None:
             # The loss is not linear in the kept share, so its value needs the images of all ranks. The gradient flows
@@ -264,11 +268,8 @@ class TokenReduceTrainer(Trainer):
             kept = outputs.kept_shares
             in_step = kept.detach() if self._kept_in_step is None else self._kept_in_step
             everywhere = self.accelerator.reduce(in_step.clone(), "mean")
-            parts["auxiliary_loss"] = (
-                encoder_of(reduced)
-                .reducers[0]
-                .auxiliary_loss(kept + (everywhere - kept.detach()), self._num_tokens(reduced))
-            )
+            kept = kept + (everywhere - kept.detach())
+            parts["auxiliary_loss"] = encoder_of(reduced).reducers[0].auxiliary_loss(kept, num_tokens)
         if self.teacher is None:
             return parts
         with torch.no_grad():
@@ -284,9 +285,8 @@ class TokenReduceTrainer(Trainer):
             parts["token_loss"] = self.args.token_weight * token_loss(student_tokens, teacher_tokens)
         return parts
 
-    def _record(self, parts: dict[str, Tensor], token_counts: Tensor) -> None:
+    def _record(self, parts: dict[str, Tensor], token_counts: Tensor, num_tokens: int) -> None:
         reduced = _reduced_model(self.model)
-        num_tokens = self._num_tokens(reduced)
         seen = {name: part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
         shares = shares_kept(reduced.config, token_counts.cpu(), num_tokens, reduced.config.reduction)
         seen["multiply_adds_share"] = shares.mean()
@@ -303,9 +303,6 @@ class TokenReduceTrainer(Trainer):
             logs = {**logs, **{name: round(mean, 6) for name, mean in zip(self._sums, means, strict=True)}}
             self._sums, self._batches = {}, 0
         super().log(logs, *args, **kwargs)
-
-    def _num_tokens(self, reduced: PreTrainedModel) -> int:
-        return facts_of(reduced.config).num_tokens
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:  # two processes must not replace the files of one folder
