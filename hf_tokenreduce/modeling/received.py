@@ -54,9 +54,11 @@ def attend_with_map(
 
     A graph for any number of images has no loop over images, so it computes the maps of all images together.
     """
-    if lengths is None and torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if lengths is None and compiling:
         return _attend_at_once(attention, query, key, value, key_bias, None, pair_bias)
-    if pair_bias is None and has_varlen_kernel(attention, query) and gpu_kernel() is not None:
+    without_map = pair_bias is None and not compiling and has_varlen_kernel(attention, query)
+    if without_map and gpu_kernel() is not None:
         return _attend_without_map(attention, query, key, value, key_bias, lengths)
     if query.is_cuda:
         return _attend_by_groups(attention, query, key, value, key_bias, lengths, pair_bias)
