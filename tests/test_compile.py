@@ -91,7 +91,7 @@ def test_export(method):
 
 def test_a_benchmark_compiles_as_many_models_as_it_gets():
     """All of them have the same forward, and torch would run the ninth eagerly."""
-    stock = tiny_model()
+    stock = tiny_model(num_hidden_layers=1)
     with many_compiled():
         for number in range(10):
             model, counter = reduce_tiny(stock, ToMeConfig(r=number % 3 + 1)), CompileCounterWithBackend("eager")
