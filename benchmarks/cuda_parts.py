@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_report import CHECKED_IMAGES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -114,7 +115,7 @@ class Bench:
 def correct(bench: Bench) -> Iterator[Task]:
     """Logits on the device, compared with float32 logits on the CPU, for each method and data type."""
     size = bench.smallest
-    stock, images = bench.stock(size), bench.images(size, 8)
+    stock, images = bench.stock(size), bench.images(size, CHECKED_IMAGES)
     torch.backends.cudnn.allow_tf32 = False  # it rounds the patch embedding to 10 bits
 
     def compare(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def compiled(bench: Bench) -> Iterator[Task]:
 def waits(bench: Bench) -> Iterator[Task]:
     """How often the host waits for the device in one forward: at most once per layer that reduces."""
     size = bench.smallest
-    stock, images = bench.stock(size), bench.images(size, 8)
+    stock, images = bench.stock(size), bench.images(size, CHECKED_IMAGES)
 
     def count(name: str) -> dict[str, Any]:
         model = _moved(bench.reduced(stock, name), bench.device, bench.half)

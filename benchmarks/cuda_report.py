@@ -7,6 +7,7 @@ from typing import Any
 from hf_tokenreduce.methods import METHODS
 
 
+CHECKED_IMAGES = 8  # on which the device is compared with the CPU
 TITLES = {"dlvit": "DL-ViT by threshold", "dlvit-even": "DL-ViT by share"}
 
 
@@ -75,14 +76,15 @@ def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
         if differing:
             alike = min(exact[name]["same_tokens"] for name in differing)
             lines[-1] += (
-                f" {' and '.join(map(_title, differing))} kept other tokens in {8 - 8 * alike:.0f} of 8 images, which "
-                "are not counted in the difference."
+                f" {' and '.join(map(_title, differing))} kept other tokens in {CHECKED_IMAGES * (1 - alike):.0f} of "
+                f"{CHECKED_IMAGES} images, which are not counted in the difference."
             )
     waits = parts.get("waits", {})
     if waits:
         waiting = [f"{_title(name)} {one['waits']}" for name, one in waits.items() if one["waits"]]
         lines.append(
-            "- **Waiting.** How often the host waits for the GPU in one forward of 12 layers: "
+            "- **Waiting.** How often the host waits for the GPU in one forward of "
+            f"{next(iter(waits.values()))['layers']} layers: "
             f"{', '.join([*waiting, 'all others never' if waiting else 'never'])}."
         )
     compiled = parts.get("compiled", {})

@@ -30,7 +30,7 @@ class PackedLayout(NamedTuple):
 
 class Counts(tuple[int, ...]):
     """The number of tokens of each packed image. It remembers what was computed from it, because the steps of a layer
-    ask for the same again and again, and a GPU waits for each list that the host makes."""
+    ask for the same again and again, and the host needs long to turn a list into a tensor."""
 
     known: dict[Any, Any]
 

@@ -174,7 +174,7 @@ def _attend_by_groups(
         return output, None if maps[0] is None else torch.cat(maps), torch.cat(received)
     whole = None
     if maps[0] is not None:  # a row of padding attends to nothing
-        whole = torch.cat(maps) * live[:, None, :, None]
+        whole = torch.cat(maps).masked_fill(~live[:, None, :, None], 0.0)
     return unpad(output, lengths), whole, torch.cat(received)
 
 

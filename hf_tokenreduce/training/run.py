@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets import Image as ImageFeature
@@ -28,17 +27,15 @@ from transformers import (
 from transformers.utils import logging
 
 from ..budget import reduce_to_share
-from ..convert import reduce_tokens, restore
+from ..convert import reduce_tokens
 from ..files import write_whole
 from ..hub.contents import short
 from ..loading import folder_split, parse_settings, spread
 from ..methods import METHODS
 from ..modeling.encoders import encoder_of
-from ..modeling.multiply_adds import shares_kept
-from ..tasks import all_layers_act, facts_on
-from ..timing import in_turns, median_ratio
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
+from .measuring import describe, evaluate_dense
 from .origin import last_checkpoint, name_of, origin, shown
 from .progress import EpochLines
 from .recipes import AUGMENTATION, recipe
@@ -411,43 +408,4 @@ def accuracy(given: EvalPrediction) -> dict[str, float]:
     return {
         "accuracy": float((given.predictions.argmax(-1) == given.label_ids).mean()),
         "images": len(given.label_ids),
-    }
-
-
-@torch.no_grad()
-def evaluate_dense(dense: Any, trainer: TokenReduceTrainer) -> float:
-    """Return the top-1 accuracy, in percent, of the model as it was given, without reduction."""
-    plain = (restore(dense) if hasattr(dense.config, "reduction") else dense).to(trainer.args.device).eval()
-    right = []
-    for batch in trainer.get_eval_dataloader():
-        predictions = plain(batch["pixel_values"].to(trainer.args.device)).logits.argmax(dim=-1)
-        right.append(trainer.accelerator.gather_for_metrics(predictions == batch["labels"].to(predictions.device)))
-    return 100 * torch.cat(right).double().mean().item()
-
-
-@torch.no_grad()
-def describe(
-    model: Any, pixels: torch.Tensor, device: torch.device, repeats: int = 7, batch_size: int = 32
-) -> dict[str, Any]:
-    """Measure what the reduction saves: multiply-adds on all images, time on one batch in turns with the dense one."""
-    device = device if device.type == "cuda" else torch.device("cpu")  # only these two can be timed
-    model = model.to(device).eval()
-    plain = restore(model).eval()
-    acting = all_layers_act(model)
-    counts = torch.cat([model(part.to(device), **acting).token_counts.cpu() for part in pixels.split(batch_size)])
-    batch = pixels[spread(len(pixels), batch_size)].to(device)
-    reduction = model.config.reduction
-    share = shares_kept(model.config, counts, facts_on(model, pixels).num_tokens, reduction).mean().item()
-    seconds, dense_seconds = in_turns([lambda: model(batch), lambda: plain(batch)], repeats, device)
-    where = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        where = f"{torch.cuda.get_device_name(device)}, {str(model.dtype).removeprefix('torch.')}"
-    return {
-        "method": None if reduction is None else reduction.method,
-        "settings": None if reduction is None else reduction.to_dict(),
-        "mult_adds_ratio": round(share, 4),
-        "speedup": round(median_ratio(dense_seconds, seconds)[0], 3),
-        "speed_batch_size": len(batch),
-        "machine": f"{where}, torch {torch.__version__}",
-        "tokens_per_layer": np.round(counts.double().mean(dim=0).numpy(), 1).tolist(),
     }
