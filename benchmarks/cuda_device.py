@@ -6,11 +6,13 @@
 The parts are:
 
 - correct: every method and layout is compared with the CPU, and the attention kernel of variable length with the loop.
-- compiled: models compiled into CUDA graphs are compared with the eager ones.
+- compiled: models compiled into CUDA graphs are compared with the eager ones, and timed.
 - waits: counts how often the host waits for the device.
-- weighing: compares ways to weigh keys in attention.
-- speed: every method is timed beside the dense model and beside the ideal.
-- speed_compiled: the same, compiled into CUDA graphs.
+- weighing, merging: compare ways to weigh keys in attention, and to merge.
+- speed_recorded: the kernels of each even method, started by one CUDA graph, are timed beside the dense model and
+  beside the ideal.
+- speed: the same for every method, where the host starts each kernel.
+- profile: the kernels that take most time.
 
 What is not timed runs first, in many processes at once, because a compiler keeps one core busy for half a minute. What
 is timed has the device to itself. Each process has a time limit, and writes each result at once. A failure is
@@ -34,8 +36,10 @@ from typing import Any
 
 import torch
 import transformers
-from cuda_parts import COMPILED, COMPILED_CELLS, PARTS, Bench
+from cuda_checks import compiled, correct, waits
+from cuda_models import COMPILED, COMPILED_CELLS, Bench
 from cuda_report import table
+from cuda_timed import merging, profile, speed, speed_recorded, weighing
 from transformers.utils import logging
 
 import hf_tokenreduce
@@ -43,13 +47,18 @@ from hf_tokenreduce.evaluation.speed import device_name
 
 
 HERE = Path(__file__).parent
+PARTS: dict[str, Callable[..., Any]] = {
+    part.__name__: part for part in (correct, compiled, waits, weighing, merging, speed_recorded, speed, profile)
+}
 # Parts that run at the same time, with the number of processes of each on a machine of 16 cores, and their share of
 # the time.
 STAGES: list[tuple[dict[str, int], float]] = [
-    ({"correct": 1, "waits": 1, "compiled": len(COMPILED) * len(COMPILED_CELLS)}, 0.34),
-    ({"weighing": 1}, 0.06),
-    ({"speed": 1}, 0.26),
-    ({"speed_compiled": len(COMPILED_CELLS)}, 0.34),
+    ({"correct": 1, "waits": 1, "compiled": len(COMPILED) * len(COMPILED_CELLS)}, 0.44),
+    ({"weighing": 1}, 0.08),
+    ({"merging": 1}, 0.06),
+    ({"speed_recorded": 1}, 0.2),
+    ({"speed": 1}, 0.16),
+    ({"profile": 1}, 0.06),
 ]
 READY_SHARE = 0.85  # what is not compiled after this share of its stage is not timed
 
@@ -58,7 +67,7 @@ def run_part(name: str, folder: Path, smoke: bool, index: int, count: int) -> No
     """Run every `count`-th task of a part, from number `index` on, and write each result as it comes."""
     logging.set_verbosity_error()
     known = {row["key"] for row in rows_of(name, folder)}
-    options = {"turns": folder / "turns"} if name == "speed_compiled" and count > 1 else {}
+    options = {"turns": folder / "turns"} if name == "compiled" and count > 1 else {}
     for key, task in list(PARTS[name](Bench(smoke), **options))[index::count]:
         if key in known:
             continue
@@ -97,7 +106,7 @@ def run_stage(counts: dict[str, int], seconds: float, start: Callable[..., Any],
     while any(process.poll() is None for _, process in running):
         spent = time.monotonic() - began
         alive = [(part, process) for part, process in running if process.poll() is None]
-        if "speed_compiled" in counts and not (turns / "quiet").exists():
+        if "compiled" in counts and not (turns / "quiet").exists():
             late = [(part, process) for part, process in alive if not (turns / f"ready-{process.pid}").exists()]
             if not late or spent > READY_SHARE * seconds:
                 for part, process in late:  # it would compile while others are timed
@@ -139,8 +148,8 @@ def main(arguments: list[str] | None = None) -> None:
     def start(part: str, index: int, count: int) -> Any:
         command = [sys.executable, __file__, "--part", part, "--output_dir", str(args.output_dir)]
         command += ["--slice", str(index), str(count)] + (["--smoke"] if args.smoke else [])
-        # Many processes compile at once, so each does it on one core.
-        cores = {} if args.smoke else {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "4"}
+        # Several processes compile at once, so each does it on a few cores.
+        cores = {} if args.smoke else {"TORCHINDUCTOR_COMPILE_THREADS": "3", "OMP_NUM_THREADS": "4"}
         return subprocess.Popen(command, env={**os.environ, **cores})
 
     stopped: dict[str, str] = {}

@@ -1,6 +1,7 @@
 """What `cuda_device.py` found, as a table of its own and as a section of the page of results."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def section(file: Path, link: str) -> list[str]:
         "",
         *_facts(parts),
     ]
-    for part, title in (("speed", "In PyTorch"), ("speed_compiled", "Compiled into CUDA graphs")):
+    for part, title in (("speed_recorded", "Recorded as one CUDA graph"), ("speed", "In PyTorch as it is")):
         cells = {key: found for key, found in parts.get(part, {}).items() if not key.endswith(("methods", "profiled"))}
         if cells:
             lines += ["", *_speeds(title, cells)]
@@ -89,19 +90,34 @@ def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
         )
     compiled = parts.get("compiled", {})
     if compiled:
-        names = dict.fromkeys(key.split(", ")[-1] for key in compiled)
+        speeds = [
+            f"{_title(key.split(', ')[-1])} {one['of_oracle']:.2f} ({one['over_eager']:.2f})"
+            for key, one in compiled.items()
+        ]
         worst = max(compiled.values(), key=lambda one: one["error"])["error"]
+        slowest = max(one["seconds_to_compile"] for one in compiled.values())
+        graphs, cell = max(one["graphs"] for one in compiled.values()), next(iter(compiled)).split(", ")[:2]
         lines.append(
-            f"- **Compiled.** {', '.join(map(_title, names))} were compiled for CUDA graphs. Each made "
-            f"{max(one['graphs'] for one in compiled.values())} graph for three batches. Its logits differ from the "
-            f"eager ones by at most {worst:.3f} of the largest logit, in bfloat16."
+            f"- **Compiled**, by `torch.compile(mode='reduce-overhead')`. Each made {graphs} graph for three batches, "
+            f"in at most {slowest:.0f} s. Its logits differ from the eager ones by at most {worst:.3f} of the largest "
+            "logit, in bfloat16. The part of the compiled slice oracle's speed, and in brackets the speed-up over the "
+            f"same model in PyTorch as it is, for {', '.join(cell)}: {', '.join(speeds)}."
         )
-    weighing = [one["channels_over_mask"] for one in parts.get("weighing", {}).values()]
+    weighing = parts.get("weighing", {}).values()
     if weighing:
+        channels = _range(one["channels_over_mask"] for one in weighing)
+        mask = _range(one["mask_ms"] / one["own_128_32_ms"] for one in weighing)
         lines.append(
-            "- **Sizes of merged tokens.** As a mask they cost less time than as extra channels of the heads: the "
-            f"channels take {min(weighing):.1f} to {max(weighing):.1f} times as long. So attention with `sdpa` uses a "
-            "mask."
+            "- **Sizes of merged tokens.** In torch's attention a mask costs less time than extra channels of the "
+            f"heads: the channels take {channels} times as long. The mask takes {mask} times as long as our own "
+            "kernel, which `sdpa` uses in half precision where no gradient is needed."
+        )
+    merging = parts.get("merging", {})
+    if merging:
+        ratios = [f"{one['sums_over_product']:.2f} ({key.removeprefix('batch ')})" for key, one in merging.items()]
+        lines.append(
+            "- **Merging.** Sums in float32 take so many times as long as one product in half precision (in brackets "
+            f"the batch and the tokens): {', '.join(ratios)}."
         )
     memory = [one["memory_over_dense"] for cell in parts.get("speed", {}).values() for one in cell[1:]]
     memory = [one for one in memory if one is not None]
@@ -127,6 +143,11 @@ def _speeds(title: str, cells: dict[str, Any]) -> list[str]:
         told = ["" if one is None else f"{one['speedup']:.2f} ({one['oracle_share']:.2f})" for one in row]
         lines.append(f"| {_title(name)} | {' | '.join(told)} |")
     return lines
+
+
+def _range(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{min(values):.1f} to {max(values):.1f}"
 
 
 def title_of(name: str) -> str:

@@ -83,7 +83,7 @@ class Cell(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    cells = plan(args.seeds, args.shares, args.methods, args.variants)
+    cells = plan(args.seeds, args.shares, args.methods, args.variants, args.full_seeds)
     folder = results_folder(args)
     missing = [cell for cell in cells if not (folder / f"{cell.stem}.json").is_file()]
     if args.list:
@@ -175,7 +175,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_dir", required=True, help="an image folder: one folder per class")
     parser.add_argument("--eval_dirs", nargs="+", required=True, help="image folders that are evaluated together")
     parser.add_argument("--work_dir", type=Path, required=True, help="a folder for models and checkpoints")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the third is for five methods only")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--full_seeds",
+        type=int,
+        default=2,
+        help="number of seeds with every method and share; the others train five methods at the first share",
+    )
     parser.add_argument("--shares", type=float, nargs="+", default=[0.65, 0.45])
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--variants", nargs="*", default=tuple(VARIANTS), choices=tuple(VARIANTS))
@@ -202,16 +208,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def plan(seeds: list[int], shares: list[float], methods: Any, variants: Any) -> list[Cell]:
+def plan(seeds: list[int], shares: list[float], methods: Any, variants: Any, full: int = 2) -> list[Cell]:
     """Every cell, the most telling first: all methods at the first share, then the second, then the next seed; then
-    what takes the methods apart, and last the third seed of the papers' methods."""
+    what takes the methods apart, and last the further seeds of the papers' methods. full: number of seeds with all."""
     cells = []
-    for seed in seeds[:2]:
+    for seed in seeds[:full]:
         cells += [Cell(START, None, seed), Cell(CONTROL, None, seed)]
         cells += [Cell(method, share, seed) for share in shares for method in methods]
-    for seed in seeds[:2]:
+    for seed in seeds[:full]:
         cells += [Cell(name, share, seed) for share in shares for name in variants]
-    for seed in seeds[2:]:
+    for seed in seeds[full:]:
         cells += [Cell(START, None, seed), Cell(CONTROL, None, seed)]
         cells += [Cell(method, shares[0], seed) for method in methods if method in OF_THE_PAPERS]
     return cells

@@ -107,7 +107,9 @@ def benchmark(
     ] = None,
     runtime: Annotated[
         list[str],
-        typer.Option(help="Runtime: eager, compiled, onnx, openvino or openvino-int8. Repeatable.", metavar="NAME"),
+        typer.Option(
+            help="Runtime: eager, compiled, recorded, onnx, openvino or openvino-int8. Repeatable.", metavar="NAME"
+        ),
     ] = ["eager"],  # noqa: B006
     suggest: Annotated[bool, typer.Option(help="Search a faster setting for models that are not faster.")] = True,
     output: Annotated[

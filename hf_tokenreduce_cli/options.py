@@ -52,7 +52,7 @@ Prompt = Annotated[
 ]
 Runtime = Annotated[
     str,
-    typer.Option(help="Runtime: eager, compiled, onnx, openvino or openvino-int8.", metavar="NAME"),
+    typer.Option(help="Runtime: eager, compiled, recorded, onnx, openvino or openvino-int8.", metavar="NAME"),
 ]
 
 MOST_SHOWN = 48  # number of entries of a list that are printed

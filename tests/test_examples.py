@@ -409,7 +409,7 @@ def test_what_is_for_a_cuda_device_runs_on_the_cpu(run, monkeypatch, tmp_path):
         """Run other parts than those that wait for their turn here, because each process takes seconds to import
         torch."""
         started.append(command[command.index("--part") + 1])
-        if started[-1] == "speed_compiled":
+        if started[-1] == "compiled":
             return start([*command[:-3], "0", "2", command[-1]], env=env)  # one of two processes, so it waits
         runpy.run_path(command[1])["main"](command[2:])
         return SimpleNamespace(poll=lambda: 0)
@@ -418,7 +418,8 @@ def test_what_is_for_a_cuda_device_runs_on_the_cpu(run, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", run_part)
         printed = run("cuda_device.py", *options)
-    assert started == ["correct", "waits", "compiled", "weighing", "speed", "speed_compiled"]
+    stages = ["correct", "waits", "compiled", "weighing", "merging", "speed_recorded", "speed", "profile"]
+    assert started == stages
     assert "Failed: nothing." in printed, printed
     found = json.loads((tmp_path / "cuda-smoke.json").read_text())
     rows = {part: {row["key"]: row["found"] for row in rows} for part, rows in found["parts"].items()}
@@ -430,7 +431,9 @@ def test_what_is_for_a_cuda_device_runs_on_the_cpu(run, monkeypatch, tmp_path):
     assert all(one["waits"] <= one["layers"] for one in rows["waits"].values())
     assert [rows["waits"][name]["waits"] for name in ("tome", "dlvit-even", "dlvit")] == [0, 0, 1]
     assert {row["name"] for row in rows["speed"]["tiny, batch 3, eager"]} == {"dense", "tome", "ats"}
-    assert {row["name"] for row in rows["speed_compiled"]["tiny, batch 3, compiled"]} == {"dense", "tome"}
+    assert {row["name"] for row in rows["speed_recorded"]["tiny, batch 3, recorded"]} == {"dense", "tome"}
+    assert all(one["error"] < 0.01 for one in rows["merging"].values())
+    assert all(one["over_dense"] > 0 for one in rows["compiled"].values())
     assert not (tmp_path / "cuda-smoke.parts" / "turns").exists()
     table = (tmp_path / "cuda-smoke.md").read_text()
     assert "| tiny, batch 3, eager | ats |" in table and "- tome, float32: error" in table

@@ -199,7 +199,7 @@ def test_the_folder_holds_what_it_needs_and_nothing_else(tmp_path):
         "matching",
         "packed",
         "received",
-        "received_kernel",
+        "kernels",
         "recording",
     }
     modeling |= {"modeling_tokenreduce", "multiply_adds", "tokens", "methods", "extra_methods", "version"}

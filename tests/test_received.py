@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_tokenreduce.modeling import received
-from hf_tokenreduce.modeling.attention import PairBias
+from hf_tokenreduce.modeling.attention import PairBias, gpu_kernels
 from hf_tokenreduce.modeling.tokens import pad
 
 
@@ -59,7 +59,7 @@ def test_groups_of_images_are_as_one_image_at_a_time(monkeypatch, lengths, imple
 
 KERNEL = """
 import torch
-from hf_tokenreduce.modeling.received_kernel import received_attention
+from hf_tokenreduce.modeling.kernels import received_attention
 draw = torch.Generator().manual_seed(0)
 lengths, heads = (70, 5, 129, 64), 2
 ends = [0, 70, 75, 204, 268]
@@ -80,11 +80,29 @@ print("as the map")
 """
 
 
-def test_the_gpu_kernel_sums_the_columns_of_the_map():
-    """The kernel runs in triton's interpreter, which needs no GPU."""
+WEIGHTED = """
+import torch
+from hf_tokenreduce.modeling.kernels import weighted_attention
+draw = torch.Generator().manual_seed(0)
+for head_dim, queries, tokens in ((64, 70, 70), (64, 1, 129), (24, 65, 3)):
+    query = torch.randn(3, queries, 2, head_dim, generator=draw).half().transpose(1, 2)
+    both = torch.randn(3, tokens, 2, 2 * head_dim, generator=draw).half().transpose(1, 2)  # the rows lie apart
+    key, value = both[..., :head_dim], both[..., head_dim:]
+    bias = torch.randn(3, tokens, generator=draw)
+    logits = query.float() @ key.float().transpose(2, 3) * 0.125 + bias[:, None, None]
+    wanted = (logits.softmax(dim=-1) @ value.float()).transpose(1, 2)
+    found = weighted_attention(query, key, value, bias, 0.125)
+    torch.testing.assert_close(found.float(), wanted, rtol=2e-3, atol=2e-3)
+print("as the map")
+"""
+
+
+@pytest.mark.parametrize("script", [KERNEL, WEIGHTED])
+def test_the_gpu_kernels_compute_what_the_map_gives(script):
+    """The kernels run in triton's interpreter, which needs no GPU."""
     pytest.importorskip("triton", reason="triton comes with torch for CUDA")
     done = subprocess.run(
-        [sys.executable, "-c", KERNEL], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, "-c", script], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0 and "as the map" in done.stdout, done.stderr
 
@@ -97,7 +115,7 @@ def test_padding_receives_nothing():
 
 
 def test_the_kernel_is_asked_for_only_where_triton_is():
-    assert (received.gpu_kernel() is None) == (find_spec("triton") is None)
+    assert (gpu_kernels() is None) == (find_spec("triton") is None)
 
 
 def test_an_image_without_tokens_gives_no_nan():

@@ -1,7 +1,8 @@
-"""Deploy models as graphs for a runtime: `export` writes graphs, `load_exported` loads them."""
+"""Deploy models: `export` writes graphs for a runtime, `load_exported` loads them, `record` records one for a GPU."""
 
 from .exported import ExportedModel, is_exported, load_exported
 from .exporting import export
+from .recorded import record
 
 
-__all__ = ["ExportedModel", "export", "is_exported", "load_exported"]
+__all__ = ["ExportedModel", "export", "is_exported", "load_exported", "record"]

@@ -100,9 +100,9 @@ def compare(
         speed: Also time each setting in turn with the dense model, on images of the data set.
         speed_batch_size: Number of images per batch when time is measured. By default `batch_size`.
         repeats: Number of times that each setting is timed.
-        runtime: Where time is measured: `"eager"`, `"compiled"`, `"onnx"`, `"openvino"` or `"openvino-int8"`. Accuracy
-            is always measured in PyTorch. A setting that cannot run there has no speed, for example an adaptive method
-            in a graph of several images.
+        runtime: Where time is measured: `"eager"`, `"compiled"`, `"recorded"`, `"onnx"`, `"openvino"` or
+            `"openvino-int8"`, as for `benchmark`. Accuracy is always measured in PyTorch. A setting that cannot run
+            there has no speed, for example an adaptive method in a graph of several images.
         progress: Show progress bars.
 
     Returns:

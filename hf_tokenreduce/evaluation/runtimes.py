@@ -1,4 +1,5 @@
-"""Run a model for `benchmark` in each runtime: eager or compiled PyTorch, or a graph in ONNX Runtime or OpenVINO."""
+"""Run a model for `benchmark` in each runtime: PyTorch, eager, compiled or recorded, or a graph in ONNX Runtime or
+OpenVINO."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,14 @@ from ..deploy.quantize import PACKAGES, quantize
 
 
 # Runtime -> format of its graphs. "" means that PyTorch runs the model itself.
-RUNTIMES = {"eager": "", "compiled": "", "onnx": "onnx", "openvino": "openvino", "openvino-int8": "openvino"}
+RUNTIMES = {
+    "eager": "",
+    "compiled": "",
+    "onnx": "onnx",
+    "openvino": "openvino",
+    "openvino-int8": "openvino",
+    "recorded": "",
+}
 CALIBRATION_IMAGES = 128  # 8 bits are fitted to at most so many images
 
 
@@ -73,6 +81,10 @@ def check_runtimes(runtimes: Sequence[str], device: torch.device) -> None:
         known = ", ".join(RUNTIMES)
         raise ValueError(f"There is no runtime {', '.join(unknown) or list(runtimes)}. The runtimes are: {known}.")
     for name in runtimes:
+        if name == "recorded" and device.type != "cuda":
+            raise ValueError(
+                f"The runtime {name} needs a CUDA GPU, but the device is {device}. Use eager or compiled."
+            )
         if not RUNTIMES[name]:
             continue
         if device.type != "cpu":

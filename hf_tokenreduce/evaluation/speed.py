@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..convert import restore, stock_name
 from ..deploy.graphs import FORMATS
+from ..deploy.recorded import record
 from ..modeling.encoders import encoder_of, facts_of, what_can_be_reduced
 from ..modes import evaluating
 from ..tasks import image_side
@@ -68,10 +69,11 @@ def benchmark(
         warmup: Number of rounds before that, which are not timed.
         threads: Number of CPU threads, for all models. By default torch's setting.
         device: Device, for all models. By default the device of the first model.
-        runtimes: `"eager"`; `"compiled"`, which is torch.compile, on a GPU with CUDA graphs, where adaptive methods
-            run eagerly; or `"onnx"`, `"openvino"` and `"openvino-int8"`, on the CPU, as graphs of a fixed number of
-            images, where adaptive methods run one image at a time. Each model is compared with the dense one in the
-            same runtime, and with the dense one in the first runtime.
+        runtimes: `"eager"`; `"compiled"`, which is torch.compile, on a GPU with CUDA graphs; `"recorded"`, which on a
+            GPU starts the eager kernels by one CUDA graph; or `"onnx"`, `"openvino"` and `"openvino-int8"`, on the
+            CPU, as graphs of a fixed number of images, where adaptive methods run one image at a time. Compiled and
+            recorded, adaptive methods run eagerly. Each model is compared with the dense one in the same runtime, and
+            with the dense one in the first runtime.
         oracle: Also time the slice oracle of each reduced model: the dense model, cut to the mean number of tokens
             that each layer of the reduced model leaves of this batch. The cut takes no time. If images keep different
             numbers of tokens, a second oracle has the highest number instead of the mean ("padded").
@@ -151,19 +153,18 @@ def _time_batches(
     for runtime in runtimes:
         for name, model in ready.items():
             reason = why_not(runtime, name in adaptive, batch_size, dtype)
-            if reason is None and runtime == "compiled" and name in adaptive and "eager" in runtimes:
+            prepared = runtime in ("compiled", "recorded")  # such a run is made for batches of one shape
+            if reason is None and prepared and name in adaptive and "eager" in runtimes:
                 reason = "its shapes depend on the image"
             if reason is not None:
                 left_out.append(f"{name} in {runtime} at batch {batch_size}: {reason}")
                 continue
-            compiles = runtime == "compiled" and name not in adaptive
-            device = batches[0].device
+            prepare = partial(_prepared, runtime if name not in adaptive else "eager", images=batches[0])
             if RUNTIMES[runtime]:
                 one_by_one = name in adaptive
                 runs[runtime, name, ""] = graphs.open(name, MainOutput(model), runtime, batch_size, dtype, one_by_one)
             else:
-                side = image_side(model)
-                runs[runtime, name, ""] = compiled(side, device) if compiles else side
+                runs[runtime, name, ""] = prepare(image_side(model))
             if not oracle or _method(model) is None or (RUNTIMES[runtime] and name in adaptive):
                 continue
             hook = model.config.reduction.hook
@@ -180,7 +181,7 @@ def _time_batches(
                     runs[key] = graphs.open(f"{name} {kind}", cut, runtime, batch_size, dtype)
                 else:
                     lengths[key], oracles[key] = wanted, cut
-                    runs[key] = compiled(cut, device) if compiles else cut
+                    runs[key] = prepare(cut)
 
     if not runs:
         raise ValueError(f"Nothing can be timed: {'; '.join(left_out)}.")
@@ -210,7 +211,7 @@ def _time_batches(
             method=_method(ready[name]),
             batch_size=batch_size,
             dtype=dtype,
-            runtime="eager" if runtime == "compiled" and name in adaptive else runtime,
+            runtime="eager" if not RUNTIMES[runtime] and name in adaptive else runtime,
             tokens={"mean": leaving.mean().item(), "min": leaving.min().item(), "max": leaving.max().item()},
             p50_ms=1000 * own.quantile(0.5).item(),
             p95_ms=1000 * own.quantile(0.95).item(),
@@ -228,6 +229,13 @@ def _time_batches(
             row.over_padded = median_ratio(seconds[runtime, name, "padded"], seconds[runtime, name, ""])[0]
         rows.append(row)
     return rows
+
+
+def _prepared(runtime: str, model: Any, images: Tensor) -> Any:
+    """Return what runs a model in a runtime of PyTorch, for batches of the shape of `images`."""
+    if runtime == "compiled":
+        return compiled(model, images.device)
+    return record(model, images) if runtime == "recorded" else model
 
 
 def _measure_more(

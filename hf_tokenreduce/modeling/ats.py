@@ -122,13 +122,13 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
     upper = sums.gather(1, above)
     lower = sums.gather(1, (above - 1).clamp(min=0))
     picked = torch.searchsorted(sums, torch.where(points - lower <= upper - points, lower, upper))
-    kept = torch.zeros_like(order, dtype=torch.bool).scatter(1, picked.clamp(max=num_tokens - 1), True)
+    kept = torch.zeros_like(order, dtype=torch.bool).scatter_(1, picked.clamp(max=num_tokens - 1), True)
     if valid is not None:
         kept &= real
     if max_kept is not None:
         kept &= kept.flip(1).cumsum(dim=1).flip(1) <= max_kept
     place = torch.where(kept, kept.cumsum(dim=1) - 1, -1)
-    target = torch.empty_like(order).scatter(1, order, place)
+    target = torch.empty_like(order).scatter_(1, order, place)
     return TokenMap(target, as_numbers(kept.sum(dim=1), num_tokens))
 
 

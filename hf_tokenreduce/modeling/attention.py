@@ -8,16 +8,20 @@ d features per head. Packed tokens are one "image" with the rows of all images: 
 import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from .packed import layout_of
 from .tokens import pad
 
+
+logger = logging.get_logger(__name__)
 
 varlen_attn: Any = None
 AuxRequest: Any = None
@@ -187,7 +191,9 @@ def attend(
         key_lengths = (length,) * batch
     if pair_bias is None and has_varlen_kernel(attention, query):
         return attend_varlen(attention, query, key, value, key_bias, query_lengths, key_lengths)[0], None
-    biases: Any = [None] * len(key_lengths) if key_bias is None else key_bias.split(key_lengths, dim=1)
+    biases: Any = [None] * len(key_lengths)
+    if key_bias is not None:  # copies, because torch's kernels on a GPU crash with a mask that begins at any address
+        biases = [part.clone() if part.is_cuda else part for part in key_bias.split(key_lengths, dim=1)]
     attend_to_one = _attend_by_sdpa if attention.config._attn_implementation == "sdpa" else _attend_evenly
     outputs, maps = [], []
     for image, (one_query, one_key, one_value, one_bias) in enumerate(
@@ -265,14 +271,47 @@ def _attend_by_sdpa(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
     """Do what transformers does for "sdpa", without its copy and checks: they take time in every layer and image."""
-    mask = None if bias is None else _as_mask(bias, query.dtype)
     dropout = attention.attention_dropout if attention.training else 0.0
+    if bias is not None and bias.ndim == 2 and not dropout and _takes_own_kernel(query, key, value, bias):
+        return gpu_kernels().weighted_attention(query, key, value, bias, attention.scaling), None
+    mask = None if bias is None else _as_mask(bias, query.dtype)
     output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=attention.scaling)
     return output.transpose(1, 2), None
 
 
 def _as_mask(bias: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.to(dtype) if bias.ndim == 4 else bias.to(dtype)[:, None, None, :]
+
+
+def _takes_own_kernel(*tensors: Tensor) -> bool:
+    """Return whether our kernel, which has no gradient, attends for query, key, value and bias. torch's kernels that
+    take a mask need twice as long."""
+    query = tensors[0]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= 128
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and gpu_kernels() is not None
+    )
+
+
+@lru_cache
+def gpu_kernels() -> Any:
+    """Return the module of our own GPU kernels. None: triton, which comes with torch for CUDA, is missing or fails."""
+    try:  # on a CPU nothing asks for it, because the import takes time
+        from . import kernels
+    except ImportError:
+        return None
+    if torch.cuda.is_available():
+        try:  # triton needs a C compiler, which some machines do not have
+            heads = torch.zeros(1, 1, 16, 16, device="cuda", dtype=torch.float16)
+            kernels.weighted_attention(heads, heads, heads, heads[0, ..., 0].float(), 1.0)
+        except Exception as error:
+            logger.warning(f"triton cannot make a kernel here, so attention maps are computed in full: {error}")
+            return None
+    return kernels
 
 
 def has_varlen_kernel(attention: Any, query: Tensor) -> bool:

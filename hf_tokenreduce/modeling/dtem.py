@@ -101,7 +101,7 @@ def share_out(similarity: Tensor, r: int) -> Tensor:
         shares = shares + picked
         scores = scores + (1 - picked.sum(dim=-1, keepdim=True)).clamp(min=LEAST).log()
     shares = shares / shares.sum(dim=-1, keepdim=True).detach().clamp(min=1)
-    return torch.zeros_like(similarity).scatter(2, best.indices, shares)
+    return torch.zeros_like(similarity).scatter_(2, best.indices, shares)
 
 
 class DTEMReducer(Reducer):

@@ -163,7 +163,7 @@ def decide_by_thresholds(
 
     if valid is not None:
         importance = importance.masked_fill(~valid, -torch.inf)
-    importance = torch.full_like(importance, -torch.inf).scatter_reduce(1, receiver, importance, "amax")
+    importance = torch.full_like(importance, -torch.inf).scatter_reduce_(1, receiver, importance, "amax")
     if num_prefix_tokens == 0:  # an image must keep at least one token: the most important one
         first = importance.masked_fill(receiver != natural, -torch.inf).argmax(dim=1, keepdim=True)
         importance = importance.scatter(1, first, torch.inf)
@@ -172,7 +172,7 @@ def decide_by_thresholds(
         stays &= valid
     if max_kept is not None:
         stays &= ranks(importance.masked_fill(~stays, -torch.inf)) < max_kept
-    place = torch.empty_like(sequence).scatter(1, sequence, stays.gather(1, sequence).cumsum(dim=1) - 1)
+    place = torch.empty_like(sequence).scatter_(1, sequence, stays.gather(1, sequence).cumsum(dim=1) - 1)
     target = torch.where(stays, place, -1).gather(1, receiver)
     importance = importance.gather(1, receiver)
     if valid is not None:
@@ -275,7 +275,7 @@ class LTMPReducer(Reducer):
         # Live tokens come first, in the order that they have when the others are removed, and decide alone.
         live = mask > 0.5
         order = torch.where(live, rank, rank.shape[1]).argsort(dim=1, stable=True)
-        back = torch.empty_like(order).scatter(1, order, _positions(order))
+        back = torch.empty_like(order).scatter_(1, order, _positions(order))
         decision = self._decide(view, state, live.gather(1, order), order)
         target, similarity, importance = (
             values.gather(1, back) for values in (decision.target, decision.similarity, decision.importance)

@@ -97,7 +97,8 @@ def on_device(numbers: Any, device: torch.device, dtype: torch.dtype | None = No
 
 def same_of_all(numbers: Iterable[int], num_images: int, device: torch.device) -> Tensor:
     """Make a tensor (B, L) long of the numbers of all images, which are the same."""
-    if device.type == "cuda" and torch.compiler.is_compiling():  # CUDA graphs take no copy from the CPU
+    if device.type == "cuda" and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
+        # CUDA graphs take no copy from the CPU.
         row = torch.stack([torch.full((), number, dtype=torch.long, device=device) for number in numbers])
     else:
         row = on_device(numbers, device)

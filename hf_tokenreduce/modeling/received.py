@@ -9,22 +9,21 @@ float32 they agree.
 
 - On a CPU, image by image. The map of one image fits into the cache, and two maps never exist at once.
 - On a GPU, in groups of images that are padded to the longest, because a GPU is slow with many small products.
-- On a GPU in half precision, without a map. A flash kernel computes the output, and `received_kernel` the columns.
+- On a GPU in half precision, without a map. A flash kernel computes the output, and a kernel of `kernels` the columns.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.utils import logging
 
 from .attention import (
     Lengths,
     PairBias,
     attend_varlen,
     full_precision,
+    gpu_kernels,
     has_varlen_kernel,
     join_biases,
     pack_heads,
@@ -33,8 +32,6 @@ from .attention import (
 from .packed import layout_of
 from .tokens import pad, unpad
 
-
-logger = logging.get_logger(__name__)
 
 MOST_WEIGHTS = 2**24  # of a map that a GPU computes at once: 64 MiB in float32
 
@@ -58,28 +55,11 @@ def attend_with_map(
     if lengths is None and compiling:
         return _attend_at_once(attention, query, key, value, key_bias, None, pair_bias)
     without_map = pair_bias is None and not compiling and has_varlen_kernel(attention, query)
-    if without_map and gpu_kernel() is not None:
+    if without_map and gpu_kernels() is not None:
         return _attend_without_map(attention, query, key, value, key_bias, lengths)
     if query.is_cuda:
         return _attend_by_groups(attention, query, key, value, key_bias, lengths, pair_bias)
     return _attend_one_by_one(attention, query, key, value, key_bias, lengths, pair_bias)
-
-
-@lru_cache
-def gpu_kernel() -> Any:
-    """Return the kernel that sums the columns. None: triton, which comes with torch for CUDA, is missing or fails."""
-    try:  # on a CPU nothing asks for it, because the import takes time
-        from .received_kernel import received_attention
-    except ImportError:
-        return None
-    if torch.cuda.is_available():
-        try:  # triton needs a C compiler, which some machines do not have
-            heads, ends = torch.zeros(1, 16, 16, device="cuda", dtype=torch.float16), torch.tensor([0, 16])
-            received_attention(heads, heads, None, heads[..., 0].float(), ends.to("cuda", torch.int32), 16, 1.0)
-        except Exception as error:
-            logger.warning(f"triton cannot make a kernel here, so attention maps are computed in full: {error}")
-            return None
-    return received_attention
 
 
 def _attend_one_by_one(
@@ -188,7 +168,7 @@ def _attend_without_map(
         query, key, value = pack_heads(query), pack_heads(key), pack_heads(value)
         key_bias = None if key_bias is None else key_bias.reshape(1, -1)
     output, log_sums, ends = attend_varlen(attention, query, key, value, key_bias, packed, packed)
-    received = gpu_kernel()(
+    received = gpu_kernels().received_attention(
         query[0].detach(),
         key[0].detach(),
         None if key_bias is None else key_bias[0].detach(),

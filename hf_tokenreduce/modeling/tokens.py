@@ -207,9 +207,9 @@ def representatives(
     order = _positions(target, count) if order is None else order
     weight = order if size is None else size.round().long() * count + order
     slot = torch.where(target < 0, num_tokens, target)
-    heaviest = weight.new_full((target.shape[0], num_tokens + 1), -1).scatter_reduce(1, slot, weight, "amax")
+    heaviest = weight.new_full((target.shape[0], num_tokens + 1), -1).scatter_reduce_(1, slot, weight, "amax")
     chosen = torch.where(heaviest.gather(1, slot) == weight, slot, num_tokens)
-    return torch.zeros_like(heaviest).scatter(1, chosen, origin)[:, :-1]
+    return torch.zeros_like(heaviest).scatter_(1, chosen, origin)[:, :-1]
 
 
 def remember_dropped(state: TokenState, patch_map: Tensor | None) -> Tensor | None:
@@ -298,7 +298,7 @@ def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tup
         if lengths is not None:
             starts = layout_of(lengths, rows.device).starts
         source = starts + _positions(target, length)
-        index = target.new_zeros(total + 1).scatter(0, slot.flatten(), source.flatten())[:-1]
+        index = target.new_zeros(total + 1).scatter_(0, slot.flatten(), source.flatten())[:-1]
         return flat.index_select(0, index).view(shape)
     weight = F.pad(token_map.weight, (num_prefix_tokens, 0), value=1.0)
     if lengths is not None:
@@ -317,11 +317,24 @@ def _merge_evenly(rows: Tensor, target: Tensor, num_tokens: int, weight: Tensor,
     if num_prefix_tokens:  # they are summed too, so that no runtime has to split and join the rows
         slot = torch.cat([_positions(slot, num_prefix_tokens), slot], dim=1)
         weight = F.pad(weight, (num_prefix_tokens, 0), value=1.0)
+    if rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16):
+        return _merge_by_product(rows, slot, length, weight)
     if batch > 1:
         slot = slot + _even_starts(batch, length, rows.device)
     weighted = rows * weight[..., None]
     sums = weighted.new_zeros(batch * length, width).index_add_(0, slot.flatten(), weighted.flatten(0, 1))
     return sums.view(batch, length, width).to(rows.dtype)
+
+
+def _merge_by_product(rows: Tensor, slot: Tensor, length: int, weight: Tensor) -> Tensor:
+    """Merge by one product with a matrix of the weights: (B, T, D) -> (B, length, D), with slot and weight (B, T).
+
+    For a GPU in half precision. It moves a quarter of the bytes that float32 sums need. It sums in float32 too, and
+    always in the same order. A weight is rounded as the rows are.
+    """
+    aligned = length + -length % 8  # fast kernels for products need rows that begin at a multiple of 16 bytes
+    weights = rows.new_zeros(*slot.shape, aligned).scatter_(2, slot[..., None], weight.to(rows.dtype)[..., None])
+    return torch.bmm(weights[..., :length].transpose(1, 2), rows)
 
 
 def pad(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -346,15 +359,15 @@ def follow(index: Tensor, values: Tensor, fill: float) -> Tensor:
 def sum_by_target(values: Tensor, target: Tensor, num_tokens: int, keeps_all: bool = False) -> Tensor:
     """Sum the values of the tokens in each output token: (B, N) -> (B, M). keeps_all: no target is -1."""
     if keeps_all:
-        return values.new_zeros(target.shape[0], num_tokens).scatter_add(1, target, values)
+        return values.new_zeros(target.shape[0], num_tokens).scatter_add_(1, target, values)
     sums = values.new_zeros(target.shape[0], num_tokens + 1)
-    return sums.scatter_add(1, torch.where(target < 0, num_tokens, target), values)[:, :-1]
+    return sums.scatter_add_(1, torch.where(target < 0, num_tokens, target), values)[:, :-1]
 
 
 def ranks(scores: Tensor) -> Tensor:
     """Rank scores (B, N) -> (B, N) long, 0 for the highest. Of equal scores the earlier comes first."""
     order = scores.argsort(dim=1, descending=True, stable=True)
-    return torch.empty_like(order).scatter(1, order, _positions(order, order.shape[1]))
+    return torch.empty_like(order).scatter_(1, order, _positions(order, order.shape[1]))
 
 
 def _widest(num_tokens: int | tuple[int, ...]) -> int:

@@ -94,7 +94,8 @@ def tune(
         speed (`bool`): Also time the settings of the report, and choose the dense model if nothing is faster on this
             device. Set it to False if the model is for another device.
         repeats (`int`): Number of times that the report times each setting.
-        runtime (`str`): Where time is measured: `"eager"`, `"compiled"`, `"onnx"`, `"openvino"` or `"openvino-int8"`.
+        runtime (`str`): Where time is measured: `"eager"`, `"compiled"`, `"recorded"`, `"onnx"`, `"openvino"` or
+            `"openvino-int8"`, as for `benchmark`.
         num_workers (`int`): Number of processes that read images.
         image_column (`str`): Column of the data set that holds the images.
         label_column (`str`): Column of the data set that holds the classes.
