@@ -18,6 +18,7 @@ import torch
 from cuda_models import CHECKED, EVEN, NEWER, PACKED, Bench, Task, distance, moved
 from cuda_report import CHECKED_IMAGES
 
+from hf_tokenreduce.deploy import record
 from hf_tokenreduce.evaluation.oracle import SliceOracle
 from hf_tokenreduce.evaluation.runtimes import compiled as compile_model
 from hf_tokenreduce.evaluation.runtimes import many_compiled
@@ -48,6 +49,9 @@ def correct(bench: Bench) -> Iterator[Task]:
                 answer["same_tokens"] = same.float().mean().item()
                 if same.any():
                     answer["error_of_same"] = distance(found.logits.cpu()[same], wanted.logits[same])
+            if name in EVEN and not bench.smoke:
+                run = record(there, pixels.roll(1, 0))
+                answer["recorded"] = distance(run(pixels).logits, found.logits)
             alone = torch.cat([there(one).logits for one in pixels.split(1)])
             answer["alone_or_in_a_batch"] = distance(alone, found.logits)
         return answer

@@ -53,9 +53,11 @@ def section(file: Path, link: str) -> list[str]:
         *_facts(parts),
     ]
     for part, title in (("speed_recorded", "Recorded as one CUDA graph"), ("speed", "In PyTorch as it is")):
-        cells = {key: found for key, found in parts.get(part, {}).items() if not key.endswith(("methods", "profiled"))}
-        if cells:
-            lines += ["", *_speeds(title, cells)]
+        cells = parts.get(part, {})
+        for newer in (False, True):
+            some = {key: found for key, found in cells.items() if key.endswith("newer methods") == newer}
+            if some:
+                lines += ["", *_speeds(title, some)]
     failed = [row["key"] for rows in found["parts"].values() for row in rows if "failed" in row]
     if failed:
         lines += ["", f"These failed: {'; '.join(failed)}."]
@@ -111,13 +113,6 @@ def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
             "- **Sizes of merged tokens.** In torch's attention a mask costs less time than extra channels of the "
             f"heads: the channels take {channels} times as long. The mask takes {mask} times as long as our own "
             "kernel, which `sdpa` uses in half precision where no gradient is needed."
-        )
-    merging = parts.get("merging", {})
-    if merging:
-        ratios = [f"{one['sums_over_product']:.2f} ({key.removeprefix('batch ')})" for key, one in merging.items()]
-        lines.append(
-            "- **Merging.** Sums in float32 take so many times as long as one product in half precision (in brackets "
-            f"the batch and the tokens): {', '.join(ratios)}."
         )
     memory = [one["memory_over_dense"] for cell in parts.get("speed", {}).values() for one in cell[1:]]
     memory = [one for one in memory if one is not None]

@@ -1,22 +1,39 @@
 """Parts of `cuda_device.py`: what is timed on a CUDA device, beside other ways to the same."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from cuda_models import BLOCKS, EVEN, NEWER, PACKED, Bench, Task, distance, moved
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_tokenreduce.evaluation import benchmark
 from hf_tokenreduce.modeling import attention
-from hf_tokenreduce.modeling.tokens import merge, move
+from hf_tokenreduce.modeling.tokens import merge, merge_by_product, merge_by_sums
 from hf_tokenreduce.timing import in_turns, median_ratio
+
+
+def by_graph(bench: Bench, calls: dict[str, Callable[[], torch.Tensor]]) -> dict[str, list[float]]:
+    """Time calls in turn. Each is one CUDA graph, so that the host's time does not count."""
+    runs = []
+    for call in calls.values():
+        if bench.smoke:
+            runs.append(call)
+            continue
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        runs.append(graph.replay)
+    return dict(zip(calls, in_turns(runs, bench.repeats, bench.device), strict=True))
 
 
 @torch.no_grad()
 def weighing(bench: Bench) -> Iterator[Task]:
-    """Weights of keys as extra channels of the heads, compared with a float mask, which flash kernels do not take."""
+    """Weights of keys as extra channels of the heads, as a float mask, which flash kernels do not take, and in our own
+    kernel with several sizes of its blocks."""
 
     def compare(batch: int, tokens: int) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(0)
@@ -27,28 +44,29 @@ def weighing(bench: Bench) -> Iterator[Task]:
 
         def by_mask() -> torch.Tensor:
             mask = bias.to(query.dtype)[:, None, None, :]
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+            return F.scaled_dot_product_attention(query, key, value, mask)
 
         def by_channels() -> torch.Tensor:
             wide = attention.fold_key_bias(query, key, value, bias[:, None], 64**-0.5)
-            return torch.nn.functional.scaled_dot_product_attention(*wide, scale=64**-0.5)[..., :64]
+            return F.scaled_dot_product_attention(*wide, scale=64**-0.5)[..., :64]
 
         def by_cudnn() -> torch.Tensor:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 return by_mask()
 
         def by_own_kernel(*blocks: int) -> torch.Tensor:
-            own = attention.gpu_kernels().weighted_attention
+            own = attention.gpu_kernels().weighted
             return own(query, key, value, bias, 64**-0.5, blocks).transpose(1, 2)
 
-        def without() -> torch.Tensor:
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value)
-
-        calls = {"mask": by_mask, "channels": by_channels, "no_weights": without}
+        calls = {
+            "mask": by_mask,
+            "channels": by_channels,
+            "no_weights": lambda: F.scaled_dot_product_attention(query, key, value),
+        }
         if not bench.smoke:
             calls |= {"cudnn": by_cudnn}
             calls |= {f"own_{a}_{b}": (lambda a=a, b=b: by_own_kernel(a, b)) for a, b in BLOCKS}
-        seconds = dict(zip(calls, in_turns(list(calls.values()), bench.repeats, bench.device), strict=True))
+        seconds = by_graph(bench, calls)
         answer = {f"{name}_ms": 1000 * statistics.median(found) for name, found in seconds.items()}
         if not bench.smoke:
             answer["error_of_own_kernel"] = distance(by_own_kernel(*BLOCKS[0]), by_mask())
@@ -69,23 +87,22 @@ def merging(bench: Bench) -> Iterator[Task]:
 
     def compare(batch: int, tokens: int) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(0)
-        rows = torch.randn(batch, tokens + 1, 384, generator=draw).to(bench.device, bench.half)
+        rows = torch.randn(batch, tokens, 384, generator=draw).to(bench.device, bench.half)
         left = tokens - 13
-        target = torch.randint(left, (batch, tokens), generator=draw).to(bench.device)
-        way = merge(target, left, torch.ones(batch, tokens, device=bench.device), keeps_all=True)
-        starts = torch.arange(batch, device=bench.device)[:, None] * (left + 1)
+        slot = torch.randint(left, (batch, tokens), generator=draw).to(bench.device)
+        weight = merge(slot, left, torch.ones(batch, tokens, device=bench.device), keeps_all=True).weight
         ways = {
-            "product": lambda: move(rows, way, 1),
-            "sums": lambda: _sums(rows, torch.nn.functional.pad(target + 1, (1, 0)) + starts, left + 1, way.weight),
+            "product": lambda: merge_by_product(rows, slot, left, weight),
+            "sums": lambda: merge_by_sums(rows, slot, left, weight),
         }
-        seconds = dict(zip(ways, in_turns(list(ways.values()), bench.repeats, bench.device), strict=True))
+        seconds = by_graph(bench, ways)
         return {
             **{f"{name}_ms": 1000 * statistics.median(found) for name, found in seconds.items()},
             "sums_over_product": median_ratio(seconds["sums"], seconds["product"])[0],
             "error": distance(ways["product"](), ways["sums"]()),
         }
 
-    for tokens in (16,) if bench.smoke else (196, 576):
+    for tokens in (16,) if bench.smoke else (197, 577):
         for batch in (3,) if bench.smoke else (1, 32, 256):
             yield f"batch {batch}, {tokens} tokens", lambda b=batch, t=tokens: compare(b, t)
 
@@ -156,10 +173,3 @@ def _measured(bench: Bench, size: str, batch: int, names: list[str], runtime: st
         progress=False,
     )
     return report.to_dict()["rows"]
-
-
-def _sums(rows: torch.Tensor, slot: torch.Tensor, length: int, weight: torch.Tensor) -> torch.Tensor:
-    """Merge as `tokens.move` does in float32."""
-    weighted = rows * torch.nn.functional.pad(weight, (1, 0), value=1.0)[..., None]
-    sums = weighted.new_zeros(len(rows) * length, rows.shape[2]).index_add_(0, slot.flatten(), weighted.flatten(0, 1))
-    return sums.view(len(rows), length, -1).to(rows.dtype)

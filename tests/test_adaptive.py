@@ -1,6 +1,7 @@
 """ATS and LTMP on packed tokens: edges, caps, and that nothing is computed for padding."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,7 +190,7 @@ def test_a_varlen_kernel_gets_what_it_needs(monkeypatch, release):
         monkeypatch.setattr(attention_module, "varlen_attn", kernel)
         monkeypatch.setattr(attention_module, "has_varlen_kernel", lambda attention, query: True)
         monkeypatch.setattr(received_module, "has_varlen_kernel", lambda attention, query: True)
-        monkeypatch.setattr(received_module, "gpu_kernel", lambda: received_attention)
+        monkeypatch.setattr(received_module, "gpu_kernels", lambda: SimpleNamespace(received=received_attention))
         calls.clear(), summed.clear()
         output = model(tiny_images())
         torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from transformers import ASTFeatureExtractor, AutoConfig, AutoImageProcessor, ViTImageProcessor
 
 from hf_tokenreduce import ATSConfig, DLViTConfig, EViTConfig, ToMeConfig, export, load_exported, reduce_tokens
+from hf_tokenreduce.deploy import exporting
 from hf_tokenreduce.evaluation.resume import Processes
 from hf_tokenreduce.files import model_folder
 from hf_tokenreduce.loading import load_pictures
@@ -347,6 +349,35 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"needs onnxscript: pip install 'hf-tokenreduce\[onnx\]'"):
         export(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+class Jumps(torch.nn.Module):
+    """A model whose output jumps where its input is 1, as one does that keeps the higher of two scores."""
+
+    def main(self, inputs):
+        mean = inputs.flatten(1).double().mean(dim=1, keepdim=True)
+        return torch.cat([mean, torch.where(mean > 1, 1.0, -1.0)], dim=1).float()
+
+
+def test_an_image_in_which_rounding_decides_does_not_count(monkeypatch, tmp_path):
+    model, images = Jumps(), torch.tensor([0.3, 1.0, 2.0, 0.5]).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
+
+    def compared(wrong, which=slice(None)):
+        def run(inputs):
+            found = model.main(inputs)
+            found[:, 1] *= torch.where((inputs[:, 0, 0, 0, None] == wrong).any(dim=1), -1.0, 1.0)
+            return [found]
+
+        openers = {"onnx": SimpleNamespace(open=lambda *arguments: run)}
+        monkeypatch.setattr(exporting, "FORMATS", openers)
+        return exporting._compare(model, images[which], "onnx", tmp_path, 1)
+
+    assert compared(torch.tensor([])) == {"batch_sizes": [1], "largest_difference": 0, "decided_by_rounding": 0}
+    assert compared(torch.tensor([1.0]))["decided_by_rounding"] == 1
+    with pytest.raises(ValueError, match=r"differs from the model by 1\.0e\+00"):
+        compared(torch.tensor([1.0, 2.0]))
+    with pytest.raises(ValueError, match="In all 1 images rounding decides which tokens stay"):
+        compared(torch.tensor([1.0]), slice(1, 2))
 
 
 def test_numbers_that_are_not_finite_are_no_agreement(tmp_path):

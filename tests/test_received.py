@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hf_tokenreduce.modeling import attention as attention_module
 from hf_tokenreduce.modeling import received
 from hf_tokenreduce.modeling.attention import PairBias, gpu_kernels
 from hf_tokenreduce.modeling.tokens import pad
@@ -125,3 +126,53 @@ def test_an_image_without_tokens_gives_no_nan():
     assert output.isfinite().all() and not column[1].any() and not maps[1].any()
     sums = column.sum(dim=1)
     torch.testing.assert_close(sums, torch.tensor([1.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "takes"),
+    [
+        ({}, True),
+        ({"is_cuda": False}, False),
+        ({"dtype": torch.float32}, False),
+        ({"shape": (2, 3, 9, 256)}, False),
+        ({"requires_grad": True}, False),
+        ({"capability": (7, 5)}, False),
+        ({"kernels": None}, False),
+        ({"compiling": True}, False),
+        ({"tracing": True}, False),
+    ],
+)
+def test_our_kernel_attends_only_where_it_can(monkeypatch, changed, takes):
+    """It has no gradient, holds a head in one block, and is not seen by a tracer."""
+    asked = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (2, 3, 9, 64), "requires_grad": False} | changed
+    query = SimpleNamespace(**{name: asked[name] for name in ("is_cuda", "dtype", "shape", "requires_grad")}, device=0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: changed.get("capability", (9, 0)))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: changed.get("compiling", False))
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: changed.get("tracing", False))
+    monkeypatch.setattr(attention_module, "gpu_kernels", lambda: changed.get("kernels", "ours"))
+    assert attention_module._takes_own_kernel(query, query, query, query) is takes
+    if changed.get("requires_grad"):
+        with torch.no_grad():
+            assert attention_module._takes_own_kernel(query, query, query, query)
+
+
+def test_our_kernel_gets_the_sizes(monkeypatch):
+    """A mask with a row for each query, and dropout, go to torch."""
+    tensors, bias, _ = drawn(None, True, False)
+    wanted, _ = attention_module._attend_by_sdpa(attention("sdpa"), *tensors, bias)
+    seen = []
+
+    def weighted(query, key, value, key_bias, scale):
+        seen.append(key_bias)
+        logits = query @ key.transpose(2, 3) * scale + key_bias[:, None, None]
+        return (logits.softmax(dim=-1) @ value).transpose(1, 2)
+
+    monkeypatch.setattr(attention_module, "_takes_own_kernel", lambda *tensors: True)
+    monkeypatch.setattr(attention_module, "gpu_kernels", lambda: attention_module.GpuKernels(weighted, None))
+    found, _ = attention_module._attend_by_sdpa(attention("sdpa"), *tensors, bias)
+    torch.testing.assert_close(found, wanted)
+    training = attention("sdpa")
+    training.training, training.attention_dropout = True, 0.5
+    for module, one_bias in ((training, bias), (attention("sdpa"), bias[:, None, None].expand(-1, HEADS, 9, -1))):
+        attention_module._attend_by_sdpa(module, *tensors, one_bias)
+    assert len(seen) == 1 and seen[0] is bias

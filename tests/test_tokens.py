@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from hf_tokenreduce.modeling.attention import AttentionView
 from hf_tokenreduce.modeling.packed import as_numbers, layout_of, on_device
-from hf_tokenreduce.modeling.tokens import TokenMap, TokenState, apply_map, follow, merge, move, start
+from hf_tokenreduce.modeling.tokens import (
+    TokenMap,
+    TokenState,
+    apply_map,
+    follow,
+    merge,
+    merge_by_product,
+    merge_by_sums,
+    move,
+    start,
+)
 from hf_tokenreduce.modeling.tome import match_most_similar
 from hf_tokenreduce.modeling.topk import keep_best, rounded_up_share
 
@@ -51,6 +61,25 @@ def dense(token_map):
             if goes_to >= 0:
                 matrix[image, token, goes_to] = 1.0 if token_map.weight is None else token_map.weight[image, token]
     return matrix
+
+
+@given(st.integers(1, 12), st.data())
+def test_merging_by_one_product_is_merging_by_sums(num_tokens, data):
+    """Also for a number of outputs that is no multiple of 8, which the product fills up. Outputs and gradients."""
+    length = data.draw(st.integers(1, num_tokens))
+    slots = [[data.draw(st.integers(0, length - 1)) for _ in range(num_tokens)] for _ in range(2)]
+    slot, weight = torch.tensor(slots), torch.rand(2, num_tokens) + 0.1
+    found = []
+    for way in (merge_by_sums, merge_by_product):
+        rows, weights = (
+            torch.arange(2 * num_tokens * 5.0).view(2, num_tokens, 5).sin().requires_grad_(),
+            weight.clone(),
+        )
+        merged = way(rows, slot, length, weights.requires_grad_())
+        merged.square().sum().backward()
+        found.append((merged, rows.grad, weights.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @given(maps(), st.integers(1, 3))

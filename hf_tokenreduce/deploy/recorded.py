@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import method_of
+from ..tasks import image_side
 
 
 WARMUP = 2  # calls in which libraries and kernels are prepared
@@ -16,10 +17,12 @@ def record(model: nn.Module, pixel_values: Tensor) -> Callable[[Tensor], Any]:
     """Record what a model does on a GPU with one batch, as a CUDA graph that does all of it again for other images.
 
     With few images the host needs longer to start the kernels one by one than the GPU needs to run them. A graph
-    starts all at once. To record takes about a second, where `torch.compile` takes a minute.
+    starts all at once. To record takes a few calls of the model, where `torch.compile` takes a minute or more.
 
     Args:
-        model: A model on a GPU, in eval mode. Its method must be an even one, because shapes are recorded too.
+        model: A model on a GPU, in eval mode. Its method must be an even one, because shapes are recorded too. Of a
+            model of images and texts the part for images is recorded. What is done to the model later, such as
+            `set_reduction`, does not change the graph.
         pixel_values: Images (B, C, H, W) on the same GPU, of the same type as the model.
 
     Returns:
@@ -30,10 +33,11 @@ def record(model: nn.Module, pixel_values: Tensor) -> Callable[[Tensor], Any]:
         >>> run = record(model.cuda().eval(), pixel_values.cuda())
         >>> logits = run(pixel_values.cuda()).logits.clone()
     """
-    if pixel_values.device.type != "cuda":
+    device = pixel_values.device
+    if device.type != "cuda":
         raise ValueError(
-            f"Only what runs on a CUDA GPU can be recorded, but pixel_values are on {pixel_values.device}. Move the "
-            "model and the images to a GPU."
+            f"Only what runs on a CUDA GPU can be recorded, but pixel_values are on {device}. Move the model and the "
+            "images to a GPU."
         )
     reduction = getattr(getattr(model, "config", None), "reduction", None)
     if reduction is not None and method_of(reduction).is_adaptive(reduction):
@@ -43,25 +47,30 @@ def record(model: nn.Module, pixel_values: Tensor) -> Callable[[Tensor], Any]:
         )
     if model.training:
         raise ValueError("The model is in training mode. Call model.eval() first.")
-    device, held = pixel_values.device, pixel_values.clone()
-    aside = torch.cuda.Stream(device)
-    aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.no_grad():
+    if torch.is_autocast_enabled("cuda"):
+        raise ValueError("Autocast frees what it has converted, so the graph could not read it. Convert the model.")
+    side = image_side(model)
+    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+        held, aside = pixel_values.clone(), torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARMUP):
-                model(held)
+                side(held)
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = model(held)
+        with torch.cuda.graph(graph, stream=aside):
+            output = side(held)
 
-    def run(images: Tensor) -> Any:
+    read = [*model.parameters(), *model.buffers()]  # the graph reads them where they are, so they must stay there
+
+    def run(images: Tensor, kept: Any = read) -> Any:
         if images.shape != held.shape:
             raise ValueError(
                 f"The model was recorded for images of shape {tuple(held.shape)}, got {tuple(images.shape)}. Record "
                 "it for each shape, or fill up the last batch."
             )
-        held.copy_(images)
+        with torch.no_grad():
+            held.copy_(images)
         graph.replay()
         return output
 

@@ -118,7 +118,7 @@ def compare(
     if not of_features:  # before anything is computed
         class_indices(dataset, label_column, model.config.label2id)
     if speed:
-        check_runtimes([runtime], CPU)
+        check_runtimes([runtime], CPU if RUNTIMES.get(runtime) else inside(model).device)
     config = model.config
     dense = reduced_as(model, None)
     facts = facts_for(model, dataset, processor, image_column)

@@ -69,11 +69,11 @@ def benchmark(
         warmup: Number of rounds before that, which are not timed.
         threads: Number of CPU threads, for all models. By default torch's setting.
         device: Device, for all models. By default the device of the first model.
-        runtimes: `"eager"`; `"compiled"`, which is torch.compile, on a GPU with CUDA graphs; `"recorded"`, which on a
-            GPU starts the eager kernels by one CUDA graph; or `"onnx"`, `"openvino"` and `"openvino-int8"`, on the
-            CPU, as graphs of a fixed number of images, where adaptive methods run one image at a time. Compiled and
-            recorded, adaptive methods run eagerly. Each model is compared with the dense one in the same runtime, and
-            with the dense one in the first runtime.
+        runtimes: `"eager"`; `"compiled"`, which is torch.compile, on a GPU with CUDA graphs, where adaptive methods
+            run eagerly; `"recorded"`, which on a GPU starts the kernels of an even model by one CUDA graph; or
+            `"onnx"`, `"openvino"` and `"openvino-int8"`, on the CPU, as graphs of a fixed number of images, where
+            adaptive methods run one image at a time. Each model is compared with the dense one in the same runtime,
+            and with the dense one in the first runtime.
         oracle: Also time the slice oracle of each reduced model: the dense model, cut to the mean number of tokens
             that each layer of the reduced model leaves of this batch. The cut takes no time. If images keep different
             numbers of tokens, a second oracle has the highest number instead of the mean ("padded").
@@ -153,8 +153,8 @@ def _time_batches(
     for runtime in runtimes:
         for name, model in ready.items():
             reason = why_not(runtime, name in adaptive, batch_size, dtype)
-            prepared = runtime in ("compiled", "recorded")  # such a run is made for batches of one shape
-            if reason is None and prepared and name in adaptive and "eager" in runtimes:
+            timed_anyway = runtime == "compiled" and "eager" in runtimes
+            if reason is None and name in adaptive and (timed_anyway or runtime == "recorded"):
                 reason = "its shapes depend on the image"
             if reason is not None:
                 left_out.append(f"{name} in {runtime} at batch {batch_size}: {reason}")

@@ -192,7 +192,7 @@ def attend(
     if pair_bias is None and has_varlen_kernel(attention, query):
         return attend_varlen(attention, query, key, value, key_bias, query_lengths, key_lengths)[0], None
     biases: Any = [None] * len(key_lengths)
-    if key_bias is not None:  # copies, because torch's kernels on a GPU crash with a mask that begins at any address
+    if key_bias is not None:  # copies, because on a GPU torch crashes unless a mask begins at a multiple of 16 bytes
         biases = [part.clone() if part.is_cuda else part for part in key_bias.split(key_lengths, dim=1)]
     attend_to_one = _attend_by_sdpa if attention.config._attn_implementation == "sdpa" else _attend_evenly
     outputs, maps = [], []
@@ -273,7 +273,7 @@ def _attend_by_sdpa(
     """Do what transformers does for "sdpa", without its copy and checks: they take time in every layer and image."""
     dropout = attention.attention_dropout if attention.training else 0.0
     if bias is not None and bias.ndim == 2 and not dropout and _takes_own_kernel(query, key, value, bias):
-        return gpu_kernels().weighted_attention(query, key, value, bias, attention.scaling), None
+        return gpu_kernels().weighted(query, key, value, bias, attention.scaling), None
     mask = None if bias is None else _as_mask(bias, query.dtype)
     output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=attention.scaling)
     return output.transpose(1, 2), None
@@ -292,26 +292,45 @@ def _takes_own_kernel(*tensors: Tensor) -> bool:
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] <= 128
         and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not torch.jit.is_tracing()
+        and not wants_gradient(*tensors)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and gpu_kernels() is not None
     )
 
 
+class GpuKernels(NamedTuple):
+    """Our own GPU kernels: `weighted_attention` and `received_attention` of `kernels.py`."""
+
+    weighted: Any
+    received: Any
+
+
 @lru_cache
 def gpu_kernels() -> Any:
-    """Return the module of our own GPU kernels. None: triton, which comes with torch for CUDA, is missing or fails."""
-    try:  # on a CPU nothing asks for it, because the import takes time
-        from . import kernels
+    """Return our own `GpuKernels`. None: triton, which comes with torch for CUDA, is missing or fails."""
+    try:  # on a CPU nothing asks for them, because the import takes time
+        from .kernels import received_attention, weighted_attention
     except ImportError:
         return None
     if torch.cuda.is_available():
         try:  # triton needs a C compiler, which some machines do not have
             heads = torch.zeros(1, 1, 16, 16, device="cuda", dtype=torch.float16)
-            kernels.weighted_attention(heads, heads, heads, heads[0, ..., 0].float(), 1.0)
+            weighted_attention(heads, heads, heads, heads[0, ..., 0].float(), 1.0)
+            ends = torch.tensor([0, 16], dtype=torch.int32, device="cuda")
+            received_attention(heads[0], heads[0], None, heads[0, ..., 0].float(), ends, 16, 1.0)
         except Exception as error:
-            logger.warning(f"triton cannot make a kernel here, so attention maps are computed in full: {error}")
+            logger.warning(
+                "triton cannot make a kernel here. So attention with sizes of tokens uses torch's slower mask, and "
+                f"received attention is computed from whole maps: {error}"
+            )
             return None
-    return kernels
+    return GpuKernels(weighted_attention, received_attention)
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Return whether a gradient will be asked for."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def has_varlen_kernel(attention: Any, query: Tensor) -> bool:

@@ -32,9 +32,9 @@ def _attend(
 ):  # fmt: skip
     # Each program takes a block of queries of one head of one image, and goes through the keys. It keeps the highest
     # logit so far, and scales what it has summed whenever a higher one comes.
-    image, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    image, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     features = tl.arange(0, WIDTH)
-    asking = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    asking = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     real = (asking < num_queries)[:, None] & (features < HEAD_DIM)[None, :]
     queries = tl.load(
         query + image * query_image + head * query_head + asking[:, None] * query_row + features[None, :],
@@ -92,7 +92,7 @@ def weighted_attention(
     query, key, value = (part if part.stride(3) == 1 else part.contiguous() for part in (query, key, value))
     output = torch.empty(batch, num_queries, heads, head_dim, dtype=query.dtype, device=query.device)
     queries, keys = blocks
-    grid = (triton.cdiv(num_queries, queries), batch * heads)
+    grid = (batch * heads, triton.cdiv(num_queries, queries))  # the second is at most 65,535
     with torch.cuda.device_of(query):  # triton runs on the current device
         _attend[grid](
             query, key, value, bias.contiguous(), output, key.shape[2], num_queries, heads, scale * LOG2_E,

@@ -168,7 +168,7 @@ def _attend_without_map(
         query, key, value = pack_heads(query), pack_heads(key), pack_heads(value)
         key_bias = None if key_bias is None else key_bias.reshape(1, -1)
     output, log_sums, ends = attend_varlen(attention, query, key, value, key_bias, packed, packed)
-    received = gpu_kernels().received_attention(
+    received = gpu_kernels().received(
         query[0].detach(),
         key[0].detach(),
         None if key_bias is None else key_bias[0].detach(),

@@ -311,14 +311,20 @@ def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tup
 def _merge_evenly(rows: Tensor, target: Tensor, num_tokens: int, weight: Tensor, num_prefix_tokens: int) -> Tensor:
     """Do `move` for an even result without dropped tokens. This needs a third of the operations, and for a single
     image most of the time goes into starting them."""
-    batch, _, width = rows.shape
     length = num_prefix_tokens + num_tokens
     slot = target + num_prefix_tokens
     if num_prefix_tokens:  # they are summed too, so that no runtime has to split and join the rows
         slot = torch.cat([_positions(slot, num_prefix_tokens), slot], dim=1)
         weight = F.pad(weight, (num_prefix_tokens, 0), value=1.0)
-    if rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16):
-        return _merge_by_product(rows, slot, length, weight)
+    half = rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
+    if half and rows.shape[1] <= 2 * rows.shape[2] and not (torch.is_grad_enabled() and rows.requires_grad):
+        return merge_by_product(rows, slot, length, weight)
+    return merge_by_sums(rows, slot, length, weight)
+
+
+def merge_by_sums(rows: Tensor, slot: Tensor, length: int, weight: Tensor) -> Tensor:
+    """Merge rows (B, T, D) into (B, length, D), with the slot and the weight of each, (B, T), in float32."""
+    batch, _, width = rows.shape
     if batch > 1:
         slot = slot + _even_starts(batch, length, rows.device)
     weighted = rows * weight[..., None]
@@ -326,15 +332,15 @@ def _merge_evenly(rows: Tensor, target: Tensor, num_tokens: int, weight: Tensor,
     return sums.view(batch, length, width).to(rows.dtype)
 
 
-def _merge_by_product(rows: Tensor, slot: Tensor, length: int, weight: Tensor) -> Tensor:
-    """Merge by one product with a matrix of the weights: (B, T, D) -> (B, length, D), with slot and weight (B, T).
+def merge_by_product(rows: Tensor, slot: Tensor, length: int, weight: Tensor) -> Tensor:
+    """Do the same by one product with a matrix of the weights, for a GPU in half precision.
 
-    For a GPU in half precision. It moves a quarter of the bytes that float32 sums need. It sums in float32 too, and
-    always in the same order. A weight is rounded as the rows are.
+    Unless there are many more tokens than features, it moves fewer bytes than sums in float32, and it always sums in
+    the same order. A weight is rounded as the rows are.
     """
     aligned = length + -length % 8  # fast kernels for products need rows that begin at a multiple of 16 bytes
     weights = rows.new_zeros(*slot.shape, aligned).scatter_(2, slot[..., None], weight.to(rows.dtype)[..., None])
-    return torch.bmm(weights[..., :length].transpose(1, 2), rows)
+    return torch.bmm(weights[..., :length].transpose(1, 2), rows).to(rows.dtype)  # autocast may have another type
 
 
 def pad(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:

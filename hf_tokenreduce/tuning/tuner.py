@@ -22,7 +22,7 @@ from ..evaluation.compare import (
 from ..evaluation.comparison import Comparison, write_comparison
 from ..evaluation.reading import check_data
 from ..evaluation.resume import digest_of_model
-from ..evaluation.runtimes import check_runtimes
+from ..evaluation.runtimes import RUNTIMES, check_runtimes
 from ..evaluation.settings import describe
 from ..evaluation.zero_shot import ZeroShotClassifier, converted, inside
 from ..files import known_settings, model_folder, write_whole
@@ -118,7 +118,7 @@ def tune(
             "Give share or speedup."
         )
     check_data(dataset, batch_size, image_column=image_column)
-    check_runtimes([runtime], CPU)
+    check_runtimes([runtime], CPU if RUNTIMES.get(runtime) else inside(model).device)
     found = searched_methods(methods)
     labels = None if of_features else _labels(model, dataset, label_column)
     raw = None if labels is None else list(dataset.with_format(None)[label_column])
