@@ -26,19 +26,19 @@ demo: $(INSTALLED)  ## draw images, train a small ViT, reduce it by every method
 	$(BIN)/tokenreduce demo --output-dir demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests -n 2
+	$(BIN)/python -m pytest tests -n 2 --dist loadscope
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow
 
 test-oldest: .venv-oldest/.installed  ## the oldest transformers and other packages that are allowed
-	.venv-oldest/bin/python -m pytest $(TESTS) -n 2
+	.venv-oldest/bin/python -m pytest $(TESTS) -n 2 --dist loadscope
 
 test-plain: .venv-plain/.installed  ## without the optional packages: no onnx, openvino, gradio, fvcore, scipy
-	.venv-plain/bin/python -m pytest $(TESTS) -n 2
+	.venv-plain/bin/python -m pytest $(TESTS) -n 2 --dist loadscope
 
 test-main: .venv-main/.installed  ## transformers as it is developed, which may fail
-	.venv-main/bin/python -m pytest $(TESTS) -n 2
+	.venv-main/bin/python -m pytest $(TESTS) -n 2 --dist loadscope
 
 # Of the environment that is active, because its torch must be one for CUDA, which .venv does not have.
 bench-cuda:  ## everything on one CUDA device, in at most 8 minutes: benchmarks/results/cuda-*.md

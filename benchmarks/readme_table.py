@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from train_report import summarise
+
 from hf_tokenreduce.files import write_whole
 from hf_tokenreduce.methods import METHODS
 
@@ -17,17 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- tokenreduce:begin table -->", "<!-- tokenreduce:end table -->"
 MODEL, SHARE, BATCH = "deit-tiny-patch16-224", 0.65, 8
+TRAINED = RESULTS / f"train-trashnet224-{MODEL}-cuda"
 
 # What it needs, and when to take it.
 TEXTS = {
-    "tome": ("nothing", "For a first try. It works with every model and any image size."),
-    "protected": ("nothing", "When accuracy counts and nothing is trained. It is our own."),
-    "bat": ("nothing", "When you want a published method, trained or not."),
+    "tome": ("nothing", "For a first try, with any model and image size."),
+    "protected": ("nothing", "When nothing is trained. It is our own."),
+    "bat": ("nothing", "A published method, trained or not."),
     "evit": ("fine-tuning", "When you fine-tune anyway, and speed counts."),
     "sit": ("long fine-tuning", "When you can train for long."),
     "dlvit": ("labels and fine-tuning", "When you can train, and memory counts."),
     "ats": ("unlabelled images", "When some images need fewer tokens than others."),
-    "ltmp": ("unlabelled images", "Like ATS. It loses less accuracy, and it is slower."),
+    "ltmp": ("unlabelled images", "Like ATS, when nothing is trained. It is slower."),
 }
 
 
@@ -37,16 +40,19 @@ def readme_table() -> str:
     drops = {row["method"]: row for row in free if row["model"] == MODEL and row["share"] == SHARE and "drop" in row}
     file = next(iter(sorted(RESULTS.glob("speed-deit-tiny-*onnx*.json"))))
     speeds = {(row["method"], row["runtime"]): row for row in _of_batch(json.loads(file.read_text())["rows"])}
+    runs = [json.loads(file.read_text()) for file in TRAINED.glob("*.json")]
+    trained = {line["name"]: line["difference"] for line in summarise(runs) if line["share"] == SHARE}
     lines = [
-        "| method | drop of top-1, points | faster, PyTorch | faster, ONNX Runtime | for good accuracy it needs "
-        "| take it |",
-        "|" + "---|" * 6,
+        "| method | drop of top-1, points | drop, trained | faster, PyTorch | faster, ONNX Runtime "
+        "| for good accuracy it needs | take it |",
+        "|" + "---|" * 7,
     ]
     for name, (needs, when) in TEXTS.items():
         drop = drops.get(name) if "fine-tuning" not in needs else None
         cells = [
             f"[{METHODS[name].title}](docs/methods/{name}.md)",
             f"{drop['drop']:.1f} ({drop['drop_interval'][0]:.1f} to {drop['drop_interval'][1]:.1f})" if drop else "",
+            f"{-trained[name]:.1f}" if name in trained else "",
             *(f"{speeds[name, way]['speedup']:.2f}" if (name, way) in speeds else "" for way in ("eager", "onnx")),
             needs,
             when,
