@@ -49,7 +49,7 @@ def correct(bench: Bench) -> Iterator[Task]:
                 answer["same_tokens"] = same.float().mean().item()
                 if same.any():
                     answer["error_of_same"] = distance(found.logits.cpu()[same], wanted.logits[same])
-            if name in EVEN and not bench.smoke:
+            if name in (*EVEN, *NEWER) and not bench.smoke:
                 run = record(there, pixels.roll(1, 0))
                 answer["recorded"] = distance(run(pixels).logits, found.logits)
             alone = torch.cat([there(one).logits for one in pixels.split(1)])

@@ -76,6 +76,9 @@ def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
             f"- **Correct.** In float32, {len(exact) - 1} methods and the dense model give the CPU's logits: the "
             f"largest difference is {worst:.0e} of the largest logit."
         )
+        recorded = [one["recorded"] for one in parts["correct"].values() if "recorded" in one]
+        if recorded:
+            lines[-1] += f" Recorded models give the eager logits: the largest difference is {max(recorded):.0e}."
         if differing:
             alike = min(exact[name]["same_tokens"] for name in differing)
             lines[-1] += (
@@ -105,14 +108,24 @@ def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
             "logit, in bfloat16. The part of the compiled slice oracle's speed, and in brackets the speed-up over the "
             f"same model in PyTorch as it is, for {', '.join(cell)}: {', '.join(speeds)}."
         )
-    weighing = parts.get("weighing", {}).values()
+    # With fewer images the time of the host counts too.
+    weighing, merging = (
+        [one for key, one in parts.get(part, {}).items() if key.startswith("batch 256")]
+        for part in ("weighing", "merging")
+    )
     if weighing:
         channels = _range(one["channels_over_mask"] for one in weighing)
         mask = _range(one["mask_ms"] / one["own_128_32_ms"] for one in weighing)
         lines.append(
             "- **Sizes of merged tokens.** In torch's attention a mask costs less time than extra channels of the "
-            f"heads: the channels take {channels} times as long. The mask takes {mask} times as long as our own "
-            "kernel, which `sdpa` uses in half precision where no gradient is needed."
+            f"heads: with 256 images the channels take {channels} times as long. The mask takes {mask} times as long "
+            "as our own kernel, which `sdpa` uses in half precision where no gradient is needed."
+        )
+    if merging:
+        lines.append(
+            "- **Merging.** With 256 images sums in float32 take "
+            f"{_range(one['sums_over_product'] for one in merging)} times as long as one product in half precision, "
+            "which is used there if there are not more tokens than features."
         )
     memory = [one["memory_over_dense"] for cell in parts.get("speed", {}).values() for one in cell[1:]]
     memory = [one for one in memory if one is not None]
@@ -141,8 +154,8 @@ def _speeds(title: str, cells: dict[str, Any]) -> list[str]:
 
 
 def _range(values: Iterable[float]) -> str:
-    values = list(values)
-    return f"{min(values):.1f} to {max(values):.1f}"
+    numbers = sorted({f"{value:.1f}" for value in values}, key=float)
+    return " to ".join(dict.fromkeys((numbers[0], numbers[-1])))
 
 
 def title_of(name: str) -> str:

@@ -41,7 +41,7 @@ def readme_table() -> str:
     file = next(iter(sorted(RESULTS.glob("speed-deit-tiny-*onnx*.json"))))
     speeds = {(row["method"], row["runtime"]): row for row in _of_batch(json.loads(file.read_text())["rows"])}
     runs = [json.loads(file.read_text()) for file in TRAINED.glob("*.json")]
-    trained = {line["name"]: line["difference"] for line in summarise(runs) if line["share"] == SHARE}
+    trained = {line["name"]: line for line in summarise(runs) if line["share"] == SHARE}
     lines = [
         "| method | drop of top-1, points | drop, trained | faster, PyTorch | faster, ONNX Runtime "
         "| for good accuracy it needs | take it |",
@@ -52,13 +52,18 @@ def readme_table() -> str:
         cells = [
             f"[{METHODS[name].title}](docs/methods/{name}.md)",
             f"{drop['drop']:.1f} ({drop['drop_interval'][0]:.1f} to {drop['drop_interval'][1]:.1f})" if drop else "",
-            f"{-trained[name]:.1f}" if name in trained else "",
+            _with_spread(trained[name]) if name in trained else "",
             *(f"{speeds[name, way]['speedup']:.2f}" if (name, way) in speeds else "" for way in ("eager", "onnx")),
             needs,
             when,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _with_spread(line: dict[str, Any]) -> str:
+    low, high = line["interval"]
+    return f"{-line['difference']:.1f}±{(high - low) / 2:.1f}"
 
 
 def _of_batch(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -51,7 +51,13 @@ from hf_tokenreduce.training.origin import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("tome", "evit", "bat", "ats", "ltmp", "sit", "dlvit")
-OF_THE_PAPERS = ("bat", "ats", "ltmp", "sit", "dlvit")  # which have seeds beyond those that have all
+OF_THE_PAPERS = (
+    "bat",
+    "ats",
+    "ltmp",
+    "sit",
+    "dlvit",
+)  # they get the seeds beyond `--full_seeds` too
 LABEL_SHARE = 0.2  # DL-ViT's labels keep the fifth with the largest deltas: the sign of the others is mostly chance
 
 # What else is asked of a method: by the name of the variant, its settings and the arguments of its training.

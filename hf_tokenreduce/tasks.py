@@ -82,7 +82,7 @@ class ImageSide(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.model = model
+        self.model, self.training = model, model.training
 
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
         model: Any = self.model

@@ -354,30 +354,46 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
 class Jumps(torch.nn.Module):
     """A model whose output jumps where its input is 1, as one does that keeps the higher of two scores."""
 
+    side = SimpleNamespace(config=SimpleNamespace(reduction="a method"))
+
     def main(self, inputs):
         mean = inputs.flatten(1).double().mean(dim=1, keepdim=True)
         return torch.cat([mean, torch.where(mean > 1, 1.0, -1.0)], dim=1).float()
 
 
 def test_an_image_in_which_rounding_decides_does_not_count(monkeypatch, tmp_path):
-    model, images = Jumps(), torch.tensor([0.3, 1.0, 2.0, 0.5]).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
+    model, images = Jumps(), torch.tensor([1.0, 0.3, 2.0, 0.5]).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
 
-    def compared(wrong, which=slice(None)):
+    def compared(changes, batch_size=None, which=slice(None)):
+        """changes: what is added to the second output of the graph, for each value of the pixels"""
+
         def run(inputs):
             found = model.main(inputs)
-            found[:, 1] *= torch.where((inputs[:, 0, 0, 0, None] == wrong).any(dim=1), -1.0, 1.0)
+            for row, value in enumerate(inputs[:, 0, 0, 0].tolist()):
+                found[row, 1] += changes.get(round(value, 3), 0.0)
             return [found]
 
-        openers = {"onnx": SimpleNamespace(open=lambda *arguments: run)}
-        monkeypatch.setattr(exporting, "FORMATS", openers)
-        return exporting._compare(model, images[which], "onnx", tmp_path, 1)
+        monkeypatch.setattr(exporting, "FORMATS", {"onnx": SimpleNamespace(open=lambda *arguments: run)})
+        return exporting._compare(model, images[which], "onnx", tmp_path, batch_size)
 
-    assert compared(torch.tensor([])) == {"batch_sizes": [1], "largest_difference": 0, "decided_by_rounding": 0}
-    assert compared(torch.tensor([1.0]))["decided_by_rounding"] == 1
-    with pytest.raises(ValueError, match=r"differs from the model by 1\.0e\+00"):
-        compared(torch.tensor([1.0, 2.0]))
+    other_side = {1.0: 2.0}  # where the model jumps from -1 to 1
+    for batch_size, sizes in ((None, [1, 2, 4]), (1, [1]), (4, [4])):
+        assert compared({}, batch_size) == {"batch_sizes": sizes, "largest_difference": 0, "decided_by_rounding": 0}
+        assert compared(other_side, batch_size) == {
+            "batch_sizes": sizes, "largest_difference": 0, "decided_by_rounding": 1,
+        }  # fmt: skip
+        for wrong in (
+            {1.0: 0.5},
+            {2.0: -2.0},
+            {0.3: 1.0},
+        ):  # no image that is nearly the same gives it
+            with pytest.raises(ValueError, match="exported graph differs from the model by"):
+                compared(other_side | wrong, batch_size)
     with pytest.raises(ValueError, match="In all 1 images rounding decides which tokens stay"):
-        compared(torch.tensor([1.0]), slice(1, 2))
+        compared(other_side, 1, slice(1))
+    monkeypatch.setattr(Jumps, "side", SimpleNamespace(config=SimpleNamespace(reduction=None)))
+    with pytest.raises(ValueError, match="exported graph differs from the model by"):  # it removes no tokens
+        compared(other_side)
 
 
 def test_numbers_that_are_not_finite_are_no_agreement(tmp_path):

@@ -7,6 +7,8 @@ from helpers import tiny_images, tiny_model
 from hf_tokenreduce import ATSConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.deploy import record
 from hf_tokenreduce.evaluation import benchmark
+from hf_tokenreduce.evaluation.oracle import SliceOracle
+from hf_tokenreduce.tasks import ImageSide
 
 
 class OnGpu(torch.Tensor):
@@ -34,3 +36,10 @@ def test_shapes_must_not_depend_on_the_image():
 def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"training mode. Call model.eval\(\) first"):
         record(reduce_tokens(tiny_model(), ToMeConfig(r=7)).train(), on_gpu(tiny_images(1)))
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: SliceOracle(model, "after_attention", [17] * 4), ImageSide])
+def test_what_wraps_a_model_has_its_mode(wrapped):
+    """`benchmark` records slice oracles and the image sides of models."""
+    assert not wrapped(tiny_model().eval()).training
+    assert wrapped(tiny_model().train()).training

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_tokenreduce.modeling import tokens
 from hf_tokenreduce.modeling.attention import AttentionView
 from hf_tokenreduce.modeling.packed import as_numbers, layout_of, on_device
 from hf_tokenreduce.modeling.tokens import (
@@ -80,6 +82,15 @@ def test_merging_by_one_product_is_merging_by_sums(num_tokens, data):
         found.append((merged, rows.grad, weights.grad))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_product_merges_only_in_half_precision_on_a_gpu_without_gradients():
+    fits = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (2, 197, 384), "requires_grad": False}
+    assert tokens._product_is_faster(SimpleNamespace(**fits))
+    for changed in (
+        {"is_cuda": False}, {"dtype": torch.float32}, {"shape": (2, 385, 384)}, {"requires_grad": True},
+    ):  # fmt: skip
+        assert not tokens._product_is_faster(SimpleNamespace(**fits | changed)), changed
 
 
 @given(maps(), st.integers(1, 3))

@@ -71,6 +71,10 @@ def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> str:
             f"The graph was compared with PyTorch on batches of {', '.join(map(str, found['batch_sizes']))}. The "
             f"largest difference is {found['largest_difference']:.1e} of the largest value."
         )
+        if found["decided_by_rounding"]:
+            checked += (
+                f" Images in which rounding decides which tokens stay, {found['decided_by_rounding']}, do not count."
+            )
     if found["opset"]:
         checked += f" The ONNX opset is {found['opset']}."
     return f"""# {folder.name}

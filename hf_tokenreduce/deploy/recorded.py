@@ -21,8 +21,8 @@ def record(model: nn.Module, pixel_values: Tensor) -> Callable[[Tensor], Any]:
 
     Args:
         model: A model on a GPU, in eval mode. Its method must be an even one, because shapes are recorded too. Of a
-            model of images and texts the part for images is recorded. What is done to the model later, such as
-            `set_reduction`, does not change the graph.
+            model of images and texts the part for images is recorded. A later `set_reduction` or `.to` does not change
+            the graph.
         pixel_values: Images (B, C, H, W) on the same GPU, of the same type as the model.
 
     Returns:
@@ -61,7 +61,8 @@ def record(model: nn.Module, pixel_values: Tensor) -> Callable[[Tensor], Any]:
         with torch.cuda.graph(graph, stream=aside):
             output = side(held)
 
-    read = [*model.parameters(), *model.buffers()]  # the graph reads them where they are, so they must stay there
+    # The graph reads the weights where they are, so they must stay there, also after `.to`.
+    read = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
 
     def run(images: Tensor, kept: Any = read) -> Any:
         if images.shape != held.shape:

@@ -25,6 +25,7 @@ class SliceOracle(nn.Module):
     def __init__(self, dense: PreTrainedModel, hook: str, lengths: list[int] | None = None):
         super().__init__()
         self.model = reduce_tokens(dense, None)
+        self.training = self.model.training
         self.lengths = lengths or []
         prefix = facts_of(dense.config).num_prefix_tokens
         for index, layer in enumerate(encoder_of(self.model).layers):

@@ -319,6 +319,8 @@ def gpu_kernels() -> Any:
             weighted_attention(heads, heads, heads, heads[0, ..., 0].float(), 1.0)
             ends = torch.tensor([0, 16], dtype=torch.int32, device="cuda")
             received_attention(heads[0], heads[0], None, heads[0, ..., 0].float(), ends, 16, 1.0)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
             logger.warning(
                 "triton cannot make a kernel here. So attention with sizes of tokens uses torch's slower mask, and "
