@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from hf_tokenreduce import BATConfig, DLViTConfig, SiTConfig, ToMeConfig, calibrate, reduce_tokens
+from hf_tokenreduce.methods.fitting import before_acting
 from hf_tokenreduce.methods.sit import _neighbours_together
 from hf_tokenreduce.modeling.bat import density_peaks, fuse_alike, keep_diverse
 from hf_tokenreduce.training import reverse_modules
@@ -88,6 +89,30 @@ def test_calibrated_slimming_pools_neighbours():
     assert before.amax() < 0.1
     calibrate(same, images, steps=120)
     assert torch.equal(same.vit.layers[2].reducer.fc2.weight, model.vit.layers[2].reducer.fc2.weight)
+
+
+def test_calibrated_slim_tokens_give_back_what_is_alike():
+    """Images of two colours, with the border somewhere else in each: what is alike is not in the same place."""
+    stock = tiny_model()
+    with torch.no_grad():
+        stock.vit.embeddings.position_embeddings.mul_(0.1)  # so that tokens show more than where they are
+    model = reduce_tokens(stock, SiTConfig(layers=(0,), keep_rate=0.125))
+
+    def images(count, seed):
+        draw = torch.Generator().manual_seed(seed)
+        left, right = torch.randn(2, count, 3, 1, 1, generator=draw)
+        border = torch.randint(1, 32, (count, 1, 1, 1), generator=draw)
+        return torch.where(torch.arange(32) < border, left, right).expand(count, 3, 32, 32).contiguous()
+
+    calibrate(model, images(24, 0), steps=200)
+    reducer, seen = model.vit.layers[0].reducer, []
+    with before_acting([reducer], "after_layer", lambda reducer, state: seen.append(state)):
+        model.eval()(images(8, 1))
+    patches = seen[0].hidden_states[:, 1:]
+    logits = reducer.logits(patches)
+    restored = logits.softmax(dim=2) @ (logits.softmax(dim=1).transpose(1, 2) @ patches)
+    lost, whole = ((other - patches).square().mean() for other in (restored, patches.mean(dim=1, keepdim=True)))
+    assert lost < 0.7 * whole, (lost, whole)
 
 
 def _quarter(weights, top, left):

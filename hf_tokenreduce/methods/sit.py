@@ -22,7 +22,7 @@ from .token_decoder import reverse_modules
 
 
 def fit_slimming(model: PreTrainedModel, pixels: Tensor, target: Any = None, *, steps: int = 600) -> float:
-    """Teach the slimming networks, layer by layer, to pool neighbouring tokens.
+    """Teach the slimming networks, layer by layer, to pool neighbouring tokens, and then tokens that are alike.
 
     The model can then be used, and it is a good start for training.
 
@@ -30,7 +30,7 @@ def fit_slimming(model: PreTrainedModel, pixels: Tensor, target: Any = None, *, 
         model: A model that SiT reduces.
         pixels: Pixel values of the images, (B, C, H, W).
         target: Must be None, because `keep_rate` of the configuration says what is kept.
-        steps: Number of steps for each network, of 16 images each.
+        steps: Number of steps of each network for either lesson, of 16 images each.
 
     Returns:
         The share of the multiply-adds that the model keeps.
@@ -42,7 +42,7 @@ def fit_slimming(model: PreTrainedModel, pixels: Tensor, target: Any = None, *, 
     slimming = [reducer for reducer in encoder_of(model).reducers if reducer.num_slim is not None]
     height, width = facts_of(model.config).grid
     order = torch.tensor(_neighbours_together(0, height, 0, width, width), device=model.device)
-    with logging.tqdm(total=steps * len(slimming), desc="calibrating slimming", leave=False) as progress:
+    with logging.tqdm(total=2 * steps * len(slimming), desc="calibrating slimming", leave=False) as progress:
 
         def teach(reducer: SiTReducer, state: TokenState) -> None:
             _teach_pools(reducer, state, order, steps, progress)
@@ -57,6 +57,9 @@ def _teach_pools(reducer: SiTReducer, state: TokenState, order: Tensor, steps: i
 
     In the first layer that slims these are the tokens of a part of the image. Later they are tokens that follow each
     other, because tokens of neighbouring parts are then beside each other.
+
+    From there it learns to pool by content: each token is restored from the slim tokens, by a softmax of the same
+    logits over them, and should come back as it was.
     """
     patches = state.hidden_states[:, state.num_prefix_tokens :].float()
     count, slim = patches.shape[1], reducer.fc2.out_features
@@ -67,17 +70,26 @@ def _teach_pools(reducer: SiTReducer, state: TokenState, order: Tensor, steps: i
     share = share / share.sum(dim=0)  # (N, K)
     generator = torch.Generator().manual_seed(0)
     student = copy.deepcopy(reducer).float().requires_grad_()  # in float32, whatever the model's dtype is
-    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    with torch.enable_grad():
-        for _ in range(steps):
-            some = torch.randint(len(patches), (16,), generator=generator).to(patches.device)
-            loss = -(student.logits(patches[some]).log_softmax(dim=1) * share).sum(dim=1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress.update()
+
+    def of_pools(logits: Tensor, tokens: Tensor) -> Tensor:
+        return -(logits.log_softmax(dim=1) * share).sum(dim=1).mean()
+
+    def of_restored(logits: Tensor, tokens: Tensor) -> Tensor:
+        restored = logits.softmax(dim=2) @ (logits.softmax(dim=1).transpose(1, 2) @ tokens)
+        return F.mse_loss(restored, tokens) / tokens.var()
+
+    for loss_of, learning_rate in ((of_pools, 3e-3), (of_restored, 1e-3)):
+        optimizer = torch.optim.Adam(student.parameters(), lr=learning_rate)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+        with torch.enable_grad():
+            for _ in range(steps):
+                some = torch.randint(len(patches), (16,), generator=generator).to(patches.device)
+                loss = loss_of(student.logits(patches[some]), patches[some])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.update()
     for parameter, value in zip(reducer.parameters(), student.parameters(), strict=True):
         parameter.copy_(value)
 
@@ -130,7 +142,7 @@ SIT = Method(
     details=(
         "After each of `layers` a small network mixes the patch tokens into fewer ones, by soft weights. In training "
         "the dense model is the teacher. It teaches the logits, and also the tokens, through a token decoder that "
-        "exists only in training. `calibrate` first teaches the networks to pool neighbouring tokens, because the "
+        "exists only in training. `calibrate` first teaches the networks to pool tokens that are alike, because the "
         "initialisation of the authors makes every slim token nearly the mean of all tokens."
     ),
     limits="Without training it loses much accuracy. Calibration is only a start.",
