@@ -151,7 +151,8 @@ def profile(bench: Bench) -> Iterator[Task]:
         return {
             "all": sum(one[0] for one in spent) / 1000,
             "kernels": sum(one[1] for one in spent),
-            **{f"{key} ({count} times)": time / 1000 for time, count, key in longest},
+            # Numbered, because names are cut off, and then some are the same.
+            **{f"{place}. {key} ({count} times)": time / 1000 for place, (time, count, key) in enumerate(longest, 1)},
         }
 
     size, batch = bench.cells[0]

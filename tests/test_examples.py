@@ -434,6 +434,8 @@ def test_what_is_for_a_cuda_device_runs_on_the_cpu(run, monkeypatch, tmp_path):
     assert {row["name"] for row in rows["speed_recorded"]["tiny, batch 3, recorded"]} == {"dense", "tome"}
     assert all(one["error"] < 0.01 for one in rows["merging"].values())
     assert all(one["over_dense"] > 0 for one in rows["compiled"].values())
+    speeds = {"ms", "dense_ms", "over_dense", "of_oracle", "over_eager", "seconds_to_compile"}
+    assert len(rows["compiled"]) == 1 and all(speeds <= one.keys() for one in rows["compiled"].values())
     assert not (tmp_path / "cuda-smoke.parts" / "turns").exists()
     table = (tmp_path / "cuda-smoke.md").read_text()
     assert "| tiny, batch 3, eager | ats |" in table and "- tome, float32: error" in table

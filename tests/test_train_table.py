@@ -170,6 +170,8 @@ def test_the_most_telling_cells_come_first(modules):
     cells = [cell.stem for cell in table.plan([0, 1, 2], [0.65, 0.45], table.METHODS, tuple(table.VARIANTS))]
     assert len(cells) == len(set(cells)) == 2 * 16 + 2 * 2 * len(table.VARIANTS) + 2 + 5
     assert cells[:3] == ["start-seed0", "dense-seed0", "tome-0.65-seed0"]
+    of_all = [cell.stem for cell in table.plan([0, 1, 2], [0.65, 0.45], table.METHODS, ("topk",), 3)]
+    assert len(of_all) == len(set(of_all)) == 3 * 18 and "tome-0.45-seed2" in of_all
     for name in ("start", "dense"):  # what a cell is compared with and begins from is there before it
         assert all(cells.index(f"{name}-seed{cell[-1]}") <= cells.index(cell) for cell in cells if "start" not in cell)
 

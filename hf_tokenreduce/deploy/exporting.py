@@ -130,6 +130,7 @@ class Outputs(nn.Module):
         super().__init__()
         self.side = image_side(model)
         reduction = getattr(model.config, "reduction", None)
+        self.reduces = reduction is not None
         self.tells_counts = reduction is not None and method_of(reduction).is_adaptive(reduction)
 
     def forward(self, inputs: Tensor) -> Any:
@@ -237,7 +238,7 @@ def _difference(found: Tensor, expected: Tensor, scale: Tensor) -> float:
 def _is_tie(whole: Outputs, image: Tensor, found: Tensor, scale: Tensor) -> bool:
     """Return whether the model, too, gives what the graph found if pixels change by as little as numbers are rounded.
     Then two tokens are so alike that rounding decides which of them stays."""
-    if getattr(whole.side, "config", None) is None or getattr(whole.side.config, "reduction", None) is None:
+    if not whole.reduces:
         return False
     draw = torch.Generator().manual_seed(0)
     for size in (1e-6,) * 8 + (1e-5,) * 8:

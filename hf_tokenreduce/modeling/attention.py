@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .packed import layout_of
-from .tokens import pad
+from .tokens import pad, wants_gradient
 
 
 logger = logging.get_logger(__name__)
@@ -328,11 +328,6 @@ def gpu_kernels() -> Any:
             )
             return None
     return GpuKernels(weighted_attention, received_attention)
-
-
-def wants_gradient(*tensors: Tensor) -> bool:
-    """Return whether a gradient will be asked for."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def has_varlen_kernel(attention: Any, query: Tensor) -> bool:

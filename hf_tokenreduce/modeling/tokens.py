@@ -324,7 +324,12 @@ def _product_is_faster(rows: Tensor) -> bool:
     """Return whether rows (B, T, D) merge faster by a product: on a GPU in half precision, if there are not more
     tokens than features. A product keeps its matrix for the gradient, so it is not taken if there will be one."""
     half = rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
-    return half and rows.shape[1] <= rows.shape[2] and not (torch.is_grad_enabled() and rows.requires_grad)
+    return half and rows.shape[1] <= rows.shape[2] and not wants_gradient(rows)
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Return whether a gradient will be asked for."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def merge_by_sums(rows: Tensor, slot: Tensor, length: int, weight: Tensor) -> Tensor:
