@@ -6,7 +6,7 @@ from helpers import BACKBONES, EVEN, METHODS, reduce_tiny, tiny_images, tiny_mod
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_tokenreduce import ToMeConfig
-from hf_tokenreduce.evaluation.runtimes import compiled, many_compiled
+from hf_tokenreduce.evaluation.runtimes import MainOutput, compiled, many_compiled
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +87,17 @@ def test_export(method):
     program = torch.export.export(model, (tiny_images(),))
     output = program.module()(tiny_images(seed=5))
     torch.testing.assert_close(output.logits, model(tiny_images(seed=5)).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are constants, which is right here
+@pytest.mark.parametrize("method", EVEN)
+def test_traced(method):
+    """fvcore counts by torch.jit.trace, and converters for phones begin with it. It knows fewer operations."""
+    model = reduce_tiny(tiny_model(), METHODS[method][0])
+    with torch.no_grad():
+        traced = torch.jit.trace(MainOutput(model), tiny_images(), check_trace=False)
+        others = tiny_images(seed=5)
+        torch.testing.assert_close(traced(others), model(others).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_benchmark_compiles_as_many_models_as_it_gets():

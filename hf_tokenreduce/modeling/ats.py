@@ -122,7 +122,7 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
     upper = sums.gather(1, above)
     lower = sums.gather(1, (above - 1).clamp(min=0))
     picked = torch.searchsorted(sums, torch.where(points - lower <= upper - points, lower, upper))
-    kept = torch.zeros_like(order, dtype=torch.bool).scatter_(1, picked.clamp(max=num_tokens - 1), True)
+    kept = torch.zeros_like(order, dtype=torch.bool).scatter_(1, picked.clamp(max=num_tokens - 1), 1)
     if valid is not None:
         kept &= real
     if max_kept is not None:

@@ -110,7 +110,7 @@ def fuse_alike(keys: Tensor, num_fused: int) -> Tensor:
     batch, count, _ = keys.shape
     keys = F.normalize(keys, dim=-1)
     best, match = best_matches(keys[:, ::2], keys[:, 1::2], num_fused)
-    fuses = torch.zeros_like(match, dtype=torch.bool).scatter_(1, best, True)
+    fuses = torch.zeros_like(match, dtype=torch.bool).scatter_(1, best, 1)
     into = torch.arange(count, device=keys.device).repeat(batch, 1)
     into[:, ::2] = torch.where(fuses, 2 * match + 1, into[:, ::2])
     return into

@@ -81,7 +81,7 @@ def match_by_criteria(
     best, match = best_of(weights, r - r // 2)
     receiver = receiver.scatter(1, even[best], odd[match.gather(1, best)])
     if r > 1:
-        gone = torch.zeros_like(match, dtype=torch.bool).scatter_(1, best, True)
+        gone = torch.zeros_like(match, dtype=torch.bool).scatter_(1, best, 1)
         best, match = best_of(weights.masked_fill(gone[..., None], -torch.inf).transpose(1, 2), r // 2)
         back = natural.repeat(batch, 1).scatter(1, odd[best], even[match.gather(1, best)])
         receiver = back.gather(1, receiver)

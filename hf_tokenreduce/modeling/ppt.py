@@ -93,7 +93,7 @@ def prune_or_merge(
     merges = (shares.var(dim=1) < threshold)[:, None]
     merged = match_most_similar(keys, size, r, num_prefix_tokens)
     leaving = merged.num_tokens
-    assert isinstance(leaving, int) and merged.target is not None and merged.weight is not None
+    assert not isinstance(leaving, tuple) and merged.target is not None and merged.weight is not None
     assert merged.size is not None
     stays = ranks(shares) < leaving
     pruned = torch.where(stays, stays.cumsum(dim=1) - 1, -1)

@@ -141,7 +141,7 @@ def match_most_similar(keys: Tensor, size: Tensor | None, r: int, num_prefix_tok
     odd = slice(1 - num_prefix_tokens % 2, None, 2)
     keys = F.normalize(keys, dim=-1)
     best, match = best_matches(keys[:, even], keys[:, odd], r)
-    left = torch.ones_like(match, dtype=torch.bool).scatter_(1, best, False)
+    left = torch.ones_like(match, dtype=torch.bool).scatter_(1, best, 0)  # False would stop torch.jit.trace
     num_left = match.shape[1] - r
     of_even = torch.where(left, left.cumsum(dim=1) - 1, match + num_left)
     of_odd = torch.arange(num_left, num_tokens - r, device=keys.device).expand(batch, -1)
