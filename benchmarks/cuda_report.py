@@ -9,7 +9,7 @@ from hf_tokenreduce.methods import METHODS
 
 
 CHECKED_IMAGES = 8  # on which the device is compared with the CPU
-TITLES = {"dlvit": "DL-ViT by threshold", "dlvit-even": "DL-ViT by share"}
+TITLES = {"dlvit": "DL-ViT with `threshold`", "dlvit-even": "DL-ViT with `keep_rate`"}
 
 
 def table(found: dict[str, Any], meanings: dict[str, str]) -> str:
@@ -103,7 +103,8 @@ def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
         slowest = max(one["seconds_to_compile"] for one in compiled.values())
         graphs, cell = max(one["graphs"] for one in compiled.values()), next(iter(compiled)).split(", ")[:2]
         lines.append(
-            f"- **Compiled**, by `torch.compile(mode='reduce-overhead')`. Each made {graphs} graph for three batches, "
+            f"- **Compiled**, by `torch.compile(mode='reduce-overhead')`. Ready in time: "
+            f"{' and '.join(_title(key.split(', ')[-1]) for key in compiled)}, with {graphs} graph for three batches, "
             f"in at most {slowest:.0f} s. Its logits differ from the eager ones by at most {worst:.3f} of the largest "
             "logit, in bfloat16. The part of the compiled slice oracle's speed, and in brackets the speed-up over the "
             f"same model in PyTorch as it is, for {', '.join(cell)}: {', '.join(speeds)}."
@@ -135,22 +136,28 @@ def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _speeds(title: str, cells: dict[str, Any]) -> list[str]:
-    keys = list(cells)
+    keys = sorted(cells, key=_size_and_batch)
     names = list(dict.fromkeys(one["name"] for cell in cells.values() for one in cell))
     by_name = {key: {one["name"]: one for one in cell} for key, cell in cells.items()}
-    dense = ", ".join(f"{cells[key][0]['p50_ms']:.1f}" for key in keys)
     lines = [
-        f"{title}, the speed-up over dense and, in brackets, the part of the slice oracle's speed. The dense model "
-        f"takes {dense} ms.",
+        f"{title}, the speed-up over dense and, in brackets, the part of the slice oracle's speed.",
         "",
         "| method | " + " | ".join(", ".join(key.split(", ")[:2]) for key in keys) + " |",
         "|" + "---|" * (len(keys) + 1),
     ]
+    dense = [f"{cells[key][0]['p50_ms']:.1f}" for key in keys]
+    lines.append(f"| dense, ms | {' | '.join(dense)} |")
     for name in names[1:]:
         row = [by_name[key].get(name) for key in keys]
         told = ["" if one is None else f"{one['speedup']:.2f} ({one['oracle_share']:.2f})" for one in row]
         lines.append(f"| {_title(name)} | {' | '.join(told)} |")
     return lines
+
+
+def _size_and_batch(key: str) -> tuple[Any, ...]:
+    """Order cells such as "DeiT-S, batch 8, bfloat16" by the model, and then by the number of images."""
+    model, batch = key.split(", ")[:2]
+    return model, int(batch.split()[-1])
 
 
 def _range(values: Iterable[float]) -> str:

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train_report import START, summarise
+from train_report import CONTROL, START, summarise
 from train_table import METHODS as TRAINED
 
 from hf_tokenreduce.hub import write_cards
@@ -38,7 +38,7 @@ def main(runs: Path = RUNS, cards: Path = CARDS) -> None:
             if share is None:
                 continue
             seed = min(seed for other, at, seed in rows if (other, at) == (name, share))
-            record = as_record(rows[name, share, seed], rows[START, None, seed])
+            record = as_record(rows[name, share, seed], rows[START, None, seed], rows.get((CONTROL, None, seed)))
             (Path(folder) / f"{PREFIX}{name}.json").write_text(json.dumps(record))
         written = write_cards(folder, cards, base_license="apache-2.0", base_model="facebook/deit-tiny-patch16-224")
     print("\n".join(str(path.relative_to(cards)) for path in written))
@@ -55,8 +55,9 @@ def best_share(lines: list[dict[str, Any]]) -> float | None:
     return min(good) if good else max((line["share"] for line in lines), default=None)
 
 
-def as_record(row: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
-    """What `hf_tokenreduce.hub` makes a card of. before: the dense model that the training began with."""
+def as_record(row: dict[str, Any], start: dict[str, Any], control: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `hf_tokenreduce.hub` makes a card of. start: the dense model that the training began with. control: the
+    dense model that was trained as long."""
     setting, images = row["setting"], len(row["right"])
     which = f"--methods {row['name']} --variants" if row["name"] in TRAINED else f"--methods --variants {row['name']}"
     others = {"epochs": 3, "start_epochs": 4, "label_images": 250, "max_train_samples": None, "device": "cpu"}
@@ -71,7 +72,8 @@ def as_record(row: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
     return {
         "method": row["method"], "settings": row["settings"], "base_model": setting["model"],
         "dataset": setting["train"], "eval_dataset": " and ".join(setting["eval"]), "eval_images": images,
-        "top1": row["top1"], "baseline_top1": start["top1"], "mult_adds_ratio": row["mult_adds_ratio"],
+        "top1": row["top1"], "baseline_top1": start["top1"], "control_top1": control and control["top1"],
+        "mult_adds_ratio": row["mult_adds_ratio"],
         "tokens_per_layer": row["tokens_per_layer"], "epochs": setting["epochs"], "seed": row["seed"],
         "command": command, "machine": row["machine"],
     }  # fmt: skip

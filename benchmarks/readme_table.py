@@ -28,7 +28,7 @@ TEXTS = {
     "bat": ("nothing", "A published method, trained or not."),
     "evit": ("fine-tuning", "When you fine-tune anyway, and speed counts."),
     "sit": ("long fine-tuning", "When you can train for long."),
-    "dlvit": ("labels and fine-tuning", "When you can train, and memory counts."),
+    "dlvit": ("labelled images, fine-tuning", "When you can train, and memory counts."),
     "ats": ("unlabelled images", "When some images need fewer tokens than others."),
     "ltmp": ("unlabelled images", "Like ATS, when nothing is trained. It is slower."),
 }
@@ -48,11 +48,10 @@ def readme_table() -> str:
         "|" + "---|" * 7,
     ]
     for name, (needs, when) in TEXTS.items():
-        drop = drops.get(name) if "fine-tuning" not in needs else None
         cells = [
             f"[{METHODS[name].title}](docs/methods/{name}.md)",
-            f"{drop['drop']:.1f} ({drop['drop_interval'][0]:.1f} to {drop['drop_interval'][1]:.1f})" if drop else "",
-            _with_spread(trained[name]) if name in trained else "",
+            _with_spread(drops[name]["drop"], drops[name]["drop_interval"]) if name in drops else "",
+            _with_spread(-trained[name]["difference"], trained[name]["interval"]) if name in trained else "",
             *(f"{speeds[name, way]['speedup']:.2f}" if (name, way) in speeds else "" for way in ("eager", "onnx")),
             needs,
             when,
@@ -61,9 +60,9 @@ def readme_table() -> str:
     return "\n".join(lines)
 
 
-def _with_spread(line: dict[str, Any]) -> str:
-    low, high = line["interval"]
-    return f"{-line['difference']:.1f}±{(high - low) / 2:.1f}"
+def _with_spread(drop: float, interval: list[float]) -> str:
+    low, high = interval
+    return f"{drop:.1f}±{(high - low) / 2:.1f}"
 
 
 def _of_batch(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ def training_free(file: Path) -> list[str]:
             lines.append(row_of(title_of(method), *(drop_cell(rows.get((method, share))) for share in shares)))
         lines += [
             "",
-            f"| method | {' | '.join(f'same class at {share}, %' for share in shares)} |",
+            f"| method (bold: the best of a column) | {' | '.join(f'same class at {share}, %' for share in shares)} |",
             rule(1 + len(shares)),
         ]
         best = {
@@ -161,7 +161,7 @@ def comparison(file: Path) -> list[str]:
         "have an advantage. G is billions of multiply-adds of the whole model: their mean over the images, and their "
         "95th percentile. Command: `tokenreduce compare facebook/deit-tiny-patch16-224 PHOTOS -o comparison`, which "
         "also draws the picture. This is an older record, with seven methods, fixed numbers of samples for ATS, and "
-        "the former calibration of LTMP. Today the command measures more methods, and fits ATS to the shares.",
+        "the former calibration of LTMP and SiT. Today the command measures more methods, and fits ATS to the shares.",
         "",
         "| setting | top-1 | drop | same class, % | top-5 | share | G, mean and p95 | tokens that leave the last "
         "layer | speed-up, batch 32 |",
@@ -202,7 +202,8 @@ def tuned(results: Path) -> list[str]:
         "",
         "The tuner searched on one half of the photographs, and this table was measured on the other half, so a drop "
         "can be above its target. The best default is the best of the searched methods as they come, at the same "
-        "share. The rows are of different days, so some searched more methods than others. Command: `python "
+        "share. The rows with 6 methods are older: Protected and five others were not there yet, and LTMP had its "
+        "former calibration. Command: `python "
         "benchmarks/tune.py --models MODEL --data_dir PHOTOS --work_dir FOLDER`. For the targets without a speed-up, "
         "`--no_speed` was added.",
         "",
@@ -255,7 +256,7 @@ def speed(file: Path) -> list[str]:
     if batches != [1, 8, 32]:
         which += f" --batch_sizes {' '.join(map(str, batches))}"
     lines = [
-        f"## Speed of {size}",
+        f"## Speed of {size}" + (f", {batches[0]} images at once" if len(batches) == 1 else ""),
         "",
         f"{settings['device']}, {settings['threads']} threads, {', '.join([*settings['dtypes'], *versions])}. "
         f"Medians of {settings['repeats']} repeats. Command: `python benchmarks/speed.py {which} "
@@ -263,7 +264,8 @@ def speed(file: Path) -> list[str]:
         "",
         "The first number of a cell is the speed-up over the dense model in the same runtime. The number after the "
         "slash is the speed-up over the dense model in PyTorch. `nothing reduced` is the model that "
-        "`reduce_tokens(model, None)` makes: its last layer computes only what the classifier reads.",
+        "`reduce_tokens(model, None)` makes: its last layer computes only what the classifier reads."
+        + ("" if size == "deit-tiny" else " Weights are random and images are noise, so only even methods are timed."),
     ]
     by_key = {(row["name"], row["batch_size"], row["runtime"]): row for row in rows}
     for batch in batches:

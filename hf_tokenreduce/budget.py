@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from PIL import Image
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -13,7 +13,7 @@ from .loading import check_decided, method_setting
 from .methods import find_method
 from .modeling.encoders import EncoderFacts, encoder_of, facts_of
 from .modeling.multiply_adds import check_share
-from .tasks import facts_on
+from .tasks import facts_on, size_made_by
 
 
 MOST_IMAGES = 128
@@ -27,7 +27,7 @@ def _facts_of_inputs(model: PreTrainedModel, images: Any, image_processor: Any) 
         return facts_on(model, images)
     facts = facts_of(model.config)
     if image_processor is not None:
-        return facts_on(model, image_processor(Image.new("RGB", (640, 640)), return_tensors="pt")["pixel_values"])
+        return facts_on(model, torch.empty(1, *size_made_by(image_processor)))
     height, width = (side * patch for side, patch in zip(facts.grid, encoder_of(model).patch_size, strict=True))
     logger.warning(
         f"The share is that of images of {height} x {width} pixels, the size in the configuration. If the image "
@@ -75,7 +75,7 @@ def reduce_to_share(
     if images is not None and found.prepare is None and not fitted:
         raise ValueError(f"{found.title} needs no images to keep a share of {share}. Leave images out.")
     if fitted:
-        pixels = load_pixel_values(model, images, image_processor, MOST_IMAGES)
+        pixels = load_pixel_values(model, images, image_processor, MOST_IMAGES).to(model.dtype)
         setting = found.fit_share(model, pixels, share, **settings)  # type: ignore[misc]
     if images is None or found.prepare is None:
         return reduce_tokens(model, setting)

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .methods import METHODS
-from .modeling.encoders import encoder_of
+from .modeling.encoders import encoder_of, facts_of
 from .modes import evaluating
-from .pictures import is_image, read_picture
-from .tasks import image_side, main_output
+from .pictures import find_in, read_picture
+from .tasks import facts_on, image_side, main_output
 
 
 def calibrate(
@@ -59,7 +59,16 @@ def calibrate(
         raise ValueError(
             f"The calibration of {method.title} takes no {', '.join(unknown)}. Its options are {', '.join(known)}."
         )
-    pixels = load_pixel_values(model, images, image_processor, max_images)
+    pixels = load_pixel_values(model, images, image_processor, max_images).to(model.dtype)
+    own = given = facts_of(model.config).grid
+    if pixels.ndim == 4:  # no spectrograms
+        given = facts_on(model, pixels).grid
+    if not method.any_image_size and own != given:
+        raise ValueError(
+            f"The networks of {method.title} are made for {own[0]} x {own[1]} patches, the image size in the "
+            f"configuration, but these images have {given[0]} x {given[1]}. Set model.config.image_size to the size "
+            "of the images before the model is reduced, or give images of the other size."
+        )
     with evaluating(model):
         _check_finite(model, pixels)
         kept = method.prepare(model, pixels, target, **options)
@@ -107,7 +116,7 @@ def load_pixel_values(
             'pictures, call image_processor(pictures, return_tensors="pt")["pixel_values"].'
         )
     folder = Path(images)
-    files = sorted(file for file in folder.rglob("*") if is_image(file))
+    files = sorted(find_in(folder))
     if not files:
         raise ValueError(f"No images in {folder}. Give a folder that holds images, with or without subfolders.")
     if image_processor is None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
@@ -20,7 +22,7 @@ def whole(file: Path) -> Iterator[Path]:
     unfinished = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         yield unfinished
-        with unfinished.open("rb") as written:
+        with unfinished.open("rb+") as written:  # Windows syncs no file that is open for reading only
             os.fsync(written.fileno())  # without this, a machine that crashes may keep the name and lose the content
         os.replace(unfinished, file)
     finally:
@@ -152,10 +154,5 @@ def _replace_model(new: Path, folder: Path, with_card: bool) -> None:
 
 def _is_alive(process: str) -> bool:
     """Return whether a process with this number is running."""
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    # Not os.kill(process, 0): on Windows that ends the process.
+    return process.isdecimal() and psutil.pid_exists(int(process))

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -36,11 +36,13 @@ from .methods.register import register_from_folder
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, TYPE_PREFIX, facts_of, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
-from .pictures import IMAGE_SUFFIXES, is_image, read_picture
+from .pictures import IMAGE_SUFFIXES, find_in, is_image, linked_folders, read_picture
 from .tasks import task_of
 
 
-# Name of a split's folder -> name of the split.
+logger = logging.get_logger(__name__)
+
+# What a split can be called -> name of the split.
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
@@ -145,7 +147,8 @@ def load_images(name: str, split: str | None = None, limit: int | None = None, *
 
     Args:
         name: Folder or Hub id.
-        split: Name of the split. By default validation, test or train, in this order, or else the first split.
+        split: Name of the split. By default validation, test or train, in this order, or else the first split. "valid"
+            and "val" are other names of validation.
         limit: Highest number of images. If there are more, an evenly spread part is returned.
         labelled: Raise an error if there are no labels.
 
@@ -154,10 +157,17 @@ def load_images(name: str, split: str | None = None, limit: int | None = None, *
     """
     found = _load_splits(name)
     if split is None:
-        split = next((known for known in ("validation", "test", "train") if known in found), next(iter(found)))
-    if split not in found:
+        chosen = split_of(found, "validation", "test", "train") or next(iter(found))
+        if chosen == "train" and len(found) > 1:
+            logger.warning(
+                f"{name} has no split for validation or test, so its training images are used. Name another split: "
+                f"{', '.join(found)}."
+            )
+    else:
+        chosen = split_of(found, split) or split
+    if chosen not in found:
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(found)}.")
-    dataset = found[split]
+    dataset = found[chosen]
     if labelled and not isinstance(dataset.features.get("label"), ClassLabel):
         raise ValueError(
             f"{name} has no classes. Make one folder per class, at least two, or name a data set with a label column. "
@@ -172,6 +182,24 @@ def load_bank(name: str, images: Dataset, limit: int | None = None) -> Dataset |
     if "label" not in images.column_names or "train" not in found or str(images.split) == "train":
         return None
     return load_images(name, "train", limit)
+
+
+def split_of(found: Iterable[str], *wanted: str) -> str | None:
+    """Return the first of the wanted splits that a data set has, under its name there: "valid" is a validation."""
+    names = list(found)
+    for split in wanted:
+        others = [name for name in names if SPLITS.get(name) == split]
+        if split in names or others:
+            return split if split in names else others[0]
+    return None
+
+
+def of_dataset(found: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    """Return the images of a data set to train on, and those to validate on, or None if it has none."""
+    train, validation = split_of(found, "train"), split_of(found, "validation", "test")
+    if train is None:
+        raise ValueError(f"{name} has no split train, only {', '.join(found)}. Give a data set with one.")
+    return found[train], None if validation is None else found[validation]
 
 
 def _load_splits(name: str) -> DatasetDict:
@@ -200,12 +228,15 @@ def load_image_folder(name: str | Path) -> DatasetDict:
             parts[SPLITS.get(path.name, re.sub(r"\W", "_", path.name))].append(path)
     for split, paths in parts.items():
         # The list is complete, so that is_image refuses any name that is not UTF-8.
-        if not [file for path in paths for file in path.rglob("*") if is_image(file)]:
+        if not [file for path in paths for file in find_in(path)]:
             raise ValueError(
                 f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."
             )
-    files = {split: [f"{glob.escape(str(path.resolve()))}/**" for path in paths] for split, paths in parts.items()}
+    files = {
+        split: [f"{glob.escape(str(one))}/**" for path in paths for one in (path.resolve(), *linked_folders(path))]
+        for split, paths in parts.items()
+    }
     try:
         return load_dataset("imagefolder", data_files=files)
     except DatasetGenerationError as error:
@@ -234,8 +265,7 @@ def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list
     files: list[Path] = []
     for name in names:
         path = Path(name)
-        inside = path.rglob("*") if path.is_dir() else [path]
-        found = sorted(file for file in inside if is_image(file))
+        found = sorted(find_in(path)) if path.is_dir() else [path] if is_image(path) else []
         if not found:
             raise ValueError(
                 f"{name} is neither an image nor a folder of images ({', '.join(sorted(IMAGE_SUFFIXES))})."

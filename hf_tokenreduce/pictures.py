@@ -1,5 +1,7 @@
-"""Read image files."""
+"""Find and read image files."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,23 @@ def is_image(file: Path) -> bool:
         name = file.name.encode(errors="surrogateescape")
         raise ValueError(f"{file.parent} holds a file whose name is not UTF-8, {name!r}. Rename it.") from None
     return True
+
+
+def find_in(folder: str | Path) -> Iterator[Path]:
+    """Generate the images in a folder and its subfolders, also in those that are links, but not in hidden ones."""
+    seen = set()  # a link may lead to a folder above it
+    for where, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(where))
+        inside = [name for name in folders if not name.startswith(".")]  # thumbnails and the like
+        folders[:] = [name for name in inside if os.path.realpath(os.path.join(where, name)) not in seen]
+        yield from (file for name in names if is_image(file := Path(where, name)))
+
+
+def linked_folders(folder: str | Path) -> list[Path]:
+    """Return the subfolders that are links, but not those to a folder above. The pattern `**` does not enter links."""
+    found = (Path(where, name).absolute() for where, folders, _ in os.walk(folder) for name in folders)
+    links = (path for path in found if path.is_symlink() and not path.name.startswith("."))
+    return sorted(path for path in links if not path.parent.resolve().is_relative_to(path.resolve()))
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ from .evaluation.compute import tokens_entering
 from .evaluation.resume import append_line, digest, digest_of_model, launched_processes, read_lines
 from .files import known_settings, write_whole
 from .modes import evaluating
-from .pictures import UNREADABLE, is_image, read_picture
+from .pictures import UNREADABLE, find_in, is_image, read_picture
 from .tasks import all_layers_act, task_of_model
 
 
@@ -147,20 +147,11 @@ def find_images(names: Sequence[str | Path]) -> list[str]:
     found: dict[str, None] = {}
     for name in names:
         path = Path(name)
-        inside = [str(path)] if path.is_file() and is_image(path) else sorted(_walk(path)) if path.is_dir() else []
+        inside = [str(path)] if path.is_file() and is_image(path) else sorted(map(str, find_in(path)))
         if not inside:
             raise ValueError(f"{name} is neither an image nor a folder of images.")
         found.update(dict.fromkeys(inside))
     return list(found)
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    seen = set()  # a link may lead to a folder above it
-    for where, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(where))
-        inside = [name for name in folders if not name.startswith(".")]  # thumbnails and the like
-        folders[:] = [name for name in inside if os.path.realpath(os.path.join(where, name)) not in seen]
-        yield from (os.path.join(where, name) for name in names if is_image(Path(where, name)))
 
 
 class _Keeper:
@@ -220,6 +211,12 @@ def _answered(
             logits, tokens = answer(pixel_values[0])
             if logits.isfinite().all():
                 return files, [], logits, tokens
+        except torch.OutOfMemoryError as error:
+            if len(files) > 1:
+                raise ValueError(
+                    f"A batch of {len(files)} images does not fit into the memory of the device. Give a smaller "
+                    "batch_size (--batch-size)."
+                ) from error
         except Exception:  # each runtime has its own exceptions; below it is told of which image it is
             pass
     broken: list[tuple[str, str]] = []

@@ -24,9 +24,10 @@ from .guard import Guard
 from .loading import load_model
 from .methods import METHODS, Method
 from .modeling.configuration_base import ReductionConfig
-from .modeling.encoders import encoder_of, facts_of
+from .modeling.encoders import encoder_of
 from .modeling.multiply_adds import multiply_adds
 from .pictures import FORMATS, as_rgb
+from .tasks import facts_on
 from .timing import in_turns
 from .visualization import seen_images, token_maps
 from .visualization.drawing import draw_layer, resized_to_cells
@@ -125,7 +126,7 @@ class SideBySide:
             raise ValueError(f"There is no method {method!r} for this checkpoint. Pick one of {self.methods()}.")
         chosen = self.untrained[method]
         if chosen.at_share is not None:
-            return chosen.at_share(facts_of(self.dense.config), budget)
+            return chosen.at_share(facts_on(self.dense, pixels), budget)
         if chosen.fit_share is not None:
             return chosen.fit_share(self.unreduced, pixels, budget)
         raise ValueError(f"{method} has no setting for a share of the multiply-adds.")
@@ -143,7 +144,8 @@ class SideBySide:
         Returns:
             `Answer`: The results of both models.
         """
-        pixels = self.processor(as_rgb(image), return_tensors="pt")["pixel_values"].to(self.dense.device)
+        pixels = self.processor(as_rgb(image), return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.dense.device, self.dense.dtype)
         if method == PUBLISHED and self.published is not None:
             reduced = self.published
         else:

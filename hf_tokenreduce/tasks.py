@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -102,6 +103,12 @@ def all_layers_act(model: PreTrainedModel) -> dict[str, Any]:
 def image_side(model: PreTrainedModel) -> nn.Module:
     """Return the model itself if it takes images alone, else its `ImageSide`."""
     return ImageSide(model) if hasattr(model, "get_image_features") else model
+
+
+def size_made_by(image_processor: Any) -> tuple[int, ...]:
+    """Return the size (C, H, W) of the images that an image processor makes, found by running it."""
+    made = image_processor(Image.new("RGB", (640, 640)), return_tensors="pt")["pixel_values"]
+    return tuple(made.shape[1:])
 
 
 def facts_on(model: nn.Module, pixel_values: Tensor) -> EncoderFacts:

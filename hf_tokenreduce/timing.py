@@ -1,4 +1,4 @@
-"""Measure the time of a call, on the CPU or on a CUDA device."""
+"""Measure the time of a call, on the CPU or on another device."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ import torch
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds that one call takes. On a CUDA device this includes its kernels, measured by CUDA events."""
+    """Return the seconds that one call takes. On a GPU this includes its kernels, on CUDA measured by its events."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -19,8 +19,12 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
         last.record()
         torch.cuda.synchronize(device)
         return first.elapsed_time(last) / 1000
+    if device.type != "cpu":  # an Apple or Intel GPU also goes on after the call has returned
+        torch.accelerator.synchronize(device)
     begin = time.perf_counter()
     call()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - begin
 
 

@@ -62,7 +62,7 @@ def reduce(
     with model_folder(output_dir, with_card=True) as place:
         reduced.save_pretrained(place)
         processor.save_pretrained(place)
-    print_answer(describe_model(reduced, str(output_dir)), as_json, f"Saved to {output_dir}")
+    print_answer(describe_model(reduced, str(output_dir), image_processor), as_json, f"Saved to {output_dir}")
 
 
 @app.command(epilog="tokenreduce calibrate vit-ltmp photos --target 0.65 -o vit-ltmp-65")
@@ -100,7 +100,7 @@ def calibrate(
     with model_folder(output_dir, with_card=True) as place:
         reduced.save_pretrained(place)
         processor.save_pretrained(place)
-    print_answer(describe_model(reduced, str(output_dir)), as_json, f"Saved to {output_dir}")
+    print_answer(describe_model(reduced, str(output_dir), image_processor), as_json, f"Saved to {output_dir}")
 
 
 @app.command(
@@ -187,6 +187,5 @@ def inspect(model: Model, revision: Revision = None, trust_remote_code: Trust = 
     from hf_tokenreduce.evaluation.compute import describe_model
     from hf_tokenreduce.loading import load_model
 
-    print_answer(
-        describe_model(load_model(model, revision, trust_remote_code, any_task=True)[0], model), as_json, model
-    )
+    loaded, image_processor = load_model(model, revision, trust_remote_code, any_task=True)
+    print_answer(describe_model(loaded, model, image_processor), as_json, model)

@@ -277,7 +277,7 @@ def tune(
 
     The search uses one part of the images, and the report uses the others.
     Nothing is trained, and labels are not needed."""
-    from hf_tokenreduce.loading import load_images, load_model
+    from hf_tokenreduce.loading import load_images, load_model, load_processor
     from hf_tokenreduce.training.origin import name_of, origin, shown
     from hf_tokenreduce.tuning import tune as find
 
@@ -305,6 +305,8 @@ def tune(
             "command": shown(["tokenreduce", *context.obj]),
         },
     )
+    # A model of images and texts also needs its tokenizer.
+    load_processor(model, revision, trust_remote_code).save_pretrained(output_dir / "model")
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
     if not as_json:
         out.print(

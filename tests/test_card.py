@@ -104,6 +104,20 @@ def test_a_full_card(folder):
     assert {"token-reduction", "evit", "arxiv:2202.07800"} <= set(data["tags"])
 
 
+def test_more_training_is_not_a_gain_of_the_reduction(folder, tmp_path):
+    record = {**RECORD, "baseline_top1": 84.0, "control_top1": 85.75}
+    text = model_card(folder, record=record)
+    results = part(text, "results")
+    low, high = wilson_interval(343, 400)
+    assert f"| top-1 of a dense model, trained as long | 85.8 % ({low:.1f} to {high:.1f}) |  |" in results
+    assert "| points of top-1 lost |  | 0.8 |" in results and "counted against the dense model" in results
+    file = tmp_path / "report.json"  # an evaluation on other images, of which the control knows nothing
+    report = {"images": 200, "top1": 80.0, "baseline_top1": 81.5, "tokens_per_layer": [41.0, 41.0, 26.0, 26.0]}
+    file.write_text(json.dumps(report))
+    results = part(model_card(folder, record=record, report=file), "results")
+    assert "trained as long" not in results and "| points of top-1 lost |  | 1.5 |" in results
+
+
 def test_the_model_index_survives_the_hub_s_own_reading(folder):
     card = ModelCard(model_card(folder, record=RECORD))
     result = card.data.eval_results[0]

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 from datasets import load_dataset
+from families import family_model
 from helpers import tiny_model
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor
@@ -22,9 +23,17 @@ from hf_tokenreduce import (
     TokenReduceViTConfig,
     ToMeConfig,
     TopKConfig,
+    calibrate,
     reduce_tokens,
+    tune,
 )
-from hf_tokenreduce.evaluation import compare, default_reductions, evaluate_model, pareto_plot
+from hf_tokenreduce.evaluation import (
+    compare,
+    default_reductions,
+    evaluate_model,
+    measured_multiply_adds,
+    pareto_plot,
+)
 from hf_tokenreduce.evaluation.pareto import spread_apart
 from hf_tokenreduce.evaluation.settings import describe
 from hf_tokenreduce.modeling.multiply_adds import even_share
@@ -164,6 +173,44 @@ def test_what_a_model_has_learned_counts(tmp_path, photos, processor):
         compare(learned, photos, processor, [setting], **options).rows[1]["tokens_per_layer"]
         != row["tokens_per_layer"]
     )
+
+
+def test_a_reduced_model_is_in_its_own_comparison(tmp_path, photos, processor):
+    own = ToMeConfig(r=5)
+    rows = compare(
+        reduce_tokens(tiny_model(), own), photos, processor, shares=[0.7], output_dir=tmp_path, speed=False, **QUICK
+    ).rows
+    assert rows[1]["settings"] == own.to_dict() and {row["method"] for row in rows} > {"tome", "bat", "ats"}
+
+
+def test_images_get_the_type_of_the_model(tmp_path, photos, processor):
+    """The embeddings of BEiT do not cast them. The same line takes them to the device of the model."""
+    model = family_model("beit").to(torch.bfloat16).eval()
+    model.config.id2label, model.config.label2id = tiny_model().config.id2label, tiny_model().config.label2id
+    rows = compare(model, photos, processor, ["tome", "ats"], shares=[0.7], output_dir=tmp_path, **QUICK).rows
+    assert [row["method"] for row in rows] == [None, "tome", "ats"]
+    assert all(row["top1"] is not None and row["speedup"] for row in rows)
+    pixels = processor([photo.convert("RGB") for photo in photos["image"]], return_tensors="pt")["pixel_values"]
+    assert calibrate(reduce_tokens(model, LTMPConfig()), pixels, 0.9) < 1
+    assert measured_multiply_adds(model, pixels).shape == (len(photos),)
+
+
+def test_folders_of_another_release_are_refused(tmp_path, photos, processor):
+    """It may fit and compute something else."""
+    options = {"output_dir": tmp_path, "speed": False, **QUICK}
+    compare(tiny_model(), photos, processor, [], **options)
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": "0.1.0"}))
+    with pytest.raises(ValueError, match=r"made with other settings: version was '0\.1\.0'"):
+        compare(tiny_model(), photos, processor, [], **options)
+
+
+def test_it_runs_in_one_process(monkeypatch, tmp_path, photos, processor):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="compare runs in one process, but 2 were launched"):
+        compare(tiny_model(), photos, processor, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="tune runs in one process, but 2 were launched"):
+        tune(tiny_model(), photos, processor, share=0.65, output_dir=tmp_path)
 
 
 @pytest.mark.parametrize("depth", [4, 12, 24])

@@ -30,8 +30,10 @@ def naive_votes(queries, bank, labels, k, leave_one_out):
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
 @pytest.mark.parametrize("k", [1, 3, 20, 500])
-def test_votes_are_those_of_a_plain_loop(monkeypatch, k, leave_one_out):
+@pytest.mark.parametrize("bank_at_once", [4, 1000])
+def test_votes_are_those_of_a_plain_loop(monkeypatch, bank_at_once, k, leave_one_out):
     monkeypatch.setattr(features, "QUERIES_AT_ONCE", 7)  # so that there are several parts
+    monkeypatch.setattr(features, "BANK_AT_ONCE", bank_at_once)
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(30) % 4
     bank = torch.randn(30, 6, generator=generator) + 2 * F.one_hot(labels, 6)

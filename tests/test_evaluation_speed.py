@@ -29,7 +29,7 @@ from hf_tokenreduce.evaluation.paying import weaker_first
 from hf_tokenreduce.modeling import tokens, tome
 from hf_tokenreduce.modeling.encoders import facts_of
 from hf_tokenreduce.modeling.multiply_adds import even_share
-from hf_tokenreduce.timing import median_ratio
+from hf_tokenreduce.timing import median_ratio, seconds_of
 
 
 QUICK = {"breakdown": False, "memory": False, "suggest": False, "progress": False, "warmup": 1}
@@ -111,6 +111,19 @@ def test_the_clock_is_read_around_a_forward_and_nothing_else(monkeypatch):
     row = report.row("again")
     assert row.speedup == 1.5 and row.speedup_interval == (1.5, 1.5)
     assert report.settings["threads"] == torch.get_num_threads() and report.settings["attention"] == "sdpa"
+
+
+def test_other_devices_are_waited_for(monkeypatch):
+    """A call returns before an Apple GPU is done, so its end must be waited for, and that of what ran before."""
+    now, left = [0.0], [5.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def synchronize(device):
+        assert device.type == "mps"
+        now[0], left[0] = now[0] + left[0], 0.0
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    assert seconds_of(lambda: left.__setitem__(0, 2.0), torch.device("mps")) == 2.0
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -132,6 +132,16 @@ def test_logits_are_those_of_the_stock_forward(pair, photos):
         assert expected.std(dim=0).min() > 1e-3  # the images and classes differ at all
 
 
+def test_logits_are_in_float32(pair, photos):
+    """In bfloat16 logits near 25 have steps of 1/8, so two of many classes would often be equal."""
+    model, processor = pair
+    pixels = pixels_of(photos, processor)["pixel_values"]
+    with torch.no_grad():
+        classifier = zero_shot_classifier(model.to(torch.bfloat16), processor, NAMES)
+        logits = classifier(pixels.to(torch.bfloat16)).logits
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+
+
 def test_prompts_are_averaged(pair, photos):
     model, processor = pair
     pixels = pixels_of(photos, processor)
@@ -224,6 +234,10 @@ def test_bad_input(tmp_path, pair, photos):
     model, processor = pair
     (tmp_path / "names.txt").write_text("cat\ngreat white shark\n\nowl\n")
     assert typed_names(str(tmp_path / "names.txt")) == NAMES
+    many = [f"the class of number {number}" for number in range(1000)]
+    assert typed_names(",".join(many)) == many  # longer than any path
+    (tmp_path / "names.txt").write_bytes("Küken\nhen\n".encode())
+    assert typed_names(str(tmp_path / "names.txt")) == ["Küken", "hen"]
     for arguments, message in (
         ((tiny_model(), processor, NAMES), "has no text tower"),
         ((model, processor.image_processor, NAMES), "cannot read texts. Give the model's processor"),

@@ -1,5 +1,6 @@
 """What is written is whole or not there, whenever the process is killed."""
 
+import fcntl
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers import tiny_images, tiny_model
@@ -150,6 +152,29 @@ def test_writers_do_not_meet(tmp_path):
     for thread in threads:
         thread.join()
     assert not errors and [left.name for left in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_windows_asks_for(tmp_path, monkeypatch):
+    """It syncs only files that are open for writing, and `os.kill` would end a process that is only asked about."""
+
+    asked = []
+
+    def sync(number):
+        assert fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(psutil, "pid_exists", lambda number: asked.append(number) or number == os.getppid())
+    write_whole(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    parent = tmp_path / f".{os.getppid()}.part"
+    for left in (parent, tmp_path / f".{gone.pid}.part", tmp_path / ".x.part"):
+        left.mkdir()
+    with model_folder(tmp_path):
+        assert parent.is_dir() and not (tmp_path / f".{gone.pid}.part").exists()
+        assert not (tmp_path / ".x.part").exists()
+    assert sorted(asked) == sorted([os.getppid(), gone.pid])
 
 
 def test_an_error_leaves_the_old_file(tmp_path):

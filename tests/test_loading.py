@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 from helpers import SIZES, tiny_model
 from PIL import Image
 from transformers import (
@@ -13,9 +14,19 @@ from transformers import (
     ViTModel,
 )
 
-from hf_tokenreduce import ToMeConfig, reduce_tokens
-from hf_tokenreduce.loading import folder_split, load_image_folder, load_images, load_model, load_pictures, spread
+from hf_tokenreduce import ToMeConfig, loading, reduce_tokens
+from hf_tokenreduce.calibration import load_pixel_values
+from hf_tokenreduce.loading import (
+    folder_split,
+    load_image_folder,
+    load_images,
+    load_model,
+    load_pictures,
+    of_dataset,
+    spread,
+)
 from hf_tokenreduce.pictures import read_picture
+from hf_tokenreduce.training.streaming import folder_stream
 
 
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
@@ -63,6 +74,38 @@ def test_a_folder_beside_the_splits_is_one_too(tmp_path):
     for path in ("animals/cat", "animals/dog", "things/car"):  # folders of classes, but of no split
         draw(tmp_path / "nested" / path / "0.png")
     assert len(load_images(str(tmp_path / "nested"))) == 3
+
+
+def test_class_folders_may_be_links(tmp_path):
+    """`datasets` does not look into them. A link to a folder above ends nowhere."""
+    for name in ("cat", "dog"):
+        for number in range(3):
+            draw(tmp_path / "all" / name / f"{number}.png")
+    some = tmp_path / "some"
+    draw(some / "owl" / "0.png")
+    for name, target in (("dog", "all/dog"), ("hen", "all/cat"), ("owl/again", "some"), (".hidden", "all/cat")):
+        (some / name).symlink_to(tmp_path / target)
+    images = load_images(str(some))
+    assert images.features["label"].names == ["dog", "hen", "owl"] and sorted(images["label"]) == [0, 0, 0, 1, 1, 1, 2]
+    assert len(load_pictures([str(some)], 20)[0]) == 7
+    assert load_pixel_values(tiny_model(), some, PROCESSOR, 20).shape[0] == 7
+    stream = folder_stream(some)
+    assert sorted(row["label"] for row in stream) == [0, 0, 0, 1, 1, 1, 2]
+
+
+def test_splits_of_the_hub_have_other_names(monkeypatch, caplog):
+    parts = DatasetDict({name: Dataset.from_dict({"image": [0] * n}) for name, n in (("train", 9), ("valid", 3))})
+    monkeypatch.setattr(loading, "load_dataset", lambda name: parts)
+    for split in (None, "valid", "validation"):
+        assert len(load_images("a/b", split, labelled=False)) == 3
+    assert [len(part) for part in of_dataset(parts, "a/b")] == [9, 3]
+    assert of_dataset({"train": 1, "test": 2}, "a/b") == (1, 2)
+    assert of_dataset({"train": 1, "extra": 2}, "a/b") == (1, None)
+    with pytest.raises(ValueError, match="a/b has no split train, only images"):
+        of_dataset({"images": 1}, "a/b")
+    parts["spare"] = parts.pop("valid")
+    assert len(load_images("a/b", labelled=False)) == 9
+    assert "its training images are used" in caplog.text
 
 
 def test_spread():

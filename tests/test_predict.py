@@ -124,3 +124,15 @@ def test_a_last_batch_that_fails_takes_no_answers_with_it(model, photos):
     assert [row.get("error") for row in found] == [None, None, *["the model failed: MemoryError"] * 2]
     again = rows_of(model, photos, batch_size=2, output_dir="out")  # the others worked, in the run before
     assert again == found[2:]
+
+
+def test_a_batch_that_is_too_large_is_told(model, photos, monkeypatch):
+    """Image by image it would run, but many times as slowly."""
+
+    def forward(pixel_values, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(ValueError, match=r"A batch of 2 images does not fit .* smaller batch_size"):
+        rows_of(model, "photos", batch_size=2)
+    assert all("the model failed" in row["error"] for row in rows_of(model, "photos", batch_size=1))

@@ -17,7 +17,7 @@ from ..files import check_new_folder, model_folder
 from ..methods import method_of
 from ..modeling.encoders import PREFIX, encoder_of, what_can_be_reduced
 from ..modes import evaluating
-from ..tasks import all_layers_act, image_side, main_output
+from ..tasks import all_layers_act, image_side, main_output, size_made_by
 from .graphs import FORMATS, OPSET, check_format, trace, write
 from .quantize import MOST_IMAGES, PACKAGES, quantize
 from .readme import readme
@@ -87,7 +87,7 @@ def export(
     if model.dtype != torch.float32 or model.device.type != "cpu":
         model = copy.deepcopy(model).float().cpu()  # graphs compute on the CPU, in float32
     whole = Outputs(model)
-    inputs = _inputs(model, given, max(batch_size or 0, 5))
+    inputs = _inputs(model, given, max(batch_size or 0, 5), image_processor)
     with evaluating(model), torch.no_grad():
         output = "logits" if whole.side(inputs[:1]).get("logits") is not None else "features"
         outputs = [output, "token_counts"] if whole.tells_counts else [output]
@@ -178,13 +178,17 @@ def _check(model: Any, format: str, batch_size: int | None, int8: bool, images: 
     return 1
 
 
-def _inputs(model: PreTrainedModel, given: Tensor | None, count: int) -> Tensor:
-    """Return `count` images to check the graph with: the given ones, repeated as needed, or noise."""
+def _inputs(model: PreTrainedModel, given: Tensor | None, count: int, image_processor: Any = None) -> Tensor:
+    """Return `count` images to check the graph with: the given ones, repeated as needed, or noise. The noise has the
+    size that the image processor makes, or without one the size in the configuration."""
     if given is not None:
         return given.repeat(-(-count // len(given)), *[1] * (given.ndim - 1))[:count].float()
     encoder = encoder_of(model)
+    size = encoder.tower.inputs(encoder.config)
+    if image_processor is not None and encoder.tower.any_size:  # DINOv2 says 518 pixels and is given 224
+        size = size_made_by(image_processor)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, *encoder.tower.inputs(encoder.config), generator=generator).to(model.device)
+    return torch.randn(count, *size, generator=generator).to(model.device)
 
 
 def _even_count(model: PreTrainedModel, inputs: Tensor) -> int | None:

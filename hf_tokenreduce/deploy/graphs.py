@@ -242,7 +242,12 @@ def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dt
 
 def _open_torch(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:
     module = torch.export.load(folder / "model.pt2").module()
-    return lambda inputs: _listed(module(inputs))
+
+    def run(inputs: Tensor) -> list[Tensor]:
+        with torch.no_grad():  # the weights of the program still ask for gradients
+            return _listed(module(inputs))
+
+    return run
 
 
 def _open_aoti(folder: Path, threads: int | None, batch_size: int | None, dtype: str) -> Run:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..convert import restore, stock_name
 from ..modeling.encoders import facts_of
 from ..modeling.multiply_adds import shares_kept
+from ..modeling.version import __version__
 from ..modes import evaluating
 from ..tasks import all_layers_act, task_of
 from .compute import summary, tokens_entering, total_multiply_adds
@@ -140,6 +141,7 @@ def evaluate_model(
 
     processes = launched_processes(model.device)
     settings = {
+        "version": __version__,
         "model": digest_of_model(model),
         "dense": None if beside is None else digest_of_model(beside),
         "data": digest_of_data(dataset, image_column, labels),
@@ -240,7 +242,7 @@ def check_finite(outputs: Tensor, rows: Sequence[int], what: str = "model") -> N
 
 
 def _record(model: Any, dense: Any, rows: list[int], pixel_values: Tensor) -> Progress:
-    pixel_values = pixel_values.to(model.device)
+    pixel_values = pixel_values.to(model.device, model.dtype)
     output = model(pixel_values, **all_layers_act(model))
     check_finite(output.logits, rows)
     ranked = output.logits.topk(min(5, output.logits.shape[-1]), dim=-1).indices
@@ -250,7 +252,7 @@ def _record(model: Any, dense: Any, rows: list[int], pixel_values: Tensor) -> Pr
         counts = torch.full((len(rows), layers), tokens_entering(model, pixel_values))
     record = {"rows": rows, "ranked": ranked.tolist(), "tokens": counts.tolist()}
     if dense is not None:
-        logits = dense(pixel_values.to(dense.device)).logits
+        logits = dense(pixel_values.to(dense.device, dense.dtype)).logits
         check_finite(logits, rows, "dense model")
         record["dense"] = logits.argmax(dim=-1).tolist()
     return record

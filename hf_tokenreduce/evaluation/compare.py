@@ -23,6 +23,7 @@ from ..methods import method_of
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, facts_of
 from ..modeling.methods import parse_reduction
+from ..modeling.version import __version__
 from ..modes import evaluating
 from ..tasks import facts_on, image_side, task_of_model
 from ..timing import seconds_of
@@ -32,6 +33,7 @@ from .features import check_features_model, evaluate_features
 from .reading import check_data, sample_pixels
 from .resume import (
     append_line,
+    check_one_process,
     digest,
     digest_of_data,
     digest_of_model,
@@ -39,7 +41,7 @@ from .resume import (
 )
 from .runtimes import RUNTIMES, check_runtimes
 from .settings import default_reductions, describe, with_usual
-from .speed import benchmark, device_name
+from .speed import benchmark, device_name, version_of
 from .zero_shot import ZeroShotClassifier, converted, inside
 
 
@@ -112,6 +114,7 @@ def compare(
         >>> comparison = compare(model, photos, processor, ["tome", EViTConfig()], output_dir="comparison")
         >>> print(comparison.to_markdown())
     """
+    check_one_process("compare")
     of_features = is_of_features(model, bank)
     columns = {"image_column": image_column, **({} if of_features else {"label_column": label_column})}
     check_data(dataset, batch_size, **columns)
@@ -126,7 +129,8 @@ def compare(
     if reductions is None or any(isinstance(reduction, str) for reduction in reductions):
         pixels = sample_pixels(source, processor, image_column, calibration_images)
         usual = default_reductions(facts, shares, model=inside(dense), pixel_values=pixels, names=reductions)
-        reductions = usual if reductions is None else with_usual(reductions, usual, shares)
+        own = [getattr(config, "reduction", None)] if reductions is None else []
+        reductions = [*own, *usual] if reductions is None else with_usual(reductions, usual, shares)
     wanted: list[ReductionConfig | None] = [None]
     for reduction in map(parse_reduction, [*reductions, *tuned]):
         if reduction is not None:
@@ -141,6 +145,7 @@ def compare(
     folder = Path(output_dir)
     (folder / "settings").mkdir(parents=True, exist_ok=True)
     settings = {
+        "version": __version__,  # another release may fit and compute something else
         "model": digest_of_model(dense),
         "data": labelled_digest(dataset, image_column, label_column),
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
@@ -165,7 +170,10 @@ def compare(
 
     done = {row["key"]: row for row in read_lines(folder / "results.jsonl")}
     if progress:
-        _tell_how_long(inside(dense), dataset, processor, image_column, batch_size, len(wanted) - len(done))
+        # Where features are compared, the dense model runs beside each setting, and the bank runs through it too.
+        images_each = len(dataset) * (2 if of_features else 1) + (0 if bank is None else len(bank))
+        settings_left = len(wanted) - len(done)
+        _tell_how_long(inside(dense), dataset, processor, image_column, batch_size, settings_left, images_each)
     dense_report: Any = None
     rows = []
     bar = logging.tqdm(wanted, desc="settings", disable=not progress)
@@ -208,17 +216,23 @@ def compare(
 
 
 def _tell_how_long(
-    model: PreTrainedModel, dataset: Dataset, processor: Any, image_column: str, batch_size: int, settings: int
+    model: PreTrainedModel,
+    dataset: Dataset,
+    processor: Any,
+    image_column: str,
+    batch_size: int,
+    settings: int,
+    images: int,
 ) -> None:
     """Print an estimate of the total time, from the time of one batch through the dense model."""
     begin = time.perf_counter()
-    pixels = sample_pixels(dataset, processor, image_column, batch_size).to(model.device)
+    pixels = sample_pixels(dataset, processor, image_column, batch_size).to(model.device, model.dtype)
     reading = time.perf_counter() - begin
     with evaluating(model), torch.no_grad():
         computing = min(seconds_of(partial(image_side(model), pixels), model.device) for _ in range(2))
-    minutes = max(0, settings) * len(dataset) / len(pixels) * (reading + computing) / 60
+    minutes = max(0, settings) * images / len(pixels) * (reading + computing) / 60
     estimate = (
-        f"{settings} settings on {len(dataset)} images take at most about {minutes:.0f} min. Timing comes on top."
+        f"{settings} settings on {images} images each take at most about {minutes:.0f} min. Timing comes on top."
     )
     tqdm.write(estimate, sys.stderr)
 
@@ -303,7 +317,7 @@ def conditions_of(model: PreTrainedModel, batch_size: int, repeats: int, runtime
         "threads": torch.get_num_threads(),
         "attention": model.config._attn_implementation,
         "torch": torch.__version__,
-        **({} if runtime == "eager" else {"runtime": runtime}),
+        **({} if runtime == "eager" else {"runtime": runtime, "runtime_version": version_of(runtime)}),
         **({} if RUNTIMES[runtime] or type_of(model) == "float32" else {"dtype": type_of(model)}),
     }
 

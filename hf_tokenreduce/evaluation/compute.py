@@ -20,7 +20,7 @@ from ..modeling.encoders import PREFIX, READ_PREFIX_ALONE, encoder_of, facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share, multiply_adds
 from ..modes import evaluating
-from ..tasks import facts_on, image_side, task_of_model
+from ..tasks import facts_on, image_side, size_made_by, task_of_model
 
 
 # Parts of larger models that do not read the encoder, or do not run once per image.
@@ -47,7 +47,7 @@ def measured_multiply_adds(model: PreTrainedModel, pixel_values: Tensor, *, prog
     if pixel_values.ndim != 4 or len(pixel_values) == 0:
         raise ValueError(f"pixel_values must be (B, C, H, W) with B above 0, got {tuple(pixel_values.shape)}.")
     counts = []
-    images = pixel_values.to(model.device).split(1)
+    images = pixel_values.to(model.device, model.dtype).split(1)
     with evaluating(model), plain_attention(model), torch.no_grad():
         for image in logging.tqdm(images, desc="counting multiply-adds", leave=False, disable=not progress):
             with FlopCounterMode(display=False) as counter:
@@ -171,7 +171,7 @@ def describe_compute(model: PreTrainedModel, pixel_values: Tensor | None = None,
         counts, tokens = total_multiply_adds(model), None
     else:
         counts = measured_multiply_adds(model, pixel_values, progress=progress)
-        tokens = encoder_of(model).embed(pixel_values[:1].to(model.device)).shape[1]
+        tokens = encoder_of(model).embed(pixel_values[:1].to(model.device, model.dtype)).shape[1]
     dense = dense_multiply_adds(model, tokens)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -204,12 +204,14 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
         model.config._attn_implementation = implementation
 
 
-def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
+def describe_model(model: PreTrainedModel, name: str, image_processor: Any = None) -> dict[str, Any]:
     """Describe a model: backbone, task, method, settings, tokens per layer, multiply-adds, size.
 
     Args:
         model: The model, stock or reduced.
         name: Name of the model in the description.
+        image_processor: The image processor of the model. Some encoders, such as DINOv2, are given images of another
+            size than the configuration says. Then tokens and multiply-adds are those of the processor's size.
 
     Returns:
         `dict`: The entries. `multiply_adds` and `tokens_per_layer` are None if they depend on the image.
@@ -218,7 +220,10 @@ def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
         >>> describe_model(model, "vit-tome")["share"]
     """
     encoder = encoder_of(model)
-    facts = encoder.facts
+    facts, size = encoder.facts, getattr(encoder.config, "image_size", None)
+    if image_processor is not None and encoder.tower.any_size:
+        made = size_made_by(image_processor)
+        facts, size = facts_on(model, torch.empty(1, *made)), list(made[1:])
     reduction = facts.reduction
     learned = method_of(reduction).learned_numbers(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -227,7 +232,7 @@ def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
         "name": name,
         "class": type(model).__name__,
         "backbone": f"{facts.num_hidden_layers} layers of width {facts.hidden_size}, {tokens} tokens",
-        "image_size": getattr(encoder.config, "image_size", None),
+        "image_size": size,
         "task": task_of_model(model).name,
         "labels": model.config.num_labels if hasattr(model, "classifier") else None,
         "parameters": parameters,
@@ -236,7 +241,7 @@ def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
         "settings": None if reduction is None else reduction.to_dict(),
         "learned": {name: [round(value, 4) for value in values] for name, values in learned.items()} or None,
         "share_when_calibrated": getattr(model.config, "calibrated_share", None),
-        "dense_multiply_adds": round(dense_multiply_adds(model)),
+        "dense_multiply_adds": round(dense_multiply_adds(model, tokens)),
         "multiply_adds": None,
         "tokens_per_layer": None,
     }
@@ -246,8 +251,10 @@ def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
         )
     except ValueError:  # the method is adaptive: both numbers depend on the image
         return described
-    described["multiply_adds"] = round(total_multiply_adds(model).item())
-    described["multiply_adds_as_in_papers"] = round(total_multiply_adds(model, as_in_papers=True).item())
+    counts = torch.tensor([described["tokens_per_layer"]])
+    described["multiply_adds"] = round(total_multiply_adds(model, counts, num_tokens=tokens).item())
+    as_in_papers = total_multiply_adds(model, counts, num_tokens=tokens, as_in_papers=True)
+    described["multiply_adds_as_in_papers"] = round(as_in_papers.item())
     # The share is about the encoder alone, as everywhere. The numbers above include patch embedding and head.
     described["share"] = 1.0 if reduction is None else round(even_share(reduction, facts), 4)
     return described

@@ -29,6 +29,7 @@ TASKS = ("image-feature-extraction", ZERO_SHOT)
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 QUERIES_AT_ONCE = 1024
+BANK_AT_ONCE = 2**17
 
 
 @dataclass
@@ -252,17 +253,32 @@ def nearest_neighbour_classes(
     k = min(k, len(bank) - leave_one_out)
     if k < 1:
         raise ValueError("There is no neighbour to vote. Give at least one more labelled image.")
-    bank, found = F.normalize(bank.double(), dim=-1), []
+    found = []
     for start, some in zip(range(0, len(queries), QUERIES_AT_ONCE), queries.split(QUERIES_AT_ONCE), strict=True):
-        cosines = F.normalize(some.double(), dim=-1) @ bank.T
-        if leave_one_out:
-            own = torch.arange(len(some))
-            cosines[own, start + own] = -torch.inf
-        nearest = cosines.topk(k, dim=1)
+        values, indices = _nearest(some, bank, k, start if leave_one_out else None)
         votes = torch.zeros(len(some), int(labels.max()) + 1, dtype=torch.float64)
-        votes.scatter_add_(1, labels[nearest.indices], (nearest.values / temperature).exp())
+        votes.scatter_add_(1, labels[indices], (values / temperature).exp())
         found.append(votes.argmax(dim=1))
     return torch.cat(found)
+
+
+def _nearest(queries: Tensor, bank: Tensor, k: int, own: int | None) -> tuple[Tensor, Tensor]:
+    """Return the cosines and rows of the k nearest in the bank, (n, k) each. own: the row of the bank that is the
+    first query; no query finds itself. A part of the bank is compared at a time: all training images of ImageNet
+    would not fit into memory."""
+    queries = F.normalize(queries.double(), dim=-1)
+    values, indices = [], []
+    for first, part in zip(range(0, len(bank), BANK_AT_ONCE), bank.split(BANK_AT_ONCE), strict=True):
+        cosines = queries @ F.normalize(part.double(), dim=-1).T
+        if own is not None:
+            place = torch.arange(len(queries))
+            inside = (own + place >= first) & (own + place < first + len(part))
+            cosines[place[inside], own + place[inside] - first] = -torch.inf
+        nearest = cosines.topk(min(k, len(part)), dim=1)
+        values.append(nearest.values)
+        indices.append(nearest.indices + first)
+    best = torch.cat(values, dim=1).topk(k, dim=1)
+    return best.values, torch.cat(indices, dim=1).gather(1, best.indices)
 
 
 def check_features_model(model: PreTrainedModel) -> None:
@@ -302,7 +318,7 @@ def _extract(
     )  # fmt: skip
     with evaluating(*[model] if dense is None else [model, dense]), torch.no_grad():
         for rows, pixel_values in parts:
-            records.add(_record(model, dense, rows, pixel_values.to(model.device)))
+            records.add(_record(model, dense, rows, pixel_values.to(model.device, model.dtype)))
     found = [records.done[row] for row in range(len(dataset))]
     tensors = {name: torch.tensor([values[name] for values in found]) for name in found[0] if name != "pooled"}
     tensors["pooled"] = torch.from_numpy(np.stack([_decoded(values["pooled"]) for values in found]))

@@ -60,6 +60,16 @@ def launched_processes(device: torch.device) -> Processes:
     return Processes(state.process_index, state.num_processes, state)
 
 
+def check_one_process(what: str) -> None:
+    """Raise an error if several processes were launched together for something that runs in one."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1:
+        raise ValueError(
+            f"{what} runs in one process, but {launched} were launched. Start it without accelerate launch or "
+            "torchrun."
+        )
+
+
 class Records:
     """The results of each row. With a folder, each process appends a line per batch to its own file there.
 

@@ -54,7 +54,9 @@ def default_reductions(
             continue
         at_share: Any = method.at_share and partial(method.at_share, facts)
         if method.fit_share is not None and model is not None:
-            at_share = partial(method.fit_share, reduce_tokens(model, None), pixel_values)
+            assert pixel_values is not None
+            inputs = pixel_values.to(model.device, model.dtype)
+            at_share = partial(method.fit_share, reduce_tokens(model, None), inputs)
         elif method.untrained is not None:
             found += [setting for setting in method.untrained(facts, shares) if _fits(setting, facts)]
             continue

@@ -344,7 +344,7 @@ def _settings(named, device, threads, dtypes, runtimes, repeats, warmup, pixel_v
         "threads": threads,
         "dtypes": list(dtypes),
         "attention": kernels.pop(),
-        "runtimes": {name: _version(name) for name in runtimes},
+        "runtimes": {name: version_of(name) for name in runtimes},
         "torch": torch.__version__,
         "repeats": repeats,
         "warmup": warmup,
@@ -352,7 +352,8 @@ def _settings(named, device, threads, dtypes, runtimes, repeats, warmup, pixel_v
     }
 
 
-def _version(runtime: str) -> str:
+def version_of(runtime: str) -> str:
+    """Return the version of the package that runs models in a runtime."""
     packages = FORMATS[RUNTIMES[runtime]].runs if RUNTIMES[runtime] else ("torch",)
     return str(importlib.import_module(packages[0]).__version__)
 

@@ -1,6 +1,7 @@
 """Zero-shot classification: use a model of images and texts as an image classifier, with texts for its classes."""
 
 import copy
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,10 @@ class ZeroShotClassifier(ImageSide):
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
     def around(self, model: PreTrainedModel) -> "ZeroShotClassifier":
         """Make a classifier of the same classes from a model with the same text tower, such as a reduced one."""
         return ZeroShotClassifier(model, self.text_embeddings, self.names, self.labels)
@@ -72,9 +77,11 @@ class ZeroShotClassifier(ImageSide):
     def forward(self, pixel_values: Tensor, **options: Any) -> ZeroShotOutput:
         output = super().forward(pixel_values, **options)
         model: Any = self.model
-        logits = F.normalize(main_output(output), dim=-1) @ self.text_embeddings.T * model.logit_scale.exp()
+        # In float32, because bfloat16 has only a few different numbers near 25, and classes would be equal.
+        features, texts = F.normalize(main_output(output).float(), dim=-1), self.text_embeddings.float()
+        logits = features @ texts.T * model.logit_scale.float().exp()
         if hasattr(model, "logit_bias"):  # SigLIP
-            logits = logits + model.logit_bias
+            logits = logits + model.logit_bias.float()
         return ZeroShotOutput(logits=logits, token_counts=output.get("token_counts"))
 
 
@@ -164,7 +171,8 @@ def plain_name(label: str) -> str:
 
 def typed_names(text: str) -> list[str]:
     """Read the class names that a user typed: names with commas between them, or a file with one name per line."""
-    parts = Path(text).read_text().splitlines() if Path(text).is_file() else text.split(",")
+    # Path.is_file would raise an error for a text that is too long to be a path.
+    parts = Path(text).read_text(encoding="utf-8").splitlines() if os.path.isfile(text) else text.split(",")
     return [part.strip() for part in parts if part.strip()]
 
 

@@ -208,11 +208,13 @@ def _body(
         ratio = even_share(reduction, config) if ratio is None else ratio
         tokens = even_counts(reduction, config) if tokens is None else tokens
     speedup = number(record, "speedup", 2)
+    control = accuracy(record, "control_top1")
     lost = drop(record)
     gains = lost is not None and lost.startswith("-")
     lost = lost and lost.removeprefix("-")
     rows = [
         ("top-1", accuracy(record, "baseline_top1") or "", accuracy(record)),
+        ("top-1 of a dense model, trained as long", control, None if control is None or reduction is None else ""),
         (
             f"points of top-1 {'gained' if gains else 'lost'}",
             "",
@@ -266,6 +268,8 @@ def _conditions(record: Record, speedup: str | None) -> str:
         seen = " of ".join(counted + ([plain(dataset)] if dataset else []))
         interval = ", with its 95 % interval by Wilson" if images else ""
         parts.append(f"Top-1{f' on {seen}' if seen else ''}{interval}.")
+        if record.get("control_top1") is not None:
+            parts.append("Points are counted against the dense model that was trained as long.")
     if speedup is not None:
         batch = record.get("speed_batch_size")
         on = plain(record["machine"]) if record.get("machine") else None
@@ -391,8 +395,10 @@ def _changes(present_metadata: dict[str, Any], new_metadata: dict[str, Any], exp
 
 
 def _index(records: dict[str, Record]) -> str:
-    head = ["method", "base model", "data", "multiply-adds", "top-1, 95 % interval", "before", "lost", "speed-up"]
-    head += ["epochs", "time", "seed"]
+    head = ["method", "base model", "data", "multiply-adds", "top-1, 95 % interval", "before"]
+    with_control = any(record.get("control_top1") is not None for record in records.values())
+    head += ["dense, trained as long"] if with_control else []
+    head += ["lost", "speed-up", "epochs", "time", "seed"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
 
     def order(item: tuple[str, Record]) -> tuple[Any, ...]:
@@ -409,6 +415,7 @@ def _index(records: dict[str, Record]) -> str:
             number(record, "mult_adds_ratio", 2),
             accuracy(record),
             None if dense or record.get("baseline_top1") is None else f"{record['baseline_top1']:.1f} %",
+            *([record.get("control_top1") and f"{record['control_top1']:.1f} %"] if with_control else []),
             None if dense else drop(record),
             None if dense else number(record, "speedup", 2),
             None if record.get("epochs") is None else f"{record['epochs']:g}",
@@ -419,8 +426,9 @@ def _index(records: dict[str, Record]) -> str:
     table = "\n".join(lines)
     return (
         "# Models\n\n<!-- tokenreduce:begin table -->\n"
-        "Multiply-adds and speed-up are against the dense model; before: its top-1 before reduction and training. "
-        "What was not measured is left empty.\n\n"
+        "Multiply-adds and speed-up are compared with the dense model. *Before* is its top-1 before reduction and "
+        "training. *Lost* are the points of top-1 to the dense model that was trained as long; where there is none, "
+        "to the model before. What was not measured is left empty.\n\n"
         f"{table}\n<!-- tokenreduce:end table -->\n"
     )
 

@@ -40,8 +40,8 @@ DIFFRATE = Method(
         "multiply-adds, every layer from the third of twelve on removes the same number."
     ),
     limits=(
-        "A layer removes at most half of the patch tokens that are present. In an encoder without a class token, the "
-        "attention of the mean token gives the scores, which is our own decision."
+        "A layer removes at most half of the patch tokens that are present. In an encoder without a class token "
+        "(SigLIP, I-JEPA), the attention of the mean of all tokens gives the scores, which is our own decision."
     ),
     ours=(
         "the numbers of each layer, which the authors learn with labels: the first layers remove nothing, and a fifth "

@@ -41,7 +41,8 @@ DLVIT = Method(
     details=(
         "For every patch of some training images, a trained classifier shows how much the loss rises without the "
         "patch. A small network, the filter, learns from the embeddings which patches raise it. When the model runs, "
-        "the filter drops the other patches before the first layer, by a share (`keep_rate`) or by a `threshold`."
+        "the filter drops the other patches before the first layer. It keeps a fixed share of the patches "
+        "(`keep_rate`), or those above a `threshold`."
     ),
     limits=(
         "Its labels need a trained classifier and labelled images. An untrained filter keeps every patch, and the "

@@ -202,12 +202,13 @@ LTMP = Method(
         "of 0.5 and more it removes nothing in the first quarter of the layers."
     ),
     limits=(
-        "The cost depends on the image. LTMP needs the attention map of every layer, so its attention is slower than "
-        "that of most other methods."
+        "The cost depends on the image. LTMP must know how much attention each token receives. On a CPU, and in "
+        "float32, this takes the attention map of every layer, so its attention is slower than that of most other "
+        "methods."
     ),
     ours=(
-        "the even/odd split and the importance use live tokens only, so that training computes what inference "
-        "computes; an image in which nothing merges keeps its order; `max_tokens`; calibration"
+        "tokens that were removed before take no part when tokens are paired and scored, so that training computes "
+        "what inference computes; an image in which nothing merges keeps its order; `max_tokens`; calibration"
     ),
     needs="images",
     is_adaptive=lambda config: True,

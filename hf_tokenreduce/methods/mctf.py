@@ -22,8 +22,9 @@ MCTF = Method(
         "attention received times size."
     ),
     limits=(
-        "A layer merges at most half of the patch tokens that are present. It needs the attention map of every layer "
-        "that merges, so its attention is slower than that of most other methods."
+        "A layer merges at most half of the patch tokens that are present. It must know how much attention each token "
+        "receives. On a CPU, and in float32, this takes the attention map of every layer that merges, so its "
+        "attention is slower than that of most other methods."
     ),
     ours=(
         "it acts after the attention whose map it reads, while the authors reduce the tokens that enter the layer; "

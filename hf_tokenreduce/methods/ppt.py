@@ -30,8 +30,8 @@ PPT = Method(
     ),
     limits=(
         "A layer removes at most half of the patch tokens that are present. It computes both ways for every image. "
-        "In an encoder without a class token, the attention of the mean token gives the scores, which is our own "
-        "decision."
+        "In an encoder without a class token (SigLIP, I-JEPA), the attention of the mean of all tokens gives the "
+        "scores, which is our own decision."
     ),
     ours="scores are shares of the sum over the patch tokens; equal scores are ordered by index",
     at_share=at_share,

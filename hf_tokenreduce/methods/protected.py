@@ -21,9 +21,9 @@ PROTECTED = Method(
         "by size, and attention adds the logarithm of a token's size to its logits (`prop_attn`)."
     ),
     limits=(
-        "In an encoder without a class token, the attention of the mean token gives the scores. No token holds a "
-        "dropped patch any more. With `drop_share` 0 no patch is dropped, unless a layer removes more tokens than can "
-        "merge."
+        "In an encoder without a class token (SigLIP, I-JEPA), the attention of the mean of all tokens gives the "
+        "scores. No token holds a dropped patch any more. With `drop_share` 0 no patch is dropped, unless a layer "
+        "removes more tokens than can merge."
     ),
     ours=(
         "everything; its defaults were chosen on one half of the photographs, and its loss of accuracy was measured "

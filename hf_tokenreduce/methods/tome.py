@@ -21,7 +21,8 @@ TOME = Method(
         "Attention adds the logarithm of that number to its logits (`prop_attn`)."
     ),
     limits="A layer merges at most half of the patch tokens that are present.",
-    ours="equal similarities are ordered by index; sums in float32; the steps of a sloped schedule are exact",
+    ours="equal similarities are ordered by index; sums in float32; with a tuple `r` the numbers of the layers are "
+    "rounded down, exactly",
     at_share=ToMeConfig.for_budget,
     key_settings=("r",),
     tuned_settings={"prop_attn": (False,)},

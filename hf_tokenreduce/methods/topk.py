@@ -9,7 +9,8 @@ KEPT = (
     "present, rounded up. "
 )
 LIMITS = (
-    "In an encoder without a class token, the attention of the mean token gives the scores, which is our own decision."
+    "In an encoder without a class token (SigLIP, I-JEPA), the attention of the mean of all tokens gives the scores, "
+    "which is our own decision."
 )
 
 TOPK = Method(

@@ -36,7 +36,8 @@ class ToMeConfig(ReductionConfig):
             the first layers and nothing in the last.
         prop_attn: Whether a token that stands for s patches counts s times as a key (log s is added to its attention
             logits).
-        inflect: The second value of a tuple `r`, from -1 to 1. It is stored here.
+        inflect: How `r` changes from the first layer to the last, from -1 to 1. `r=(8, -1.0)` is the same as `r=8,
+            inflect=-1.0`.
     """
 
     method: ClassVar[str | None] = "tome"

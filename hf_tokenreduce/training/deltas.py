@@ -15,6 +15,7 @@ from ..convert import reduce_tokens
 from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.hooks import Reducer
 from ..modeling.tokens import TokenMap, TokenState, apply_map
+from ..tasks import facts_on
 
 
 LABELLERS = ("exact", "groups", "gradient")
@@ -25,6 +26,12 @@ MASKS = ("remove", "zero")
 def embed(model: PreTrainedModel, images: list[Image.Image], image_processor: Any) -> Tensor:
     """Return the tokens that enter the first layer: B images -> (B, T, D)."""
     pixels = image_processor(images, return_tensors="pt")["pixel_values"]
+    own, given = facts_of(model.config).grid, facts_on(model, pixels).grid
+    if own != given:
+        raise ValueError(
+            f"The image processor makes images of {given[0]} x {given[1]} patches, but the configuration of the model "
+            f"says {own[0]} x {own[1]}. Labels need the size of the configuration. Set the processor to that size."
+        )
     return encoder_of(model).embed(pixels.to(device=model.device, dtype=model.dtype))
 
 

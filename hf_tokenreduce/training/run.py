@@ -30,7 +30,7 @@ from ..budget import reduce_to_share
 from ..convert import reduce_tokens
 from ..files import write_whole
 from ..hub.contents import short
-from ..loading import folder_split, parse_settings, spread
+from ..loading import folder_split, of_dataset, parse_settings, spread
 from ..methods import METHODS
 from ..modeling.encoders import encoder_of
 from .arguments import TokenReduceTrainingArguments
@@ -187,7 +187,7 @@ def main(
         record = describe(whole, pixels, args.device) | {
             **came_from,
             "dataset": name_of(data_args.dataset_name, data_args.train_dir),
-            "eval_dataset": name_of_validation(data_args),
+            "eval_dataset": name_of_validation(data_args, validation.split),
             "eval_images": metrics["eval_images"],
             "seed": args.seed,
             "command": shown(command),
@@ -210,10 +210,11 @@ def last_metrics(trainer: TokenReduceTrainer) -> dict[str, Any] | None:
     return next((log for log in reversed(now) if "eval_accuracy" in log), None)
 
 
-def name_of_validation(data_args: DataArguments) -> str:
+def name_of_validation(data_args: DataArguments, split: Any = None) -> str:
+    """Return the name of the validation images. split: the split of the data set that they are from."""
     if data_args.validation_dir is not None:
         return name_of(None, data_args.validation_dir)
-    held_out = "" if data_args.dataset_name else " (a part held out)"
+    held_out = "" if data_args.dataset_name and str(split) != "train" else " (a part held out)"
     return name_of(data_args.dataset_name, data_args.train_dir) + held_out
 
 
@@ -270,9 +271,8 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
 
 
 def load_data(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset, list[str]]:
-    if data_args.dataset_name:
-        data = dict(load_dataset(data_args.dataset_name))
-        data["validation"] = data.get("validation", data.get("test"))
+    if name := data_args.dataset_name:
+        data = dict(zip(("train", "validation"), of_dataset(load_dataset(name), name), strict=True))
     elif data_args.train_dir:
         data = {"train": folder_split(data_args.train_dir, "train"), "validation": None}
     else:
@@ -373,7 +373,7 @@ def reduce(
         photos = first_images(train.shuffle(seed=0), 100, data_args.image_column_name, data_args.on_error)
         pixels = torch.stack([EvalTransform(processor)(photo) for photo in photos])
     if pixels is None:
-        return reduce_to_share(dense, model_args.reduction, model_args.share, None, None, settings)
+        return reduce_to_share(dense, model_args.reduction, model_args.share, None, processor, settings)
     # A fit runs the model many times. The trainer then takes the model from the CPU to where it belongs.
     return reduce_to_share(dense.to(device), model_args.reduction, model_args.share, pixels, None, settings).cpu()
 

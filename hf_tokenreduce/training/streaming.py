@@ -13,7 +13,8 @@ from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from datasets import Image as ImageFeature
 
 from ..hub.contents import short
-from ..pictures import is_image
+from ..loading import of_dataset
+from ..pictures import find_in
 from .augmentation import decoded
 
 
@@ -21,7 +22,7 @@ def load_streams(data_args: Any) -> tuple[IterableDataset, IterableDataset, list
     """Return the streams of training and validation, and the names of the classes if the data has them."""
     if data_args.dataset_name:
         found = load_dataset(data_args.dataset_name, streaming=True)
-        train, validation = found["train"], found.get("validation", found.get("test"))
+        train, validation = of_dataset(found, data_args.dataset_name)
     elif data_args.train_dir:
         train, validation = folder_stream(data_args.train_dir), None
     else:
@@ -49,7 +50,7 @@ def folder_stream(folder: str | Path) -> IterableDataset:
     shards = sorted(glob.escape(str(file.absolute())) for file in Path(folder).glob("*.tar"))
     if shards:
         return load_dataset("webdataset", data_files={"train": shards}, split="train", streaming=True)
-    files = sorted(glob.escape(str(file.absolute())) for file in Path(folder).rglob("*") if is_image(file))
+    files = sorted(glob.escape(str(file.absolute())) for file in find_in(folder))
     if not files:
         raise ValueError(f"{folder} holds neither .tar shards nor images. Give it one folder per class.")
     # A stream is only shuffled within a buffer, and here all images of a class would be neighbours.

@@ -130,6 +130,7 @@ class TokenReduceTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         reduced = _reduced_model(self.model)
+        reduced.config.__dict__.pop("calibrated_share", None)  # training changes what was calibrated
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self._scalars |= _make_scalars_vectors(self.model)
         token_decoder = method_of(reduced.config.reduction).token_decoder if self.args.token_weight else None

@@ -149,7 +149,8 @@ class Trials:
                 pixels = sample_pixels(self.dataset, self.processor, self.image_column, CALIBRATION_IMAGES)
                 dense = inside(self.dense)
                 assert method.fit_share is not None
-                found = method.fit_share(dense, pixels.to(dense.device), share, **variant.settings).to_dict()
+                inputs = pixels.to(dense.device, dense.dtype)
+                found = method.fit_share(dense, inputs, share, **variant.settings).to_dict()
             except ValueError:  # the share is out of reach
                 pass
             self._keep({"fit": key, "setting": found, "seconds": time.perf_counter() - begin})
@@ -265,7 +266,7 @@ class Trials:
     def _run(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return outputs in float32, and the tokens that leave each layer if images may differ in them."""
         one = inside(model)
-        pixels = pixels.to(one.device)
+        pixels = pixels.to(one.device, one.dtype)
         if self.of_features:
             output = image_side(one)(pixels, output_patch_map=True)
             return pooled_features(one, output).cpu(), output.token_counts.cpu()

@@ -21,7 +21,7 @@ from ..evaluation.compare import (
 )
 from ..evaluation.comparison import Comparison, write_comparison
 from ..evaluation.reading import check_data
-from ..evaluation.resume import digest_of_model
+from ..evaluation.resume import check_one_process, digest_of_model
 from ..evaluation.runtimes import RUNTIMES, check_runtimes
 from ..evaluation.settings import describe
 from ..evaluation.zero_shot import ZeroShotClassifier, converted, inside
@@ -32,6 +32,7 @@ from ..methods import METHODS, method_of
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import check_share
+from ..modeling.version import __version__
 from .parts import LEAST_IMAGES, Parts, split_rows
 from .report import LEFT_OUT, SEARCHED, TuningReport, write_report
 from .search import Target, choose, measured, meets, pareto_front, search
@@ -110,6 +111,7 @@ def tune(
         >>> report = tune(model, photos, processor, share=0.65, output_dir="tuned")
         >>> report.chosen["name"], report.chosen["drop"]
     """
+    check_one_process("tune")
     target = _target(share, speedup, max_drop, speed, minutes)
     of_features = is_of_features(model, None)
     if of_features and target.kind == "max_drop":
@@ -125,6 +127,7 @@ def tune(
     parts = _parts(dataset, raw, seed)
     folder = _folder(Path(output_dir))
     settings = {
+        "version": __version__,
         "model": digest_of_model(model),
         "data": labelled_digest(dataset, image_column, label_column),
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),

@@ -99,7 +99,7 @@ def token_maps(model: PreTrainedModel, pixel_values: Tensor, *, batch_size: int 
     with evaluating(model), _states(model) as states:
         batches = pixel_values.split(batch_size)
         for batch in logging.tqdm(batches, desc="mapping tokens", leave=False, disable=len(batches) == 1 or None):
-            output = image_side(model)(batch.to(model.device), output_patch_map=True, **options)
+            output = image_side(model)(batch.to(model.device, model.dtype), output_patch_map=True, **options)
             maps.append([state.patch_map for state in states])
             weights.append([state.patch_weights for state in states])
             states.clear()

@@ -157,7 +157,7 @@ def _dense_logits(dense: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     training = dense.training
     dense.eval()
     try:
-        batches = [batch.to(dense.device) for batch in pixel_values.split(32)]
+        batches = [batch.to(dense.device, dense.dtype) for batch in pixel_values.split(32)]
         outputs = [dense(batch, **options) for batch in batches]
         return torch.cat([output.logits.float().cpu() for output in outputs])
     finally:
