@@ -66,8 +66,8 @@ def calibrate(
     if not method.any_image_size and own != given:
         raise ValueError(
             f"The networks of {method.title} are made for {own[0]} x {own[1]} patches, the image size in the "
-            f"configuration, but these images have {given[0]} x {given[1]}. Set model.config.image_size to the size "
-            "of the images before the model is reduced, or give images of the other size."
+            f"configuration, but these images have {given[0]} x {given[1]}. Prepare them at the size in the "
+            "configuration, or take another method."
         )
     with evaluating(model):
         _check_finite(model, pixels)

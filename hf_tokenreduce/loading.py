@@ -164,7 +164,7 @@ def load_images(name: str, split: str | None = None, limit: int | None = None, *
                 f"{', '.join(found)}."
             )
     else:
-        chosen = split_of(found, split) or split
+        chosen = split_of(found, split, SPLITS.get(split, split)) or split
     if chosen not in found:
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(found)}.")
     dataset = found[chosen]
@@ -233,10 +233,10 @@ def load_image_folder(name: str | Path) -> DatasetDict:
                 f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."
             )
-    files = {
-        split: [f"{glob.escape(str(one))}/**" for path in paths for one in (path.resolve(), *linked_folders(path))]
-        for split, paths in parts.items()
-    }
+    files = {}
+    for split, paths in parts.items():  # resolved, because labels need paths of one depth
+        places = [place for path in map(Path.resolve, paths) for place in (path, *linked_folders(path))]
+        files[split] = [f"{glob.escape(str(place))}/**" for place in places]
     try:
         return load_dataset("imagefolder", data_files=files)
     except DatasetGenerationError as error:

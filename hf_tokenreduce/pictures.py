@@ -28,19 +28,33 @@ def is_image(file: Path) -> bool:
 
 def find_in(folder: str | Path) -> Iterator[Path]:
     """Generate the images in a folder and its subfolders, also in those that are links, but not in hidden ones."""
-    seen = set()  # a link may lead to a folder above it
-    for where, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(where))
-        inside = [name for name in folders if not name.startswith(".")]  # thumbnails and the like
-        folders[:] = [name for name in inside if os.path.realpath(os.path.join(where, name)) not in seen]
+    for where, names in _folders(str(folder)):
         yield from (file for name in names if is_image(file := Path(where, name)))
 
 
 def linked_folders(folder: str | Path) -> list[Path]:
-    """Return the subfolders that are links, but not those to a folder above. The pattern `**` does not enter links."""
-    found = (Path(where, name).absolute() for where, folders, _ in os.walk(folder) for name in folders)
-    links = (path for path in found if path.is_symlink() and not path.name.startswith("."))
-    return sorted(path for path in links if not path.parent.resolve().is_relative_to(path.resolve()))
+    """Return the subfolders that are links, of those in which `find_in` looks. The pattern `**` enters none."""
+    inside = (where for where, _ in _folders(str(folder)) if where != str(folder))
+    return sorted(Path(where).absolute() for where in inside if os.path.islink(where))
+
+
+def _folders(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
+    """Generate a folder and its subfolders, with the names of the files in each, in order.
+
+    Links are followed, but not those that lead to a folder above, which would never end. above: where they are.
+    """
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:  # not a folder, or not readable
+        return
+    above = (*above, os.path.realpath(folder))
+    folders = [entry for entry in entries if entry.is_dir()]
+    yield folder, [entry.name for entry in entries if not entry.is_dir()]
+    for entry in folders:
+        real = os.path.realpath(entry.path)
+        ends = not any(Path(one).is_relative_to(real) for one in above)
+        if ends and not entry.name.startswith("."):  # thumbnails and the like
+            yield from _folders(entry.path, above)
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:

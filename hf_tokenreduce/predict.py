@@ -17,6 +17,7 @@ from .deploy import ExportedModel
 from .evaluation.compute import tokens_entering
 from .evaluation.resume import append_line, digest, digest_of_model, launched_processes, read_lines
 from .files import known_settings, write_whole
+from .modeling.version import __version__
 from .modes import evaluating
 from .pictures import UNREADABLE, find_in, is_image, read_picture
 from .tasks import all_layers_act, task_of_model
@@ -83,6 +84,7 @@ def predict(
         labels = digest([json.dumps(model.config.id2label).encode()])
         processor = json.loads(json.dumps(image_processor.to_dict(), default=str))
         settings = {"model": _told(model), "labels": labels, "processor": processor, "top_k": top_k}
+        settings["version"] = __version__
         if processes.rank == 0 and not (folder / SETTINGS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / SETTINGS, json.dumps({**settings, "base": base}, indent=1))

@@ -282,6 +282,7 @@ def tune(
     from hf_tokenreduce.tuning import tune as find
 
     loaded, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    whole_processor = load_processor(model, revision, trust_remote_code)  # with the tokenizer of a model of texts
     pictures = load_images(images, split, limit, labelled=False)
     if not labels and "label" in pictures.column_names:
         pictures = pictures.remove_columns("label")
@@ -305,8 +306,7 @@ def tune(
             "command": shown(["tokenreduce", *context.obj]),
         },
     )
-    # A model of images and texts also needs its tokenizer.
-    load_processor(model, revision, trust_remote_code).save_pretrained(output_dir / "model")
+    whole_processor.save_pretrained(output_dir / "model")
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
     if not as_json:
         out.print(

@@ -123,7 +123,7 @@ def test_other_devices_are_waited_for(monkeypatch):
         now[0], left[0] = now[0] + left[0], 0.0
 
     monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
-    assert seconds_of(lambda: left.__setitem__(0, 2.0), torch.device("mps")) == 2.0
+    assert seconds_of(lambda: left.__setitem__(0, left[0] + 2.0), torch.device("mps")) == 2.0
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

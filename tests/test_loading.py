@@ -25,7 +25,7 @@ from hf_tokenreduce.loading import (
     of_dataset,
     spread,
 )
-from hf_tokenreduce.pictures import read_picture
+from hf_tokenreduce.pictures import find_in, read_picture
 from hf_tokenreduce.training.streaming import folder_stream
 
 
@@ -76,27 +76,49 @@ def test_a_folder_beside_the_splits_is_one_too(tmp_path):
     assert len(load_images(str(tmp_path / "nested"))) == 3
 
 
-def test_class_folders_may_be_links(tmp_path):
+def test_class_folders_may_be_links(tmp_path, monkeypatch):
     """`datasets` does not look into them. A link to a folder above ends nowhere."""
     for name in ("cat", "dog"):
         for number in range(3):
             draw(tmp_path / "all" / name / f"{number}.png")
     some = tmp_path / "some"
     draw(some / "owl" / "0.png")
-    for name, target in (("dog", "all/dog"), ("hen", "all/cat"), ("owl/again", "some"), (".hidden", "all/cat")):
+    (some / ".cache").mkdir()
+    links = {
+        "dog": "all/dog",
+        "hen": "all/cat",
+        "owl/again": "some",
+        "up": ".",
+        ".hidden": "all/cat",
+        ".cache/x": "all/cat",
+    }
+    for name, target in links.items():
         (some / name).symlink_to(tmp_path / target)
-    images = load_images(str(some))
-    assert images.features["label"].names == ["dog", "hen", "owl"] and sorted(images["label"]) == [0, 0, 0, 1, 1, 1, 2]
+    (tmp_path / "linked").symlink_to(some)
+    monkeypatch.chdir(tmp_path / "all")
+    for folder in (some, "../some", tmp_path / "linked", "../linked"):  # labels need paths of one depth
+        images = load_images(str(folder))
+        assert images.features["label"].names == ["dog", "hen", "owl"]
+        assert sorted(images["label"]) == [0, 0, 0, 1, 1, 1, 2]
+        assert len(load_pictures([str(folder)], 20)[0]) == 7
+        assert load_pixel_values(tiny_model(), folder, PROCESSOR, 20).shape[0] == 7
+        stream = folder_stream(folder)
+        assert sorted(row["label"] for row in stream) == [0, 0, 0, 1, 1, 1, 2]
+    (tmp_path / "all" / "dog" / "back").symlink_to(some)  # from one tree to the other, and back
     assert len(load_pictures([str(some)], 20)[0]) == 7
-    assert load_pixel_values(tiny_model(), some, PROCESSOR, 20).shape[0] == 7
-    stream = folder_stream(some)
-    assert sorted(row["label"] for row in stream) == [0, 0, 0, 1, 1, 1, 2]
+    (tmp_path / "all" / "dog" / "back").unlink()
+    (some / "tree").mkdir()
+    for name in ("cat", "dog"):  # one folder under two names is there twice
+        (some / "tree" / name).symlink_to(tmp_path / "all")
+    assert sorted(file.relative_to(some / "tree").parts[:2] for file in find_in(some / "tree")) == sorted(
+        (name, inner) for name in ("cat", "dog") for inner in ("cat", "dog") for _ in range(3)
+    )
 
 
 def test_splits_of_the_hub_have_other_names(monkeypatch, caplog):
     parts = DatasetDict({name: Dataset.from_dict({"image": [0] * n}) for name, n in (("train", 9), ("valid", 3))})
     monkeypatch.setattr(loading, "load_dataset", lambda name: parts)
-    for split in (None, "valid", "validation"):
+    for split in (None, "valid", "val", "validation"):
         assert len(load_images("a/b", split, labelled=False)) == 3
     assert [len(part) for part in of_dataset(parts, "a/b")] == [9, 3]
     assert of_dataset({"train": 1, "test": 2}, "a/b") == (1, 2)

@@ -1,5 +1,8 @@
 """Some encoders, such as DINOv2, are given images of another size than their configuration says."""
 
+import itertools
+import re
+
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
@@ -10,8 +13,11 @@ from transformers import BitImageProcessor
 
 from hf_tokenreduce import SiTConfig, calibrate, export, load_exported, reduce_tokens
 from hf_tokenreduce.evaluation.compute import describe_model, measured_multiply_adds
+from hf_tokenreduce.evaluation.paying import nearest_that_pays
+from hf_tokenreduce.hub import model_card
 from hf_tokenreduce.methods import METHODS
 from hf_tokenreduce.methods.fitting import share_on
+from hf_tokenreduce.modeling.methods import parse_reduction
 from hf_tokenreduce.serve import SideBySide
 from hf_tokenreduce.training import make_labels
 from hf_tokenreduce.training.run import DataArguments, ModelArguments, reduce
@@ -51,6 +57,22 @@ def test_a_model_is_described_at_that_size(model):
     assert found["multiply_adds"] == measured_multiply_adds(reduced, pixels(1)).item()
     assert found["dense_multiply_adds"] == measured_multiply_adds(model, pixels(1)).item()
     assert describe_model(reduced, "dinov2")["image_size"] == 96
+
+
+def test_so_does_its_card(model, tmp_path):
+    reduced = reduce_tokens(model, "tome", share=0.65, image_processor=PROCESSOR)
+    reduced.save_pretrained(tmp_path)
+    PROCESSOR.save_pretrained(tmp_path)
+    card = model_card(tmp_path)
+    share = float(re.search(r"multiply-adds of the encoder \| 1 \| (0\.\d+)", card)[1])
+    assert share == pytest.approx(0.65, abs=0.03) and "layer  0      " in card and " 577 " not in card
+
+
+def test_a_setting_that_pays_is_looked_for_at_that_size(model):
+    reduced = reduce_tokens(model, "tome", share=0.9, image_processor=PROCESSOR)
+    clock = itertools.cycle([2.0, 1.0])  # dense and candidate in turns, so the first one that is tried pays
+    setting, _ = nearest_that_pays(reduced, model, [pixels()], 1, lambda call: call() and next(clock))
+    assert 0.8 < share_on(reduce_tokens(model, parse_reduction(setting)), pixels()) < 0.95
 
 
 def test_a_graph_takes_what_its_processor_makes(model, tmp_path):

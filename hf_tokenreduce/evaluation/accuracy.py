@@ -242,8 +242,8 @@ def check_finite(outputs: Tensor, rows: Sequence[int], what: str = "model") -> N
 
 
 def _record(model: Any, dense: Any, rows: list[int], pixel_values: Tensor) -> Progress:
-    pixel_values = pixel_values.to(model.device, model.dtype)
-    output = model(pixel_values, **all_layers_act(model))
+    own = pixel_values.to(model.device, model.dtype)
+    output = model(own, **all_layers_act(model))
     check_finite(output.logits, rows)
     ranked = output.logits.topk(min(5, output.logits.shape[-1]), dim=-1).indices
     counts = output.get("token_counts")

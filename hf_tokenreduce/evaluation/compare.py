@@ -232,7 +232,7 @@ def _tell_how_long(
         computing = min(seconds_of(partial(image_side(model), pixels), model.device) for _ in range(2))
     minutes = max(0, settings) * images / len(pixels) * (reading + computing) / 60
     estimate = (
-        f"{settings} settings on {images} images each take at most about {minutes:.0f} min. Timing comes on top."
+        f"{settings} settings on {len(dataset)} images take at most about {minutes:.0f} min. Timing comes on top."
     )
     tqdm.write(estimate, sys.stderr)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..convert import reduce_tokens
 from ..modeling.encoders import encoder_of
 from ..modeling.grid import unmerge
+from ..modeling.version import __version__
 from ..modes import evaluating
 from ..tasks import image_side, task_of_model
 from .accuracy import check_finite, costs_of, paired_bootstrap, wilson_interval
@@ -306,6 +307,7 @@ def _extract(
 ) -> tuple[dict[str, Tensor], Records]:
     """Measure each row that `folder` lacks: pooled features, tokens of each layer, cosines with a dense model."""
     settings = {
+        "version": __version__,
         "model": digest_of_model(model),
         "dense": None if dense is None else digest_of_model(dense),
         "data": digest_of_data(dataset, image_column, labels),

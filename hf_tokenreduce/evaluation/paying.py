@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from ..convert import with_reduction
 from ..methods import method_of
 from ..modeling.configuration_base import ReductionConfig
-from ..modeling.encoders import EncoderFacts, encoder_of
+from ..modeling.encoders import EncoderFacts
 from ..modeling.multiply_adds import even_share
-from ..tasks import image_side
+from ..tasks import facts_on, image_side
 from ..timing import median_ratio
 
 
@@ -67,7 +67,7 @@ def nearest_that_pays(
     Returns:
         The setting as a dictionary, and its speed-up over dense. None: no setting that was tried is faster.
     """
-    for setting in weaker_first(model.config.reduction, encoder_of(model).facts):
+    for setting in weaker_first(model.config.reduction, facts_on(model, batches[0])):
         candidate = with_reduction(dense, setting).eval()
         runs = (image_side(dense), image_side(candidate))
         seconds: tuple[list[float], list[float]] = ([], [])

@@ -8,12 +8,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import AutoImageProcessor
 
 from ..files import write_whole
 from ..methods import DENSE, METHODS, Method, method_of
-from ..modeling.encoders import facts_of
+from ..modeling.encoders import EncoderFacts, encoder_config, facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share
+from ..tasks import size_made_by
 from .card_check import settings_rows
 from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, split
 from .configuration import check_config, main_input_of, tower_of
@@ -205,8 +207,9 @@ def _body(
     adaptive = reduction is not None and method.is_adaptive(reduction)
     if config is not None and reduction is not None and not adaptive:
         # By arithmetic, where no run says it: these methods keep the same of every image.
-        ratio = even_share(reduction, config) if ratio is None else ratio
-        tokens = even_counts(reduction, config) if tokens is None else tokens
+        facts = _facts_of_images(folder, config)
+        ratio = even_share(reduction, facts) if ratio is None else ratio
+        tokens = even_counts(reduction, facts) if tokens is None else tokens
     speedup = number(record, "speedup", 2)
     control = accuracy(record, "control_top1")
     lost = drop(record)
@@ -246,6 +249,18 @@ def _body(
         limits=_limits(config, record, reduction, adaptive, base_license, "sound" if audio else "image"),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _facts_of_images(folder: Path | None, config: Any) -> EncoderFacts:
+    """Return the facts of an encoder for images as the folder's image processor makes them. DINOv2 gets smaller ones
+    than its configuration says."""
+    facts = facts_of(config)
+    if folder is None or not tower_of(config).any_size or not (folder / "preprocessor_config.json").is_file():
+        return facts
+    height, width = size_made_by(AutoImageProcessor.from_pretrained(folder))[1:]
+    sides = tower_of(config).inputs(encoder_config(config))[1:]
+    patch = [side // count for side, count in zip(sides, facts.grid, strict=True)]
+    return facts._replace(grid=(height // patch[0], width // patch[1]))
 
 
 def _prefix(config: Any) -> str:
@@ -427,8 +442,8 @@ def _index(records: dict[str, Record]) -> str:
     return (
         "# Models\n\n<!-- tokenreduce:begin table -->\n"
         "Multiply-adds and speed-up are compared with the dense model. *Before* is its top-1 before reduction and "
-        "training. *Lost* are the points of top-1 to the dense model that was trained as long; where there is none, "
-        "to the model before. What was not measured is left empty.\n\n"
+        "training. *Lost*: how many points of top-1 the model is below the dense model that was trained as long. "
+        "Where there is none: below the model before. What was not measured is left empty.\n\n"
         f"{table}\n<!-- tokenreduce:end table -->\n"
     )
 

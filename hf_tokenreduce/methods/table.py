@@ -15,15 +15,24 @@ HEADER = (
     "| method | what it does with tokens | tokens per image | to keep a share it needs | our own decisions |",
     "|---|---|---|---|---|",
 )
-NEEDS = {"nothing": "nothing", "images": "unlabelled images, or training", "labels": "labels, a filter, fine-tuning"}
+NEEDS = {
+    "nothing": "nothing",
+    "images": "unlabelled images, or training",
+    "labels": "labelled images, a filter, fine-tuning",
+}
 PAPER = (
     "`--recipe paper` also turns on the strong augmentation, and its batch size is that of all devices together. The "
     "values of `quick` are our own choice."
 )
 # How the setting for a share is found, for the page of a method.
+_KEEPS = "The result keeps 65 % of the multiply-adds of the encoder. "
 _FOUND = {
-    "nothing": "This needs no images and no training.",
-    "images": "The method is fitted to the share on images without labels.",
+    "nothing": _KEEPS + "This needs no images and no training.",
+    "images": _KEEPS + "The method is fitted to the share on images without labels.",
+    "adaptive": (
+        "The method is fitted on images without labels. On average over these images, the result keeps about 65 % of "
+        "the multiply-adds of the encoder, or less. Other images can need more."
+    ),
 }
 _TRAINED = {
     "nothing": "`tokenreduce train MODEL -r {name} --recipe quick ...`",
@@ -200,12 +209,14 @@ def _usage(method: Method) -> str:
     if method.at_share is None and method.fit_share is None:
         return f"Call `reduce_tokens(model, {method.config_class.__name__}(...))` with the settings below."
     fitted = method.prepare is not None or method.at_share is None
+    adaptive = method.is_adaptive(method.config_class())
+    kind = "nothing" if not fitted else "adaptive" if adaptive else "images"
     images = ', images="photos", image_processor=processor' if fitted else ""
     option = " --images photos" if fitted else ""
     return (
         f'```python\nreduced = reduce_tokens(model, "{method.name}", share=0.65{images})\n```\n\n'
-        f"The result keeps 65 % of the multiply-adds of the encoder. {_FOUND['images' if fitted else 'nothing']}"
-        f"\n\nThe same from a terminal: `tokenreduce reduce MODEL -r {method.name} --share 0.65{option} -o FOLDER`."
+        f"{_FOUND[kind]}\n\n"
+        f"The same from a terminal: `tokenreduce reduce MODEL -r {method.name} --share 0.65{option} -o FOLDER`."
     )
 
 

@@ -29,6 +29,7 @@ from ..evaluation.resume import digest, digest_of_data, digest_of_model
 from ..files import known_settings, write_whole
 from ..methods import method_of
 from ..modeling.encoders import MODELS
+from ..modeling.version import __version__
 from ..modes import evaluating
 from ..pictures import as_rgb
 from .deltas import LABELLERS, MASKS, embed, gradient_deltas, masked_deltas, patch_groups
@@ -118,6 +119,7 @@ def make_labels(
         rows = sorted(random.Random(seed).sample(range(len(dataset)), max_samples))
     groups = patch_groups(classifier, labeller).to(model.device)
     requested = {
+        "version": __version__,
         "labeller": labeller,
         "mask": "zero" if labeller == "gradient" else mask,
         "num_rows": len(dataset),

@@ -29,7 +29,7 @@ def describe(
     model: Any, pixels: torch.Tensor, device: torch.device, repeats: int = 7, batch_size: int = 32
 ) -> dict[str, Any]:
     """Measure what the reduction saves: multiply-adds on all images, time on one batch in turns with the dense one."""
-    device = device if device.type == "cuda" else torch.device("cpu")  # only these two can be timed
+    device = device if device.type == "cuda" else torch.device("cpu")  # the record names one of these two
     model = model.to(device).eval()
     plain = restore(model).eval()
     acting = all_layers_act(model)
