@@ -366,9 +366,19 @@ def trained(folder: Path) -> list[str]:
     """The table of one folder of training runs, as `train_report.py` makes it."""
     rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     title, *text = to_markdown(rows, summarise(rows)).rstrip().splitlines()
-    lines = [f"## After training: {title.removeprefix('# ')}", *text]
+    lines = [f"## After training: {title.removeprefix('# ')}", *text, *former_slimming(rows)]
     picture = folder.with_name(folder.name + ".png")
     return [*lines, "", f"![Differences to the dense control]({link(picture)})"] if picture.is_file() else lines
+
+
+def former_slimming(rows: list[dict[str, Any]]) -> list[str]:
+    """Say which rows of SiT were trained before its networks got their present start. They were not run again."""
+    some = [row for row in rows if row["method"] == "sit"]
+    if not some:
+        return []
+    on_gpu = some[0]["setting"]["device"] == "cuda"
+    which = "All rows of SiT" if on_gpu else "The rows of SiT at 0.28"
+    return ["", f"{which} are older than the present start of its networks, and began with the former one."]
 
 
 def trashnet(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """Commands that measure models and show what they do: evaluate, benchmark, compare, tune, show."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,9 +62,16 @@ def evaluate(
     from hf_tokenreduce.evaluation import evaluate_model
     from hf_tokenreduce.evaluation.zero_shot import as_classifier
     from hf_tokenreduce.loading import image_names, load_images, load_model, load_processor
+    from hf_tokenreduce.training.origin import was_trained
 
     reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
     images = load_images(data, split, limit)
+    if dense is None and was_trained(model):
+        print(
+            f"{model} was trained with its reduction. It is now compared with the same weights without reduction, for "
+            "which they were not trained. For a fair comparison give --dense, a dense model that was trained as long.",
+            file=sys.stderr,
+        )
 
     def classifier(loaded: Any, name: str, revision: str | None) -> Any:
         return as_classifier(

@@ -115,6 +115,12 @@ def test_evaluate(call, place, reduced):
     assert found["images"] == 12 and 0 <= found["top1"] <= 100 and found["baseline_top1"] is not None
     fewer = answer(call, "evaluate", reduced, place / "photos", "--limit", 6, "--dense", place / "model", "--json")
     assert fewer["images"] == 6
+    trained = shutil.copytree(reduced, place / "trained")
+    (trained / "record.json").write_text(json.dumps({"method": "tome", "epochs": 3.0}))
+    beside = ["--dense", place / "model"]
+    for folder, options, warns in ((trained, [], True), (trained, beside, False), (reduced, [], False)):
+        errors = call("evaluate", folder, place / "photos", "--limit", 3, *options)[2]
+        assert ("give --dense, a dense model that was trained as long" in errors) is warns
 
 
 def test_benchmark(call, place, reduced):

@@ -9,6 +9,16 @@ from typing import Any
 from ..hub.contents import read_json
 
 
+def was_trained(path: str) -> bool:
+    """Return whether the record in a folder says that its model was trained with its reduction."""
+    file = Path(path) / "record.json"
+    record = read_json(file) if file.is_file() else {}
+    if not isinstance(record, dict) or record.get("method") is None:
+        return False
+    epochs = record.get("epochs")
+    return isinstance(epochs, (int, float)) and epochs > 0
+
+
 def origin(path: str) -> dict[str, Any]:
     """Return the checkpoint that `path` was made from, and the commands that made it, from the record in the folder.
 
