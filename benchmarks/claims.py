@@ -57,7 +57,8 @@ def read(results: Path = RESULTS) -> Records:
             trained[device] = {(line["name"], line["share"]): line for line in summarise(runs)}
     free = [row for file in results.glob("training-free-*.json") for row in json.loads(file.read_text())["results"]]
     ranked = sorted(results.glob("rank-patches-*.json"))
-    speeds = [row for file in results.glob("speed-deit-tiny-*.json") for row in json.loads(file.read_text())["rows"]]
+    timed = results.glob("speed-deit-tiny-*onnx*.json")
+    speeds = [row for file in timed for row in json.loads(file.read_text())["rows"]]
     return Records(
         trained,
         {(row["model"], row["method"], row["share"]): row for row in free},

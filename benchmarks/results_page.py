@@ -255,8 +255,9 @@ def speed(file: Path) -> list[str]:
     which = "--deit_tiny MODEL --images PHOTOS --sizes" if size == "deit-tiny" else f"--sizes {size}"
     if batches != [1, 8, 32]:
         which += f" --batch_sizes {' '.join(map(str, batches))}"
+    more = ", compiled" if "compiled" in runtimes else f", {batches[0]} images at once" if len(batches) == 1 else ""
     lines = [
-        f"## Speed of {size}" + (f", {batches[0]} images at once" if len(batches) == 1 else ""),
+        f"## Speed of {size}{more}",
         "",
         f"{settings['device']}, {settings['threads']} threads, {', '.join([*settings['dtypes'], *versions])}. "
         f"Medians of {settings['repeats']} repeats. Command: `python benchmarks/speed.py {which} "
@@ -373,7 +374,7 @@ def trained(folder: Path) -> list[str]:
 
 def former_slimming(rows: list[dict[str, Any]]) -> list[str]:
     """Say which rows of SiT were trained before its networks got their present start. They were not run again."""
-    some = [row for row in rows if row["method"] == "sit"]
+    some = [row for row in rows if row.get("method") == "sit"]
     if not some:
         return []
     on_gpu = some[0]["setting"]["device"] == "cuda"

@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset, load_dataset
 from helpers import tiny_images, tiny_model
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTImageProcessor, ViTModel
+from task_models import save_case
+from transformers import AutoModelForImageClassification, AutoProcessor, ViTImageProcessor, ViTModel
 
 from hf_tokenreduce import LTMPConfig, ToMeConfig, TopKConfig, reduce_tokens, tune
 from hf_tokenreduce.hub import check_folder
@@ -392,3 +393,11 @@ def test_from_a_terminal(call, folder, model, processor, tmp_path):
     assert "The setting was found by tokenreduce tune" in card and str(tmp_path) not in card
     code, _, errors = call(*arguments, "--share", 0.65, "--speedup", 2, "-o", tmp_path / "none")
     assert code == 2 and errors.count("\n") == 1 and "Give one target" in errors and not (tmp_path / "none").exists()
+
+
+def test_a_tuned_model_of_texts_keeps_its_tokenizer(call, folder, tmp_path):
+    save_case("clip", tmp_path / "clip")
+    arguments = ["tune", tmp_path / "clip", folder, "-r", "topk", "--no-speed", "--batch-size", 16, "--share", 0.65]
+    code, _, errors = call(*arguments, "-o", tmp_path / "out")
+    assert code == 0, errors
+    assert AutoProcessor.from_pretrained(tmp_path / "out" / "model").tokenizer("a cat")["input_ids"]
