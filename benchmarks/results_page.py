@@ -250,7 +250,9 @@ def speed(file: Path) -> list[str]:
     size = file.stem.removeprefix("speed-").removesuffix("-" + "-".join(runtimes))
     # Of each runtime its version, as the package says it.
     versions = unique(
-        f"{RUNTIMES[name]} {version}" for name, version in settings["runtimes"].items() if "int8" not in name
+        f"{RUNTIMES[name]} {version}"
+        for name, version in settings["runtimes"].items()
+        if "int8" not in name and name != "compiled"
     )
     which = "--deit_tiny MODEL --images PHOTOS --sizes" if size == "deit-tiny" else f"--sizes {size}"
     if batches != [1, 8, 32]:
