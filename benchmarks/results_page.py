@@ -15,7 +15,7 @@ import authors_tome
 import claims
 import cuda_report
 from cuda_report import title_of
-from train_report import summarise, to_markdown
+from train_report import former_slimming, summarise, to_markdown
 
 from hf_tokenreduce.evaluation.accuracy import wilson_interval
 from hf_tokenreduce.files import write_whole
@@ -48,6 +48,7 @@ RUNTIMES = {
     "openvino": "OpenVINO",
     "openvino-int8": "OpenVINO, 8 bits",
 }
+PACKAGES = ("eager", "onnx", "openvino")  # the other runtimes are ways of these
 Table = Callable[[Path], list[str]]
 
 
@@ -248,12 +249,7 @@ def speed(file: Path) -> list[str]:
     batches = unique(row["batch_size"] for row in rows)
     names = unique(row["name"] for row in rows)
     size = file.stem.removeprefix("speed-").removesuffix("-" + "-".join(runtimes))
-    # Of each runtime its version, as the package says it.
-    versions = unique(
-        f"{RUNTIMES[name]} {version}"
-        for name, version in settings["runtimes"].items()
-        if "int8" not in name and name != "compiled"
-    )
+    versions = [f"{RUNTIMES[name]} {it}" for name, it in settings["runtimes"].items() if name in PACKAGES]
     which = "--deit_tiny MODEL --images PHOTOS --sizes" if size == "deit-tiny" else f"--sizes {size}"
     if batches != [1, 8, 32]:
         which += f" --batch_sizes {' '.join(map(str, batches))}"
@@ -372,16 +368,6 @@ def trained(folder: Path) -> list[str]:
     lines = [f"## After training: {title.removeprefix('# ')}", *text, *former_slimming(rows)]
     picture = folder.with_name(folder.name + ".png")
     return [*lines, "", f"![Differences to the dense control]({link(picture)})"] if picture.is_file() else lines
-
-
-def former_slimming(rows: list[dict[str, Any]]) -> list[str]:
-    """Say which rows of SiT were trained before its networks got their present start. They were not run again."""
-    some = [row for row in rows if row.get("method") == "sit"]
-    if not some:
-        return []
-    on_gpu = some[0]["setting"]["device"] == "cuda"
-    which = "All rows of SiT" if on_gpu else "The rows of SiT at 0.28"
-    return ["", f"{which} are older than the present start of its networks, and began with the former one."]
 
 
 def trashnet(folder: Path) -> list[str]:

@@ -11,16 +11,17 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoImageProcessor
 
 from ..files import write_whole
-from ..methods import DENSE, METHODS, Method, method_of
+from ..methods import DENSE, Method, method_of
 from ..modeling.encoders import EncoderFacts, encoder_config, facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share
 from ..tasks import size_made_by
 from .card_check import settings_rows
+from .card_index import index_of
 from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, split
 from .configuration import check_config, main_input_of, tower_of
 from .contents import one_line
-from .records import Record, accuracy, drop, duration, number, read_record, read_report
+from .records import Record, accuracy, drop, duration, measured_on, number, read_record, read_report
 from .usage import LEAST_TRANSFORMERS, pipeline_tag, run, stock_of, usage
 
 
@@ -161,7 +162,7 @@ def write_cards(records_dir: str | Path, output_dir: str | Path, **options: Any)
         written.append(output_dir / f"{file.stem}.md")
         write_whole(written[-1], model_card(None, record=file, previous=_read(written[-1]), **options))
     index = output_dir / "README.md"
-    write_whole(index, merge_body(_read(index), _index(records)))
+    write_whole(index, merge_body(_read(index), index_of(records)))
     return [*written, index]
 
 
@@ -278,7 +279,7 @@ def _conditions(record: Record, speedup: str | None) -> str:
     """Say on which images, data and machine the table's numbers were measured."""
     parts = []
     if record.get("top1") is not None:
-        images, dataset = record.get("eval_images"), _measured_on(record)
+        images, dataset = record.get("eval_images"), measured_on(record)
         counted = [f"{images:,} images"] if images else []
         seen = " of ".join(counted + ([plain(dataset)] if dataset else []))
         interval = ", with its 95 % interval by Wilson" if images else ""
@@ -291,10 +292,6 @@ def _conditions(record: Record, speedup: str | None) -> str:
         known = ", ".join(filter(None, [batch and f"batch {batch}", on]))
         parts.append(f"Images per second against the dense model side by side{f' ({known})' if known else ''}.")
     return " ".join(parts)
-
-
-def _measured_on(record: Record) -> str | None:
-    return record["eval_dataset"] if "eval_dataset" in record else record.get("dataset")
 
 
 def _training(record: Record) -> str | None:
@@ -355,7 +352,7 @@ def _metadata(
     tags += [method.title.lower()] if method is not DENSE else []
     tags += [f"arxiv:{method.arxiv}"] if method.arxiv else []
     results = None
-    name = dataset or _measured_on(record)
+    name = dataset or measured_on(record)
     if record.get("top1") is not None and name:
         results = [
             EvalResult(
@@ -407,45 +404,6 @@ def _changes(present_metadata: dict[str, Any], new_metadata: dict[str, Any], exp
             _, renewed = model_index_to_eval_results(new_metadata["model-index"])
             changes["model-index"] = eval_results_to_model_index(name, kept + renewed)
     return changes
-
-
-def _index(records: dict[str, Record]) -> str:
-    head = ["method", "base model", "data", "multiply-adds", "top-1, 95 % interval", "before"]
-    with_control = any(record.get("control_top1") is not None for record in records.values())
-    head += ["dense, trained as long"] if with_control else []
-    head += ["lost", "speed-up", "epochs", "time", "seed"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-
-    def order(item: tuple[str, Record]) -> tuple[Any, ...]:
-        stem, record = item
-        group = (record.get("base_model") or "", record.get("dataset") or "", record["method"] is not None)
-        return (*group, record["method"] or "", -(record.get("mult_adds_ratio") or 0), stem)
-
-    for stem, record in sorted(records.items(), key=order):
-        dense = record["method"] is None
-        cells = [
-            f"[{(METHODS[record['method']] if record['method'] else DENSE).title}](<{stem}.md>)",
-            plain(record.get("base_model") or ""),
-            plain(_measured_on(record) or ""),
-            number(record, "mult_adds_ratio", 2),
-            accuracy(record),
-            None if dense or record.get("baseline_top1") is None else f"{record['baseline_top1']:.1f} %",
-            *([record.get("control_top1") and f"{record['control_top1']:.1f} %"] if with_control else []),
-            None if dense else drop(record),
-            None if dense else number(record, "speedup", 2),
-            None if record.get("epochs") is None else f"{record['epochs']:g}",
-            duration(record.get("seconds")),
-            None if record.get("seed") is None else str(record["seed"]),
-        ]
-        lines.append(f"| {' | '.join(cell or '' for cell in cells)} |")
-    table = "\n".join(lines)
-    return (
-        "# Models\n\n<!-- tokenreduce:begin table -->\n"
-        "Multiply-adds and speed-up are compared with the dense model. *Before* is its top-1 before reduction and "
-        "training. *Lost*: how many points of top-1 the model is below the dense model that was trained as long. "
-        "Where there is none: below the model before. What was not measured is left empty.\n\n"
-        f"{table}\n<!-- tokenreduce:end table -->\n"
-    )
 
 
 def _check_id(name: str, value: str | None) -> None:

@@ -117,5 +117,10 @@ def duration(seconds: float | None) -> str | None:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def measured_on(record: Record) -> str | None:
+    """Return the name of the images on which the accuracy was measured."""
+    return record["eval_dataset"] if "eval_dataset" in record else record.get("dataset")
+
+
 def _known() -> str:
     return ", ".join(sorted(METHOD_CLASSES))
