@@ -66,12 +66,6 @@ def evaluate(
 
     reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
     images = load_images(data, split, limit)
-    if dense is None and was_trained(model):
-        print(
-            f"{model} was trained with its reduction. It is now compared with the same weights without reduction, for "
-            "which they were not trained. For a fair comparison give --dense, a dense model that was trained as long.",
-            file=sys.stderr,
-        )
 
     def classifier(loaded: Any, name: str, revision: str | None) -> Any:
         return as_classifier(
@@ -91,6 +85,13 @@ def evaluate(
     from accelerate import PartialState
 
     if PartialState().is_main_process:
+        if dense is None and was_trained(model):
+            print(
+                f"{model} was trained with its reduction. It was compared with the same weights without reduction, "
+                "for which they were not trained. For a fair comparison give --dense, a dense model that was trained "
+                "as long.",
+                file=sys.stderr,
+            )
         answer = report.to_dict()
         if not as_json:  # name files instead of rows
             names = image_names(images)

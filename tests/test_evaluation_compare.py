@@ -230,6 +230,8 @@ def test_settings_at_given_shares(depth):
     assert [type(setting) for setting in default_reductions(config, [0.9])].count(ToMeConfig) == 1
     with pytest.raises(ValueError, match="share must be the share of multiply-adds"):
         default_reductions(config, [1.5])
+    with pytest.raises(ValueError, match=r"ATS is fitted on images\. Give pixel_values"):
+        default_reductions(config, model=tiny_model(), names=["ats"])
 
 
 def test_methods_are_compared_by_name_at_shares(tmp_path, photos, processor):

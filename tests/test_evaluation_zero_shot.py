@@ -133,7 +133,7 @@ def test_logits_are_those_of_the_stock_forward(pair, photos):
 
 
 def test_logits_are_in_float32(pair, photos):
-    """In bfloat16 logits near 25 have steps of 1/8, so two of many classes would often be equal."""
+    """Logits near 25 have steps of 1/8 in bfloat16, so two of many classes would often be equal."""
     model, processor = pair
     pixels = pixels_of(photos, processor)["pixel_values"]
     with torch.no_grad():

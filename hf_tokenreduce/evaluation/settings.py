@@ -54,7 +54,10 @@ def default_reductions(
             continue
         at_share: Any = method.at_share and partial(method.at_share, facts)
         if method.fit_share is not None and model is not None:
-            assert pixel_values is not None
+            if pixel_values is None:
+                raise ValueError(
+                    f"{method.title} is fitted on images. Give pixel_values with model=, or leave it out."
+                )
             inputs = pixel_values.to(model.device, model.dtype)
             at_share = partial(method.fit_share, reduce_tokens(model, None), inputs)
         elif method.untrained is not None:

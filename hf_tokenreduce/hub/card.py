@@ -10,6 +10,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoImageProcessor
 
+from ..blame import blaming
 from ..files import write_whole
 from ..methods import DENSE, Method, method_of
 from ..modeling.encoders import EncoderFacts, encoder_config, facts_of
@@ -258,7 +259,8 @@ def _facts_of_images(folder: Path | None, config: Any) -> EncoderFacts:
     facts = facts_of(config)
     if folder is None or not tower_of(config).any_size or not (folder / "preprocessor_config.json").is_file():
         return facts
-    height, width = size_made_by(AutoImageProcessor.from_pretrained(folder))[1:]
+    with blaming(str(folder), "preprocessor_config.json"):
+        height, width = size_made_by(AutoImageProcessor.from_pretrained(folder))[1:]
     sides = tower_of(config).inputs(encoder_config(config))[1:]
     patch = [side // count for side, count in zip(sides, facts.grid, strict=True)]
     return facts._replace(grid=(height // patch[0], width // patch[1]))
