@@ -9,6 +9,7 @@ from helpers import METHODS, NUM_PATCHES, reduce_tiny
 from naive_families import naive_answer, naive_run
 
 from hf_tokenreduce import ToMeConfig, TopKConfig, reduce_tokens
+from hf_tokenreduce.modeling.attention import PairBias
 from hf_tokenreduce.modeling.encoders import encoder_of
 
 
@@ -71,6 +72,16 @@ def test_fast_equals_naive(family, method):
     direction = torch.randn_like(ours)
     gradients = [torch.autograd.grad((answer * direction).sum(), images)[0] for answer in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_images_share_the_bias_of_pairs_until_tokens_move(monkeypatch):
+    """Four layers, of which the second reads its class attention too."""
+    images, whole = [], PairBias.whole
+    monkeypatch.setattr(PairBias, "whole", lambda pairs: (images.append(len(made := whole(pairs))), made)[1])
+    inputs = family_inputs("beit")
+    reduce_tokens(family_model("beit"), TopKConfig(keep_rate=0.5, layers=(1,)))(**inputs)
+    batch = len(inputs["pixel_values"])
+    assert batch > 1 and images == [1, 1, 1, batch, batch]
 
 
 def members_between(before, after, prefix):

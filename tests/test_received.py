@@ -32,12 +32,13 @@ def drawn(lengths, biased, with_pairs):
     pairs = None
     if with_pairs:
         places = torch.stack([torch.randperm(9, generator=draw) for _ in LENGTHS])
+        places = places[:1] if with_pairs == "shared" else places
         pairs = PairBias(torch.randn(HEADS, 9, 9, generator=draw), places, places)
     return tensors, bias, pairs
 
 
 @pytest.mark.parametrize("most", [1, 2 * HEADS * 81, 2**24])
-@pytest.mark.parametrize("with_pairs", [False, True])
+@pytest.mark.parametrize("with_pairs", [False, True, "shared"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("lengths", [None, LENGTHS])

@@ -42,8 +42,9 @@ class PairBias(NamedTuple):
 
     Attributes:
         table: (H, T0, T0), the bias of all pairs of places, prefix included.
-        queries: (B, Q) long, the place of each query, padded to the longest image if tokens are packed.
-        keys: (B, T) long, the place of each key, padded in the same way.
+        queries: (B, Q) long, the place of each query, padded to the longest image if tokens are packed. Or (1, Q), if
+            they are the same in all images.
+        keys: (B, T) or (1, T) long, the place of each key, padded in the same way.
     """
 
     table: Tensor
@@ -51,14 +52,20 @@ class PairBias(NamedTuple):
     keys: Tensor
 
     def whole(self) -> Tensor:
-        """Return the bias of all images, (B, H, Q, T)."""
+        """Return the bias of all images, (B, H, Q, T), or (1, H, Q, T) if it is the same for all."""
         index = self.queries[:, :, None] * self.table.shape[1] + self.keys[:, None, :]
         return self.table.flatten(1)[:, index].transpose(0, 1)
 
     def of_image(self, image: int, num_queries: int, num_keys: int) -> Tensor:
         """Return the bias of one image without padding, (1, H, Q, T)."""
-        queries, keys = self.queries[image, :num_queries], self.keys[image, :num_keys]
+        queries = self.queries[image % len(self.queries), :num_queries]
+        keys = self.keys[image % len(self.keys), :num_keys]
         return self.table[:, queries][:, :, keys][None]
+
+    def of_images(self, some: slice) -> "PairBias":
+        """Return the part for some of the images."""
+        queries, keys = (rows if len(rows) == 1 else rows[some] for rows in (self.queries, self.keys))
+        return PairBias(self.table, queries, keys)
 
 
 class AttentionView(NamedTuple):
@@ -250,7 +257,7 @@ def _attend_evenly(
     head_dim = value.shape[-1]
     if bias is not None:
         if bias.ndim == 4 or implementation in ("eager", "sdpa"):
-            mask = _as_mask(bias, query.dtype)
+            mask = _as_mask(bias, query.dtype).expand(len(query), -1, -1, -1)
         else:  # flash kernels take no mask; with one, flex attention would recompile, and crash on a CPU
             query, key, value = fold_key_bias(query, key, value, bias[:, None], attention.scaling)
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, attention.eager_attention_forward)

@@ -370,9 +370,10 @@ def _rotary_rows(tables: Rotary, state: TokenState) -> Rotary:
 
 
 def _token_places(state: TokenState) -> Tensor:
-    """Return the place of each token among prefix tokens and patches, (B, T) long."""
+    """Return the place of each token among prefix tokens and patches, (B, T) long, or (1, T) if no token has moved."""
     assert state.origin is not None
-    return _behind_prefix(state.origin, state.num_prefix_tokens)
+    origin = state.origin[:1] if state.origin.stride(0) == 0 else state.origin  # `start` expands one row
+    return _behind_prefix(origin, state.num_prefix_tokens)
 
 
 def _selected_places(state: TokenState, selected: TokenMap) -> Tensor:

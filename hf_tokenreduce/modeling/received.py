@@ -144,9 +144,7 @@ def _attend_by_groups(
     for first in range(0, batch, step):
         group = slice(first, first + step)
         one_bias, one_live = (None if of_all is None else of_all[group] for of_all in (key_bias, live))
-        pairs = None
-        if pair_bias is not None:
-            pairs = pair_bias._replace(queries=pair_bias.queries[group], keys=pair_bias.keys[group])
+        pairs = None if pair_bias is None else pair_bias.of_images(group)
         parts.append(_attend_at_once(attention, query[group], key[group], value[group], one_bias, one_live, pairs))
     outputs, maps, received = zip(*parts, strict=True)
     output = torch.cat(outputs)

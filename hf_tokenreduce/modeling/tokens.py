@@ -116,15 +116,13 @@ def start(
     """Make the state of embedded images: every patch is one token."""
     batch, length, _ = hidden_states.shape
     num_patches = length - num_prefix_tokens
-    each_its_own = None
-    if track_patches or track_origin or track_last_states:
-        each_its_own = torch.arange(num_patches, device=hidden_states.device).repeat(batch, 1)
+    each_its_own = torch.arange(num_patches, device=hidden_states.device)[None]
     return TokenState(
         hidden_states,
-        patch_map=each_its_own if track_patches or track_last_states else None,
+        patch_map=each_its_own.repeat(batch, 1) if track_patches or track_last_states else None,
         num_prefix_tokens=num_prefix_tokens,
         num_patches=num_patches,
-        origin=each_its_own if track_origin else None,
+        origin=each_its_own.expand(batch, -1) if track_origin else None,
         last_states=torch.zeros_like(hidden_states[:, num_prefix_tokens:]) if track_last_states else None,
     )
 
