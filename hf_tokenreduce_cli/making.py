@@ -139,6 +139,7 @@ def train(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Number of images per device and step.", metavar="N")] = None,
     resume: Annotated[Path | None, typer.Option(help="Checkpoint to continue from.", metavar="FOLDER")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model by the recipe of its method.
@@ -158,6 +159,8 @@ def train(
     ):
         if value is not None:
             arguments += [f"--{name}", str(value)]
+    if overwrite:
+        arguments.append("--overwrite")
     if reduction_args != "{}":
         arguments += ["--reduction_args", reduction_args]
     found = run([*arguments, *context.args], command=("tokenreduce", *context.obj))

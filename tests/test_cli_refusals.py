@@ -165,6 +165,18 @@ def test_a_model_is_replaced_only_when_asked(call, place, tmp_path):
     assert not (tmp_path / "out" / "README.md").exists()
 
 
+def test_training_replaces_a_model_only_when_asked(call, place, tmp_path):
+    out = shutil.copytree(place / "model", tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    arguments = ["train", place / "model", "--train-dir", place / "photos", "-o", out, "-r", "tome", "--epochs", 1]
+    arguments += ["--batch-size", 4, "--ignore_mismatched_sizes", "--use_cpu", "True", "--disable_tqdm", "True"]
+    code, _, errors = call(*arguments)
+    assert code == 2 and "holds a model" in errors and "--overwrite" in errors
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert call(*arguments, "--overwrite")[0] == 0
+    assert json.loads((out / "config.json").read_text())["reduction"]["method"] == "tome"
+
+
 @pytest.mark.parametrize("content", ["", "{", '{"a": 1'])
 def test_a_broken_settings_file_is_named(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)

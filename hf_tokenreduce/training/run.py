@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from ..budget import reduce_to_share
 from ..convert import reduce_tokens
-from ..files import write_whole
+from ..files import CONFIG, write_whole
 from ..hub.contents import short
 from ..loading import folder_split, of_dataset, parse_settings, spread
 from ..methods import METHODS
@@ -71,6 +71,7 @@ class ModelArguments:
     lora: bool = field(
         default=False, metadata={"help": "Train the backbone with LoRA, which is merged into it at the end."}
     )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the model in the output folder."})
 
 
 @dataclass
@@ -264,6 +265,11 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
         raise ValueError(
             f"{args.output_dir} holds {Path(left).name} of a training. To go on, pass --resume_from_checkpoint {left} "
             f"(tokenreduce train: --resume {left}). To start again, delete it, or name another folder."
+        )
+    if (Path(args.output_dir) / CONFIG).is_file() and not (model_args.overwrite or args.resume_from_checkpoint):
+        raise ValueError(
+            f"{args.output_dir} holds a model. Name another folder, or pass --overwrite to replace that model when the "
+            "training is done."
         )
     if model_args.lora and args.freeze_backbone:
         raise ValueError("--lora trains the backbone and --freeze_backbone does not. Leave one of them out.")
