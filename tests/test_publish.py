@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from task_models import save_case
 from test_hub import saved
 from transformers import ViTImageProcessor, pipeline
 
-from hf_tokenreduce.hub import PublishError, publish, write_card
+from hf_tokenreduce.hub import PublishError, check_folder, publish, write_card
 
 
 # One process publishes again and again: starting it is what takes the time. The first time everything is checked.
@@ -295,6 +296,15 @@ def test_a_dry_run_is_exactly_what_would_be_sent(tmp_path):
     assert left == [["checkpoint-7/"], ["training_args.bin"], ["others.bin"]]
     with pytest.raises(ValueError, match="not an empty folder"):
         publish(folder, "someone/reduced", dry_run=tmp_path / "dry", load=False, skip_others=True)
+
+
+def test_a_report_about_another_folder_is_refused(tmp_path):
+    _, folder = saved(tmp_path)
+    other = shutil.copytree(folder, tmp_path / "other")
+    report = check_folder(other, load=False)
+    with pytest.raises(ValueError, match="report is about .*other, not about"):
+        publish(folder, "someone/reduced", dry_run=tmp_path / "dry", report=report)
+    assert publish(other, "someone/reduced", dry_run=tmp_path / "dry", report=report).report is report
 
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "someone/../other", "someone/na me", "-x/y", "", "reduced"])

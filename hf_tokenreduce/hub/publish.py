@@ -104,6 +104,8 @@ def publish(
     target = None if dry_run is None else _empty_folder(Path(dry_run))
     if report is None:
         report = check_folder(folder, load=load, skip_others=skip_others, trust_remote_code=trust_remote_code)
+    elif report.folder.resolve() != folder.resolve():
+        raise ValueError(f"report is about {report.folder}, not about {folder}. Leave it out: then it is made anew.")
     report.raise_for_errors()
     if target is not None:
         with model_folder(target) as place:
