@@ -46,7 +46,7 @@ def median_ratio(above: list[float], below: list[float]) -> tuple[float, tuple[f
     """Return the median of the ratios of each repeat, and its interval of at least 95 %, without assuming a shape.
 
     Each ratio is above or below the true median like a coin toss. The ends of the interval are ratios chosen by that
-    rule. With fewer than 6 ratios the interval spans all of them.
+    rule. With fewer than 6 ratios the interval spans all of them, and `coverage` says how much it covers.
     """
     ratios = sorted(a / b for a, b in zip(above, below, strict=True))
     count, outside, chance = len(ratios), 0, 0.0
@@ -55,3 +55,9 @@ def median_ratio(above: list[float], below: list[float]) -> tuple[float, tuple[f
         outside += 1
     outside = max(outside - 1, 0)
     return statistics.median(ratios), (ratios[outside], ratios[-1 - outside])
+
+
+def coverage(repeats: int) -> float:
+    """Return how many percent the interval of `median_ratio` covers at least. All ratios are on one side of the true
+    median with a chance of 2 in 2 ** repeats."""
+    return min(95.0, 100 - 200 / 2**repeats)

@@ -182,7 +182,7 @@ def _prepared(method: Method, model: PreTrainedModel, images: Dataset, processor
 def _tuned(dense: PreTrainedModel, images: Dataset, processor: Any, folder: Path, seed: int) -> dict[str, Any]:
     if not (folder / FILE).is_file():
         record = {"base_model": "dense", "eval_dataset": "drawn shapes, held out from the search"}
-        options: dict[str, Any] = {"minutes": TUNED_MINUTES, "repeats": 5, "seed": seed, "record": record}
+        options: dict[str, Any] = {"minutes": TUNED_MINUTES, "repeats": 6, "seed": seed, "record": record}
         tune(dense, images, processor, share=SHARE, output_dir=folder, **options)
     return read_tuned(folder)
 

@@ -19,6 +19,7 @@ from ..timing import median_ratio
 
 STEP = 0.05  # how far the share falls from one try to the next
 LEAST_SHARE = 0.3  # lower shares are not tried
+LEAST_REPEATS = 6  # with fewer, the interval of a median covers less than 95 %
 
 
 def weaker_first(reduction: ReductionConfig, facts: EncoderFacts) -> Iterator[ReductionConfig]:
@@ -57,11 +58,13 @@ def nearest_that_pays(
 ) -> tuple[dict[str, Any], float] | None:
     """Find the nearest setting of a model's method that is faster than the dense model.
 
+    Of many settings, some look faster by chance. So one that looks faster is timed once more before it is named.
+
     Args:
         model: The reduced model.
         dense: The dense model.
         batches: Images, batch by batch.
-        repeats: Number of times that each batch is timed.
+        repeats: Number of times that each setting is timed, at least 6.
         times: Calls a function once and returns the seconds that it took.
 
     Returns:
@@ -69,15 +72,29 @@ def nearest_that_pays(
     """
     for setting in weaker_first(model.config.reduction, facts_on(model, batches[0])):
         candidate = with_reduction(dense, setting).eval()
-        runs = (image_side(dense), image_side(candidate))
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for repeat in range(-1, repeats):
-            for run, spent in zip(runs, seconds, strict=True):
-                images = batches[max(repeat, 0) % len(batches)]
-                taken = times(lambda run=run, images=images: run(images))  # type: ignore[misc]
-                if repeat >= 0:
-                    spent.append(taken)
-        speedup, (low, _) = median_ratio(*seconds)
-        if low > 1:
-            return setting.to_dict(), speedup
+        for again in (False, True):
+            speedup, low = _speedup(candidate, dense, batches, max(repeats, LEAST_REPEATS), times)
+            if low <= 1:
+                break
+            if again:
+                return setting.to_dict(), speedup
     return None
+
+
+def _speedup(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: Sequence[Tensor],
+    repeats: int,
+    times: Callable[[Callable[[], Any]], float],
+) -> tuple[float, float]:
+    """Return the speed-up over dense, in turns with it, and the lower end of its interval."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(-1, repeats):
+        for run, spent in zip((image_side(dense), image_side(model)), seconds, strict=True):
+            images = batches[max(repeat, 0) % len(batches)]
+            taken = times(lambda run=run, images=images: run(images))  # type: ignore[misc]
+            if repeat >= 0:
+                spent.append(taken)
+    speedup, (low, _) = median_ratio(*seconds)
+    return speedup, low
