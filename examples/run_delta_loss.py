@@ -36,7 +36,7 @@ from hf_tokenreduce.loading import folder_split
 from hf_tokenreduce.training.deltas import LABELLERS, MASKS
 from hf_tokenreduce.training.filter import fit_filter
 from hf_tokenreduce.training.labels import make_labels
-from hf_tokenreduce.training.origin import origin, shown
+from hf_tokenreduce.training.origin import name_of, origin, shown
 from hf_tokenreduce.training.streaming import folder_stream, kept_images
 
 
@@ -181,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = reduced.config.reduction.to_dict()
     command = ["python", "examples/run_delta_loss.py", *(sys.argv[1:] if arguments is None else arguments)]
     record = {"method": "dlvit", "settings": settings, **origin(args.model_name_or_path), "command": shown(command)}
+    record["fitted_on"] = name_of(args.dataset_name, args.train_dir)
     (args.output_dir / "model" / "record.json").write_text(json.dumps(record))
     results = {"labels": labelling._asdict(), "filter": fit._asdict()}
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2))

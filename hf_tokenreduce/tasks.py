@@ -112,7 +112,12 @@ def size_made_by(image_processor: Any) -> tuple[int, ...]:
 
 
 def facts_on(model: nn.Module, pixel_values: Tensor) -> EncoderFacts:
-    """Return the facts of a model's encoder with the grid of these images, whose size may differ from the model's."""
+    """Return the facts of a model's encoder with the grid of these images, whose size may differ from the model's.
+
+    Spectrograms (B, T, F) have the model's own size: no other is possible.
+    """
     encoder = encoder_of(model)
+    if pixel_values.ndim == 3:
+        return encoder.facts
     height, width = encoder.patch_size
     return encoder.facts._replace(grid=(pixel_values.shape[-2] // height, pixel_values.shape[-1] // width))

@@ -65,6 +65,7 @@ def test_resumed_in_the_midst_of_an_epoch_is_uninterrupted(start, source, more):
     settings = ["--max_steps", 9, "--save_steps", 4, "--save_total_limit", 3, *more]
     record, whole = train(start, "whole", source, *settings)
     assert record["eval_images"] == 12 and record["epochs"] == 1
+    assert record["streamed_images"] == 9 * 4
     # Step 4 is in the first pass over the 24 images, step 8 in the second.
     for step in (4, 8):
         again, resumed = train(

@@ -154,7 +154,6 @@ def test_a_checkpoint_finds_its_parameters_by_their_places(tmp_path):
     assert [name.split(".", 2)[2] for name in names[:4]] == order
 
 
-
 def test_thresholds_stay_between_zero_and_one(tmp_path):
     trainer = trainer_for(tmp_path, "ltmp", LTMPConfig(target=0.1), merge_learning_rate=50.0, prune_learning_rate=50.0)
     trainer.train()

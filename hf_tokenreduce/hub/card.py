@@ -302,8 +302,11 @@ def _training(record: Record) -> str | None:
     if epochs == 0:
         untrained = "Not trained after the reduction. " if record.get("method") else ""
         return (untrained + plain(record.get("found_by") or "")).strip() or None
+    length = epochs and f"{epochs:g} epoch{'' if epochs == 1 else 's'}"
+    if record.get("streamed_images"):  # the epochs of a stream mean nothing
+        length = f"{record['streamed_images']:,} images of a stream"
     parts = [
-        epochs and f"{epochs:g} epoch{'' if epochs == 1 else 's'}{f' on {plain(dataset)}' if dataset else ''}",
+        length and f"{length}{f' on {plain(dataset)}' if dataset else ''}",
         seconds and f"in {seconds}",
         seed is not None and f"seed {seed}",
     ]
@@ -317,6 +320,8 @@ def _limits(
     limits = []
     if record.get("top1") is not None:
         limits.append("The accuracy is that of the images named above; measure it on your own before you rely on it.")
+    if record.get("chosen_by_evaluation"):
+        limits.append("Of several epochs the best on these images was kept, so the accuracy is somewhat too high.")
     if record.get("speedup") is not None and reduction is not None:
         limits.append("The speed-up is that of one machine and batch size; small batches and small models gain less.")
     if adaptive:

@@ -32,7 +32,7 @@ def index_of(records: dict[str, Record]) -> str:
             *([record.get("control_top1") and f"{record['control_top1']:.1f} %"] if with_control else []),
             None if dense else drop(record),
             None if dense else number(record, "speedup", 2),
-            None if record.get("epochs") is None else f"{record['epochs']:g}",
+            None if record.get("epochs") is None or record.get("streamed_images") else f"{record['epochs']:g}",
             duration(record.get("seconds")),
             None if record.get("seed") is None else str(record["seed"]),
         ]

@@ -17,6 +17,7 @@ NUMBERS = {
     "seed": (0, 2**64, True),
     "speed_batch_size": (1, 10**6, True),
     "epochs": (0, 10**6, False),
+    "streamed_images": (0, 10**12, True),
     "seconds": (0, 10**9, False),
     "top1": (0, 100, False),
     "baseline_top1": (0, 100, False),

@@ -19,9 +19,27 @@ def evaluate_dense(dense: Any, trainer: TokenReduceTrainer) -> float:
     plain = (restore(dense) if hasattr(dense.config, "reduction") else dense).to(trainer.args.device).eval()
     right = []
     for batch in trainer.get_eval_dataloader():
-        predictions = plain(batch["pixel_values"].to(trainer.args.device)).logits.argmax(dim=-1)
+        with trainer.accelerator.autocast():  # the reduced model is evaluated in this type too
+            logits = plain(batch["pixel_values"].to(trainer.args.device)).logits
+        predictions = logits.float().argmax(dim=-1)
         right.append(trainer.accelerator.gather_for_metrics(predictions == batch["labels"].to(predictions.device)))
     return 100 * torch.cat(right).double().mean().item()
+
+
+def how_long(trainer: TokenReduceTrainer, streaming: bool) -> dict[str, Any]:
+    """Return for how many epochs the saved model was trained. A stream has no epochs; then also how many images.
+
+    `chosen_by_evaluation` says that it is the best of several epochs on the images that it was evaluated on.
+    """
+    state, args = trainer.state, trainer.args
+    found: dict[str, Any] = {"epochs": round(state.epoch or 0, 2)}
+    if streaming:
+        in_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        found["streamed_images"] = state.global_step * in_step
+    if args.load_best_model_at_end and state.best_global_step:
+        found["epochs"] = round((state.epoch or 0) * state.best_global_step / state.global_step, 2)
+        found["chosen_by_evaluation"] = True
+    return found
 
 
 @torch.no_grad()

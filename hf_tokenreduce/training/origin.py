@@ -19,6 +19,13 @@ def was_trained(path: str) -> bool:
     return isinstance(epochs, (int, float)) and epochs > 0
 
 
+def fitted_on(path: str) -> str | None:
+    """Return the name of the images from whose labels the filter in a folder learned, if its record names them."""
+    file = Path(path) / "record.json"
+    record = read_json(file) if file.is_file() else {}
+    return record.get("fitted_on") if isinstance(record, dict) else None
+
+
 def origin(path: str) -> dict[str, Any]:
     """Return the checkpoint that `path` was made from, and the commands that made it, from the record in the folder.
 

@@ -35,8 +35,8 @@ from ..methods import METHODS
 from ..modeling.encoders import encoder_of
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
-from .measuring import describe, evaluate_dense
-from .origin import last_checkpoint, name_of, origin, shown
+from .measuring import describe, evaluate_dense, how_long
+from .origin import fitted_on, last_checkpoint, name_of, origin, shown
 from .progress import EpochLines
 from .recipes import AUGMENTATION, recipe
 from .streaming import Seeded, first_images, load_streams, training_stream
@@ -183,16 +183,17 @@ def main(
     if args.process_index == 0:
         if not args.disable_tqdm:
             print(f"Saved to {args.output_dir}. Now its time beside the dense model is measured.", file=sys.stderr)
-        # FSDP leaves a part of each weight in each process: only what is saved is whole.
-        whole = AutoModelForImageClassification.from_pretrained(args.output_dir) if sharded else trainer.model
+        # Not the model of the trainer: FSDP leaves a part of each weight in each process, and bf16 leaves autocast around
+        # the model, which the dense model beside it has not.
+        whole = AutoModelForImageClassification.from_pretrained(args.output_dir)
         record = describe(whole, pixels, args.device) | {
             **came_from,
             "dataset": name_of(data_args.dataset_name, data_args.train_dir),
-            "eval_dataset": name_of_validation(data_args, validation.split),
+            "eval_dataset": name_of_validation(data_args, validation.split, model_args.model_name_or_path),
             "eval_images": metrics["eval_images"],
             "seed": args.seed,
             "command": shown(command),
-            "epochs": round(trainer.state.epoch or 0, 2),
+            **how_long(trainer, data_args.streaming),
             # A resumed run does not know how long the interrupted run took.
             "seconds": None if args.resume_from_checkpoint else round(seconds, 1),
             "top1": 100 * metrics["eval_accuracy"],
@@ -211,12 +212,26 @@ def last_metrics(trainer: TokenReduceTrainer) -> dict[str, Any] | None:
     return next((log for log in reversed(now) if "eval_accuracy" in log), None)
 
 
-def name_of_validation(data_args: DataArguments, split: Any = None) -> str:
-    """Return the name of the validation images. split: the split of the data set that they are from."""
+def name_of_validation(data_args: DataArguments, split: Any = None, model: str = "") -> str:
+    """Return the name of the validation images.
+
+    Args:
+        data_args: Names of the data.
+        split: The split of the data set that they are from.
+        model: Folder of the model that is trained. The filter of DL-ViT was fitted on labels of images.
+    """
     if data_args.validation_dir is not None:
         return name_of(None, data_args.validation_dir)
-    held_out = "" if data_args.dataset_name and str(split) != "train" else " (a part held out)"
-    return name_of(data_args.dataset_name, data_args.train_dir) + held_out
+    name = name_of(data_args.dataset_name, data_args.train_dir)
+    if data_args.dataset_name and str(split) != "train":
+        return name
+    if fitted_on(model) != name:
+        return f"{name} (a part held out)"
+    logger.warning(
+        f"The filter of {model} was fitted on labelled images of {name}, so the images that are held out of them are "
+        "not new to it, and the accuracy may be too high. Give other images with --validation_dir."
+    )
+    return f"{name} (a part held out of the training, but not of the labels of the filter)"
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenReduceTrainingArguments]:
@@ -240,8 +255,10 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
     # Trainer would hide its progress bar when messages are hidden, and warn of pinned memory without a device.
     parser.set_defaults(**defaults, remove_unused_columns=False, disable_tqdm=False, logging_strategy="epoch")
     parser.set_defaults(dataloader_pin_memory=torch.accelerator.is_available())
-    if known.streaming:  # a stream has no epochs
-        parser.set_defaults(eval_strategy="steps", save_strategy="steps", logging_strategy="steps")
+    written = {word.split("=")[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
+    for name in ("eval", "save", "logging"):
+        if known.streaming or f"{name}_steps" in written:  # a stream has no epochs
+            parser.set_defaults(**{f"{name}_strategy": "steps"})
     if known.lora:
         parser.set_defaults(freeze_backbone=False)
     model_args, data_args, args = parser.parse_args_into_dataclasses(arguments)

@@ -236,8 +236,9 @@ class TokenReduceTrainer(Trainer):
         smoothing = self.args.label_smoothing_factor if learning else 0.0
         parts = {"task_loss": F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)}
         if learning:
-            num_tokens = facts_on(_reduced_model(model), inputs["pixel_values"]).num_tokens
-            parts |= self._method_losses(_reduced_model(model), inputs, outputs, num_tokens)
+            reduced = _reduced_model(model)
+            num_tokens = facts_on(reduced, inputs[reduced.main_input_name]).num_tokens
+            parts |= self._method_losses(reduced, inputs, outputs, num_tokens)
             self._record(parts, outputs.token_counts, num_tokens)
         loss = torch.stack(list(parts.values())).sum()
         return (loss, outputs) if return_outputs else loss
@@ -257,7 +258,8 @@ class TokenReduceTrainer(Trainer):
         if self.teacher is None:
             return parts
         with torch.no_grad():
-            teacher_outputs = self.teacher(inputs["pixel_values"], output_hidden_states=bool(self.args.token_weight))
+            given = inputs[reduced.main_input_name]
+            teacher_outputs = self.teacher(given, output_hidden_states=bool(self.args.token_weight))
         if self.args.logits_weight:
             distance = distillation_loss(outputs.logits, teacher_outputs.logits, self.args.distillation_temperature)
             parts["distillation_loss"] = self.args.logits_weight * distance
@@ -418,7 +420,7 @@ def _what_is_taught(config: PreTrainedConfig, tokens: bool) -> dict[str, Any]:
     """Return what the teacher and the model must have in common. tokens: whether tokens are distilled."""
     unnamed = PreTrainedConfig(num_labels=config.num_labels).label2id
     encoder = encoder_config(config)
-    taught = {"num_labels": config.num_labels, "image_size": encoder.image_size}
+    taught = {"num_labels": config.num_labels, "image_size": getattr(encoder, "image_size", None)}
     taught["classes"] = None if config.label2id == unnamed else config.label2id
     if tokens:
         taught |= {name: getattr(encoder, name) for name in ("patch_size", "hidden_size", "num_hidden_layers")}

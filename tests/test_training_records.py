@@ -1,0 +1,118 @@
+"""What the record of a training says, and what its options mean, in trainings of a few steps."""
+
+import json
+
+import pytest
+import torch
+from families import family_inputs, family_model
+from helpers import tiny_model
+from PIL import Image
+from torch.nn import functional as F
+from transformers import ViTImageProcessor
+
+from hf_tokenreduce import ToMeConfig, reduce_tokens
+from hf_tokenreduce.hub.card import _limits, _training
+from hf_tokenreduce.modeling.encoders import encoder_of
+from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArguments, measuring
+from hf_tokenreduce.training.run import DataArguments, main, name_of_validation, parse
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A model of two classes, and class folders."""
+    model = tiny_model(num_labels=2)
+    model.config.id2label, model.config.label2id = {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    draw = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("val", 10)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(0, 256, (40, 36, 3), dtype=torch.uint8, generator=draw)
+                Image.fromarray(pixels.numpy()).save(tmp_path / split / name / f"{number}.png")
+    return tmp_path
+
+
+def command(start, *more):
+    words = ["--model_name_or_path", start / "model", "--train_dir", start / "train", "--output_dir", start / "out"]
+    words += ["--use_cpu", "True", "--disable_tqdm", "True", "--per_device_train_batch_size", 6, *more]
+    return [str(word) for word in words]
+
+
+def record_of(start, *more):
+    main(command(start, "--validation_dir", start / "val", *more))
+    return json.loads((start / "out" / "record.json").read_text())
+
+
+@pytest.mark.parametrize("half", ["False", "True"])
+def test_both_models_are_compared_in_one_type(start, monkeypatch, half):
+    """After training in bf16 too: autocast stays around the trained model, and the dense one has none."""
+    types, linear, in_turns = [], F.linear, measuring.in_turns
+
+    def watched(calls, *others):
+        for call in calls:
+            seen = set()
+            with monkeypatch.context() as patch:
+                patch.setattr(F, "linear", lambda *given: (seen.add((made := linear(*given)).dtype), made)[1])
+                call()
+            types.append(seen)
+        return in_turns(calls, *others)
+
+    monkeypatch.setattr(measuring, "in_turns", watched)
+    record = record_of(start, "--bf16", half, "--num_train_epochs", 1, "--learning_rate", 0)
+    assert types == [{torch.float32}, {torch.float32}]
+    assert record["top1"] == record["baseline_top1"]  # nothing was learned, so rounding would make the difference
+
+
+def test_the_best_of_several_epochs_is_called_a_choice(start):
+    best = ["--load_best_model_at_end", "True", "--metric_for_best_model", "eval_accuracy", "--learning_rate", 1e-3]
+    record = record_of(start, "--num_train_epochs", 3, *best)
+    (kept,) = {
+        json.loads(file.read_text())["best_global_step"] for file in (start / "out").glob("*/trainer_state.json")
+    }
+    assert record["chosen_by_evaluation"] and record["epochs"] == kept / 4  # of 4 steps
+    limits = _limits(None, record, None, False, None, "image")
+    assert any("the best on these images was kept" in limit for limit in limits)
+    assert "chosen_by_evaluation" not in record_of(start, "--num_train_epochs", 0, "--overwrite")
+
+
+def test_a_card_counts_the_images_of_a_stream():
+    assert _training({"epochs": 1.0, "streamed_images": 12_800, "dataset": "shards"}).startswith(
+        "12,800 images of a stream on shards"
+    )
+
+
+@pytest.mark.parametrize("what", ["save", "eval", "logging"])
+def test_a_number_of_steps_is_obeyed(start, what):
+    chosen = {name: getattr(parse(command(start))[2], f"{name}_strategy") for name in ("save", "eval", "logging")}
+    assert set(chosen.values()) == {"epoch"}
+    for spelling in ([f"--{what}_steps", "2"], [f"--{what}-steps=2"]):
+        args = parse([*command(start), *spelling])[2]
+        found = {name: getattr(args, f"{name}_strategy") for name in chosen}
+        assert found == {**chosen, what: "steps"} and getattr(args, f"{what}_steps") == 2
+    args = parse([*command(start), f"--{what}_steps", "2", f"--{what}_strategy", "epoch"])[2]
+    assert getattr(args, f"{what}_strategy") == "epoch"
+
+
+def test_images_that_a_filter_has_labels_of_are_not_new(start, caplog):
+    (start / "model" / "record.json").write_text(json.dumps({"method": "dlvit", "fitted_on": f"{start.name}/train"}))
+    names = DataArguments(train_dir=str(start / "train"))
+    assert "not of the labels of the filter" in name_of_validation(names, model=str(start / "model"))
+    assert name_of_validation(names) == f"{start.name}/train (a part held out)"
+    names.validation_dir = str(start / "val")
+    assert name_of_validation(names, model=str(start / "model")) == f"{start.name}/val"
+
+
+def test_models_of_sounds_train_too(tmp_path):
+    sounds = family_inputs("ast", 8)["input_values"]
+    rows = [{"input_values": sound, "labels": number % 2} for number, sound in enumerate(sounds)]
+    options = {"use_cpu": True, "max_steps": 2, "remove_unused_columns": False, "report_to": "none"}
+    arguments = TokenReduceTrainingArguments(tmp_path, logits_weight=1.0, logging_steps=1, **options)
+    model = reduce_tokens(family_model("ast"), ToMeConfig(r=3))
+    trainer = TokenReduceTrainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "distillation_loss" in entry]
+    patches, prefix = encoder_of(model).facts.num_patches, encoder_of(model).facts.num_prefix_tokens
+    assert [entry["tokens/layer_1"] for entry in logs] == [patches + prefix - 6] * 2
+    assert all(0.5 < entry["multiply_adds_share"] < 1 for entry in logs)
