@@ -1,5 +1,6 @@
 """`reduce_tokens` and `restore`: put other model classes around the same weights."""
 
+from collections.abc import Iterator
 from copy import copy as shallow_copy
 from copy import deepcopy
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, PREFIX, encoder_of, fixed_fields, what_can_be_reduced
+from .modeling.hooks import take_over
 from .modeling.modeling_tokenreduce import reduced_model_class
 
 
@@ -75,7 +77,9 @@ def reduce_tokens(
         return reduce_to_share(model, reduction, share, images, image_processor, settings)
     reduced = with_reduction(model, reduction)
     untrained = None if reduced.config.reduction is None else reduced.config.reduction.untrained()
-    if untrained is not None and not _runs(model, reduced.config.reduction):
+    known = {id(parameter) for parameter in model.parameters()}
+    own = [parameter for reducer in encoder_of(reduced).reducers for parameter in reducer.parameters()]
+    if untrained is not None and not any(id(parameter) in known for parameter in own):
         logger.warning_once(untrained)
     return reduced
 
@@ -102,6 +106,8 @@ def with_reduction(model: PreTrainedModel, reduction: Any) -> PreTrainedModel:
             new_layer.reducer = _own_modules(old_layer.reducer)  # the same parameters, in a mode of its own
         if hasattr(model.config, "calibrated_share"):
             reduced.config.calibrated_share = model.config.calibrated_share
+    elif type(model).__name__ != name:
+        take_over(encoder_of(reduced).reducers, encoder_of(model).reducers)
     return reduced
 
 
@@ -169,6 +175,15 @@ def _convert_config(config: PreTrainedConfig, config_class: type[PreTrainedConfi
     return converted
 
 
+def _parts(old: PreTrainedConfig, new: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, PreTrainedConfig]]:
+    """Generate the configurations inside two configurations, side by side."""
+    for name in old.sub_configs:
+        one, other = getattr(old, name, None), getattr(new, name, None)
+        if isinstance(one, PreTrainedConfig) and isinstance(other, PreTrainedConfig):
+            yield one, other
+            yield from _parts(one, other)
+
+
 def _attention_kernels(config: PreTrainedConfig) -> Any:
     """Return the attention kernels of the model and of its parts, which may differ."""
     kernels = {part: getattr(config, part)._attn_implementation for part in config.sub_configs}
@@ -191,6 +206,10 @@ def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedM
     if fixed_fields(encoder.config):  # the embeddings read these fields from their configuration
         containers.add(id(encoder.module.embeddings))
     _adopt(shell, model, containers)
+    own = {id(old): new for old, new in _parts(model.config, config)}
+    for module in shell.modules():  # text towers and other copied modules read the configuration of the new model
+        if id(getattr(module, "config", None)) in own:
+            module.config = own[id(module.config)]
     if hasattr(model, "generation_config"):
         shell.generation_config = deepcopy(model.generation_config)
     return shell

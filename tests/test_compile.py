@@ -100,6 +100,23 @@ def test_traced(method):
         torch.testing.assert_close(traced(others), model(others).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("method", EVEN)
+def test_a_trace_of_one_image_runs_with_any_number(method):
+    model = reduce_tiny(tiny_model(), METHODS[method][0])
+    with torch.no_grad():
+        traced = torch.jit.trace(MainOutput(model), tiny_images(1), check_trace=False)
+        torch.testing.assert_close(traced(tiny_images()), model(tiny_images()).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("method", ["ats", "ltmp", "dlvit"])
+def test_a_trace_would_fix_what_an_adaptive_method_keeps(method):
+    model = reduce_tiny(tiny_model(), METHODS[method][0])
+    with torch.no_grad(), pytest.raises(ValueError, match="would fix the number of tokens"):
+        torch.jit.trace(MainOutput(model), tiny_images(), check_trace=False)
+
+
 def test_a_benchmark_compiles_as_many_models_as_it_gets():
     """All of them have the same forward, and torch would run the ninth eagerly."""
     stock = tiny_model(num_hidden_layers=1)

@@ -241,3 +241,9 @@ def test_numbers_of_numpy_can_be_saved(tmp_path):
 def test_a_configuration_cannot_be_changed_behind_the_checks():
     with pytest.raises(AttributeError):
         ToMeConfig().r = -5
+
+
+def test_a_tuple_of_r_leaves_no_second_inflect():
+    assert ToMeConfig(r=(8, -1.0), inflect=-1.0) == ToMeConfig(r=(8, -1.0)) == ToMeConfig(r=8, inflect=-1.0)
+    with pytest.raises(ValueError, match=r"inflect=0\.5 must be left out"):
+        ToMeConfig(r=(8, -1.0), inflect=0.5)

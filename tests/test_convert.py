@@ -1,16 +1,21 @@
 """reduce_tokens and restore: other classes around the same weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from families import family_inputs, family_model
 from helpers import BACKBONES, enable_checkpointing, tiny_images, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import ViTForImageClassification
 from transformers.utils import logging
 
 from hf_tokenreduce import (
+    DLViTConfig,
     DTEMConfig,
     EViTConfig,
     LTMPConfig,
+    ShiftConfig,
     SiTConfig,
     ToMeConfig,
     calibrate,
@@ -20,6 +25,7 @@ from hf_tokenreduce import (
     save_thresholds,
 )
 from hf_tokenreduce.modeling import modeling_tokenreduce
+from hf_tokenreduce.modeling.encoders import encoder_of
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -258,3 +264,61 @@ def test_what_has_to_learn_first_says_so(caplog, setting, message):
     with caplog.at_level("WARNING", "hf_tokenreduce"):
         model.set_reduction(setting)
     assert message in caplog.text
+
+
+def test_a_filter_serves_every_setting_of_its_method(caplog):
+    """What it has learned is kept, and weights that have learned nothing are called random."""
+    type(logging.get_logger()).warning_once.cache_clear()
+    model = reduce_tokens(tiny_model(), DLViTConfig(keep_rate=0.8, trained=True))
+    assert "random weights" in caplog.text
+    type(logging.get_logger()).warning_once.cache_clear()
+    caplog.clear()
+    weight, milder = model.vit.layers[0].reducer.fc1.weight, replace(model.config.reduction, keep_rate=0.5)
+    other = reduce_tokens(model, milder)
+    assert other.vit.layers[0].reducer.fc1.weight is weight
+    assert other(tiny_images()).token_counts[0].tolist() == [33] * 4
+    assert model(tiny_images()).token_counts[0].tolist() == [53] * 4
+    model.set_reduction(milder)
+    assert model.vit.layers[0].reducer.fc1.weight is weight and not caplog.text
+    assert torch.equal(model(tiny_images()).logits, other(tiny_images()).logits)
+    wider = reduce_tokens(model, replace(milder, hidden_size=7))
+    assert wider.vit.layers[0].reducer.fc1.out_features == 7 and "random weights" in caplog.text
+
+
+def test_copied_parts_read_the_configuration_of_their_own_model():
+    stock = family_model("clip")
+    reduced = reduce_tokens(stock, ToMeConfig(r=2))
+    assert reduced.text_model.config is reduced.config.text_config
+    reduced.set_attn_implementation("eager")
+    assert reduced.text_model.config._attn_implementation == "eager" != stock.text_model.config._attn_implementation
+    llava = reduce_tokens(family_model("llava"), ToMeConfig(r=2))
+    assert llava.model.language_model.config is llava.config.text_config
+    assert restore(reduced).text_model.config is not reduced.config.text_config
+
+
+def test_the_order_of_mae_may_be_given_by_position():
+    images = family_inputs("mae")["pixel_values"]
+    model = reduce_tokens(family_model("mae"), ToMeConfig(r=8))
+    order = torch.arange(encoder_of(model).facts.num_patches).expand(len(images), -1)
+    assert torch.equal(model(images, order).last_hidden_state, model(images, noise=order).last_hidden_state)
+
+
+def test_integer_weights_say_nothing_of_the_type_of_a_reducer():
+    model = reduce_tokens(tiny_model(), None)
+    for layer in model.vit.layers:
+        for linear in (layer.mlp.fc1, layer.mlp.fc2):
+            weight = linear.weight.to(torch.int8)
+            del linear.weight, linear.bias
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    model.set_reduction(SiTConfig(layers=(1,)))
+    assert {parameter.dtype for parameter in model.vit.layers[1].reducer.parameters()} == {torch.float32}
+
+
+def test_shift_is_that_without_dropout():
+    """A second mask of its own would move tokens that the layer does not move."""
+    drawn = []
+    model = reduce_tokens(tiny_model(hidden_dropout_prob=0.5), ShiftConfig(layers=(1,))).train()
+    for layer in model.vit.layers:
+        layer.dropout.register_forward_hook(lambda *given: drawn.append(given[0]))
+    model(tiny_images())
+    assert [drawn.count(layer.dropout) for layer in model.vit.layers] == [drawn.count(drawn[0])] * 4

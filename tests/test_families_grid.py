@@ -7,7 +7,7 @@ from helpers import METHODS, NEWER, NUM_PATCHES, reduce_tiny, tiny_images, tiny_
 from naive_families import naive_run
 from test_families_naive import images_of, run_and_watch
 
-from hf_tokenreduce import ToMeConfig, TopKConfig, reduce_tokens, unmerge
+from hf_tokenreduce import SiTConfig, ToMeConfig, TopKConfig, reduce_tokens, unmerge
 from hf_tokenreduce.modeling.encoders import encoder_of
 
 
@@ -138,6 +138,31 @@ def test_nearly_as_many_tokens_as_patches_are_unmerged(setting):
     for image, row in enumerate(places):
         for patch, place in enumerate(row.tolist()):
             assert place < 0 or torch.equal(rows[image, patch], hidden[image, place])
+
+
+def test_one_image_of_a_packed_batch_is_unmerged_as_in_it():
+    """Its own tokens end before those of the other image, and what follows them is padding."""
+    rows = torch.zeros(2, 65, 8)
+    rows[0, :30], rows[1] = torch.randn(30, 8), torch.randn(65, 8)
+    maps = torch.arange(1, 65).repeat(2, 1)
+    maps[0, 29:] = -1
+    whole = unmerge(rows, maps)
+    assert torch.equal(unmerge(rows[:1], maps[:1]), whole[:1])
+    with pytest.raises(ValueError, match="row per patch already"):
+        unmerge(torch.randn(1, 65, 8), maps[:1])
+
+
+def test_as_many_mixtures_as_patches_are_no_patches():
+    """An image with a quarter of the patches is mixed too, although its number of tokens does not change."""
+    model = reduce_tokens(family_model("dinov2"), SiTConfig(keep_rate=0.25, layers=(1,))).dinov2
+    facts = encoder_of(model).facts
+    side = encoder_of(model).patch_size[0] * facts.grid[0] // 2
+    output, seen = run_and_watch(model, {"pixel_values": torch.randn(2, 3, side, side)}, output_patch_map=True)
+    patches, tokens = facts.num_patches // 4, seen[-1].hidden_states
+    assert output.patch_weights.shape == (2, patches, patches) and tokens.shape[1] == 1 + patches
+    expected = unmerge(tokens, output.patch_weights)
+    torch.testing.assert_close(output.last_hidden_state[:, 1:], model.layernorm(expected))
+    assert (expected - tokens[:, 1:]).abs().amax() > 1e-3  # the random mixtures are nearly alike
 
 
 def test_unmerge_fills_what_was_dropped_as_told():

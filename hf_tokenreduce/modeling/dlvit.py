@@ -69,6 +69,14 @@ class DLViTConfig(ReductionConfig):
     trained: bool = False
     max_tokens: int | None = None
 
+    def untrained(self) -> str | None:
+        return (
+            "DL-ViT's filter has random weights here, although trained=True says that it decides, so patches would be "
+            "dropped by chance. Fit it with hf_tokenreduce.training.fit_filter, or load a model with a fitted filter."
+            if self.trained
+            else None
+        )
+
     def __post_init__(self):
         if not is_number(self.threshold) or not 0 <= self.threshold <= 1:
             raise ValueError(f"DLViTConfig: threshold must lie between 0 and 1, got {self.threshold!r}.")
@@ -153,6 +161,8 @@ class DLViTReducer(Reducer):
     The filter reads a token and the mean of all patch tokens of its image. It learns from labels and not through the
     model, because a dropped token has no gradient.
     """
+
+    serves_every_setting = True
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)

@@ -111,6 +111,8 @@ class DTEMReducer(Reducer):
     the first `state.num_live` tokens are those that are left.
     """
 
+    serves_every_setting = True
+
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)
         self.r = facts.reduction.schedule(facts.num_hidden_layers)[layer]

@@ -32,7 +32,7 @@ def dropped_patches(state: TokenState) -> Tensor | None:
 
 
 def _is_untouched(state: TokenState) -> bool:
-    reduced = state.size is not None or state.mask is not None or state.lengths is not None
+    reduced = any(one is not None for one in (state.size, state.mask, state.lengths, state.patch_weights))
     return not reduced and state.hidden_states.shape[1] == state.num_prefix_tokens + state.num_patches
 
 
@@ -59,7 +59,8 @@ def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean
     spare = hidden_states.shape[1] - patch_map.shape[-1]
     if spare >= 0 and not patch_map.is_floating_point() and not torch.compiler.is_compiling():
         used = int(patch_map.max()) + 1 if patch_map.numel() else 0
-        if 0 < used < hidden_states.shape[1]:  # more rows than tokens
+        # More rows than tokens. In one image of a packed batch, those after its tokens are padding.
+        if 0 < used < hidden_states.shape[1] and bool(hidden_states[:, used:].any()):
             raise ValueError(
                 "These hidden states have a row per patch already, as in CLIP, SigLIP, DINO and others. The patches "
                 f"are hidden_states[:, {spare}:]."

@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_tokenreduce authors. Licensed under the Apache License, Version 2.0.
 """The places of a model where a method can act."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,12 +38,15 @@ class Reducer(nn.Module):
         prop_attn: Whether attention in this layer counts a token once per patch it stands for.
         needs_received: Whether `after_attention` reads `view.received`, which costs a CPU the whole attention map.
         needs_shift: Whether `after_layer` reads `state.shift`.
+        serves_every_setting: Whether what it has learned is of use for every setting of the method. Then a new setting
+            keeps it, if it has as many parameters.
     """
 
     in_float32: tuple[str, ...] = ()
     prop_attn = False
     needs_received = False
     needs_shift = False
+    serves_every_setting = False
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__()
@@ -88,3 +92,24 @@ class Reducer(nn.Module):
         leaves each layer.
         """
         raise NotImplementedError
+
+
+def take_over(new: Sequence[Reducer], old: Sequence[Reducer]) -> bool:
+    """Let reducers share what others of their method have learned, if it serves every setting. Return whether they do.
+
+    Args:
+        new: The reducers of all layers, for the new setting.
+        old: Those of the model before.
+    """
+    if type(new[0]).__name__ != type(old[0]).__name__ or not new[0].serves_every_setting:
+        return False
+    shapes, known = (
+        [{name: parameter.shape for name, parameter in reducer.named_parameters()} for reducer in reducers]
+        for reducers in (new, old)
+    )
+    if shapes != known:
+        return False
+    for reducer, before in zip(new, old, strict=True):
+        for name, module in before.named_modules():
+            reducer.get_submodule(name)._parameters.update(module._parameters)
+    return True

@@ -192,9 +192,8 @@ class ReducedLayer(nn.Module):
         grown = self._through(self.layout.after_mlp, branch, state.lengths)
         state = state._replace(hidden_states=hidden_states + grown)
         if not for_prefix:
-            if self.reducer.needs_shift:  # in training, drop path leaves no way of any token in some images
-                names = tuple(name for name in self.layout.after_mlp if not hasattr(getattr(self, name), "drop_prob"))
-                shift = self._through(names, branch.detach(), state.lengths)
+            if self.reducer.needs_shift:  # drop path and dropout would hide how far a token moves
+                shift = self._through(self.layout.after_mlp, branch.detach(), state.lengths, drops=False)
                 state = state._replace(shift=_lengths_of_patch_rows(shift, state))
             state = self.reducer.after_layer(state)._replace(shift=None)
         return LayerOutput(self._shown(state), *state)
@@ -221,9 +220,10 @@ class ReducedLayer(nn.Module):
         state = state._replace(hidden_states=state.hidden_states + branch)
         return state if for_prefix else self.reducer.after_attention(view, state)
 
-    def _through(self, names: tuple[str, ...], branch: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
-        for name in names:
-            part = getattr(self, name)
+    def _through(self, names: tuple[str, ...], branch: Tensor, lengths: Any, drops: bool = True) -> Tensor:
+        for part in (getattr(self, name) for name in names):
+            if not drops and (isinstance(part, nn.Dropout) or hasattr(part, "drop_prob")):
+                continue
             if not isinstance(part, nn.Module):
                 branch = part * branch
             elif lengths is not None and self.training and hasattr(part, "drop_prob"):

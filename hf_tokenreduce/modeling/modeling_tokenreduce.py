@@ -30,6 +30,7 @@ from .encoders import (
     auto_classes_of,
     encoder_of,
 )
+from .hooks import take_over
 from .layers import ReducedLayer, inject
 from .methods import build_reducer, write_extra_method
 from .packed import on_device
@@ -89,7 +90,7 @@ class TokenReduceMixin(_StockModel):
         """Change the method in place.
 
         The weights stay as they are. The learned parts of the old method are dropped, and those of the new method
-        start untrained.
+        start untrained. Only the filter of DL-ViT and the networks of DTEM stay under another setting of the method.
 
         Args:
             reduction: A method configuration, its dictionary form, or None to reduce nothing.
@@ -97,27 +98,30 @@ class TokenReduceMixin(_StockModel):
         Example:
             >>> model.set_reduction(EViTConfig(keep_rate=0.5))
         """
-        self._set_reduction(reduction)
+        kept = self._set_reduction(reduction)
         untrained = None if self.config.reduction is None else self.config.reduction.untrained()
-        if untrained is not None:
+        if untrained is not None and not kept:
             logger.warning_once(untrained)
 
-    def _set_reduction(self, reduction) -> None:
+    def _set_reduction(self, reduction) -> bool:
+        """Do so without a warning. Return whether learned parts were kept."""
         before, self.config.reduction = self.config.reduction, reduction
         encoder = encoder_of(self)
         old = [layer.reducer for layer in encoder.layers]
         try:
             for index, layer in enumerate(encoder.layers):
-                like = next(layer.mlp.parameters())
+                like = next(p for p in (*layer.mlp.parameters(), *layer.parameters()) if p.is_floating_point())
                 layer.reducer = build_reducer(encoder.facts, index).to(device=like.device, dtype=like.dtype)
                 layer.reducer.train(layer.training)
                 self._initialize(layer)
+            kept = take_over([layer.reducer for layer in encoder.layers], old)
         except Exception:
             self.config.reduction = before
             for layer, reducer in zip(encoder.layers, old, strict=True):
                 layer.reducer = reducer
             raise
         self.config.__dict__.pop("calibrated_share", None)  # it belongs to the old method and what that had learned
+        return kept
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
@@ -285,7 +289,7 @@ def _recorded(stock_forward: Any) -> Any:
                 f"{type(self).__name__} is for inference only and has no loss. To train, load the checkpoint as "
                 "TokenReduceDeiTForImageClassification."
             )
-        if ordered and kwargs.get("noise") is None:
+        if ordered and given("noise") is None:
             patch_height, patch_width = encoder_of(self).patch_size
             count = (inputs.shape[-2] // patch_height) * (inputs.shape[-1] // patch_width)
             kwargs["noise"] = torch.arange(count, device=inputs.device).expand(inputs.shape[0], -1)

@@ -81,6 +81,11 @@ def as_numbers(counts: Tensor, most: int) -> tuple[int, ...]:
     While a graph is exported these are symbols, and the exporter must know their bounds. With fewer than two tokens
     some steps would differ.
     """
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "torch.jit.trace would fix the number of tokens to that of these images. Use hf_tokenreduce.export, which "
+            "can write adaptive methods, or a method that keeps the same number of tokens in every image."
+        )
     numbers = tuple(counts.tolist())
     if torch.compiler.is_compiling():
         for number in numbers:

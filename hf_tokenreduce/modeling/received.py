@@ -51,7 +51,7 @@ def attend_with_map(
 
     A graph for any number of images has no loop over images, so it computes the maps of all images together.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if lengths is None and compiling:
         return _attend_at_once(attention, query, key, value, key_bias, None, pair_bias)
     without_map = pair_bias is None and not compiling and has_varlen_kernel(attention, query)

@@ -333,7 +333,7 @@ def wants_gradient(*tensors: Tensor) -> bool:
 def merge_by_sums(rows: Tensor, slot: Tensor, length: int, weight: Tensor) -> Tensor:
     """Merge rows (B, T, D) into (B, length, D), with the slot and the weight of each, (B, T), in float32."""
     batch, _, width = rows.shape
-    if batch > 1:
+    if batch > 1 or torch.jit.is_tracing():  # a trace of one image runs with any number
         slot = slot + _even_starts(batch, length, rows.device)
     weighted = rows * weight[..., None]
     sums = weighted.new_zeros(batch * length, width).index_add_(0, slot.flatten(), weighted.flatten(0, 1))

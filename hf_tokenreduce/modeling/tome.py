@@ -51,6 +51,8 @@ class ToMeConfig(ReductionConfig):
         r: Any = self.r
         inflect: Any = self.inflect
         if isinstance(r, tuple) and len(r) == 2:
+            if inflect not in (0.0, r[1]):
+                raise ValueError(f"{name}: r={r!r} says inflect, so inflect={inflect!r} must be left out.")
             r, inflect = r
         if not is_number(inflect) or not -1.0 <= inflect <= 1.0:
             raise ValueError(f"{name}: inflect must lie between -1 and 1, got {inflect!r}.")
