@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .methods import METHODS
 from .modeling.encoders import encoder_of, facts_of
 from .modes import evaluating
-from .pictures import find_in, read_picture
+from .pictures import find_in, read_picture, spread
 from .tasks import facts_on, image_side, main_output
 
 
@@ -109,7 +109,7 @@ def load_pixel_values(
         raise ValueError(f"max_images must be at least 1, got {max_images}.")
     if isinstance(images, Tensor):
         check_inputs(model, images)
-        return images[:: -(-len(images) // max_images)].to(model.device)
+        return images[spread(len(images), max_images)].to(model.device)
     if not isinstance(images, (str, Path)):
         raise ValueError(
             f"images must be a folder or pixel values, got a {type(images).__name__}. To make pixel values from "
@@ -121,6 +121,13 @@ def load_pixel_values(
         raise ValueError(f"No images in {folder}. Give a folder that holds images, with or without subfolders.")
     if image_processor is None:
         raise ValueError("A folder of images needs image_processor=, such as AutoImageProcessor.from_pretrained(...).")
-    chosen = files[:: -(-len(files) // max_images)]
+    chosen = [files[place] for place in spread(len(files), max_images)]
     found = [image_processor(read_picture(file), return_tensors="pt")["pixel_values"] for file in chosen]
+    sizes = sorted({tuple(pixels.shape[2:]) for pixels in found})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The image processor makes images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[-1]} (height, "
+            "width), and a method is fitted to one. Change it, for example by image_processor.keep_aspect_ratio = "
+            "False, or pass pixel values of one size."
+        )
     return torch.cat(found).to(model.device)

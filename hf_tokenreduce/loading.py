@@ -36,7 +36,7 @@ from .methods.register import register_from_folder
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, TYPE_PREFIX, facts_of, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
-from .pictures import IMAGE_SUFFIXES, find_in, is_image, linked_folders, read_picture
+from .pictures import IMAGE_SUFFIXES, find_in, is_image, linked_folders, read_picture, spread
 from .tasks import task_of
 
 
@@ -273,12 +273,6 @@ def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list
         files += found
     files = [files[place] for place in spread(len(files), limit)]
     return [read_picture(file) for file in files], [file.stem for file in files]
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Return at most `most` indices below `count`, evenly spread, because images of one class are neighbours."""
-    chosen = min(count, most)
-    return [place * count // chosen for place in range(chosen)]
 
 
 def parse_settings(text: str) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Find and read image files."""
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -70,6 +72,22 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGBA" if "transparency" in picture.info else "RGB").convert("RGB")
 
 
+def decoded_picture(image: Any) -> Image.Image:
+    """Decode an image of a data set to the last byte, turned upright: its `bytes`, or the file at its `path`.
+
+    `datasets` would let Pillow try every format, also those for which it starts another program.
+    """
+    content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, image)
+    if content is None and "://" in str(path):  # inside an archive, or on another machine
+        from datasets import Image as ImageFeature
+
+        return ImageFeature().decode_example(image)
+    source: Any = path if content is None else io.BytesIO(content)
+    with Image.open(source, formats=FORMATS) as picture:
+        picture.load()
+        return ImageOps.exif_transpose(picture) if picture.getexif() else picture
+
+
 def read_picture(file: str | Path) -> Image.Image:
     """Read an image file as RGB, turned upright as its EXIF data say."""
     try:
@@ -77,3 +95,9 @@ def read_picture(file: str | Path) -> Image.Image:
             return as_rgb(ImageOps.exif_transpose(picture))
     except Exception as error:  # the parsers of broken files raise many kinds
         raise ValueError(f"{file} {UNREADABLE} ({error}). Remove it or replace it.") from error
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return at most `most` indices below `count`, evenly spread, because images of one class are neighbours."""
+    chosen = min(count, most)
+    return [place * count // chosen for place in range(chosen)]

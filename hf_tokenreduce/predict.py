@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,17 @@ def _done(part: Path, base: str) -> Iterator[str]:
     """List the images that need no other try, by their absolute names."""
     for row in read_lines(part):
         file, error = os.path.normpath(os.path.join(base, row["file"])), row.get("error")
-        repaired = error is not None and os.path.isfile(file) and os.path.getmtime(file) > part.stat().st_mtime
+        repaired = error is not None and _changed(file) > row.get("tried", part.stat().st_mtime)
         if error is None or (UNREADABLE in error and not repaired):
             yield file
+
+
+def _changed(file: str) -> float:
+    """Return when a file was changed, or put in the place of another one, which may be newer than its content."""
+    if not os.path.isfile(file):
+        return 0.0
+    found = os.stat(file)
+    return max(found.st_mtime, found.st_ctime)
 
 
 def find_images(names: Sequence[str | Path]) -> list[str]:
@@ -163,6 +172,7 @@ class _Keeper:
         self.where, self.as_given = where, as_given
 
     def __call__(self, row: dict[str, Any]) -> None:
+        row = {**row, "tried": time.time()} if "error" in row else row
         append_line(self.where, row if self.as_given else {**row, "file": os.path.abspath(row["file"])})
 
 

@@ -5,15 +5,18 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from datasets import Image as ImageFeature
+from helpers import tiny_model
+from PIL import EpsImagePlugin, Image, ImageOps
 from transformers import ViTImageProcessor
 
 from hf_tokenreduce.calibration import load_pixel_values
 from hf_tokenreduce.evaluation.reading import sample_pixels
 from hf_tokenreduce.loading import load_image_folder, load_pictures
-from hf_tokenreduce.pictures import as_rgb, read_picture
+from hf_tokenreduce.pictures import as_rgb, read_picture, spread
 from hf_tokenreduce.serve import read_image
-from hf_tokenreduce.training.augmentation import EvalTransform, TrainTransform
+from hf_tokenreduce.training.augmentation import EvalTransform, TrainTransform, decoded
+from hf_tokenreduce.training.labels import read_image as read_labelled
 from hf_tokenreduce.visualization.composing import prepare_images
 
 
@@ -105,3 +108,39 @@ def test_values_without_a_known_range_are_refused(tmp_path, picture):
     picture.save(tmp_path / "odd.tif")
     with pytest.raises(ValueError, match=r"odd\.tif cannot be read"):
         read_picture(tmp_path / "odd.tif")
+
+
+def test_at_most_so_many_images_are_that_many():
+    assert [len(spread(count, 300)) for count in (299, 300, 301, 1000)] == [299, 300, 300, 300]
+    pixels = torch.randn(7, 3, 32, 32)
+    found = load_pixel_values(tiny_model(), pixels, None, 5)
+    assert torch.equal(found, pixels[[0, 1, 2, 4, 5]])
+
+
+def test_images_of_several_sizes_cannot_be_fitted_together(tmp_path):
+    for number, size in enumerate(((40, 40), (40, 60))):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+
+    class KeepsTheirShape:
+        def __call__(self, picture, return_tensors):
+            return {"pixel_values": torch.zeros(1, 3, picture.height, picture.width)}
+
+    with pytest.raises(ValueError, match=r"makes images of 2 sizes, such as \(40, 40\) and \(60, 40\)"):
+        load_pixel_values(_OnCpu(), tmp_path, KeepsTheirShape(), 9)
+
+
+def test_no_image_starts_another_program(tmp_path, monkeypatch):
+    """The name of a file and the data set that holds it do not matter."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given: pytest.fail("Ghostscript was started"))
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "cat" / "0.jpg", "EPS")
+    dataset, processor = load_image_folder(tmp_path)["train"], ViTImageProcessor(size={"height": 32, "width": 32})
+    with pytest.raises(ValueError, match=r"Row 0 .* Repair or remove the file .*0\.jpg"):
+        sample_pixels(dataset, processor, "image", 1)
+    with pytest.raises(ValueError, match="Row 0 of the data set holds no readable image"):
+        read_labelled(dataset, 0, "image")
+    (row,) = dataset.cast_column("image", ImageFeature(decode=False))["image"]
+    with pytest.raises(ValueError, match=r"The image .*0\.jpg cannot be read"):
+        decoded(row)
+    with pytest.raises(ValueError, match="cannot be read"):
+        decoded({"bytes": (tmp_path / "cat" / "0.jpg").read_bytes(), "path": "0.jpg"})

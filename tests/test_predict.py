@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,20 @@ def test_images_with_errors_are_tried_again(model, photos):
     (photos / "2.png").write_bytes(whole)
     later = Path("out/part-0.jsonl").stat().st_mtime + 5
     os.utime(photos / "2.png", (later, later))
+    (repaired,) = rows_of(model, photos, output_dir="out")
+    assert repaired["file"] == "photos/2.png" and "label" in repaired
+
+
+def test_a_repaired_image_may_be_older_than_the_broken_one(model, photos):
+    """As `mv`, `cp -p` and `rsync -a` leave it."""
+    whole = (photos / "2.png").read_bytes()
+    (photos / "2.png").write_bytes(whole[:60])
+    assert sum("error" in row for row in rows_of(model, photos, output_dir="out")) == 1
+    Path("good.png").write_bytes(whole)
+    os.utime("good.png", (1.6e9, 1.6e9))
+    time.sleep(0.05)
+    os.replace("good.png", photos / "2.png")
+    assert (photos / "2.png").stat().st_mtime == 1.6e9
     (repaired,) = rows_of(model, photos, output_dir="out")
     assert repaired["file"] == "photos/2.png" and "label" in repaired
 

@@ -50,13 +50,17 @@ def test_both_models_are_compared_in_one_type(start, monkeypatch, half):
     """After training in bf16 too: autocast stays around the trained model, and the dense one has none."""
     types, linear, in_turns = [], F.linear, measuring.in_turns
 
+    def typed(*given):
+        made = linear(*given)
+        types[-1].add(made.dtype)
+        return made
+
     def watched(calls, *others):
         for call in calls:
-            seen = set()
+            types.append(set())
             with monkeypatch.context() as patch:
-                patch.setattr(F, "linear", lambda *given: (seen.add((made := linear(*given)).dtype), made)[1])
+                patch.setattr(F, "linear", typed)
                 call()
-            types.append(seen)
         return in_turns(calls, *others)
 
     monkeypatch.setattr(measuring, "in_turns", watched)
@@ -68,9 +72,8 @@ def test_both_models_are_compared_in_one_type(start, monkeypatch, half):
 def test_the_best_of_several_epochs_is_called_a_choice(start):
     best = ["--load_best_model_at_end", "True", "--metric_for_best_model", "eval_accuracy", "--learning_rate", 1e-3]
     record = record_of(start, "--num_train_epochs", 3, *best)
-    (kept,) = {
-        json.loads(file.read_text())["best_global_step"] for file in (start / "out").glob("*/trainer_state.json")
-    }
+    states = [json.loads(file.read_text()) for file in (start / "out").glob("*/trainer_state.json")]
+    (kept,) = {state["best_global_step"] for state in states}
     assert record["chosen_by_evaluation"] and record["epochs"] == kept / 4  # of 4 steps
     limits = _limits(None, record, None, False, None, "image")
     assert any("the best on these images was kept" in limit for limit in limits)

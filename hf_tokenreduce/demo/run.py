@@ -22,10 +22,11 @@ from ..convert import with_reduction
 from ..evaluation import benchmark, evaluate_model, pareto_plot
 from ..files import model_folder, write_whole
 from ..hub import write_card
-from ..loading import no_progress_bars, spread
+from ..loading import no_progress_bars
 from ..methods import METHODS, Method
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import facts_of
+from ..pictures import spread
 from ..training import (
     BatchTransform,
     Collator,

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
-from ..loading import spread
-from ..pictures import as_rgb
+from ..pictures import as_rgb, decoded_picture, spread
 
 
 def batches(
@@ -44,6 +44,8 @@ class _Reader(torch.utils.data.Dataset):
     """Batches of rows as pixel values, for a `DataLoader`."""
 
     def __init__(self, dataset: Dataset, batches: list[list[int]], image_column: str, processor: Any):
+        if isinstance(dataset.features.get(image_column), ImageFeature):  # an error can then name the file
+            dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
         self.dataset, self.batches, self.image_column, self.processor = dataset, batches, image_column, processor
 
     def __len__(self) -> int:
@@ -53,12 +55,14 @@ class _Reader(torch.utils.data.Dataset):
         rows = self.batches[number]
         photos = []
         for row in rows:
+            image = self.dataset[row][self.image_column]
             try:
-                photos.append(as_rgb(self.dataset[row][self.image_column]))
+                photos.append(as_rgb(decoded_picture(image) if isinstance(image, dict) else image))
             except Exception as error:  # Pillow raises whatever its parsers trip over
+                path = image.get("path") if isinstance(image, dict) else None
                 raise ValueError(
                     f"Row {row} of the data set holds no readable image in its column {self.image_column!r} "
-                    f"({error}). Repair the image, or leave the row out with dataset.select(...)."
+                    f"({error}). Repair or remove {f'the file {path}' if path else 'it'}."
                 ) from error
         return rows, self.processor(photos, return_tensors="pt")["pixel_values"]
 

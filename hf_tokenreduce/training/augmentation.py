@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
-from ..pictures import as_rgb
+from ..pictures import as_rgb, decoded_picture
 
 
 logger = logging.get_logger(__name__)
@@ -338,13 +338,13 @@ def _look_up(table: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def decoded(image: Any) -> Image.Image:
-    """Decode an image to the last byte, as `datasets` does. A `ValueError` names an image that cannot be read."""
+    """Decode an image to the last byte. A `ValueError` names an image that cannot be read."""
     name = image.get("path") or f"{len(image.get('bytes') or b'')} bytes" if isinstance(image, dict) else image
     try:
         if image is None:
             raise ValueError("the row holds no image")
         if isinstance(image, (dict, str)):  # before 5.2, datasets refuses images that are decoded already
-            image = ImageFeature().decode_example(image)
+            return decoded_picture(image)
         image.load()
     except Exception as error:  # parsers of Pillow raise many kinds: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"The image {name} cannot be read: {error}") from error

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ from ..methods import method_of
 from ..modeling.encoders import MODELS
 from ..modeling.version import __version__
 from ..modes import evaluating
-from ..pictures import as_rgb
+from ..pictures import as_rgb, decoded_picture
 from .deltas import LABELLERS, MASKS, embed, gradient_deltas, masked_deltas, patch_groups
 
 
@@ -207,7 +208,8 @@ def make_labels(
 def read_image(dataset: Any, row: int, image_column_name: str) -> Image.Image:
     """Read the image of a row, in RGB. A `ValueError` names a row that cannot be read."""
     try:
-        return as_rgb(dataset[row][image_column_name])
+        image = dataset.select([row]).cast_column(image_column_name, ImageFeature(decode=False))[0][image_column_name]
+        return as_rgb(decoded_picture(image))
     except Exception as error:  # the parsers of broken files raise many kinds
         raise ValueError(
             f"Row {row} of the data set holds no readable image in its column {image_column_name!r} ({error}). "

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from ..convert import restore
-from ..loading import spread
 from ..modeling.multiply_adds import shares_kept
+from ..pictures import spread
 from ..tasks import all_layers_act, facts_on
 from ..timing import in_turns, median_ratio
 from .trainer import TokenReduceTrainer

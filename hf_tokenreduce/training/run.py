@@ -30,9 +30,10 @@ from ..budget import reduce_to_share
 from ..convert import reduce_tokens
 from ..files import CONFIG, write_whole
 from ..hub.contents import short
-from ..loading import folder_split, of_dataset, parse_settings, spread
+from ..loading import folder_split, of_dataset, parse_settings
 from ..methods import METHODS
 from ..modeling.encoders import encoder_of
+from ..pictures import spread
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
 from .measuring import describe, evaluate_dense, how_long
@@ -183,8 +184,8 @@ def main(
     if args.process_index == 0:
         if not args.disable_tqdm:
             print(f"Saved to {args.output_dir}. Now its time beside the dense model is measured.", file=sys.stderr)
-        # Not the model of the trainer: FSDP leaves a part of each weight in each process, and bf16 leaves autocast around
-        # the model, which the dense model beside it has not.
+        # Not the model of the trainer: FSDP leaves a part of each weight in each process, and bf16 leaves autocast
+        # around the model, but not around the dense model beside it.
         whole = AutoModelForImageClassification.from_pretrained(args.output_dir)
         record = describe(whole, pixels, args.device) | {
             **came_from,
@@ -285,8 +286,8 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
         )
     if (Path(args.output_dir) / CONFIG).is_file() and not (model_args.overwrite or args.resume_from_checkpoint):
         raise ValueError(
-            f"{args.output_dir} holds a model. Name another folder, or pass --overwrite to replace that model when the "
-            "training is done."
+            f"{args.output_dir} holds a model. Name another folder, or pass --overwrite to replace that model at the "
+            "end of the training."
         )
     if model_args.lora and args.freeze_backbone:
         raise ValueError("--lora trains the backbone and --freeze_backbone does not. Leave one of them out.")
