@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from .options import (
     Batch,
@@ -28,7 +29,7 @@ from .options import (
 
 
 ROWS = ("became_right", "became_wrong")
-BatchSizes = Annotated[list[int], typer.Option(help="Number of images per batch. Repeatable.", metavar="N")]
+BatchSizes = Annotated[list[int], typer.Option(min=1, help="Number of images per batch. Repeatable.", metavar="N")]
 Shares = Annotated[list[float], typer.Option(help="Share of multiply-adds to keep. Repeatable.", metavar="N")]
 
 
@@ -110,7 +111,7 @@ def benchmark(
         list[str], typer.Option(help="Data type, such as float32 or bfloat16. Repeatable.", metavar="NAME")
     ] = ["float32"],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="Number of timed forwards of each model.", metavar="N")] = 15,
-    threads: Annotated[int | None, typer.Option(help="Number of CPU threads.", metavar="N")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads.", metavar="N")] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.", metavar="NAME")
     ] = None,
@@ -243,7 +244,7 @@ def compare(
     )
     print(json.dumps(found.rows, indent=1) if as_json else found.to_markdown())
     if not as_json:
-        out.print(f"The table and pareto.png are in {output_dir}.")
+        out.print(f"The table and pareto.png are in {escape(str(output_dir))}.")
 
 
 @app.command(epilog="tokenreduce tune facebook/deit-tiny-patch16-224 photos --share 0.65 -o tuned")
@@ -319,7 +320,8 @@ def tune(
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
     if not as_json:
         out.print(
-            f"The report, pareto.png and tuning.json are in {output_dir}. The model is in {output_dir / 'model'}."
+            f"The report, pareto.png and tuning.json are in {escape(str(output_dir))}, and the model is in its folder "
+            "model."
         )
 
 
@@ -336,12 +338,20 @@ def show(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Show at most this many images, evenly spread.", metavar="N")] = 16,
     title: Annotated[str | None, typer.Option(help="Title of the page.", metavar="TEXT")] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help="Model to compare predictions with. Default: MODEL without its reduction, if it was not trained.",
+            metavar="MODEL",
+        ),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Draw which patches of images the method kept, merged or dropped in each layer."""
     from hf_tokenreduce.convert import restore
     from hf_tokenreduce.loading import load_model, load_pictures
+    from hf_tokenreduce.training.origin import was_trained
     from hf_tokenreduce.visualization import token_map_grid, write_page
 
     if output.suffix not in (".html", ".png"):
@@ -356,7 +366,8 @@ def show(
     if output.suffix == ".png":
         token_map_grid(reduced, pictures, processor, layer, names=names).save(output)
     else:
-        write_page(
-            reduced, pictures, processor, output, dense=restore(reduced), names=names, layers=layer, title=title
-        )
-    out.print(f"Saved to {output}.")
+        other = None if was_trained(model) else restore(reduced)  # without its reduction it was never trained
+        if dense is not None:
+            other = load_model(dense, trust_remote_code=trust_remote_code)[0]
+        write_page(reduced, pictures, processor, output, dense=other, names=names, layers=layer, title=title)
+    out.print(f"Saved to {escape(str(output))}.")

@@ -70,7 +70,7 @@ def print_answer(answer: dict[str, Any], as_json: bool, title: str) -> None:
     if as_json:
         print(json.dumps(answer, indent=1, default=str))
         return
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=escape(title), show_header=False, title_justify="left")
     for key, value in answer.items():
         text = _told(value)
         if value is None:

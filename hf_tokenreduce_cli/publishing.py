@@ -55,7 +55,7 @@ def card(
         [write_card(folder, report=report, **names)] if records is None else write_cards(records, folder, **names)
     )
     for path in written:
-        out.print(f"Saved to {path}")
+        out.print(f"Saved to {escape(str(path))}")
 
 
 @app.command(epilog="tokenreduce export vit-tome -o vit-tome-openvino --format openvino --int8 --images photos")
@@ -146,7 +146,7 @@ def publish(
         }
         print(json.dumps(answer, indent=1))
         return
-    out.print(f"{'Written to' if dry_run else 'Uploaded:'} {found.pull_request or found.url}")
+    out.print(f"{'Written to' if dry_run else 'Uploaded:'} {escape(str(found.pull_request or found.url))}")
     print(found.snippet)
 
 
@@ -204,7 +204,7 @@ def predict(
             print(f"{row['file']}: {row['label']} {row['score']:.1%}{others} ({row['tokens']} tokens)")
     if PartialState().is_main_process and not as_json:
         if output_dir is not None:
-            out.print(f"The predictions are in {output_dir}, one line per image.")
+            out.print(f"The predictions are in {escape(str(output_dir))}, one line per image.")
         if broken:
             print(f"{broken} images have an error and no label.", file=sys.stderr)
 

@@ -217,6 +217,32 @@ def test_an_evaluation_gives_the_card_its_numbers(folder, tmp_path):
         model_card(folder, report=file)
 
 
+def test_the_data_of_training_are_not_those_of_the_accuracy(folder, tmp_path):
+    """A result names the images that were evaluated, and an older one of ours does not stay beside other numbers."""
+    write_card(folder, record=RECORD, dataset="someone/trash", repo_id="me/rubbish")
+    (result,) = ModelCard.load(folder / "README.md").data.eval_results
+    assert (result.dataset_type, result.dataset_name, result.metric_value) == ("imagefolder", "trash/val", 0.85)
+    report = {"images": 200, "top1": 80.0, "baseline_top1": 81.5, "tokens_per_layer": [41.0, 41.0, 26.0, 26.0]}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    write_card(folder, report=tmp_path / "report.json")
+    text = (folder / "README.md").read_text()
+    data = metadata(text)
+    assert "model-index" not in data and data["datasets"] == ["someone/trash"] and "80.0 % (" in text
+    assert 'from_pretrained("me/rubbish"' in part(text, "usage")  # the id of the card before
+    write_card(folder, repo_id="me/other")
+    assert 'from_pretrained("me/other"' in part((folder / "README.md").read_text(), "usage")
+
+
+def test_a_control_is_not_the_model_before_reduction(folder, tmp_path):
+    report = {"images": 200, "top1": 80.0, "baseline_top1": 81.5, "tokens_per_layer": [41.0, 41.0, 26.0, 26.0]}
+    (tmp_path / "report.json").write_text(json.dumps({**report, "dense": "control"}))
+    results = part(model_card(folder, record=RECORD, report=tmp_path / "report.json"), "results")
+    assert "| top-1 |  | 80.0 % (" in results and "trained as long | 81.5 % (" in results
+    untrained = {**RECORD, "epochs": 0}  # then it has the weights of the dense model
+    results = part(model_card(folder, record=untrained, report=tmp_path / "report.json"), "results")
+    assert "| top-1 | 81.5 % (" in results and "trained as long" not in results
+
+
 def test_the_title_is_the_name_on_the_hub(folder):
     write_card(folder)
     assert "# reduced\n" in (folder / "README.md").read_text()

@@ -115,7 +115,7 @@ def test_evaluate(call, place, reduced):
     assert found["images"] == 12 and 0 <= found["top1"] <= 100 and found["baseline_top1"] is not None
     fewer = answer(call, "evaluate", reduced, place / "photos", "--limit", 6, "--dense", place / "model", "--json")
     assert fewer["images"] == 6
-    trained = shutil.copytree(reduced, place / "trained")
+    trained = shutil.copytree(reduced, place / "trained-already")
     (trained / "record.json").write_text(json.dumps({"method": "tome", "epochs": 3.0}))
     beside = ["--dense", place / "model"]
     for folder, options, warns in ((trained, [], True), (trained, beside, False), (reduced, [], False)):
@@ -156,6 +156,12 @@ def test_show(call, place, reduced):
         assert code == 0, errors
     assert Image.open(place / "grid.png").width > 200
     assert (place / "page.html").read_text().count("<img") >= 2
+    (reduced / "record.json").write_text(json.dumps({"method": "tome", "epochs": 3.0}))  # it was trained
+    code, printed, errors = call("show", reduced, place / "photos", "-o", place / "trained[final].html", "--limit", 2)
+    (reduced / "record.json").unlink()
+    assert code == 0 and "trained[final].html" in printed.replace("\n", ""), errors
+    assert "dense model" in (place / "page.html").read_text("utf-8")
+    assert "dense model" not in (place / "trained[final].html").read_text("utf-8")
     code, _, errors = call("show", reduced, place / "photos", "-o", place / "page.pdf")
     assert code == 2 and "must end in .html or .png" in errors
     code, _, errors = call("show", place / "model", place / "photos", "-o", place / "page.html")

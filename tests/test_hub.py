@@ -22,7 +22,7 @@ from transformers import (
 
 import hf_tokenreduce
 from hf_tokenreduce import EViTConfig, ToMeConfig, reduce_tokens, restore
-from hf_tokenreduce.hub import check_folder
+from hf_tokenreduce.hub import check, check_folder
 from hf_tokenreduce.loading import load_model
 
 
@@ -391,3 +391,20 @@ def test_a_backbone_is_loaded_from_a_folder(tmp_path):
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / name)
         loaded, _ = load_model(str(tmp_path / name), any_task=True)
         same(loaded(tiny_images()).feature_maps[-1], model(tiny_images()).feature_maps[-1])
+
+
+def test_a_fresh_process_finds_packages_of_the_user(tmp_path, monkeypatch):
+    """Those of `pip install --user` lie in the home directory, which the process does not have."""
+    seen = {}
+
+    def run(command, env, **options):
+        seen.update(env)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(check.subprocess, "run", run)
+    for enabled in (True, False):
+        seen.clear()
+        monkeypatch.setattr(check.site, "ENABLE_USER_SITE", enabled)
+        check._run_fresh(tmp_path, str(tmp_path), {}, 1.0)
+        assert seen["HOME"] == str(tmp_path)
+        assert seen.get("PYTHONUSERBASE") == (check.site.getuserbase() if enabled else None)

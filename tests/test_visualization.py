@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from families import family_inputs, family_model
 from helpers import METHODS, NUM_PATCHES, ONE_OF_EACH, reduce_tiny, tiny_images, tiny_model
 from PIL import Image
 from transformers import ViTImageProcessor
@@ -352,3 +353,12 @@ def test_a_page_of_photographs_is_small(shared, tmp_path):
     path = write_page(model, files, ViTImageProcessor.from_pretrained(folder), tmp_path / "page.html")
     assert path.stat().st_size < 190_000 * len(files)
     assert files[0].stem in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", ["dinov2", "clip"])
+def test_a_page_of_a_model_without_classes_has_no_guesses(tmp_path, family):
+    model = reduce_tokens(family_model(family), ToMeConfig(r=2))
+    encoder = getattr(model, "dinov2", model)
+    pixels = family_inputs(family)["pixel_values"]
+    page = write_page(encoder, pixels, processor(), tmp_path / "page.html", dense=restore(encoder))
+    assert page.is_file() and "dense model" not in page.read_text("utf-8")

@@ -161,7 +161,8 @@ def evaluate_model(
     results = records.gather()
     num_tokens = tokens_entering(model, sample_pixels(dataset, processor, image_column, 1))
     report = _report(model, results, labels, given, num_tokens)
-    records.finish(report.to_dict())
+    named = {} if beside is None or dense is None else {"dense": beside.config.name_or_path}  # for a card
+    records.finish({**report.to_dict(), **named})
     return report
 
 

@@ -136,8 +136,8 @@ class BenchmarkReport:
         s = self.settings
         first = next(iter(s["runtimes"]))
         lines = [
-            f"{conditions_line(s)}; medians of {s['repeats']} repeats in turn, intervals of medians in brackets, which "
-            f"cover {coverage(s['repeats']):.0f} %",
+            f"{conditions_line(s)}; medians of {s['repeats']} repeats in turn, intervals of medians in brackets "
+            f"(of {coverage(s['repeats']):.0f} %)",
             "",
             "| model | runtime | batch | dtype | tokens leaving | ms | p95 | images/s | speed-up over dense "
             f"| over dense {first} | of the oracle | over padded | peak MiB | peak over dense |",

@@ -19,11 +19,11 @@ from ..modeling.multiply_adds import even_counts, even_share
 from ..tasks import size_made_by
 from .card_check import settings_rows
 from .card_index import index_of
-from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, split
+from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, sections, split
 from .configuration import check_config, main_input_of, tower_of
 from .contents import one_line
 from .records import Record, accuracy, drop, duration, measured_on, number, read_record, read_report
-from .usage import LEAST_TRANSFORMERS, pipeline_tag, run, stock_of, usage
+from .usage import LEAST_TRANSFORMERS, NOT_NAMED, pipeline_tag, run, stock_of, usage
 
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -89,6 +89,8 @@ def model_card(
         evaluated = read_report(report)
         if config is not None and parse_reduction(evaluated.get("settings", own)) != own:
             raise ValueError(f"{report} is of a model with another reduction. Evaluate the model in {folder}.")
+        if known.get("epochs") and evaluated.pop("dense", None):  # it was trained, so that model is beside it
+            evaluated |= {"control_top1": evaluated["baseline_top1"], "baseline_top1": None}
         known = {"method": own and own.method, "settings": own and own.to_dict(), **known, **evaluated}
     if machine is not None:
         known.setdefault("machine", machine)
@@ -113,6 +115,7 @@ def model_card(
         known, method, title, base_model, base_license, dataset or _one(present_metadata.get("datasets")), task
     )
     block = merge_metadata(block, _changes(present_metadata, data, explicit))
+    repo_id = repo_id or _id_in(old_body)
     body = _body(folder, config, known, reduction, method, title, base_model, base_license, repo_id)
     if folder is not None and repo_id is not None:  # a title that this function wrote, before the id was known
         first = re.compile(rf"^# {re.escape(folder.resolve().name)}$", re.MULTILINE)
@@ -244,7 +247,7 @@ def _body(
         commands=code("\n".join([*(record.get("earlier_commands") or []), record["command"]]))
         if record.get("command")
         else None,
-        usage=None if config is None else usage(config, repo_id or "<this repository>"),
+        usage=None if config is None else usage(config, repo_id or NOT_NAMED),
         needs=LEAST_TRANSFORMERS,
         run=None if config is None else run(config),
         adaptive=adaptive,
@@ -359,13 +362,13 @@ def _metadata(
     tags += [method.title.lower()] if method is not DENSE else []
     tags += [f"arxiv:{method.arxiv}"] if method.arxiv else []
     results = None
-    name = dataset or measured_on(record)
+    name = measured_on(record)  # not `dataset`, which it was trained on
     if record.get("top1") is not None and name:
         results = [
             EvalResult(
                 task_type=task,
                 task_name=task.replace("-", " ").title(),
-                dataset_type=dataset or "imagefolder",
+                dataset_type=dataset if dataset == name else "imagefolder",
                 dataset_name=name,
                 metric_type="accuracy",
                 metric_name=METRIC,
@@ -410,7 +413,16 @@ def _changes(present_metadata: dict[str, Any], new_metadata: dict[str, Any], exp
         if "model-index" in new_metadata:
             _, renewed = model_index_to_eval_results(new_metadata["model-index"])
             changes["model-index"] = eval_results_to_model_index(name, kept + renewed)
+        elif len(kept) < len(present):  # an old result of ours would contradict the card
+            changes["model-index"] = eval_results_to_model_index(name, kept) if kept else None
     return changes
+
+
+def _id_in(body: str) -> str | None:
+    """Return the Hub id for which the code of a card was written."""
+    begin, end = sections(body).get("usage", (0, 0))
+    found = re.search(r'from_pretrained\("([^"]+)"', body[begin:end])
+    return None if found is None or found[1] == NOT_NAMED else found[1]
 
 
 def _check_id(name: str, value: str | None) -> None:

@@ -71,14 +71,14 @@ def parse_metadata(block: str) -> dict[str, Any]:
 
 
 def merge_metadata(block: str, changes: dict[str, Any]) -> str:
-    """Change or add some top-level values of a YAML block. Other lines, comments too, stay as they are."""
+    """Change, add or remove (None) some top-level values of a YAML block. Other lines stay as they are."""
     there = parse_metadata(block)
-    wanted = there | changes
+    wanted = {name: value for name, value in (there | changes).items() if name not in changes or value is not None}
     merged = block
     for name, value in changes.items():
         if name in there and there[name] == value:
             continue
-        entry = yaml_dump({name: value}, sort_keys=False)
+        entry = "" if value is None else yaml_dump({name: value}, sort_keys=False)
         quoted = rf"(['\"]?){re.escape(name)}\1"
         lines = re.compile(rf"^{quoted}[ \t]*:.*\n(?:[ \t-].*\n|[ \t]*\n(?=[ \t-]))*", re.MULTILINE)
         found = lines.search(merged) if name in there else None

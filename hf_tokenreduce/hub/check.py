@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import site
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from .configuration import (
 )
 from .contents import LEFT_BY_TRAINING, list_files, one_line, read_json, short
 from .processing import check_processor
+from .usage import NOT_NAMED
 from .weights import check_weights
 
 
@@ -155,6 +157,8 @@ def check_folder(
     warnings += _about_version(folder, code.version)
     if "README.md" not in files:
         warnings.append("There is no README.md: write_card(folder) writes a model card.")
+    elif NOT_NAMED in (folder / "README.md").read_text(encoding="utf-8", errors="replace"):
+        warnings.append(f"The code in README.md names {NOT_NAMED}: write_card(folder, repo_id=...) names it.")
     difference = None
     if load and not errors:
         try:
@@ -304,6 +308,8 @@ def _run_fresh(copy: Path, work: str, plan: dict[str, Any], timeout: float) -> N
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
+    if site.ENABLE_USER_SITE:  # packages of `pip install --user` lie in the home directory
+        environment["PYTHONUSERBASE"] = site.getuserbase()
     code = Path(fresh.__file__).read_text(encoding="utf-8")
     command = [sys.executable, "-c", code, str(copy), work, json.dumps(plan)]
     try:

@@ -75,7 +75,7 @@ def read_report(path: str | Path) -> Record:
             "FOLDER/report.json."
         )
     record = {key: found.get(key) for key in ("top1", "baseline_top1", "mult_adds_ratio", "tokens_per_layer")}
-    record |= {key: found[key] for key in ("method", "settings") if key in found}
+    record |= {key: found[key] for key in ("method", "settings", "dense") if key in found}
     # The record's own name of the data and its number of images are those of other numbers.
     record |= {"eval_images": found["images"], "eval_dataset": None, "control_top1": None}
     read_record({"method": None, "settings": None, **record})

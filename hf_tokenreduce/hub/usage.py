@@ -7,6 +7,7 @@ from ..modeling.encoders import PREFIX, encoder_config
 from .configuration import main_input_of, model_class_of, pipeline_of, takes_texts, task_of_config, tower_of
 
 
+NOT_NAMED = "<this repository>"  # stands for the id as long as it is not known
 WHERE = """where = {"revision": "<commit>", "trust_remote_code": True}  # pin the commit whose code you have read"""
 
 # For each pipeline, the name of the variable that holds it, and the arguments of a call.

@@ -57,7 +57,8 @@ def write_page(
             each image.
         processor: The image processor of the model.
         path: The HTML file to write.
-        dense: A model to compare the predictions with, such as `restore(model)` if the model was not trained.
+        dense: A classifier to compare the predictions with, such as `restore(model)` if the model was not trained.
+            Of other models it is not used.
         names: Names of the images. None: the names of the files.
         layers: The layers whose maps are shown, counted from 0. None: up to five of the layers that reduce.
         title: Title of the page.
@@ -76,7 +77,8 @@ def write_page(
     shown = checked_layers(layers, maps, most=5)
     pictures = pictures_of(pixel_values, processor, maps, model, MAP_SIZE)
     guesses = _guesses(maps.logits, model)
-    dense_guesses = None if dense is None else _guesses(_dense_logits(dense, pixel_values), dense)
+    compared = dense is not None and guesses is not None
+    dense_guesses = _guesses(_dense_logits(dense, pixel_values), dense) if compared else None
     rows = []
     for index in logging.tqdm(range(len(names)), desc="drawing token maps", leave=False):
         rows.append(
