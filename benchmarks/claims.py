@@ -39,6 +39,9 @@ class Records(NamedTuple):
     speed: dict[tuple[str, int, str], dict[str, Any]]
 
 
+FORMER = ", from the former start of its networks"  # these records were not made again
+
+
 class Claim(NamedTuple):
     """method and claim: whose paper says what, with its number. here: what the records say, or None. script: the
     script of `benchmarks/` that made the records."""
@@ -75,7 +78,7 @@ def after_training(
 
     def here(records: Records) -> str | None:
         parts = [
-            f"{text} on a {device}"
+            f"{text} on a {device}{FORMER if name == 'sit' and device == 'GPU' else ''}"
             for share in shares
             for device, trained in records.trained.items()
             if (text := _beside(trained, name, share, other)) is not None
@@ -102,6 +105,7 @@ def _beside(trained: Trained, name: str, share: float, other: str | None) -> str
     ]
     kept = lines[0]["mult_adds_ratio"] if lines[0] else share
     beside = f", and {other} {texts[1]}" if other is not None else ""
+    beside += r" \*" if any(line["other_start"] for line in lines if line) else ""
     return f"at {kept:.2f} {texts[0]}{beside}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
 
 
@@ -192,8 +196,9 @@ def table(results: Path = RESULTS) -> list[str]:
         "The papers measured on ImageNet after training for many epochs. Here, DeiT-Tiny was trained for 3 epochs on "
         "1,768 photographs of TrashNet, and the dense control for as many. What needs no training was measured on "
         "photographs with ImageNet labels. So a claim that holds here is not proved, and one that fails is not "
-        "refuted. *Start* is the dense model that all training began with. Points are differences "
-        "of top-1; in brackets is the interval of 95 % for other images and seeds.",
+        "refuted. *Start* is the dense model that training began with. Points are differences of top-1; in brackets "
+        "is the interval of 95 % for other images and, where there are several, for other seeds. \\* began with a start "
+        "that was trained once more than that of the control, as the next tables say.",
         "",
         "| method | the paper says | here | by |",
         "|---" * 4 + "|",

@@ -75,6 +75,8 @@ def load_model(
             config = AutoConfig.from_pretrained(name, **where)
             architecture = architecture_of(config) or "model that its config.json does not name"
         auto_class = _auto_class_of(name, config, architecture) if any_task else AutoModelForImageClassification
+        if not any_task and architecture in MODELS and task_of(architecture).name == "audio-classification":
+            raise ValueError(f"{name!r} is a {architecture}, which classifies sounds. This command takes images.")
         with blaming(name, "model.safetensors"):
             check_sizes(name, config)
         with blaming(name, "config.json", config):
@@ -120,6 +122,12 @@ def _auto_class_of(name: str, config: PreTrainedConfig, architecture: str) -> An
         stock = getattr(transformers, architecture)
         return reduced_model_class(stock) if reduced else stock
     return getattr(transformers, task.auto_class)
+
+
+def check_takes_images(name: str, model: PreTrainedModel) -> None:
+    """Raise a ValueError if a model takes sounds."""
+    if model.main_input_name == "input_values":
+        raise ValueError(f"{name!r} takes sounds, and this command gives it images.")
 
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

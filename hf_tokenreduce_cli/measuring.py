@@ -133,7 +133,7 @@ def benchmark(
     import torch
 
     from hf_tokenreduce.evaluation import benchmark as measure
-    from hf_tokenreduce.loading import load_model, load_pictures
+    from hf_tokenreduce.loading import check_takes_images, load_model, load_pictures
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,6 +149,8 @@ def benchmark(
         name: load_model(model, revision, trust_remote_code, any_task=True)
         for name, model in zip(named, models, strict=True)
     }
+    for name, (model, _) in loaded.items():
+        check_takes_images(name, model)
     processor = next(iter(loaded.values()))[1]
     count = max(2 * max(batch_size), 128 if "openvino-int8" in runtime else 0)
     pixels = processor(load_pictures([images], count)[0], return_tensors="pt")["pixel_values"]
@@ -350,7 +352,7 @@ def show(
 ) -> None:
     """Draw which patches of images the method kept, merged or dropped in each layer."""
     from hf_tokenreduce.convert import restore
-    from hf_tokenreduce.loading import load_model, load_pictures
+    from hf_tokenreduce.loading import check_takes_images, load_model, load_pictures
     from hf_tokenreduce.training.origin import was_trained
     from hf_tokenreduce.visualization import token_map_grid, write_page
 
@@ -358,6 +360,7 @@ def show(
         raise ValueError(f"--output must end in .html or .png, got {output}.")
     output.parent.mkdir(parents=True, exist_ok=True)
     reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    check_takes_images(model, reduced)
     if getattr(reduced.config, "reduction", None) is None:
         raise ValueError(
             f"{model} is not reduced, so there is nothing to show. Reduce it first by tokenreduce reduce."

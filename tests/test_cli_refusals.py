@@ -13,12 +13,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from families import family_model
 from helpers import tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import ViTImageProcessor
+from transformers import ASTFeatureExtractor, ViTImageProcessor
 
-from hf_tokenreduce import LTMPConfig, restore
+from hf_tokenreduce import LTMPConfig, ToMeConfig, reduce_tokens, restore
 from hf_tokenreduce.evaluation.compute import describe_model
 from hf_tokenreduce.files import known_settings
 from hf_tokenreduce.loading import load_model
@@ -290,3 +291,21 @@ def test_a_disk_that_is_full_changes_nothing(call, place, tmp_path):
     assert run.returncode == 2 and "could not be written" in run.stderr.splitlines()[-1], run.stderr
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_sounds_are_not_given_images(call, place, tmp_path):
+    reduce_tokens(family_model("ast"), ToMeConfig(r=3)).save_pretrained(tmp_path / "ast")
+    ASTFeatureExtractor(num_mel_bins=64, max_length=64).save_pretrained(tmp_path / "ast")
+    for command, message in (
+        (["predict", tmp_path / "ast", place / "photos"], "classifies sounds"),
+        (["show", tmp_path / "ast", place / "photos", "-o", tmp_path / "page.html"], "takes sounds"),
+        (["benchmark", tmp_path / "ast", "--images", place / "photos"], "takes sounds"),
+    ):
+        code, _, errors = call(*command)
+        assert code == 2 and message in errors, errors
+
+
+def test_numbers_of_a_benchmark_that_cannot_be(call, place):
+    for option in ("--threads", "--batch-size"):
+        code, _, errors = call("benchmark", place / "model", "--images", place / "photos", option, 0)
+        assert code == 2 and option in errors and "Traceback" not in errors

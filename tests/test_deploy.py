@@ -301,6 +301,16 @@ def test_the_readme_of_sounds_runs(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == model.config.id2label[model(heard).logits.argmax().item()]
 
 
+@pytest.mark.parametrize("format", ["onnx", "openvino", "torch"])
+def test_the_readme_runs_without_a_processor(tmp_path, capsys, monkeypatch, format):
+    model = reduce_tokens(tiny_model(num_hidden_layers=2), ToMeConfig(r=7))
+    export(model, tmp_path / "graph", format=format)
+    monkeypatch.chdir(tmp_path / "graph")
+    exec(Path("README.md").read_text().split("```python\n")[1].split("```")[0], {})
+    best = model(torch.zeros(1, 3, 32, 32)).logits.argmax().item()
+    assert capsys.readouterr().out.strip() == model.config.id2label[best]
+
+
 def test_no_graph_of_another_model_stays(tmp_path):
     model = reduce_tokens(tiny_model(num_hidden_layers=2), ToMeConfig(r=7))
     with model_folder(tmp_path) as place:

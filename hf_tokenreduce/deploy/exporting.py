@@ -119,7 +119,7 @@ def export(
             if image_processor is not None:
                 image_processor.save_pretrained(place)
             (place / "export.json").write_text(json.dumps(found, indent=1) + "\n")
-            (place / "README.md").write_text(readme(folder, model, found))
+            (place / "README.md").write_text(readme(folder, model, found, image_processor is not None))
     return found
 
 

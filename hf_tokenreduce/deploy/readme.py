@@ -24,6 +24,19 @@ config, processor = AutoConfig.from_pretrained("."), AutoFeatureExtractor.from_p
 sound = numpy.zeros(16000, dtype="float32")  # one channel, 16,000 numbers a second
 inputs = processor([sound]{times}, sampling_rate=16000, return_tensors="{kind}")["input_values"]""",
 }
+# Code for a folder without the processor of the model.
+UNREAD = {
+    "np": """import numpy
+from transformers import AutoConfig
+
+config = AutoConfig.from_pretrained(".")
+inputs = numpy.zeros({shape}, dtype="float32")  # instead of these, what the processor of the model makes""",
+    "pt": """import torch
+from transformers import AutoConfig
+
+config = AutoConfig.from_pretrained(".")
+inputs = torch.zeros({shape})  # instead of these, what the processor of the model makes""",
+}
 # Code that runs the graph, by its format.
 RUN = {
     "onnx": """import onnxruntime
@@ -43,7 +56,7 @@ answer = torch._inductor.aoti_load_package("model.pt2")(inputs)""",
 }
 
 
-def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> str:
+def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any], has_processor: bool = True) -> str:
     """Return the text of the README of an exported model, from the content of its export.json."""
     reduction = getattr(model.config, "reduction", None)
     what = (
@@ -53,7 +66,8 @@ def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> str:
     )
     name, size, of_torch = found["input"], found["batch_size"], found["format"] in ("torch", "aoti")
     times, kind = "" if size in (None, 1) else f" * {size}", "pt" if of_torch else "np"
-    read = READ[name].format(times=times, kind=kind)
+    shape = (size or 1, *found["shape"])
+    read = READ[name].format(times=times, kind=kind) if has_processor else UNREAD[kind].format(shape=shape)
     run = RUN[found["format"]].format(name=name)
     if of_torch and found["tokens"] is None:
         run += "[0]"
