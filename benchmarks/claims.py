@@ -197,8 +197,8 @@ def table(results: Path = RESULTS) -> list[str]:
         "1,768 photographs of TrashNet, and the dense control for as many. What needs no training was measured on "
         "photographs with ImageNet labels. So a claim that holds here is not proved, and one that fails is not "
         "refuted. *Start* is the dense model that training began with. Points are differences of top-1; in brackets "
-        "is the interval of 95 % for other images and, where there are several, for other seeds. \\* began with a start "
-        "that was trained once more than that of the control, as the next tables say.",
+        "is the interval of 95 % for other images and, where there are several, for other seeds. \\* began with a "
+        "start that was trained once more than that of the control, as the next tables say.",
         "",
         "| method | the paper says | here | by |",
         "|---" * 4 + "|",
