@@ -166,12 +166,9 @@ def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
 
 def former_slimming(rows: list[dict[str, Any]]) -> list[str]:
     """Say which rows of SiT were trained before its networks got their present start. They were not run again."""
-    some = [row for row in rows if row.get("method") == "sit"]
-    if not some:
+    if not any(row.get("method") == "sit" and row["setting"]["device"] == "cuda" for row in rows):
         return []
-    on_gpu = some[0]["setting"]["device"] == "cuda"
-    which = "All rows of SiT" if on_gpu else "The rows of SiT at 0.28"
-    return ["", f"{which} are older than the present start of its networks, and began with the former one."]
+    return ["", "All rows of SiT are older than the present start of its networks, and began with the former one."]
 
 
 def filter_lines(rows: list[dict[str, Any]]) -> list[str]:

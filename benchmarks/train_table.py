@@ -69,7 +69,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "sit-no-teacher": ("sit", {}, ["--logits_weight", "0", "--token_weight", "0"]),
     "sit-logits-only": ("sit", {}, ["--token_weight", "0"]),
     "sit-tokens-only": ("sit", {}, ["--logits_weight", "0"]),
-    "sit-fast-networks": ("sit", {}, ["--reducer_learning_rate_factor", "10"]),
     "ltmp-merge-only": ("ltmp", {"prune": False}, []),
     "ltmp-prune-only": ("ltmp", {"merge": False}, []),
 }
