@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification
 from hf_tokenreduce import BATConfig, EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.methods import METHODS as DESCRIBED
 from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArguments, recipe
-from hf_tokenreduce.training.groups import REVERSE
+from hf_tokenreduce.training.trainer import REVERSE
 
 
 ROWS = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(tiny_images(16))]
@@ -116,23 +116,6 @@ def test_learning_rates_of_their_own(tmp_path):
     assert rates[id(reducer.merge_threshold)] == 5e-3 and rates[id(reducer.prune_threshold)] == 2e-6
     assert rates[id(trainer.model.vit.layers[2].mlp.fc1.weight)] == 1e-4
     assert len(rates) == len(list(trainer.model.parameters()))
-
-
-def test_networks_of_a_method_can_learn_faster(tmp_path):
-    changes = {"learning_rate": 1e-4, "weight_decay": 0.05, "optim": "adamw_torch"}
-    usual = trainer_for(tmp_path / "usual", "sit", **changes)
-    usual = {id(p): group for group in usual.create_optimizer().param_groups for p in group["params"]}
-    assert {group["lr"] for group in usual.values()} == {1e-4}
-    trainer = trainer_for(tmp_path, "sit", **changes, reducer_learning_rate_factor=10)
-    found = {id(p): group for group in trainer.create_optimizer().param_groups for p in group["params"]}
-    assert len(found) == len(usual) == len(list(trainer.model.parameters()))
-    for name, parameter in trainer.model.named_parameters():
-        group = found[id(parameter)]
-        assert group["lr"] == pytest.approx(1e-3 if ".reducer." in name else 1e-4), name
-        assert group["weight_decay"] == (0.0 if "bias" in name or "norm" in name else 0.05), name
-    ltmp = trainer_for(tmp_path, "ltmp", **changes, freeze_backbone=False, reducer_learning_rate_factor=10)
-    with pytest.raises(ValueError, match="networks of a method, such as those of SiT, but this model has none"):
-        ltmp.create_optimizer()
 
 
 def test_a_checkpoint_finds_its_parameters_by_their_places(tmp_path):

@@ -16,8 +16,6 @@ class TokenReduceTrainingArguments(TrainingArguments):
         merge_learning_rate: Learning rate of LTMP's merge thresholds. None: `learning_rate`.
         prune_learning_rate: Learning rate of LTMP's prune thresholds. None: `learning_rate`.
         reverse_learning_rate_factor: Learning rate of SiT's token decoder, as a multiple of `learning_rate`.
-        reducer_learning_rate_factor: Learning rate of the method's own networks, such as the slimming networks of SiT,
-            as a multiple of `learning_rate`. Thresholds have their own rates, above.
         logits_weight: Weight of the distillation of the teacher's logits. 0 leaves it out.
         distillation_temperature: Temperature of the distillation of logits.
         token_weight: Weight of the distillation of the teacher's tokens, which is for SiT. 0 leaves it out.
@@ -36,10 +34,6 @@ class TokenReduceTrainingArguments(TrainingArguments):
     )
     reverse_learning_rate_factor: float = field(
         default=5.0, metadata={"help": "Learning rate of SiT's token decoder, as a multiple of learning_rate."}
-    )
-    reducer_learning_rate_factor: float = field(
-        default=1.0,
-        metadata={"help": "Learning rate of the method's own networks, as a multiple of learning_rate."},
     )
     logits_weight: float = field(
         default=0.0, metadata={"help": "Weight of the distillation of the teacher's logits. 0 leaves it out."}
@@ -60,7 +54,7 @@ class TokenReduceTrainingArguments(TrainingArguments):
         for name in ("logits_weight", "token_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0 (0 leaves the loss out), got {getattr(self, name)}.")
-        for name in ("distillation_temperature", "reverse_learning_rate_factor", "reducer_learning_rate_factor"):
+        for name in ("distillation_temperature", "reverse_learning_rate_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         if not 0 <= self.keep_rate_warmup <= 1:

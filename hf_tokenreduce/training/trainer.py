@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,12 +29,12 @@ from ..modeling.multiply_adds import shares_kept
 from ..tasks import facts_on
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
-from .groups import REVERSE, split_groups
 from .losses import distillation_loss, token_loss
 
 
 REVERSE_FILE = "reverse_slimming.safetensors"
 REDUCTION_FILE = "reduction.json"
+REVERSE = "reverse_slimming"  # attribute of the model that holds the token decoder during training; prefix of its keys
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +42,7 @@ logger = logging.get_logger(__name__)
 class TokenReduceTrainer(Trainer):
     """Train a reduced model: the `Trainer` of transformers, with these additions.
 
-    - Thresholds, SiT's token decoder and networks of a method can have their own learning rates.
+    - Thresholds and SiT's token decoder have their own learning rates.
     - Thresholds are clamped to [0, 1] after every step.
     - A frozen teacher can be distilled into the model.
     - The keep rate can fall from 1 to its value over the first steps.
@@ -150,7 +151,23 @@ class TokenReduceTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        split_groups(optimizer, (self.model if model is None else model).named_parameters(), self.args)
+        rates = {
+            "merge_threshold": self.args.merge_learning_rate,
+            "prune_threshold": self.args.prune_learning_rate,
+            REVERSE: self.args.learning_rate * self.args.reverse_learning_rate_factor,
+        }
+        special: dict[str, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in (self.model if model is None else model).named_parameters():
+            for part, rate in rates.items():
+                if part in name.split(".") and rate is not None and parameter.requires_grad:
+                    special[part].append(parameter)
+        special_ids = {id(parameter) for parameters in special.values() for parameter in parameters}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in special_ids]
+        for part, parameters in special.items():
+            decay = self.args.weight_decay if part == REVERSE else 0.0
+            optimizer.add_param_group({"params": parameters, "lr": rates[part], "weight_decay": decay})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
