@@ -298,12 +298,13 @@ def test_a_dry_run_is_exactly_what_would_be_sent(tmp_path):
         publish(folder, "someone/reduced", dry_run=tmp_path / "dry", load=False, skip_others=True)
 
 
-def test_code_without_a_name_is_told(tmp_path):
+def test_code_without_a_name_is_told(tmp_path, caplog):
     _, folder = saved(tmp_path)
     for repo_id, told in ((None, True), ("someone/reduced", False)):
         write_card(folder, repo_id=repo_id)
-        warnings = check_folder(folder, load=False).warnings
-        assert any("names <this repository>" in warning for warning in warnings) is told
+        caplog.clear()
+        publish(folder, "someone/reduced", dry_run=tmp_path / f"dry-{told}", load=False)
+        assert ("tokenreduce card" in caplog.text and "--repo-id someone/reduced" in caplog.text) is told
 
 
 def test_a_report_about_another_folder_is_refused(tmp_path):

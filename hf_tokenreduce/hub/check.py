@@ -34,7 +34,6 @@ from .configuration import (
 )
 from .contents import LEFT_BY_TRAINING, list_files, one_line, read_json, short
 from .processing import check_processor
-from .usage import NOT_NAMED
 from .weights import check_weights
 
 
@@ -157,8 +156,6 @@ def check_folder(
     warnings += _about_version(folder, code.version)
     if "README.md" not in files:
         warnings.append("There is no README.md: write_card(folder) writes a model card.")
-    elif NOT_NAMED in (folder / "README.md").read_text(encoding="utf-8", errors="replace"):
-        warnings.append(f"The code in README.md names {NOT_NAMED}: write_card(folder, repo_id=...) names it.")
     difference = None
     if load and not errors:
         try:

@@ -8,11 +8,15 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
 
 from ..files import holds_something, model_folder
 from .check import CheckReport, check_folder, copy_files
 from .contents import one_line
-from .usage import loading
+from .usage import NOT_NAMED, loading
+
+
+logger = logging.get_logger(__name__)
 
 
 class PublishError(RuntimeError):
@@ -107,6 +111,11 @@ def publish(
     elif report.folder.resolve() != folder.resolve():
         raise ValueError(f"report is about {report.folder}, not about {folder}. Leave it out: then it is made anew.")
     report.raise_for_errors()
+    if "README.md" in report.files and NOT_NAMED in (folder / "README.md").read_text(encoding="utf-8"):
+        logger.warning(
+            f"The code in README.md names {NOT_NAMED}. To name {repo_id} there, write the card again with it: "
+            f"tokenreduce card {folder} --repo-id {repo_id}, and publish once more."
+        )
     if target is not None:
         with model_folder(target) as place:
             copy_files(folder, report.files, place)
