@@ -229,6 +229,8 @@ def test_the_data_of_training_are_not_those_of_the_accuracy(folder, tmp_path):
     data = metadata(text)
     assert "model-index" not in data and data["datasets"] == ["someone/trash"] and "80.0 % (" in text
     assert 'from_pretrained("me/rubbish"' in part(text, "usage")  # the id of the card before
+    write_card(folder, record=RECORD)
+    assert metadata((folder / "README.md").read_text())["model-index"][0]["name"] == "rubbish"
     write_card(folder, repo_id="me/other")
     assert 'from_pretrained("me/other"' in part((folder / "README.md").read_text(), "usage")
 

@@ -100,11 +100,12 @@ def model_card(
         method = replace(
             method, summary=method.summary.replace("the class token attends", "the mean of all tokens attends")
         )
-    title = repo_id.split("/")[-1] if repo_id else (folder.resolve().name if folder else _stem(record))
     if previous is None:
         previous = "" if folder is None else _read(folder / "README.md")
     line_break = "\r\n" if "\r\n" in previous else "\n"
     block, old_body = split(previous.replace("\r\n", "\n"))
+    repo_id = repo_id or _id_in(old_body)
+    title = repo_id.split("/")[-1] if repo_id else (folder.resolve().name if folder else _stem(record))
     present_metadata = parse_metadata(block)
     given = {"base_model": base_model, "license": base_license, "datasets": dataset}
     explicit = {name for name, value in given.items() if value}
@@ -115,7 +116,6 @@ def model_card(
         known, method, title, base_model, base_license, dataset or _one(present_metadata.get("datasets")), task
     )
     block = merge_metadata(block, _changes(present_metadata, data, explicit))
-    repo_id = repo_id or _id_in(old_body)
     body = _body(folder, config, known, reduction, method, title, base_model, base_license, repo_id)
     if folder is not None and repo_id is not None:  # a title that this function wrote, before the id was known
         first = re.compile(rf"^# {re.escape(folder.resolve().name)}$", re.MULTILINE)
