@@ -350,6 +350,13 @@ def contents(dataset: Dataset, image_column: str = "image") -> list[str]:
     ]
 
 
+def undecoded(dataset: Dataset, image_column: str) -> Dataset:
+    """Return a data set whose images are files or bytes, for `decoded_picture`. An error can then name the file."""
+    if not isinstance(dataset.features.get(image_column), ImageFeature):
+        return dataset
+    return dataset.cast_column(image_column, ImageFeature(decode=False))
+
+
 def image_names(dataset: Dataset, image_column: str = "image") -> list[str]:
     """Return a name for each image of a data set: its folder and file, or its row."""
     files = dataset.cast_column(image_column, ImageFeature(decode=False))[image_column]

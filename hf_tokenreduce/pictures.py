@@ -91,8 +91,7 @@ def decoded_picture(image: Any) -> Image.Image:
 def read_picture(file: str | Path) -> Image.Image:
     """Read an image file as RGB, turned upright as its EXIF data say."""
     try:
-        with Image.open(file, formats=FORMATS) as picture:
-            return as_rgb(ImageOps.exif_transpose(picture))
+        return as_rgb(decoded_picture(str(file)))
     except Exception as error:  # the parsers of broken files raise many kinds
         raise ValueError(f"{file} {UNREADABLE} ({error}). Remove it or replace it.") from error
 

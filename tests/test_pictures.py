@@ -12,7 +12,7 @@ from transformers import ViTImageProcessor
 
 from hf_tokenreduce.calibration import load_pixel_values
 from hf_tokenreduce.evaluation.reading import sample_pixels
-from hf_tokenreduce.loading import load_image_folder, load_pictures
+from hf_tokenreduce.loading import load_image_folder, load_pictures, undecoded
 from hf_tokenreduce.pictures import as_rgb, read_picture, spread
 from hf_tokenreduce.serve import read_image
 from hf_tokenreduce.training.augmentation import EvalTransform, TrainTransform, decoded
@@ -138,7 +138,7 @@ def test_no_image_starts_another_program(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"Row 0 .* Repair or remove the file .*0\.jpg"):
         sample_pixels(dataset, processor, "image", 1)
     with pytest.raises(ValueError, match="Row 0 of the data set holds no readable image"):
-        read_labelled(dataset, 0, "image")
+        read_labelled(undecoded(dataset, "image"), 0, "image")
     (row,) = dataset.cast_column("image", ImageFeature(decode=False))["image"]
     with pytest.raises(ValueError, match=r"The image .*0\.jpg cannot be read"):
         decoded(row)

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from datasets import Image as ImageFeature
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
+from ..loading import undecoded
 from ..pictures import as_rgb, decoded_picture, spread
 
 
@@ -44,9 +44,8 @@ class _Reader(torch.utils.data.Dataset):
     """Batches of rows as pixel values, for a `DataLoader`."""
 
     def __init__(self, dataset: Dataset, batches: list[list[int]], image_column: str, processor: Any):
-        if isinstance(dataset.features.get(image_column), ImageFeature):  # an error can then name the file
-            dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
-        self.dataset, self.batches, self.image_column, self.processor = dataset, batches, image_column, processor
+        self.dataset, self.batches = undecoded(dataset, image_column), batches
+        self.image_column, self.processor = image_column, processor
 
     def __len__(self) -> int:
         return len(self.batches)

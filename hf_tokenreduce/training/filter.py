@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..evaluation.resume import digest_of_data
+from ..loading import undecoded
 from ..modeling.dlvit import DLViTConfig
 from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.tokens import start
@@ -142,10 +143,7 @@ def fit_filter(
         with torch.no_grad():
             for parameter, value in zip(reducer.parameters(), student.parameters(), strict=True):
                 parameter.copy_(value)
-        # set_reduction would make a new filter.
-        model.config.reduction = dataclasses.replace(reduction, trained=True)
-        for each in encoder_of(model).reducers:
-            each.built_for = model.config.reduction
+        model.set_reduction(dataclasses.replace(reduction, trained=True))  # the filter stays
 
         kept = torch.cat(
             [_decisions(model, patches_of(some.tolist())) for some in torch.tensor(held).split(batch_size)]
@@ -224,12 +222,13 @@ def _patch_reader(
     num_patches = facts.num_patches
     fits = len(rows) * num_patches * facts.hidden_size * model.dtype.itemsize <= max_cache_bytes
     cache: dict[int, Tensor] = {}
+    files = undecoded(dataset, column)
 
     def patches_of(places: list[int]) -> Tensor:
         unknown = [place for place in places if place not in cache]
         patches = {place: cache[place] for place in places if place in cache}
         if unknown:
-            photos = [read_image(dataset, rows[place], column) for place in unknown]
+            photos = [read_image(files, rows[place], column) for place in unknown]
             patches |= zip(unknown, embed(model, photos, image_processor)[:, -num_patches:].cpu(), strict=True)
             if fits:
                 cache.update(patches)

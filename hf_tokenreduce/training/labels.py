@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
-from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,6 +27,7 @@ from transformers.utils import logging
 from ..convert import reduce_tokens, stock_name
 from ..evaluation.resume import digest, digest_of_data, digest_of_model
 from ..files import known_settings, write_whole
+from ..loading import undecoded
 from ..methods import method_of
 from ..modeling.encoders import MODELS
 from ..modeling.version import __version__
@@ -156,11 +156,13 @@ def make_labels(
         processes.wait_for_everyone()
     settings = known_settings(folder / "settings.json", requested)
 
+    encoded = undecoded(dataset, image_column_name)
+
     def measure(some: list[int]) -> dict[str, np.ndarray]:
         read: dict[int, Any] = {}
         for row in some:
             try:
-                read[row] = read_image(dataset, row, image_column_name)
+                read[row] = read_image(encoded, row, image_column_name)
             except ValueError:
                 if on_error == "stop":
                     raise
@@ -206,10 +208,9 @@ def make_labels(
 
 
 def read_image(dataset: Any, row: int, image_column_name: str) -> Image.Image:
-    """Read the image of a row, in RGB. A `ValueError` names a row that cannot be read."""
+    """Read the image of a row of an `undecoded` data set, in RGB. A `ValueError` names a row that cannot be read."""
     try:
-        image = dataset.select([row]).cast_column(image_column_name, ImageFeature(decode=False))[0][image_column_name]
-        return as_rgb(decoded_picture(image))
+        return as_rgb(decoded_picture(dataset[row][image_column_name]))
     except Exception as error:  # the parsers of broken files raise many kinds
         raise ValueError(
             f"Row {row} of the data set holds no readable image in its column {image_column_name!r} ({error}). "
