@@ -99,6 +99,12 @@ def with_reduction(model: PreTrainedModel, reduction: Any) -> PreTrainedModel:
             f"This {name} is quantised, so its layers have other classes and cannot be reduced. Reduce the model "
             "first, save it, then load the folder with quantization_config."
         )
+    devices = {place for place in getattr(model, "hf_device_map", {}).values() if place not in ("cpu", "disk")}
+    if len(devices) > 1:  # what moves tokens from one device to the next is on the layers, which get new classes
+        raise ValueError(
+            f"This {name} is spread over {len(devices)} devices by device_map. Load it on one device, and reduce it "
+            "there."
+        )
     reduced = _around_the_weights_of(model, reduced_model_class(getattr(transformers, name)))
     reduced._set_reduction(reduction)
     if _runs(model, reduced.config.reduction):
@@ -217,6 +223,12 @@ def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedM
 
 def _adopt(shell: nn.Module, model: nn.Module, containers: set[int]) -> None:
     """Give `shell` the parameters and submodules of `model`. Containers are not shared: each model has its own."""
+    hooks = (*model._forward_pre_hooks.values(), *model._forward_hooks.values(), *model._backward_hooks.values())
+    if any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks):  # transformers leaves its own
+        logger.warning(
+            f"The hooks on the {type(model).__name__} are not kept, because the new model has one of another class. "
+            "Register them on the new model."
+        )
     shell.training = model.training
     shell._parameters.update(model._parameters)
     shell._buffers.update(model._buffers)

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 # Whatever the name of a file. Pillow knows more, such as EPS, for which it would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 UNREADABLE = "cannot be read as an image"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 
 
 def is_image(file: Path) -> bool:

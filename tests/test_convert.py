@@ -266,6 +266,18 @@ def test_what_has_to_learn_first_says_so(caplog, setting, message):
     assert message in caplog.text
 
 
+def test_hooks_that_are_not_kept_are_told(caplog):
+    model, seen = tiny_model(), []
+    model.set_attn_implementation("eager")
+    model(tiny_images(), output_hidden_states=True, output_attentions=True)  # leaves hooks of transformers
+    model.classifier.register_forward_hook(lambda *given: seen.append(given[0]))
+    reduce_tokens(model, ToMeConfig(r=2))(tiny_images())
+    assert seen and not caplog.text
+    model.vit.layers[1].attention.register_forward_pre_hook(lambda *given: seen.append(given[0]))
+    restore(reduce_tokens(model, ToMeConfig(r=2)))
+    assert caplog.text.count("The hooks on the ViTAttention are not kept") == 1
+
+
 def test_a_filter_serves_every_setting_of_its_method(caplog):
     """What it has learned is kept, and weights that have learned nothing are called random."""
     type(logging.get_logger()).warning_once.cache_clear()

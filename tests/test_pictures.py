@@ -13,7 +13,7 @@ from transformers import ViTImageProcessor
 from hf_tokenreduce.calibration import load_pixel_values
 from hf_tokenreduce.evaluation.reading import sample_pixels
 from hf_tokenreduce.loading import load_image_folder, load_pictures, undecoded
-from hf_tokenreduce.pictures import as_rgb, read_picture, spread
+from hf_tokenreduce.pictures import IMAGE_SUFFIXES, as_rgb, find_in, read_picture, spread
 from hf_tokenreduce.serve import read_image
 from hf_tokenreduce.training.augmentation import EvalTransform, TrainTransform, decoded
 from hf_tokenreduce.training.labels import read_image as read_labelled
@@ -45,6 +45,17 @@ def test_sixteen_bits_are_scaled_in_every_room(grey):
     for name, read in rooms.items():
         eight, sixteen = (np.asarray(read(grey / bits)) for bits in ("8", "16"))
         assert np.array_equal(eight, sixteen) and len(np.unique(eight)) > 8, name
+
+
+def test_every_room_counts_the_same_files(tmp_path):
+    """Also an animation, of which the first picture is read."""
+    (tmp_path / "class").mkdir()
+    red, blue = (Image.new("RGB", (8, 8), name) for name in ("red", "blue"))
+    for suffix in IMAGE_SUFFIXES - {".gif"}:
+        red.save(tmp_path / "class" / f"still{suffix}")
+    red.save(tmp_path / "class" / "moving.gif", save_all=True, append_images=[blue])
+    assert len(list(find_in(tmp_path))) == len(load_image_folder(tmp_path)["train"]) == len(IMAGE_SUFFIXES)
+    assert np.asarray(read_picture(tmp_path / "class" / "moving.gif"))[0, 0].tolist() == [255, 0, 0]
 
 
 class _OnCpu:

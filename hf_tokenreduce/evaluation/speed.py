@@ -159,6 +159,8 @@ def _time_batches(
             if reason is not None:
                 left_out.append(f"{name} in {runtime} at batch {batch_size}: {reason}")
                 continue
+            if RUNTIMES[runtime]:
+                bar.set_description(f"making the graph of {name}")
             prepare = partial(_prepared, runtime if name not in adaptive else "eager", images=batches[0])
             if RUNTIMES[runtime]:
                 one_by_one = name in adaptive
@@ -183,6 +185,7 @@ def _time_batches(
                     lengths[key], oracles[key] = wanted, cut
                     runs[key] = prepare(cut)
 
+    bar.set_description("timing")
     if not runs:
         raise ValueError(f"Nothing can be timed: {'; '.join(left_out)}.")
     seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in runs}

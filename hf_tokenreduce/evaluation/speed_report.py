@@ -44,7 +44,7 @@ class SpeedRow:
         peak_memory_mib: Peak memory in MiB, above what the model and the images take.
         memory_over_dense: Peak memory divided by the dense model's.
         breakdown: Share of the time of each part, see `hf_tokenreduce.evaluation.breakdown`.
-        nearest: For a model that does not pay, the nearest setting of its method that does, and its speed-up.
+        nearest: For a model that is not shown to pay, the nearest setting of its method that is, and its speed-up.
     """
 
     name: str
@@ -178,7 +178,7 @@ class BenchmarkReport:
         return "\n".join(lines)
 
     def _what_does_not_pay(self) -> list[str]:
-        """Return a line of advice for each reduced model that is not faster than dense."""
+        """Return a line of advice for each reduced model that is not faster than dense, as far as the timing shows."""
         lines = []
         for row in self.rows:
             if row.method is None or row.pays:
@@ -188,16 +188,20 @@ class BenchmarkReport:
                 for other in self.rows
                 if (other.name, other.dtype, other.runtime) == (row.name, row.dtype, row.runtime) and other.pays
             ]
-            advice = "Use the dense model here."
+            what, advice = f"{row.name} does not pay", "Use the dense model here."
+            if row.speedup > 1:  # the interval reaches below 1, so the noise may be larger than the gain
+                what = f"It is not certain that {row.name} pays"
+                advice = "Measure with more repeats while the machine does nothing else."
             if row.nearest is not None:
                 setting, speedup = row.nearest
                 advice = f"The nearest setting of its method that pays: {json.dumps(setting)}, {speedup:.2f} x dense."
             elif paying:
                 nearest = min(paying, key=lambda size: abs(size - row.batch_size))
-                advice = f"Use the dense model here. At batch {nearest} the reduction pays."
+                advice += f" At batch {nearest} the reduction pays."
+            low, high = row.speedup_interval
             lines.append(
-                f"- {row.name} does not pay on this device at batch {row.batch_size} in {row.dtype}, {row.runtime}: "
-                f"{row.speedup:.2f} x dense. {advice}"
+                f"- {what} on this device at batch {row.batch_size} in {row.dtype}, {row.runtime}: "
+                f"{row.speedup:.2f} x dense ({low:.2f} to {high:.2f}). {advice}"
             )
         return ["", *lines] if lines else []
 
