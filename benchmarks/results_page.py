@@ -48,7 +48,7 @@ RUNTIMES = {
     "openvino": "OpenVINO",
     "openvino-int8": "OpenVINO, 8 bits",
 }
-PACKAGES = ("eager", "onnx", "openvino")  # the other runtimes are ways of these
+HEADINGS = {("eager", "compiled"): ", compiled", ("eager", "openvino-int8"): ", in 8 bits"}
 Table = Callable[[Path], list[str]]
 
 
@@ -249,11 +249,11 @@ def speed(file: Path) -> list[str]:
     batches = unique(row["batch_size"] for row in rows)
     names = unique(row["name"] for row in rows)
     size = file.stem.removeprefix("speed-").removesuffix("-" + "-".join(runtimes))
-    versions = [f"{RUNTIMES[name]} {it}" for name, it in settings["runtimes"].items() if name in PACKAGES]
+    versions = unique(f"{RUNTIMES[name].split(',')[0]} {it}" for name, it in settings["runtimes"].items())
     which = "--deit_tiny MODEL --images PHOTOS --sizes" if size == "deit-tiny" else f"--sizes {size}"
     if batches != [1, 8, 32]:
         which += f" --batch_sizes {' '.join(map(str, batches))}"
-    more = ", compiled" if "compiled" in runtimes else f", {batches[0]} images at once" if len(batches) == 1 else ""
+    more = HEADINGS.get(tuple(runtimes), f", {batches[0]} images at once" if len(batches) == 1 else "")
     lines = [
         f"## Speed of {size}{more}",
         "",
