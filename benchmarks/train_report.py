@@ -18,7 +18,7 @@ from hf_tokenreduce.methods import METHODS
 
 
 START, CONTROL = "start", "dense"
-RESAMPLES = 10_000
+RESAMPLES = 40_000
 OTHER_START = (
     "\\* The start of this seed was trained once more on another machine, with the same command. Sums are rounded "
     "otherwise there, so these rows begin from other weights than the dense control that they are compared with."
@@ -87,11 +87,13 @@ def interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
 def _interval(content: bytes, seeds: int, images: int, seed: int) -> tuple[float, float]:
     differences = np.frombuffer(content, dtype=np.int8).reshape(seeds, images)
     generator = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for one in range(RESAMPLES):
-        drawn = differences[generator.integers(0, seeds, seeds)]
-        means[one] = drawn.mean(axis=0)[generator.integers(0, images, images)].mean()
-    low, high = np.quantile(100 * means, [0.025, 0.975])
+    drawn_seeds = np.sort(generator.integers(0, seeds, (RESAMPLES, seeds)), axis=1)
+    means = []
+    for drawn, times in zip(*np.unique(drawn_seeds, axis=0, return_counts=True), strict=True):
+        # The sums over seeds have few values, so drawing images anew is drawing how often each value comes.
+        values, images_with = np.unique(differences[drawn].sum(axis=0, dtype=int), return_counts=True)
+        means.append(generator.multinomial(images, images_with / images, size=times) @ values / (seeds * images))
+    low, high = np.quantile(100 * np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
 
 

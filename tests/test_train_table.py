@@ -262,6 +262,18 @@ def running_at(happened):
         yield running
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_are_those_of_drawing_seeds_and_images_anew(modules, seeds):
+    _, report = modules
+    generator, images = np.random.default_rng(5), 90
+    differences = generator.choice([-1, 0, 1], (seeds, images), p=[0.2, 0.7, 0.1])
+    means = []
+    for _ in range(4000):
+        drawn = differences[generator.integers(0, seeds, seeds)]
+        means.append(100 * drawn.mean(axis=0)[generator.integers(0, images, images)].mean())
+    assert report.interval(differences) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=150 / images / seeds)
+
+
 def test_cells_are_trained_at_the_same_time(modules, trained_beside, tmp_path, capsys):
     table, _ = modules
     happened, code = trained_beside("--jobs", "4", "--seeds", "0", "1", "--shares", "0.65", "0.45")
