@@ -63,7 +63,7 @@ def page(results: Path = RESULTS) -> str:
         (results.glob("cuda-nvidia-*.json"), lambda file: cuda_report.section(file, link(file))),
         (results.glob("int8-accuracy-*.json"), int8),
         ([results] if any(results.glob("train-*/*.json")) else [], claims.table),
-        ((folder for folder in results.glob("train-*") if any(folder.glob("*.json"))), trained),
+        ((folder for folder in results.glob("**/train-*") if any(folder.glob("*.json"))), trained),
         (results.glob("loader-speed.json"), loader),
         ([results / "trashnet"] if any(results.glob("trashnet/*.json")) else [], trashnet),
     ]

@@ -18,6 +18,7 @@ from hf_tokenreduce.methods import METHODS
 
 
 START, CONTROL = "start", "dense"
+EPOCHS = 3  # of everything but the starts, unless the records say otherwise
 RESAMPLES = 40_000
 OTHER_START = (
     "\\* The start of this seed was trained once more on another machine, with the same command. Sums are rounded "
@@ -129,8 +130,11 @@ def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
     machines = sorted({row["machine"].split(",")[0] for row in rows})
     at_once = max(row.get("jobs", 1) for row in rows)
     beside = f" Up to {at_once} runs shared the machine, so one alone would take less." if at_once > 1 else ""
+    epochs = next((line["epochs"] for line in lines if line["name"] != START), EPOCHS)
+    title = f"# {setting['model']} trained on {setting['train']}"
+    title += "" if epochs == EPOCHS else f" for {epochs} epochs"
     text = [
-        f"# {setting['model']} trained on {setting['train']}{', on a GPU' if setting.get('device') == 'cuda' else ''}",
+        f"{title}{', on a GPU' if setting.get('device') == 'cuda' else ''}",
         "",
         f"Top-1 in percent on {images} images of {' and '.join(setting['eval'])}, from which nothing was trained or "
         "chosen. Every row begins with the start of its seed and trains as many epochs as the dense control of its "
