@@ -52,8 +52,11 @@ def reduce_to_share(
         raise ValueError(
             f"{found.title} learns nothing from images without a share. Give a share, or leave images out."
         )
-    # Begin with the dense form. A model that runs this very setting would share its learned parts with the new one.
-    model = reduce_tokens(model, None)
+    # What is fitted begins with the dense form. Else it would share its learned parts with the given model.
+    given, model = model, reduce_tokens(model, None)
+    own: Any = getattr(given.config, "reduction", None)
+    if getattr(own, "method", None) == found.name and hasattr(own, "trained"):  # one filter serves every setting
+        settings = {"trained": own.trained, **settings}
     fitted = share is not None and found.at_share is None and found.fit_share is not None
     facts = facts_of(model.config)
     if share is not None and encoder_of(model).tower.any_size:
@@ -78,7 +81,7 @@ def reduce_to_share(
         pixels = load_pixel_values(model, images, image_processor, MOST_IMAGES).to(model.dtype)
         setting = found.fit_share(model, pixels, share, **settings)  # type: ignore[misc]
     if images is None or found.prepare is None:
-        return reduce_tokens(model, setting)
+        return reduce_tokens(given, setting)
     reduced = with_reduction(model, setting)
     calibrate(reduced, images, getattr(setting, "target", None), image_processor=image_processor)
     return reduced

@@ -36,7 +36,8 @@ def reduce_tokens(
     The result shares its parameters with `model`, and `model` stays as it was. The result has the same dtype and
     device, and begins in the same train or eval mode. If something changes a parameter in place, such as training or
     `.to(torch.bfloat16)`, the parameter changes in both models, unless `copy=True`. Learned parts of a method are
-    shared if the model already runs this `reduction`. Otherwise they start untrained.
+    shared if the model already runs this `reduction`. Those of DL-ViT and DTEM are shared under every setting of their
+    method. Otherwise learned parts start untrained.
 
     Args:
         model (`PreTrainedModel`): A model of transformers whose vision encoder can be reduced, such as a
@@ -80,7 +81,7 @@ def reduce_tokens(
     known = {id(parameter) for parameter in model.parameters()}
     own = [parameter for reducer in encoder_of(reduced).reducers for parameter in reducer.parameters()]
     if untrained is not None and not any(id(parameter) in known for parameter in own):
-        logger.warning_once(untrained)
+        logger.warning(untrained)
     return reduced
 
 

@@ -201,6 +201,7 @@ def test_wrong_settings(tmp_path):
         (lambda: trainer_for(tmp_path, "sit", keep_rate_warmup=0.5), "keep_rate_warmup is for methods.*SiTConfig"),
         (lambda: trainer_for(tmp_path, "tome", keep_rate_warmup=0.5), "keep_rate_warmup is for methods.*ToMeConfig"),
         (lambda: trainer_for(tmp_path, "tome", freeze_backbone=True), "nothing to learn"),
+        (lambda: trainer_for(tmp_path, "dlvit", freeze_backbone=True), "DLViTConfig has nothing to learn"),
         (lambda: trainer_for(tmp_path, "tome", teacher_model=tiny_model()), "would teach nothing"),
         (lambda: trainer_for(tmp_path, "tome", eval_dataset=[]), "eval_dataset is empty"),
         (

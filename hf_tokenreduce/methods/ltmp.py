@@ -1,5 +1,6 @@
 """The description of LTMP, and how its thresholds are found without training."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -105,9 +106,18 @@ def fit_thresholds(
         for threshold, value in given:
             threshold.copy_(value)
         raise
+    aim_at(model, target)
     if abs(share - target) > tolerance:
         logger.warning(f"target={target} was not met exactly: {share:.3f} is the closest. More images may help.")
     return share
+
+
+def aim_at(model: PreTrainedModel, target: float) -> None:
+    """Set the target of a model's setting, which a later training aims at. The thresholds stay as they are."""
+    setting = dataclasses.replace(model.config.reduction, target=target)
+    model.config.reduction = setting
+    for reducer in encoder_of(model).reducers:
+        reducer.built_for = setting
 
 
 def _set_thresholds(reducer: Any, view: Any, state: Any, part: float, merge_share: float) -> None:

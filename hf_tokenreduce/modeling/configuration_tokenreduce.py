@@ -88,7 +88,8 @@ class TokenReduceConfigMixin(_StockConfig):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         part = cls.base_config_key
         if part and part in config_dict:  # the folder holds a larger model with this part inside
-            config_dict = {"model_type": cls.base_model_type, **config_dict[part]}
+            reduction = config_dict.get("reduction")
+            config_dict = {"model_type": cls.base_model_type, **config_dict[part], "reduction": reduction}
         found = config_dict.get("model_type", cls.model_type)
         if found == cls.base_model_type:
             config_dict = {**config_dict, "model_type": cls.model_type}

@@ -44,7 +44,8 @@ class LTMPConfig(ReductionConfig):
     Args:
         merge: Whether tokens merge if their similarity is above the merge threshold.
         prune: Whether tokens are pruned if their importance is not above the prune threshold.
-        target: Share of the multiply-adds to keep, which training aims at.
+        target: Share of the multiply-adds to keep, which training aims at. `calibrate` sets it to its own target. The
+            loss of the training counts them by the authors' formula, without the search for pairs.
         temperature: Temperature of the sigmoid that gives the thresholds their gradient in training.
         budget_weight: Factor of the squared distance from `target` in the loss.
         merge_threshold: Initial merge threshold of every layer, between 0 and 1. 1.0 merges nothing.
@@ -201,7 +202,6 @@ class LTMPReducer(Reducer):
 
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)
-        self.settings = facts.reduction
         self.max_tokens = self.settings.cap(layer)
         self.hidden_size = facts.hidden_size
         self.prop_attn = self.settings.merge
@@ -212,6 +212,10 @@ class LTMPReducer(Reducer):
             self.prune_threshold = _threshold(self.settings.prune_threshold)
 
     in_float32 = ("merge_threshold", "prune_threshold")
+
+    @property
+    def settings(self) -> Any:
+        return self.built_for
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move thresholds to another device with the model, but keep them in float32: a half type would round them."""

@@ -101,7 +101,7 @@ class TokenReduceMixin(_StockModel):
         kept = self._set_reduction(reduction)
         untrained = None if self.config.reduction is None else self.config.reduction.untrained()
         if untrained is not None and not kept:
-            logger.warning_once(untrained)
+            logger.warning(untrained)
 
     def _set_reduction(self, reduction) -> bool:
         """Do so without a warning. Return whether learned parts were kept."""
@@ -208,7 +208,7 @@ class TokenReduceMixin(_StockModel):
             RECORDER.reset(token)
         return output, recorder.encoded
 
-    def _extended(self, output: Any, encoded: list[Encoded], num_items: Any) -> Any:
+    def _extended(self, output: Any, encoded: list[Encoded], num_items: Any, labels: Any) -> Any:
         """Add our fields to the stock model's output. The encoder ran once, or not at all if there are no images."""
         values = dict(output.items())
         if len(encoded) == 1:
@@ -226,8 +226,10 @@ class TokenReduceMixin(_StockModel):
                 auxiliary_loss = encoder_of(self).reducers[0].auxiliary_loss(one.kept_shares, one.num_tokens)
                 if num_items is not None and getattr(self, "accepts_loss_kwargs", True):
                     # Trainer then divides nothing itself: the parts of all accumulated batches and processes must add
-                    # up to a mean.
-                    auxiliary_loss = auxiliary_loss * len(one.counts) / num_items
+                    # up to a mean. An item is an image, or a word that is predicted.
+                    of_words = labels is not None and len(self.input_modalities) > 1
+                    items = (labels[..., 1:] != -100).sum() if of_words else len(one.counts)
+                    auxiliary_loss = auxiliary_loss * items / num_items
                 values["auxiliary_loss"] = auxiliary_loss
                 if values.get("loss") is not None:
                     values["task_loss"] = values["loss"]
@@ -294,7 +296,7 @@ def _recorded(stock_forward: Any) -> Any:
             count = (inputs.shape[-2] // patch_height) * (inputs.shape[-1] // patch_width)
             kwargs["noise"] = torch.arange(count, device=inputs.device).expand(inputs.shape[0], -1)
         output, encoded = self._run_recorded(stock_forward, args, kwargs, output_patch_map)
-        output = self._extended(output, encoded, kwargs.get("num_items_in_batch"))
+        output = self._extended(output, encoded, kwargs.get("num_items_in_batch"), given("labels"))
         returns_dict = self.config.return_dict if return_dict is None else return_dict
         return output if returns_dict else output.to_tuple()
 

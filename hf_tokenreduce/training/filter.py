@@ -117,7 +117,7 @@ def fit_filter(
     # A float32 copy is trained, whatever the dtype of the model, so that an error leaves the model as it was.
     student = copy.deepcopy(reducer).float().requires_grad_()
     generator = torch.Generator().manual_seed(seed)
-    _start_anew(student, model.config.initializer_range, generator)
+    _start_anew(student, getattr(encoder_of(model).config, "initializer_range", 0.02), generator)
     patches_of = _patch_reader(model, dataset, rows, image_processor, image_column_name, max_cache_bytes)
     optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate)
     steps = epochs * -(-len(learning) // batch_size)

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForImageClassification,
     EvalPrediction,
     HfArgumentParser,
+    PreTrainedConfig,
     ProgressCallback,
     set_seed,
 )
@@ -235,6 +236,17 @@ def name_of_validation(data_args: DataArguments, split: Any = None, model: str =
     return f"{name} (a part held out of the training, but not of the labels of the filter)"
 
 
+def method_in(name: str, revision: str) -> str | None:
+    """Return the name of the method that reduces the model in a folder or on the Hub. None: it is not reduced, or
+    cannot be read, which is told when it is loaded."""
+    try:
+        setting = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("reduction")
+    except (OSError, ValueError):
+        return None
+    method = setting.get("method") if isinstance(setting, dict) else None
+    return method if method in METHODS else None
+
+
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenReduceTrainingArguments]:
     """Parse the arguments. The method's recipe gives the defaults of the training arguments."""
     description = "Fine-tune an image classifier with any token reduction method, by the method's recipe."
@@ -248,7 +260,8 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
         raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATION)}, got {known.augmentation!r}.")
     if known.on_error not in ("stop", "skip"):
         raise ValueError(f"on_error must be stop or skip, got {known.on_error!r}.")
-    defaults = recipe(known.reduction or next(iter(METHODS)), known.recipe)
+    method = known.reduction or method_in(known.model_name_or_path, known.model_revision)
+    defaults = recipe(method or next(iter(METHODS)), known.recipe)
     if known.recipe == "paper":  # its batch is that of all devices together
         devices = int(os.environ.get("WORLD_SIZE", 1))
         defaults["per_device_train_batch_size"] = max(1, defaults["per_device_train_batch_size"] // devices)

@@ -106,7 +106,7 @@ class TokenReduceTrainer(Trainer):
             )
         if args.freeze_backbone:
             learned = [p for reducer in encoder_of(reduced).reducers for p in reducer.parameters()]
-            if not learned:
+            if not learned or method.learn_from_labels is not None:  # that was before the training
                 raise ValueError(
                     f"With freeze_backbone, {type(reduction).__name__} has nothing to learn. Set it to False."
                 )

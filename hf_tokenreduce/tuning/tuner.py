@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from .parts import LEAST_IMAGES, Parts, split_rows
 from .report import LEFT_OUT, SEARCHED, TuningReport, write_report
 from .search import Target, choose, measured, meets, pareto_front, search
 from .space import Variant, searched_methods, variants_of
-from .trials import CALIBRATION_IMAGES, Trials
+from .trials import CALIBRATION_IMAGES, Quality, Trials
 
 
 MODEL = "model"  # folder of the chosen model, inside the folder of the report
@@ -174,7 +174,7 @@ def tune(
     tried = {setting.method for setting in trials.tried()}
     rows = _rows(trials, comparison, shown, of_dense_classes=not of_features and labels is None)
     write_comparison(Comparison(rows, where), f"{name}, {len(held_out)} images")
-    row, why = _decided(rows, target, speed, why)
+    row, why = _decided(rows, target, speed, why, trials.order)
     report = TuningReport(
         model=name,
         target=target._asdict(),
@@ -368,14 +368,18 @@ def _rows(
     return rows
 
 
-def _decided(rows: list[dict[str, Any]], target: Target, speed: bool, why: str) -> tuple[dict[str, Any], str]:
-    """Return the chosen record, and a reason if it is not the search's choice, because that one is not faster."""
+def _decided(
+    rows: list[dict[str, Any]], target: Target, speed: bool, why: str, order: Callable[[Quality], float]
+) -> tuple[dict[str, Any], str]:
+    """Return the chosen record, and a reason if it is not the search's choice, because that one is not faster. The
+    best of the others by `order` then takes its place."""
     wanted = next((row for row in rows if "chosen" in row["roles"]), rows[0])
     chosen = wanted
     if speed and wanted is not rows[0]:
         # A default keeps the share that was asked for. It was not checked against the other kinds of target.
         roles = {"runner-up", "default"} if target.kind == "share" else {"runner-up"}
-        able = [wanted, *(row for row in rows if roles & set(row["roles"]))]
+        others = [row for row in rows if roles & set(row["roles"]) and row["search"] is not None]
+        able = [wanted, *sorted(others, key=lambda row: order(Quality(**row["search"])))]
         paying = [row for row in able if (row["speedup_interval"] or [0])[0] > 1]  # by more than the noise
         chosen = paying[0] if paying else rows[0]
         speed_of_wanted = f"{wanted['name']}, which the search found, "
