@@ -21,10 +21,11 @@ from .files import known_settings, write_whole
 from .modeling.version import __version__
 from .modes import evaluating
 from .pictures import UNREADABLE, find_in, is_image, read_picture
-from .tasks import all_layers_act, task_of_model
+from .tasks import all_layers_act, class_scores, task_of_model
 
 
 SETTINGS = "settings.json"
+ENOUGH_FAILURES = 64  # so many images that all fail, before any works, end a run
 
 Answer = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A function: pixel values (B, C, H, W) -> logits (B, classes), and tokens that leave the last layer, (B,)."""
@@ -109,17 +110,16 @@ def _predict(
     parts = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     reader = _Reader(parts, image_processor)
     loader: Any = DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(parts)))
-    labels = model.config.id2label
+    labels, failures = model.config.id2label, 0
     answer = model.with_counts if isinstance(model, ExportedModel) else _of_torch(model)
     with logging.tqdm(total=len(files), desc="predicting", leave=False, disable=not show, file=sys.stderr) as bar:
         for readable, errors, pixel_values in loader:
             some, failed, logits, tokens = _answered(answer, readable, [one.to(device) for one in pixel_values])
             worked = worked or bool(some)
-            if len(readable) > 1 and not worked:
-                raise ValueError(f"The model fails on every image. On {failed[0][0]}: {failed[0][1]}.")
+            failures += len(failed) if len(readable) > 1 else 0  # an image alone is just one with an error
             rows = [{"file": file, "error": error} for file, error in [*errors, *failed]]
             if some:
-                best = logits.float().softmax(dim=-1).topk(min(top_k, logits.shape[-1]))
+                best = class_scores(logits, model.config).topk(min(top_k, logits.shape[-1]))
                 for file, scores, indices, count in zip(
                     some, best.values.tolist(), best.indices.tolist(), tokens.tolist(), strict=True
                 ):
@@ -134,6 +134,11 @@ def _predict(
                     keep(row)
                 yield row
             bar.update(len(rows))
+            if not worked and failures >= ENOUGH_FAILURES:
+                break
+    if failures and not worked:
+        of = "every image" if failures < ENOUGH_FAILURES else f"the first {failures} images"
+        raise ValueError(f"The model fails on {of}. On {failed[0][0]}: {failed[0][1]}.")
 
 
 def _done(part: Path, base: str) -> Iterator[str]:

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 import statistics
 import warnings
@@ -27,8 +28,9 @@ from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import encoder_of
 from .modeling.multiply_adds import multiply_adds
 from .pictures import FORMATS, as_rgb
-from .tasks import facts_on
+from .tasks import class_scores, facts_on
 from .timing import in_turns
+from .training.origin import was_trained
 from .visualization import seen_images, token_maps
 from .visualization.drawing import draw_layer, resized_to_cells
 
@@ -184,7 +186,9 @@ class SideBySide:
 
     def _predictions(self, logits: Tensor) -> list[tuple[str, float]]:
         labels = self.dense.config.id2label
-        best = logits.float().softmax(dim=-1).topk(min(TOP, len(logits)))
+        if not logits.isfinite().all():
+            raise ValueError("What the model computes for this image is not finite. Try to load it in float32.")
+        best = class_scores(logits, self.dense.config).topk(min(TOP, len(logits)))
         names = [str(labels[index]).split(",")[0] for index in best.indices.tolist()]
         # Two classes may have the same name, such as the two cranes of ImageNet.
         unique = [
@@ -248,6 +252,14 @@ def build_app(
     comparison = load_side_by_side(folder_or_id, revision=revision, trust_remote_code=trust_remote_code)
     methods = comparison.methods()
     name = Path(folder_or_id).name if Path(folder_or_id).is_dir() else str(folder_or_id)
+    words = (
+        "Compare the model on all tokens of an image with the same model on fewer tokens. In the picture of the tokens, "
+        "patches that became one token share its colour and an outline. Dropped patches fade."
+    )
+    if was_trained(str(folder_or_id), revision):
+        words += (
+            " This model was trained with its reduction, and not for all tokens, so *Dense* is no fair comparison."
+        )
 
     def compare(file: str | None, method: str, budget: float) -> tuple[Any, ...]:
         if file is None:
@@ -270,11 +282,7 @@ def build_app(
         )
 
     with gr.Blocks(title=f"{name}, with fewer tokens", analytics_enabled=False, delete_cache=(600, 600)) as app:
-        gr.Markdown(
-            f"# {_plain(name)}\nCompare the model on all tokens of an image with the same model on fewer tokens. In "
-            "the picture of the tokens, patches that became one token share its colour and an outline. Dropped "
-            "patches fade."
-        )
+        gr.Markdown(f"# {_plain(name)}\n{words}")
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
                 image = gr.Image(
@@ -356,8 +364,8 @@ def serve(
     """
     if not 1 <= port <= 65535:
         raise ValueError(f"port must lie between 1 and 65535, got {port}.")
-    if not max_upload_mb > 0:
-        raise ValueError(f"max_upload_mb must be above 0, got {max_upload_mb}.")
+    if not 0 < max_upload_mb < math.inf:
+        raise ValueError(f"max_upload_mb must be a number above 0, got {max_upload_mb}.")
     gr = _gradio()
     app = build_app(folder_or_id, revision=revision, trust_remote_code=trust_remote_code, max_upload_mb=max_upload_mb)
     limit = int(max_upload_mb * 1024**2)
@@ -366,7 +374,7 @@ def serve(
         logger.warning(f"The page listens on {host}: everyone who can reach port {port} of this computer can use it.")
     try:
         app.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             inbrowser=open_browser,
             share=False,
@@ -381,7 +389,9 @@ def serve(
             mcp_server=False,
         )
     except OSError as error:
-        raise ValueError(f"The page cannot listen on port {port} of {host} ({error}). Give another port.") from error
+        raise ValueError(
+            f"The page cannot listen on port {port} of {host} ({error}). Give another port or host."
+        ) from error
 
 
 def report(answer: Answer) -> str:

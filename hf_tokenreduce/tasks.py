@@ -90,6 +90,13 @@ class ImageSide(nn.Module):
         return model.get_image_features(pixel_values, **options)
 
 
+def class_scores(logits: Tensor, config: Any) -> Tensor:
+    """Return the score of each class, (B, classes) float32, by the rule of `pipeline`: one sigmoid per class if a model
+    has one logit or was trained on several labels per image, else a softmax."""
+    one_by_one = getattr(config, "problem_type", None) == "multi_label_classification" or logits.shape[-1] == 1
+    return logits.float().sigmoid() if one_by_one else logits.float().softmax(dim=-1)
+
+
 def all_layers_act(model: PreTrainedModel) -> dict[str, Any]:
     """Return options of a forward pass in which the last layer reduces too, although its patches are not read.
 

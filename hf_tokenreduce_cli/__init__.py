@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
         arguments.remove("--debug")
     else:
         _hide_messages_of_libraries()
+    for stream in (sys.stdout, sys.stderr):  # a name that they cannot show must not stop a run, as it would on Windows
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=arguments, prog_name="tokenreduce", obj=arguments)
     except Exception as error:

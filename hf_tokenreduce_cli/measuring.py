@@ -86,7 +86,7 @@ def evaluate(
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        if dense is None and was_trained(model):
+        if dense is None and was_trained(model, revision):
             print(
                 f"{model} was trained with its reduction. It was compared with the same weights without reduction, "
                 "for which they were not trained. For a fair comparison give --dense, a dense model that was trained "
@@ -142,6 +142,8 @@ def benchmark(
             f"torch finds no CUDA device for --device {device}. Use --device cpu, or install a torch for CUDA."
         )
     if output is not None:
+        if output.is_dir():
+            raise ValueError(f"{output} is a folder. Give --output the name of a file, such as {output}/speed.json.")
         output.parent.mkdir(parents=True, exist_ok=True)
     last = [name.rstrip("/").split("/")[-1] for name in models]
     named = last if len(set(last)) == len(last) else models
@@ -369,7 +371,9 @@ def show(
     if output.suffix == ".png":
         token_map_grid(reduced, pictures, processor, layer, names=names).save(output)
     else:
-        other = None if was_trained(model) else restore(reduced)  # without its reduction it was never trained
+        other = (
+            None if was_trained(model, revision) else restore(reduced)
+        )  # without its reduction it was never trained
         if dense is not None:
             other = load_model(dense, trust_remote_code=trust_remote_code)[0]
         write_page(reduced, pictures, processor, output, dense=other, names=names, layers=layer, title=title)

@@ -176,6 +176,7 @@ def predict(
     If torchrun launches several processes, they share the images."""
     import torch
     from accelerate import PartialState
+    from accelerate.utils import gather_object
 
     from hf_tokenreduce.deploy import is_exported, load_exported
     from hf_tokenreduce.loading import load_model
@@ -202,6 +203,8 @@ def predict(
         elif output_dir is None:
             others = "".join(f", {other['label']} {other['score']:.1%}" for other in row.get("others", []))
             print(f"{row['file']}: {row['label']} {row['score']:.1%}{others} ({row['tokens']} tokens)")
+    if PartialState().num_processes > 1:
+        broken = sum(gather_object([broken]))
     if PartialState().is_main_process and not as_json:
         if output_dir is not None:
             out.print(f"The predictions are in {escape(str(output_dir))}, one line per image.")

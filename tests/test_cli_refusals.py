@@ -309,3 +309,21 @@ def test_numbers_of_a_benchmark_that_cannot_be(call, place):
     for option in ("--threads", "--batch-size"):
         code, _, errors = call("benchmark", place / "model", "--images", place / "photos", option, 0)
         assert code == 2 and option in errors and "Traceback" not in errors
+
+
+def test_a_report_needs_the_name_of_a_file(call, place, tmp_path):
+    words = ("benchmark", place / "model", "--images", place / "photos", "-o", tmp_path)
+    code, _, errors = call(*words)
+    assert code == 2 and f"{tmp_path} is a folder. Give --output the name of a file" in errors
+
+
+def test_names_that_a_console_cannot_show(place, tmp_path):
+    """They are written by their codes, and the run goes on."""
+    for name in ("a.png", "\u732b.png"):
+        shutil.copy(place / "photos" / "c0" / "0.png", tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-c", "from hf_tokenreduce_cli import main; main()", "predict", place / "model", tmp_path],
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 and "\\u732b.png: " in done.stdout

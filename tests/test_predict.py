@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers import tiny_model
 from PIL import Image
-from transformers import BitImageProcessor, ViTImageProcessor
+from transformers import BitImageProcessor, ViTImageProcessor, pipeline
 
 from hf_tokenreduce import ToMeConfig, reduce_tokens
 from hf_tokenreduce.predict import predict
+from hf_tokenreduce.serve import SideBySide
 
 
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
@@ -151,3 +152,46 @@ def test_a_batch_that_is_too_large_is_told(model, photos, monkeypatch):
     with pytest.raises(ValueError, match=r"A batch of 2 images does not fit .* smaller batch_size"):
         rows_of(model, "photos", batch_size=2)
     assert all("the model failed" in row["error"] for row in rows_of(model, "photos", batch_size=1))
+
+
+def test_images_that_fail_first_do_not_end_a_run(model, photos):
+    """Whatever the size of a batch."""
+    asked, calls = model.forward, []
+
+    def forward(pixel_values, **options):
+        calls.append(len(pixel_values))
+        if pixel_values.std() < 0.05:
+            raise RuntimeError("nothing to see")
+        if len(pixel_values) > 1 and pixel_values.flatten(1).std(dim=1).min() < 0.05:
+            raise RuntimeError("nothing to see in one of them")
+        return asked(pixel_values, **options)
+
+    model.forward = forward
+    for name in ("00.png", "01.png"):
+        Image.new("RGB", (40, 40), "grey").save(photos / name)
+    for batch_size in (1, 2, 3, 32):
+        found = {Path(row["file"]).name: row for row in rows_of(model, photos, batch_size=batch_size)}
+        assert sum("label" in row for row in found.values()) == 4
+        assert all("the model failed" in found.pop(name)["error"] for name in ("00.png", "01.png"))
+
+
+def test_a_model_that_always_fails_ends_a_run_early(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_tokenreduce.predict.ENOUGH_FAILURES", 4)
+    folder = some_photos(tmp_path / "photos", 0, [(32, 32)] * 10)
+    model.forward = lambda *given, **options: 1 / 0
+    found = []
+    with pytest.raises(ValueError, match=r"fails on the first 4 images. On .*2.png: the model failed: division"):
+        found.extend(predict(model, [folder], PROCESSOR, batch_size=2, progress=False))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_scores_are_those_of_a_pipeline(photos, several):
+    """Of one logit, and of several labels per image, each class has a score of its own."""
+    model = tiny_model(num_labels=4 if several else 1)
+    model.config.problem_type = "multi_label_classification" if several else None
+    classify = pipeline("image-classification", model=model, image_processor=PROCESSOR)
+    for row in rows_of(model, photos, top_k=1):
+        expected = classify(row["file"], top_k=1)[0]
+        assert row["label"] == expected["label"] and row["score"] == pytest.approx(expected["score"], abs=1e-4)
+    side = SideBySide(model, PROCESSOR, repeats=1)(Image.open(row["file"]), "ToMe")
+    assert side.dense.predictions[0][1] == pytest.approx(expected["score"], abs=1e-4)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import runpy
 import shutil
@@ -15,6 +16,7 @@ import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from transformers import ViTImageProcessor
 from hf_tokenreduce import EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.methods import METHODS
 from hf_tokenreduce.modeling.multiply_adds import even_share
-from hf_tokenreduce.serve import PUBLISHED, SideBySide, load_side_by_side, read_image, report, serve
+from hf_tokenreduce.serve import PUBLISHED, SideBySide, build_app, load_side_by_side, read_image, report, serve
 
 
 SPACE = Path(__file__).resolve().parents[1] / "examples" / "space"
@@ -162,10 +164,41 @@ def test_images_that_are_taken(tmp_path):
         assert read_image(tmp_path / "mode.png").mode == "RGB"
 
 
-@pytest.mark.parametrize("settings", [{"port": 0}, {"port": 70000}, {"max_upload_mb": 0}])
+@pytest.mark.parametrize("settings", [{"port": 0}, {"port": 70000}, {"max_upload_mb": 0}, {"max_upload_mb": math.inf}])
 def test_wrong_settings(tmp_path, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         serve(tmp_path, **settings)
+
+
+def test_an_address_of_ipv6_is_written_in_brackets(monkeypatch):
+    """Gradio makes an address of the web from it, and listens on what is between the brackets."""
+    given = {}
+    app = SimpleNamespace(launch=lambda **options: given.update(options))
+    monkeypatch.setattr("hf_tokenreduce.serve.build_app", lambda *names, **options: app)
+    for host, expected in (("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")):
+        serve("folder", host=host)
+        assert given["server_name"] == expected
+
+
+def test_what_is_not_finite_is_told():
+    model = tiny_model()
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        SideBySide(model, processor(), repeats=1)(photo(), "ToMe")
+
+
+def test_a_page_says_that_dense_is_no_fair_comparison(tmp_path):
+    """Of a model that was trained with its reduction."""
+    saved = tmp_path / "model"
+    reduce_tokens(tiny_model(), ToMeConfig(r=4)).save_pretrained(saved)
+    processor().save_pretrained(saved)
+    texts = []
+    for epochs in (0, 3):
+        (saved / "record.json").write_text(json.dumps({"method": "tome", "epochs": epochs}))
+        blocks = build_app(saved).blocks.values()
+        texts.append(" ".join(str(getattr(block, "value", "")) for block in blocks))
+    assert ["no fair comparison" in text for text in texts] == [False, True]
 
 
 def test_folders_that_hold_no_model(tmp_path):

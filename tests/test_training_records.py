@@ -1,6 +1,7 @@
 """What the record of a training says, and what its options mean, in trainings of a few steps."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from helpers import tiny_model
 from PIL import Image
 from torch.nn import functional as F
 from transformers import ViTImageProcessor
+from transformers.utils import cached_file
 
 from hf_tokenreduce import ToMeConfig, reduce_tokens
 from hf_tokenreduce.hub.card import _limits, _training
 from hf_tokenreduce.modeling.encoders import encoder_of
 from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArguments, measuring
+from hf_tokenreduce.training.origin import fitted_on, was_trained
 from hf_tokenreduce.training.run import DataArguments, main, name_of_validation, parse
 
 
@@ -119,3 +122,17 @@ def test_models_of_sounds_train_too(tmp_path):
     patches, prefix = encoder_of(model).facts.num_patches, encoder_of(model).facts.num_prefix_tokens
     assert [entry["tokens/layer_1"] for entry in logs] == [patches + prefix - 6] * 2
     assert all(0.5 < entry["multiply_adds_share"] < 1 for entry in logs)
+
+
+def test_the_record_of_a_model_on_the_hub_is_read(tmp_path, monkeypatch):
+    """From the cache, as after a download."""
+    cache = tmp_path / "models--someone--vit-bat"
+    (cache / "snapshots" / "0123").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123")
+    record = {"method": "bat", "epochs": 3, "fitted_on": "photos"}
+    (cache / "snapshots" / "0123" / "record.json").write_text(json.dumps(record))
+    monkeypatch.setattr("hf_tokenreduce.training.origin.cached_file", partial(cached_file, cache_dir=tmp_path))
+    assert was_trained("someone/vit-bat") and was_trained("someone/vit-bat", "main")
+    assert fitted_on("someone/vit-bat") == "photos"
+    assert not was_trained("someone/vit-tome") and fitted_on(str(tmp_path / "none")) is None

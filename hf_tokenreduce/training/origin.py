@@ -6,24 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
+
 from ..hub.contents import read_json
 
 
-def was_trained(path: str) -> bool:
-    """Return whether the record in a folder says that its model was trained with its reduction."""
-    file = Path(path) / "record.json"
-    record = read_json(file) if file.is_file() else {}
-    if not isinstance(record, dict) or record.get("method") is None:
+def was_trained(path: str, revision: str | None = None) -> bool:
+    """Return whether the record in a folder or on the Hub says that its model was trained with its reduction."""
+    record = _record(path, revision)
+    if record.get("method") is None:
         return False
     epochs = record.get("epochs")
     return isinstance(epochs, (int, float)) and epochs > 0
 
 
 def fitted_on(path: str) -> str | None:
-    """Return the name of the images from whose labels the filter in a folder learned, if its record names them."""
-    file = Path(path) / "record.json"
-    record = read_json(file) if file.is_file() else {}
-    return record.get("fitted_on") if isinstance(record, dict) else None
+    """Return the name of the images from whose labels a model's filter learned, if its record names them."""
+    return _record(path).get("fitted_on")
+
+
+def _record(path: str, revision: str | None = None) -> dict[str, Any]:
+    """Read the record in a folder or on the Hub. It is empty if there is none, or the Hub is out of reach."""
+    try:
+        found = cached_file(path, "record.json", revision=revision)
+    except OSError:
+        return {}
+    record = read_json(Path(found)) if found else {}
+    return record if isinstance(record, dict) else {}
 
 
 def origin(path: str) -> dict[str, Any]:
