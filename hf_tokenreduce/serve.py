@@ -253,13 +253,11 @@ def build_app(
     methods = comparison.methods()
     name = Path(folder_or_id).name if Path(folder_or_id).is_dir() else str(folder_or_id)
     words = (
-        "Compare the model on all tokens of an image with the same model on fewer tokens. In the picture of the tokens, "
-        "patches that became one token share its colour and an outline. Dropped patches fade."
+        "Compare the model on all tokens of an image with the same model on fewer tokens. In the picture of the "
+        "tokens, patches that became one token share its colour and an outline. Dropped patches fade."
     )
     if was_trained(str(folder_or_id), revision):
-        words += (
-            " This model was trained with its reduction, and not for all tokens, so *Dense* is no fair comparison."
-        )
+        words += " The model was trained with its reduction, not for all tokens. So *Dense* is no fair comparison."
 
     def compare(file: str | None, method: str, budget: float) -> tuple[Any, ...]:
         if file is None:
@@ -389,9 +387,7 @@ def serve(
             mcp_server=False,
         )
     except OSError as error:
-        raise ValueError(
-            f"The page cannot listen on port {port} of {host} ({error}). Give another port or host."
-        ) from error
+        raise ValueError(f"The page cannot listen on port {port} of {host} ({error}). Change one of them.") from error
 
 
 def report(answer: Answer) -> str:

@@ -91,8 +91,8 @@ class ImageSide(nn.Module):
 
 
 def class_scores(logits: Tensor, config: Any) -> Tensor:
-    """Return the score of each class, (B, classes) float32, by the rule of `pipeline`: one sigmoid per class if a model
-    has one logit or was trained on several labels per image, else a softmax."""
+    """Return the score of each class, (B, classes) float32, by the rule of `pipeline`: one sigmoid per class if a
+    model has one logit or was trained on several labels per image, else a softmax."""
     one_by_one = getattr(config, "problem_type", None) == "multi_label_classification" or logits.shape[-1] == 1
     return logits.float().sigmoid() if one_by_one else logits.float().softmax(dim=-1)
 
