@@ -371,9 +371,8 @@ def show(
     if output.suffix == ".png":
         token_map_grid(reduced, pictures, processor, layer, names=names).save(output)
     else:
-        other = (
-            None if was_trained(model, revision) else restore(reduced)
-        )  # without its reduction it was never trained
+        # Without its reduction a trained model was never trained.
+        other = None if was_trained(model, revision) else restore(reduced)
         if dense is not None:
             other = load_model(dense, trust_remote_code=trust_remote_code)[0]
         write_page(reduced, pictures, processor, output, dense=other, names=names, layers=layer, title=title)
