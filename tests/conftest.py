@@ -14,10 +14,13 @@ import torch
 from helpers import SHARED
 from transformers.utils import logging
 
+from hf_tokenreduce.methods.sit import fit_slimming
 from hf_tokenreduce_cli import main
 
 
 torch.set_num_threads(1)
+# Of 600. A test that looks at what SiT's networks have learned gives a number of its own.
+fit_slimming.__kwdefaults__["steps"] = 20
 logging.disable_progress_bar()
 
 

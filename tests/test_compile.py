@@ -46,16 +46,12 @@ def compiled_equals_eager(backbone, method, backend, grad):
 @pytest.mark.parametrize(
     ("backbone", "method"),
     [
-        ("vit", "tome"),
-        ("vit", "evit"),
-        ("vit", "topk"),
         ("vit", "bat"),
         ("vit", "sit"),
         ("vit", "dlvit-share"),
         ("deit", "evit"),
         ("deit-teacher", "tome"),
         ("vit", "mctf"),
-        ("vit", "protected"),
     ],
 )
 def test_one_graph(backbone, method):

@@ -20,7 +20,6 @@ from hf_tokenreduce import reduce_tokens
 from hf_tokenreduce.families import families_table
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.methods import METHODS
-from hf_tokenreduce.methods.sit import fit_slimming
 from hf_tokenreduce.methods.table import _meanings, method_page, methods_page
 from hf_tokenreduce_cli import main
 
@@ -80,8 +79,6 @@ def test_code_runs(page, place, monkeypatch, tmp_path):
         save_stock(Path(), layers=4)
     # Each model would start a process that imports torch; test_evaluation_speed.py measures memory.
     monkeypatch.setattr("hf_tokenreduce.evaluation.speed.peak_memory", lambda model, images: 1.0)
-    # Of 600 steps; other tests see what SiT's networks learn.
-    monkeypatch.setitem(fit_slimming.__kwdefaults__, "steps", 20)
     names = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
     if page.parent.name == "methods":  # which take up where the README begins
         model, processor = load_model("google/vit-base-patch16-224")
