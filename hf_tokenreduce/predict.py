@@ -87,6 +87,8 @@ def predict(
         processor = json.loads(json.dumps(image_processor.to_dict(), default=str))
         settings = {"model": _told(model), "labels": labels, "processor": processor, "top_k": top_k}
         settings["version"] = __version__
+        if isinstance(model, ExportedModel):  # of a PyTorch model, the digest tells it
+            settings["dtype"] = model.dtype
         if processes.rank == 0 and not (folder / SETTINGS).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / SETTINGS, json.dumps({**settings, "base": base}, indent=1))

@@ -76,7 +76,10 @@ def export(
     ] = False,
     images: Annotated[
         str | None,
-        typer.Option(help="Folder of images to check the graph with. Default: noise.", metavar="FOLDER"),
+        typer.Option(
+            help="Folder of images: at most 5 check the graph, at most 300 are for --int8. Default: noise.",
+            metavar="FOLDER",
+        ),
     ] = None,
     overwrite: Overwrite = False,
     revision: Revision = None,

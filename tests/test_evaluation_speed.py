@@ -1,8 +1,12 @@
 """The benchmark: its arithmetic by a clock that the tests set, its oracle, where it says time goes."""
 
+import importlib.util
 import itertools
 import json
+import logging
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,6 +229,34 @@ def test_memory_in_a_process_of_its_own():
     assert reduced < dense
 
 
+@pytest.fixture
+def from_a_file(tmp_path):
+    """A module of a file that no other process can import, with a module of torch."""
+    code = "import torch\nclass Silent(torch.nn.Module):\n    def forward(self, *given):\n        return None\n"
+    (tmp_path / "of_mine.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("of_mine", tmp_path / "of_mine.py")
+    sys.modules["of_mine"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["of_mine"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_speeds_stay_where_memory_cannot_be_measured(from_a_file, caplog, monkeypatch):
+    hooked, foreign = tiny_model(num_hidden_layers=1), tiny_model(num_hidden_layers=1)
+    hooked.register_forward_hook(lambda module, given, output: None)
+    foreign.of_mine = from_a_file.Silent()
+    monkeypatch.setattr(logging.getLogger("hf_tokenreduce"), "propagate", True)
+    for model, why in ((hooked, "lambda"), (foreign, "No module named 'of_mine'")):
+        caplog.clear()
+        report = benchmark({"dense": model}, tiny_images(1), batch_sizes=[1], repeats=1, **{**QUICK, "memory": True})
+        row = report.row("dense")
+        assert row.p50_ms > 0 and row.peak_memory_mib is None and row.memory_over_dense is None
+        assert "dense" in report.to_markdown()
+        (warning,) = [one.message for one in caplog.records if "Peak memory is left out" in one.message]
+        assert why in warning
+
+
 def test_other_types_and_all_measurements(monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "peak_memory", lambda model, images: 40.0 - 10 * hasattr(model.config, "reduction"))
     models = {"tome": reduce_tokens(tiny_model(), ToMeConfig(r=7))}
@@ -395,6 +427,7 @@ def test_what_cannot_be_timed():
         ({"a": dense}, images, {"batch_sizes": [0]}, "must be at least 1"),
         ({"a": dense}, images, {"repeats": 0}, "must be at least 1"),
         ({"a": dense}, images, {"dtypes": ["int8"]}, "not a floating type"),
+        ({"a": dense}, images, {"device": "gpu"}, "device='gpu' is no device of torch. Use cpu, cuda"),
     ):
         with pytest.raises(ValueError, match=message):
             benchmark(models, pixels, **{"repeats": 1, **options}, **QUICK)

@@ -238,6 +238,8 @@ def test_bad_input(tmp_path, pair, photos):
     assert typed_names(",".join(many)) == many  # longer than any path
     (tmp_path / "names.txt").write_bytes("Küken\nhen\n".encode())
     assert typed_names(str(tmp_path / "names.txt")) == ["Küken", "hen"]
+    (tmp_path / "names.txt").write_text("cat\nhen\n", encoding="utf-8-sig")  # with a byte order mark
+    assert typed_names(str(tmp_path / "names.txt")) == ["cat", "hen"]
     for arguments, message in (
         ((tiny_model(), processor, NAMES), "has no text tower"),
         ((model, processor.image_processor, NAMES), "cannot read texts. Give the model's processor"),

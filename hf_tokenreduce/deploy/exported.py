@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
@@ -13,6 +14,7 @@ from .graphs import FORMATS, check_format
 
 
 RECORD = "export.json"
+NEEDED = ("format", "batch_size", "input", "shape", "output", "tokens")  # entries without which no graph can be run
 
 
 class ExportedModel:
@@ -23,18 +25,22 @@ class ExportedModel:
         config: Configuration of the stock model, with its labels.
         image_processor: Image processor of the model. None: the model was exported without it.
         record: The content of `export.json`, as `export` returned it.
+        dtype: `"float32"` or `"bfloat16"`: the type in which the graph computes.
     """
 
-    def __init__(self, folder: Path, config: Any, image_processor: Any, record: dict[str, Any], run: Any, size: Any):
+    def __init__(
+        self, folder: Path, config: Any, image_processor: Any, record: dict[str, Any], dtype: str, run: Any, size: Any
+    ):
         self.folder, self.config, self.image_processor, self.record = folder, config, image_processor, record
-        self._run, self._size = run, size
+        self.dtype, self._run, self._size = dtype, run, size
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor | np.ndarray) -> Tensor:
         """Compute logits (B, classes), or features, from pixel values (B, C, H, W)."""
         return self.with_counts(inputs)[0]
 
-    def with_counts(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def with_counts(self, inputs: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         """Compute logits or features, and the number of tokens that leave the last layer, (B,)."""
+        inputs = torch.as_tensor(inputs)
         shape, given = self.record["shape"], list(inputs.shape)
         if given[1:] != shape or not len(inputs):
             raise ValueError(f"The graph takes inputs of shape (any number, {str(shape)[1:-1]}), got {given}.")
@@ -98,10 +104,13 @@ def load_exported(
             f"{folder} has no {RECORD}, so it is not an exported model. Export a model with tokenreduce export."
         )
     try:
-        record = json.loads((folder / RECORD).read_text())
-        format, size = record["format"], record["batch_size"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / RECORD} cannot be read ({error!r}). Export the model again.") from error
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        missing = [name for name in NEEDED if name not in record]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / RECORD} cannot be read ({error}). Export the model again.") from error
+    if missing:
+        raise ValueError(f"{folder / RECORD} has no entry {', '.join(missing)}. Export the model again.")
+    format, size = record["format"], record["batch_size"]
     check_format(format)
     if FORMATS[format].is_code and not trust_remote_code:
         raise ValueError(
@@ -125,4 +134,4 @@ def load_exported(
         size = batch_size
     with blaming(str(folder), FORMATS[format].file):
         run = FORMATS[format].open(folder, threads, size, dtype)
-    return ExportedModel(folder, config, processor, record, run, size)
+    return ExportedModel(folder, config, processor, record, dtype, run, size)

@@ -18,6 +18,7 @@ from ..methods import method_of
 from ..modeling.encoders import PREFIX, encoder_of, what_can_be_reduced
 from ..modes import evaluating
 from ..tasks import all_layers_act, image_side, main_output, size_made_by
+from .exported import RECORD, is_exported
 from .graphs import FORMATS, OPSET, check_format, trace, write
 from .quantize import MOST_IMAGES, PACKAGES, quantize
 from .readme import readme
@@ -65,9 +66,9 @@ def export(
         batch_size (`int`, *optional*): Number of images that the graph takes. By default any number. With an adaptive
             method, which decides for each image how many tokens it keeps, the graph always takes one image.
         int8 (`bool`): Compute the layers that have weights in 8 bits, with ranges from `images`. OpenVINO only.
-        images (`Tensor`, `str` or `Path`, *optional*): Images on which the graph is checked, and to which 8 bits are
-            fitted: pixel values, or a folder of images. By default noise.
-        overwrite (`bool`): Replace the model that is in the folder.
+        images (`Tensor`, `str` or `Path`, *optional*): Pixel values, or a folder of images. The graph is checked on at
+            most 5 of the images, and 8 bits are fitted to at most 300. By default noise.
+        overwrite (`bool`): Replace the model that is in the folder. It must not be the model that is exported.
 
     Returns:
         `dict`: The content of `export.json` in the folder: `format`, `output`, `batch_size` and others. The entry
@@ -81,6 +82,7 @@ def export(
         >>> export(model, "vit-tome-onnx", image_processor=processor)
     """
     batch_size = _check(model, format, batch_size, int8, images)
+    _check_not_source(model, Path(folder))
     folder = check_new_folder(folder, overwrite, "folder")
     most = MOST_IMAGES if int8 else 5
     given = None if images is None else load_pixel_values(model, images, image_processor, max_images=most).cpu()
@@ -111,15 +113,16 @@ def export(
                 fitted = _inputs(model, given, -(-len(given) // (batch_size or 1)) * (batch_size or 1))
                 quantize(place / FORMATS[format].file, fitted, batch_size)
                 del found["largest_difference"], found["decided_by_rounding"]
-                found |= _compare_classes(whole, fitted, len(given), format, place, batch_size)
+                found |= _compare_int8(whole, fitted, len(given), format, place, batch_size, output)
             stock = restore(model) if type(model).__name__.startswith(PREFIX) else model
             config = copy.deepcopy(stock.config)
             config.architectures = [type(stock).__name__]
             config.save_pretrained(place)
             if image_processor is not None:
                 image_processor.save_pretrained(place)
-            (place / "export.json").write_text(json.dumps(found, indent=1) + "\n")
-            (place / "README.md").write_text(readme(folder, model, found, image_processor is not None))
+            (place / RECORD).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            text = readme(folder, model, found, image_processor is not None)
+            (place / "README.md").write_text(text, encoding="utf-8")
     return found
 
 
@@ -176,6 +179,16 @@ def _check(model: Any, format: str, batch_size: int | None, int8: bool, images: 
             f"time. Leave out batch_size={batch_size}, or give 1."
         )
     return 1
+
+
+def _check_not_source(model: PreTrainedModel, folder: Path) -> None:
+    """Raise a ValueError if the model was loaded from the folder: its graph would replace its only weights."""
+    source = model.name_or_path  # "" if it was not loaded
+    # A folder that holds a graph is not the source: it may have the name of a model on the Hub.
+    if source and folder.is_dir() and Path(source).is_dir() and folder.samefile(source) and not is_exported(folder):
+        raise ValueError(
+            f"{folder} holds the model that is exported, and the graph would replace it. Name another folder."
+        )
 
 
 def _inputs(model: PreTrainedModel, given: Tensor | None, count: int, image_processor: Any = None) -> Tensor:
@@ -252,8 +265,8 @@ def _is_tie(whole: Outputs, image: Tensor, found: Tensor, scale: Tensor) -> bool
     return False
 
 
-def _compare_classes(
-    whole: Outputs, images: Tensor, count: int, format: str, place: Path, batch_size: int | None
+def _compare_int8(
+    whole: Outputs, images: Tensor, count: int, format: str, place: Path, batch_size: int | None, output: str
 ) -> dict[str, Any]:
     """Compare 8 bits with float32 on the first `count` images, to which the 8 bits were fitted."""
     run = FORMATS[format].open(place, None, None, "float32")
@@ -265,7 +278,7 @@ def _compare_classes(
             "In 8 bits the outputs of the model are not finite. Nothing was written. Leave out int8, or give other "
             "images."
         )
-    if small.ndim == 2:
+    if output == "logits" and small.ndim == 2:  # pooled features have two dimensions too, but no classes
         same = (small.argmax(dim=1) == full.argmax(dim=1)).double().mean().item()
         if same < LITTLE_AGREEMENT:
             logger.warning(

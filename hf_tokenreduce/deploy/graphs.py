@@ -11,6 +11,7 @@ import logging
 import re
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -230,12 +231,13 @@ def _open_openvino(folder: Path, threads: int | None, batch_size: int | None, dt
         # With a known number of images, no operator has to compute the shape of its output in every call.
         graph.reshape([batch_size, *[size.get_length() for size in list(graph.input().partial_shape)[1:]]])
     compiled = core.compile_model(graph, "CPU", options)
-    request = compiled.create_infer_request()
+    request, lock = compiled.create_infer_request(), threading.Lock()
 
     # The default keeps the two objects alive, because a request needs them.
     def run(inputs: Tensor, kept: Any = (graph, compiled)) -> list[Tensor]:
-        found = request.infer([inputs.float().cpu().numpy()])
-        return [torch.from_numpy(found[output].copy()) for output in found]
+        with lock:  # the request writes what it finds into the same memory in each call
+            found = request.infer([inputs.float().cpu().numpy()])
+            return [torch.from_numpy(found[output].copy()) for output in found]
 
     return run
 

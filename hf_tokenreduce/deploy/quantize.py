@@ -35,9 +35,10 @@ def quantize(graph_file: Path, inputs: Tensor, batch_size: int | None = None) ->
             # On processors without VNNI, sums of full 8-bit products overflow. The graph may be run on one.
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
-    # Write another file first: the graph that was read still reads from its own file.
+    # Write another file first: both graphs still read weights from the file of the one that was read.
     beside = graph_file.with_name("small.xml")
     openvino.save_model(small, beside, compress_to_fp16=False)
+    del graph, small  # Windows replaces no file that is still being read
     for suffix in (".xml", ".bin"):
         os.replace(beside.with_suffix(suffix), graph_file.with_suffix(suffix))
 

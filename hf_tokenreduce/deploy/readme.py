@@ -12,11 +12,12 @@ from ..methods import method_of
 
 # Code that reads the input, by the name of the input.
 READ = {
-    "pixel_values": """from PIL import Image
+    "pixel_values": """from PIL import Image, ImageOps
 from transformers import AutoConfig, AutoImageProcessor
 
 config, processor = AutoConfig.from_pretrained("."), AutoImageProcessor.from_pretrained(".")
-inputs = processor([Image.open("photo.jpg").convert("RGB")]{times}, return_tensors="{kind}")["pixel_values"]""",
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")  # turned upright
+inputs = processor([image]{times}, return_tensors="{kind}")["pixel_values"]""",
     "input_values": """import numpy
 from transformers import AutoConfig, AutoFeatureExtractor
 
@@ -45,7 +46,7 @@ session = onnxruntime.InferenceSession("model.onnx")
 answer = session.run(None, {{"{name}": inputs}})[0]""",
     "openvino": """import openvino
 
-compiled = openvino.Core().compile_model("openvino_model.xml", "CPU")
+compiled = openvino.Core().compile_model("openvino_model.xml", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
 answer = compiled({{"{name}": inputs}})[0]""",
     "torch": """import torch
 

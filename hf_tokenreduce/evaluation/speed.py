@@ -92,7 +92,7 @@ def benchmark(
     """
     _check(models, pixel_values, batch_sizes, repeats, warmup)
     first = next(iter(models.values()))
-    device = torch.device(first.device if device is None else device)
+    device = _device(first.device if device is None else device)
     types = {name: _floating(name) for name in dtypes}
     named = dict(models)
     dense_name = next((name for name, model in models.items() if _method(model) is None), None)
@@ -326,6 +326,13 @@ def _on(device: torch.device, threads: int | None) -> Iterator[None]:
 def _method(model: PreTrainedModel) -> str | None:
     reduction = getattr(model.config, "reduction", None)
     return None if reduction is None else reduction.method
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:  # it lists many names that are of no use here
+        raise ValueError(f"device={device!r} is no device of torch. Use cpu, cuda, cuda:1 or mps.") from error
 
 
 def _floating(name: str) -> torch.dtype:

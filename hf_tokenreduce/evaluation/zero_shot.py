@@ -172,7 +172,8 @@ def plain_name(label: str) -> str:
 def typed_names(text: str) -> list[str]:
     """Read the class names that a user typed: names with commas between them, or a file with one name per line."""
     # Path.is_file would raise an error for a text that is too long to be a path.
-    parts = Path(text).read_text(encoding="utf-8").splitlines() if os.path.isfile(text) else text.split(",")
+    # Editors on Windows put a byte order mark in front, which utf-8-sig leaves out.
+    parts = Path(text).read_text(encoding="utf-8-sig").splitlines() if os.path.isfile(text) else text.split(",")
     return [part.strip() for part in parts if part.strip()]
 
 
