@@ -189,7 +189,7 @@ def test_what_is_not_finite_is_told():
 
 
 def test_a_page_says_that_dense_is_no_fair_comparison(tmp_path):
-    """Of a model that was trained with its reduction."""
+    """The model was trained with its reduction, and never without it."""
     saved = tmp_path / "model"
     reduce_tokens(tiny_model(), ToMeConfig(r=4)).save_pretrained(saved)
     processor().save_pretrained(saved)

@@ -125,7 +125,7 @@ def test_models_of_sounds_train_too(tmp_path):
 
 
 def test_the_record_of_a_model_on_the_hub_is_read(tmp_path, monkeypatch):
-    """From the cache, as after a download."""
+    """The record lies in the cache, as it does after a download."""
     cache = tmp_path / "models--someone--vit-bat"
     (cache / "snapshots" / "0123").mkdir(parents=True)
     (cache / "refs").mkdir()
