@@ -186,7 +186,7 @@ def test_a_model_that_always_fails_ends_a_run_early(model, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("several", [False, True])
 def test_scores_are_those_of_a_pipeline(photos, several):
-    """With one logit, or with several labels per image, each class has a score of its own."""
+    """Each class has a score of its own if there is one logit, or if an image has several labels."""
     model = tiny_model(num_labels=4 if several else 1)
     model.config.problem_type = "multi_label_classification" if several else None
     classify = pipeline("image-classification", model=model, image_processor=PROCESSOR)
