@@ -112,13 +112,14 @@ def _predict(
     parts = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     reader = _Reader(parts, image_processor)
     loader: Any = DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(parts)))
-    labels, failures = model.config.id2label, 0
+    labels = model.config.id2label
+    failures: list[tuple[str, str]] = []
     answer = model.with_counts if isinstance(model, ExportedModel) else _of_torch(model)
     with logging.tqdm(total=len(files), desc="predicting", leave=False, disable=not show, file=sys.stderr) as bar:
         for readable, errors, pixel_values in loader:
             some, failed, logits, tokens = _answered(answer, readable, [one.to(device) for one in pixel_values])
             worked = worked or bool(some)
-            failures += len(failed) if len(readable) > 1 else 0  # an image alone is just one with an error
+            failures += failed if len(readable) > 1 and not worked else []  # an image alone just has an error
             rows = [{"file": file, "error": error} for file, error in [*errors, *failed]]
             if some:
                 best = class_scores(logits, model.config).topk(min(top_k, logits.shape[-1]))
@@ -136,11 +137,11 @@ def _predict(
                     keep(row)
                 yield row
             bar.update(len(rows))
-            if not worked and failures >= ENOUGH_FAILURES:
+            if not worked and len(failures) >= ENOUGH_FAILURES:
                 break
     if failures and not worked:
-        of = "every image" if failures < ENOUGH_FAILURES else f"the first {failures} images"
-        raise ValueError(f"The model fails on {of}. On {failed[0][0]}: {failed[0][1]}.")
+        of = "every image" if len(failures) < ENOUGH_FAILURES else f"the first {len(failures)} images"
+        raise ValueError(f"The model fails on {of}. On {failures[0][0]}: {failures[0][1]}.")
 
 
 def _done(part: Path, base: str) -> Iterator[str]:

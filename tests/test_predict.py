@@ -180,8 +180,17 @@ def test_a_model_that_always_fails_ends_a_run_early(model, tmp_path, monkeypatch
     folder = some_photos(tmp_path / "photos", 0, [(32, 32)] * 10)
     model.forward = lambda *given, **options: 1 / 0
     found = []
-    with pytest.raises(ValueError, match=r"fails on the first 4 images. On .*2.png: the model failed: division"):
+    with pytest.raises(ValueError, match=r"fails on the first 4 images. On .*0.png: the model failed: division"):
         found.extend(predict(model, [folder], PROCESSOR, batch_size=2, progress=False))
+
+
+def test_a_model_that_always_fails_is_told_after_files_that_cannot_be_read(model, photos):
+    """The last batch holds no image on which the model could fail."""
+    model.forward = lambda *given, **options: 1 / 0
+    for name in ("8.png", "9.png"):
+        (photos / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"fails on every image. On .*0.png: the model failed: division"):
+        rows_of(model, photos, batch_size=2)
 
 
 @pytest.mark.parametrize("several", [False, True])
