@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import (
     DeiTConfig,
@@ -110,7 +111,32 @@ ADAPTIVE = [name for name in METHODS if name.startswith(("ats", "ltmp")) or name
 # The row of each method that the package has: a new one must have a row of its name.
 ONE_OF_EACH = [name for name in DESCRIBED if METHODS[name]]
 EVEN = [name for name in METHODS if name not in ADAPTIVE]
-EVERY_CASE = [(backbone, name) for name in METHODS for backbone in BACKBONES if NEWER.get(name, backbone) == backbone]
+
+
+def slow(*values):
+    """Make a case that runs with the slow tests alone."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def _is_slow(backbone: str, name: str) -> bool:
+    """A method runs on two backbones, its variants on one. On "deit", which has the encoder of "deit-teacher", they
+    run with the slow tests.
+    """
+    if name in NEWER:
+        return False
+    return backbone == "deit" or (name not in ONE_OF_EACH and backbone != VARIANTS_ON[name])
+
+
+VARIANTS_ON = {
+    name: ("vit", "deit-teacher")[place % 2]
+    for place, name in enumerate(name for name in METHODS if name not in (*ONE_OF_EACH, *NEWER))
+}
+EVERY_CASE = [
+    slow(backbone, name) if _is_slow(backbone, name) else (backbone, name)
+    for name in METHODS
+    for backbone in BACKBONES
+    if NEWER.get(name, backbone) == backbone
+]
 
 
 def tiny_model(backbone: str = "vit", classes=BACKBONES, **changes):

@@ -79,6 +79,7 @@ def test_a_flash_kernel_gets_no_mask_and_the_same_logits(monkeypatch):
     assert [shape[-1] for shape in calls] == [16, 24, 24, 24]  # no bias before the first merge
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # by the stock ViT
 def test_flex_attention_takes_the_bias():
     stock = tiny_model()

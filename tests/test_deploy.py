@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, family_model
-from helpers import ADAPTIVE, BASES, METHODS, NEWER, reduce_tiny, tiny_images, tiny_model
+from helpers import ADAPTIVE, BASES, METHODS, NEWER, reduce_tiny, slow, tiny_images, tiny_model
 from PIL import Image
 from transformers import ASTFeatureExtractor, AutoConfig, AutoImageProcessor, ViTImageProcessor
 
@@ -32,9 +32,8 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
-NEWER_GRAPHS = [("onnx", "protected"), ("openvino", "mctf")]
 SLOW = [("onnx", "evit"), ("onnx", "topk"), ("onnx", "dlvit"), ("onnx", None), ("openvino", "ats"), ("torch", "tome")]
-SLOW += [(format, name) for name in NEWER for format in ("onnx", "openvino") if (format, name) not in NEWER_GRAPHS]
+SLOW += [(format, name) for name in NEWER for format in ("onnx", "openvino")]
 
 
 @pytest.mark.parametrize(
@@ -42,8 +41,7 @@ SLOW += [(format, name) for name in NEWER for format in ("onnx", "openvino") if 
     [
         *[("onnx", name) for name in ("tome", "sit", "dlvit-share", "ats")],
         *[("openvino", "bat"), ("openvino", "ltmp"), ("torch", "ltmp")],
-        *NEWER_GRAPHS,
-        *[pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
+        *[slow(*case) for case in SLOW],
     ],
 )
 def test_a_graph_computes_what_the_model_computes(tmp_path, format, method):
@@ -108,7 +106,7 @@ def quantised(folder):
     return found
 
 
-@pytest.mark.parametrize("method", ["tome", "dlvit-share"])
+@pytest.mark.parametrize("method", ["tome", slow("dlvit-share")])
 def test_8_bits_are_for_layers_with_weights(tmp_path, monkeypatch, method):
     pytest.importorskip("nncf")
     model = reduce_tiny(tiny_model(), METHODS[method][0])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BACKBONES, METHODS, reduce_tiny, tiny_images, tiny_model
+from helpers import BACKBONES, METHODS, ONE_OF_EACH, reduce_tiny, slow, tiny_images, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig, ViTModel
@@ -201,7 +201,7 @@ def test_time_planted_in_a_part_shows_there(monkeypatch, planted):
         assert shares[planted] > 0.5, shares
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name if name in ONE_OF_EACH else slow(name) for name in METHODS])
 def test_a_breakdown_leaves_no_trace(method):
     model = reduce_tiny(tiny_model(), METHODS[method][0])
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
@@ -291,7 +291,7 @@ def test_compiled_models_are_compared_with_the_compiled_dense_one(monkeypatch):
     assert compiled == ["ViTForImageClassification", "TokenReduceViTForImageClassification", "SliceOracle"]
 
 
-@pytest.mark.parametrize("runtime", ["onnx", "openvino-int8"])
+@pytest.mark.parametrize("runtime", ["onnx", slow("openvino-int8")])
 def test_graphs_are_compared_with_the_graph_of_the_dense_model(runtime):
     for package in ("onnxruntime", "nncf"):
         pytest.importorskip(package)

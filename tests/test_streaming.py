@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_from_disk
-from helpers import save_cat_and_dog
+from helpers import save_cat_and_dog, slow
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -59,7 +59,7 @@ def train(start, output, source, *more):
 
 @pytest.mark.parametrize(
     ("source", "more"),
-    [("folders", []), ("shards", ["--dataloader_num_workers", 1, "--augmentation", "strong"])],
+    [slow("folders", []), ("shards", ["--dataloader_num_workers", 1, "--augmentation", "strong"])],
 )
 def test_resumed_in_the_midst_of_an_epoch_is_uninterrupted(start, source, more):
     settings = ["--max_steps", 9, "--save_steps", 4, "--save_total_limit", 3, *more]

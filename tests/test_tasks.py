@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from helpers import slow
 from safetensors.torch import load_file, save_file
 from task_models import CASES, inputs_of, save_case
 
@@ -184,7 +185,9 @@ def test_every_model_has_a_task_that_is_tried():
     assert tried == {case.task for case in CASES.values()}
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "dinov3", "depth", "audio", "llava", "backbone", "audio-features"])
+@pytest.mark.parametrize(
+    "name", ["clip", "dinov3", "llava", *map(slow, ("siglip", "depth", "audio", "backbone", "audio-features"))]
+)
 def test_folders_are_checked_by_their_task(visited, name):
     """In a process each, so that no family lives on what another has brought along."""
     report = check_folder(visited.work / name)
