@@ -76,8 +76,11 @@ UNFINISHED = ".{}.part"
 # If a model is replaced, none of these files of the old model may stay in the folder.
 WEIGHTS_AND_SETTINGS = (
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
-    "preprocessor_config.json", "processor_config.json", "generation_config.json", "tokenizer*.json", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "model.onnx*", "model.pt2", "openvino_model.*", "export.json",
+    "generation_config.json", "model.onnx*", "model.pt2", "openvino_model.*", "export.json",
+)  # fmt: skip
+OF_ITS_PROCESSOR = (
+    "preprocessor_config.json", "processor_config.json", "tokenizer*.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json",
 )  # fmt: skip
 WRITTEN_ABOUT_IT = ("README.md", "record.json", "token_map.png")
 
@@ -108,7 +111,7 @@ def holds_something(folder: Path) -> bool:
 
 
 @contextmanager
-def model_folder(folder: str | Path, with_card: bool = False) -> Iterator[Path]:
+def model_folder(folder: str | Path, with_card: bool = False, of_processor: bool = True) -> Iterator[Path]:
     """Give an empty folder to save a model in. At the end its files replace the model in `folder`.
 
     `folder` never holds a mixture of two models that can be loaded. The old model stays as it is until the new one is
@@ -118,6 +121,7 @@ def model_folder(folder: str | Path, with_card: bool = False) -> Iterator[Path]:
     Args:
         folder: Folder of the model.
         with_card: Also delete the card and the record of the old model.
+        of_processor: Also delete the image processor and the tokenizer of the old model.
     """
     folder = Path(folder)
     was_there = folder.is_dir()
@@ -132,18 +136,19 @@ def model_folder(folder: str | Path, with_card: bool = False) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        _replace_model(unfinished, folder, with_card)
+        more = (WRITTEN_ABOUT_IT if with_card else ()) + (OF_ITS_PROCESSOR if of_processor else ())
+        _replace_model(unfinished, folder, WEIGHTS_AND_SETTINGS + more)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         if not was_there and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def _replace_model(new: Path, folder: Path, with_card: bool) -> None:
+def _replace_model(new: Path, folder: Path, patterns: tuple[str, ...]) -> None:
     names = sorted(os.listdir(new), key=lambda name: name == CONFIG)
     if (folder / CONFIG).is_file():
         (folder / CONFIG).unlink()
-        for pattern in WEIGHTS_AND_SETTINGS + (WRITTEN_ABOUT_IT if with_card else ()):
+        for pattern in patterns:
             for old in folder.glob(pattern):
                 old.unlink()
     for name in names:

@@ -5,6 +5,7 @@ import torch
 from families import family_inputs, family_model, layers_of
 from helpers import reduce_tiny, tiny_images, tiny_model
 from naive_soft import naive_dtem_training
+from peft import LoraConfig, get_peft_model
 
 from hf_tokenreduce import (
     DTEMConfig,
@@ -209,3 +210,12 @@ def test_its_price_is_that_of_tome_and_of_the_linear_layers():
 def test_sizes_that_cannot_be_are_refused(size):
     with pytest.raises(ValueError, match="DTEMConfig: embedding_size"):
         DTEMConfig(embedding_size=size)
+
+
+def test_lora_on_its_linear_layers_learns():
+    model = reduce_tokens(tiny_model(), DTEMConfig(r=7, embedding_size=20))
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["reducer.metric"], r=2)).train()
+    wrapped(tiny_images()).logits.pow(2).sum().backward()
+    grown = [parameter.grad for name, parameter in wrapped.named_parameters() if "reducer.metric.lora_B" in name]
+    assert len(grown) == 4 and all(gradient is not None for gradient in grown)
+    assert all(gradient.any() for gradient in grown[:-1])  # nothing follows that of the last layer

@@ -152,3 +152,14 @@ def test_the_budget_of_a_model_of_texts_is_shared_by_its_words():
     half = model(**inputs, labels=labels, num_items_in_batch=2 * own)
     torch.testing.assert_close(half.auxiliary_loss, alone.auxiliary_loss / 2)
     torch.testing.assert_close(half.loss, alone.loss / 2)
+
+
+def test_the_budget_of_several_labels_per_image_is_whole():
+    """Trainer counts the labels of all classes, and the loss of the classes is not divided."""
+    model = reduce_tokens(tiny_model(), LTMPConfig(merge_threshold=0.5)).train()
+    model.config.problem_type = "multi_label_classification"
+    labels = (torch.rand(3, 5) > 0.5).float()
+    alone = model(tiny_images(), labels=labels)
+    told = model(tiny_images(), labels=labels, num_items_in_batch=labels.numel())
+    torch.testing.assert_close(told.auxiliary_loss, alone.auxiliary_loss)
+    torch.testing.assert_close(told.loss, alone.loss)

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from helpers import METHODS, NEWER, ONE_OF_EACH, tiny_images, tiny_model
-from transformers import AutoModelForImageClassification
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from hf_tokenreduce import BATConfig, EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.methods import METHODS as DESCRIBED
@@ -315,3 +316,40 @@ def test_bfloat16_on_a_cpu_learns_as_float32(tmp_path, method):
         assert loaded.dtype == torch.float32 and loaded(tiny_images()).logits.isfinite().all()
     assert not torch.equal(seen[True], seen[False])  # it did compute in bfloat16
     torch.testing.assert_close(seen[True], seen[False], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression", "single_label_classification"])
+def test_the_loss_is_that_of_the_models_own_problem(tmp_path, problem):
+    trainer = trainer_for(tmp_path, "tome")
+    model = trainer.model
+    model.config.problem_type = problem
+    labels = torch.tensor([0, 3, 1]) if problem.startswith("single") else (torch.rand(3, 5) > 0.5).float()
+    inputs = {"pixel_values": tiny_images(), "labels": labels}
+    torch.testing.assert_close(trainer.compute_loss(model, inputs), model(**inputs).loss)
+
+
+def test_one_number_is_trained_by_its_square(tmp_path):
+    model = reduce_tokens(tiny_model(num_labels=1), ToMeConfig(r=7))
+    trainer = TokenReduceTrainer(model, arguments(tmp_path), train_dataset=ROWS)
+    inputs = {"pixel_values": tiny_images(), "labels": torch.tensor([0.5, 3.0, -1.0])}
+    torch.testing.assert_close(trainer.compute_loss(model, inputs), model(**inputs).loss)
+
+
+def test_lora_with_accumulated_batches(tmp_path):
+    """PEFT wraps the parts of a method. They still have the loss of their own."""
+    reduced = reduce_tokens(gentle(tiny_model()), METHODS["ltmp"][0])
+    thresholds = [f"layers.{layer}.reducer" for layer in range(4)]
+    lora = LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=thresholds)
+    plan = arguments(tmp_path, "ltmp", max_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    trainer = TokenReduceTrainer(get_peft_model(reduced, lora), plan, train_dataset=ROWS)
+    trainer.train()
+    assert losses(trainer, "auxiliary_loss")
+
+
+def test_saved_again_the_image_processor_stays(tmp_path):
+    trainer = trainer_for(tmp_path, "tome")
+    trainer.save_model()
+    ViTImageProcessor().save_pretrained(tmp_path)
+    before = sorted(file.name for file in tmp_path.iterdir())
+    trainer.save_model()
+    assert sorted(file.name for file in tmp_path.iterdir()) == before and "preprocessor_config.json" in before

@@ -137,7 +137,8 @@ class DTEMReducer(Reducer):
         if r == 0:
             return state
         embeddings = self.metric(view.hidden_states[:, prefix:].detach()).float()
-        learns = self.training and self.metric.weight.requires_grad
+        # LoRA freezes the weight, and adds parameters that learn.
+        learns = self.training and any(parameter.requires_grad for parameter in self.metric.parameters())
         if learns or state.live is not None:  # another layer may be frozen
             size = sizes_of(state.size, embeddings)
             return mix(state, *merge_softly(embeddings, size, present, r, prefix), num_live=present - r)

@@ -226,9 +226,10 @@ class TokenReduceMixin(_StockModel):
                 auxiliary_loss = encoder_of(self).reducers[0].auxiliary_loss(one.kept_shares, one.num_tokens)
                 if num_items is not None and getattr(self, "accepts_loss_kwargs", True):
                     # Trainer then divides nothing itself: the parts of all accumulated batches and processes must add
-                    # up to a mean. An item is an image, or a word that is predicted.
-                    of_words = labels is not None and len(self.input_modalities) > 1
-                    items = (labels[..., 1:] != -100).sum() if of_words else len(one.counts)
+                    # up to a mean. An item is a label of an image, or a word that is predicted.
+                    if labels is not None and len(self.input_modalities) > 1:
+                        labels = labels[..., 1:]
+                    items = len(one.counts) if labels is None else (labels != -100).sum()
                     auxiliary_loss = auxiliary_loss * items / num_items
                 values["auxiliary_loss"] = auxiliary_loss
                 if values.get("loss") is not None:

@@ -1,13 +1,35 @@
-"""Losses of distillation, as functions of logits and tokens.
+"""Losses of the task and of distillation, as functions of logits and tokens.
 
 B images · N patch tokens · D features · C classes
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def task_loss(logits: Tensor, labels: Tensor, config: Any, label_smoothing: float = 0.0) -> Tensor:
+    """Compute the loss of a model with classes or numbers, of the kind that its `problem_type` says.
+
+    Args:
+        logits: Logits of the model, (B, C).
+        labels: Class indices (B,), or probabilities (B, C). For several labels per image, 0 or 1 for each class. For
+            regression, numbers.
+        config: Configuration of the model.
+        label_smoothing: Share of the probability that is spread over all classes. It counts for one label per image.
+
+    Returns:
+        The mean over the images, a scalar: the loss of the stock model if nothing is smoothed.
+    """
+    logits = logits.float()
+    if config.problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.float())
+    if config.problem_type == "regression" or (config.problem_type is None and logits.shape[-1] == 1):
+        return F.mse_loss(logits.flatten(), labels.float().flatten())
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

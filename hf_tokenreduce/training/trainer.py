@@ -14,7 +14,6 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -29,7 +28,7 @@ from ..modeling.multiply_adds import shares_kept
 from ..tasks import facts_on
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
-from .losses import distillation_loss, token_loss
+from .losses import distillation_loss, task_loss, token_loss
 
 
 REVERSE_FILE = "reverse_slimming.safetensors"
@@ -46,7 +45,8 @@ class TokenReduceTrainer(Trainer):
     - Thresholds are clamped to [0, 1] after every step.
     - A frozen teacher can be distilled into the model.
     - The keep rate can fall from 1 to its value over the first steps.
-    - Labels may be class indices (B,), or probabilities (B, C), as mixup makes them.
+    - Labels may be class indices (B,), or probabilities (B, C), as mixup makes them. Several labels per image and
+      regression are trained too, as the model's `problem_type` says.
     - The logs show each part of the loss, the mean number of tokens per layer, and the share of the multiply-adds.
 
     Args:
@@ -251,9 +251,9 @@ class TokenReduceTrainer(Trainer):
             inputs["output_hidden_states"] = True
         outputs = model(**inputs)
         smoothing = self.args.label_smoothing_factor if learning else 0.0
-        parts = {"task_loss": F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)}
+        reduced = _reduced_model(model)
+        parts = {"task_loss": task_loss(outputs.logits, labels, reduced.config, smoothing)}
         if learning:
-            reduced = _reduced_model(model)
             num_tokens = facts_on(reduced, inputs[reduced.main_input_name]).num_tokens
             parts |= self._method_losses(reduced, inputs, outputs, num_tokens)
             self._record(parts, outputs.token_counts, num_tokens)
@@ -319,7 +319,7 @@ class TokenReduceTrainer(Trainer):
                     reverse[name.split(f"{REVERSE}.")[-1]] = value.contiguous()
                 else:
                     state_dict[name] = value.reshape(()) if name in self._scalars else value
-        with self._at_its_goal(), model_folder(self.args.output_dir if output_dir is None else output_dir) as place:
+        with self._at_its_goal(), model_folder(output_dir or self.args.output_dir, of_processor=False) as place:
             super()._save(str(place), state_dict)
             if reverse:
                 save_file(reverse, place / REVERSE_FILE)
@@ -386,7 +386,8 @@ def _make_scalars_vectors(model: nn.Module) -> set[str]:
 
 
 def _has_own_loss(reduced: PreTrainedModel) -> bool:
-    return type(encoder_of(reduced).reducers[0]).auxiliary_loss is not Reducer.auxiliary_loss
+    own: Any = encoder_of(reduced).reducers[0].auxiliary_loss  # of the instance, which PEFT may have wrapped
+    return own.__func__ is not Reducer.auxiliary_loss
 
 
 def _reduced_model(model: Any) -> Any:
