@@ -4,7 +4,7 @@ import glob
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -41,6 +41,9 @@ from .tasks import task_of
 
 
 logger = logging.get_logger(__name__)
+
+# What `datasets` takes for a file about the images. It replaces the classes.
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 # What a split can be called -> name of the split.
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
@@ -150,7 +153,9 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_images(name: str, split: str | None = None, limit: int | None = None, *, labelled: bool = True) -> Dataset:
+def load_images(
+    name: str, split: str | None = None, limit: int | None = None, *, labelled: bool | None = True
+) -> Dataset:
     """Load an image folder or a data set of the Hub, with the columns image and label.
 
     Args:
@@ -158,12 +163,13 @@ def load_images(name: str, split: str | None = None, limit: int | None = None, *
         split: Name of the split. By default validation, test or train, in this order, or else the first split. "valid"
             and "val" are other names of validation.
         limit: Highest number of images. If there are more, an evenly spread part is returned.
-        labelled: Raise an error if there are no labels.
+        labelled: Raise an error if there are no labels. With False there may be none. With None labels do not matter,
+            and a folder may hold images beside class folders, which then are none.
 
     Returns:
         The images of the split.
     """
-    found = _load_splits(name)
+    found = _load_splits(name, labelled is None)
     if split is None:
         chosen = split_of(found, "validation", "test", "train") or next(iter(found))
         if chosen == "train" and len(found) > 1:
@@ -210,9 +216,9 @@ def of_dataset(found: Mapping[str, Any], name: str) -> tuple[Any, Any]:
     return found[train], None if validation is None else found[validation]
 
 
-def _load_splits(name: str) -> DatasetDict:
+def _load_splits(name: str, any_depth: bool = False) -> DatasetDict:
     if Path(name).is_dir():
-        return load_image_folder(name)
+        return load_image_folder(name, any_depth)
     try:
         found = load_dataset(name)
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -221,11 +227,18 @@ def _load_splits(name: str) -> DatasetDict:
     return found
 
 
-def load_image_folder(name: str | Path) -> DatasetDict:
+def load_image_folder(name: str | Path, any_depth: bool = False) -> DatasetDict:
     """Load an image folder: either class folders, which become the split "train", or one folder of them per split.
 
     There are splits if all subfolders hold only folders, and at least one is named like a split. The name of a class
     or of a file never decides the split, as it does in `load_dataset("imagefolder")`: a class may be "test tube".
+
+    Args:
+        name: The folder.
+        any_depth: Allow images beside class folders, or deeper than others. Then no image has a label.
+
+    Returns:
+        The splits.
     """
     folder = Path(name)
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -234,21 +247,51 @@ def load_image_folder(name: str | Path) -> DatasetDict:
         parts = defaultdict(list)
         for path in inner:
             parts[SPLITS.get(path.name, re.sub(r"\W", "_", path.name))].append(path)
+    images = []
     for split, paths in parts.items():
         # The list is complete, so that is_image refuses any name that is not UTF-8.
-        if not [file for path in paths for file in find_in(path)]:
+        inside = [(path, file) for path in paths for file in find_in(path)]
+        images += inside
+        if not inside:
             raise ValueError(
                 f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."
+            )
+    for path, place in sorted({(path, file.parent) for path, file in images}):
+        if any(part.startswith("__") for part in place.relative_to(path).parts):
+            raise ValueError(
+                f"{place} would be left out, because a name that begins with __ stands for files of a program. Rename "
+                "it."
             )
     files = {}
     for split, paths in parts.items():  # resolved, because labels need paths of one depth
         places = [place for path in map(Path.resolve, paths) for place in (path, *linked_folders(path))]
         files[split] = [f"{glob.escape(str(place))}/**" for place in places]
     try:
-        return load_dataset("imagefolder", data_files=files)
+        found = load_dataset("imagefolder", data_files=files)
     except DatasetGenerationError as error:
         raise ValueError(f"{folder} cannot be read as a folder of images: {error.__cause__ or error}") from error
+    if not any_depth and "label" not in next(iter(found.values())).features:
+        _check_depth(folder, images)
+    return found
+
+
+def _check_depth(folder: Path, images: list[tuple[Path, Path]]) -> None:
+    """Raise a ValueError if there are class folders, but not all images are in one, so that `datasets` takes none."""
+    if any(file.name in METADATA for path in {path for path, _ in images} for file in path.rglob("metadata.*")):
+        return
+    depths = [len(file.relative_to(path).parts) for path, file in images]
+    classes = {file.parent for (_, file), depth in zip(images, depths, strict=True) if depth > 1}
+    if len(classes) < 2 or len(set(depths)) == 1:
+        return
+    usual = Counter(depth for depth in depths if depth > 1).most_common(1)[0][0]
+    others = [str(file.relative_to(folder)) for (_, file), depth in zip(images, depths, strict=True) if depth != usual]
+    some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    raise ValueError(
+        f"{folder} has class folders, but these images are not in one of them: {some}. Move each into a class folder, "
+        "all equally deep, or move it away. If the images have no classes, put all of them into one folder, or give "
+        "tokenreduce tune --no-labels."
+    )
 
 
 def _holds_folders_only(folder: Path) -> bool:

@@ -297,7 +297,7 @@ def tune(
 
     loaded, processor = load_model(model, revision, trust_remote_code, any_task=True)
     whole_processor = load_processor(model, revision, trust_remote_code)  # with the tokenizer of a model of texts
-    pictures = load_images(images, split, limit, labelled=False)
+    pictures = load_images(images, split, limit, labelled=False if labels else None)
     if not labels and "label" in pictures.column_names:
         pictures = pictures.remove_columns("label")
     report = find(

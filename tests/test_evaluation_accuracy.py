@@ -266,6 +266,39 @@ def test_bad_input(photos, processor):
             evaluate_model(model, unlabelled, processor, **QUICK)
 
 
+def test_a_class_is_found_by_its_label_or_its_index():
+    labels = {"cat": 0, "dog": 1, "bird": 2}
+    assert [class_index(name, labels) for name in ("dog", "1_dog", "0001_pooch", "2")] == [1, 1, 1, 2]
+    with pytest.raises(ValueError, match=r"'0_dog' begins with the index 0, which is 'cat' .* 'dog' is the label of"):
+        class_index("0_dog", labels)
+    # Two classes of ImageNet have the label "crane", and `label2id` names the last one.
+    cranes = {"cat": 0, "crane": 3, "dog": 2}
+    assert class_index("1_crane", cranes) == 1 and class_index("3_crane", cranes) == 3
+    # Folders of macOS can have names whose accents are characters of their own.
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    assert class_index(decomposed, {"cat": 0, composed: 1}) == class_index(composed, {"cat": 0, decomposed: 1}) == 1
+    with pytest.raises(ValueError, match="begins with the index 0, which is 'cat'"):
+        class_index(f"0_{decomposed}", {"cat": 0, composed: 1})
+
+
+def test_classes_may_be_texts(photos, processor):
+    """As a metadata file or a data set of the Hub can have them."""
+    model = named_model()
+    names = photos.features["label"].names
+    texts = [names[label] for label in photos["label"]]
+    named = photos.remove_columns("label").add_column("label", texts)
+    assert evaluate_model(model, named, processor, **QUICK).to_dict() == (
+        evaluate_model(model, photos, processor, **QUICK).to_dict()
+    )
+    for label, message in (("ox", "The class 'ox' is not a label of the model"), (None, "Leave out images without")):
+        wrong = photos.remove_columns("label").add_column("label", [label, *texts[1:]])
+        with pytest.raises(ValueError, match=message):
+            evaluate_model(model, wrong, processor, **QUICK)
+    several = photos.remove_columns("label").add_column("label", [[0, 1]] * len(photos))
+    with pytest.raises(ValueError, match=r"The labels must be classes of the model, .* got \[0, 1\]"):
+        evaluate_model(model, several, processor, **QUICK)
+
+
 def test_metrics_load_offline_by_path():
     accuracy = evaluate.load(str(metric_path("accuracy")), keep_in_memory=True)
     assert accuracy.compute(predictions=[1, 2, 3, 0], references=[1, 2, 0, 0]) == {"accuracy": 0.75}

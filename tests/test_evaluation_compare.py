@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import ClassLabel, load_dataset
 from families import family_model
 from helpers import tiny_model
 from PIL import Image
@@ -203,6 +203,32 @@ def test_folders_of_another_release_are_refused(tmp_path, photos, processor):
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": "0.1.0"}))
     with pytest.raises(ValueError, match=r"made with other settings: version was '0\.1\.0'"):
         compare(tiny_model(), photos, processor, [], **options)
+
+
+def test_corrected_labels_of_a_model_are_other_labels(tmp_path, photos, processor):
+    """The model computes the same, but other predictions are right."""
+    model = tiny_model()
+    photos = photos.cast_column("label", ClassLabel(names=["hen", "ox", "owl", "fox"]))
+    model.config.label2id = {"hen": 0, "ox": 1, "owl": 2, "fox": 3, "cat": 4}
+    compare(model, photos, processor, [], output_dir=tmp_path / "out", speed=False, **QUICK)
+    model.config.label2id = {"ox": 0, "hen": 1, "owl": 2, "fox": 3, "cat": 4}
+    with pytest.raises(ValueError, match=r"made with other settings: data was [^;]+\. Give the same"):
+        compare(model, photos, processor, [], output_dir=tmp_path / "out", speed=False, **QUICK)
+
+
+@pytest.mark.parametrize(
+    "left", ["part-0.jsonl", "report.json", "tuning.json", "search/settings.json", "settings.json"]
+)
+def test_results_of_another_command_stay(tmp_path, photos, processor, left):
+    """Such as those of an evaluation that was interrupted, and the pictures of a tuner."""
+    for name in (left, "settings.json", "pareto.png"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("another's")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"out holds the results of another command\. Name another folder"):
+        compare(tiny_model(), photos, processor, [], output_dir=tmp_path / "out", speed=False, **QUICK)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "out" / "settings.json").read_text() == "another's"
 
 
 def test_it_runs_in_one_process(monkeypatch, tmp_path, photos, processor):

@@ -115,6 +115,42 @@ def test_class_folders_may_be_links(tmp_path, monkeypatch):
     )
 
 
+def test_classes_are_not_lost_to_a_stray_image(tmp_path):
+    """`datasets` would leave out the classes of all images without a word."""
+    photos = tmp_path / "photos"
+    for name in ("cat/0", "cat/1", "dog/0", "dog/1"):
+        draw(photos / f"{name}.png")
+    draw(photos / "stray.png")
+    message = r"photos has class folders, but .* not in one of them: stray\.png\. Move"
+    with pytest.raises(ValueError, match=message):
+        load_image_folder(photos)
+    with pytest.raises(ValueError, match=message):
+        load_images(str(photos), labelled=False)
+    assert load_images(str(photos), labelled=None).column_names == ["image"]  # where classes do not matter
+    (photos / "metadata.csv").write_text("file_name\nstray.png\ncat/0.png\n")
+    assert load_image_folder(photos)["train"].column_names == ["image"]
+    (photos / "metadata.csv").unlink()
+    (photos / "stray.png").unlink()
+    draw(photos / "dog" / "more" / "2.png")
+    with pytest.raises(ValueError, match=r"dog.more.2\.png"):
+        load_image_folder(photos)
+    draw(tmp_path / "flat" / "0.png")
+    draw(tmp_path / "flat" / "more" / "1.png")  # one folder makes no classes
+    assert load_image_folder(tmp_path / "flat")["train"].column_names == ["image"]
+
+
+def test_class_folders_that_would_be_left_out(tmp_path):
+    """`datasets` skips folders of such names, as if they were __pycache__."""
+    for name in ("cat", "dog", "__other"):
+        draw(tmp_path / "photos" / name / "0.png")
+    (tmp_path / "photos" / "__pycache__").mkdir()
+    with pytest.raises(ValueError, match=r"photos.__other would be left out, .* Rename it"):
+        load_image_folder(tmp_path / "photos")
+    (tmp_path / "photos" / "__other").rename(tmp_path / "photos" / "other")
+    (tmp_path / "photos").rename(tmp_path / "__photos")
+    assert load_images(str(tmp_path / "__photos")).features["label"].names == ["cat", "dog", "other"]
+
+
 def test_splits_of_the_hub_have_other_names(monkeypatch, caplog):
     parts = DatasetDict({name: Dataset.from_dict({"image": [0] * n}) for name, n in (("train", 9), ("valid", 3))})
     monkeypatch.setattr(loading, "load_dataset", lambda name: parts)

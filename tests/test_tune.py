@@ -1,6 +1,7 @@
 """The tuner: it is deterministic and goes on after a kill, and its report is honest."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -19,6 +20,7 @@ from hf_tokenreduce.loading import contents
 from hf_tokenreduce.modeling.encoders import facts_of
 from hf_tokenreduce.modeling.multiply_adds import even_counts, even_share
 from hf_tokenreduce.tuning import held_out_from, read_tuned, search, space, tuner
+from hf_tokenreduce.tuning.parts import split_rows
 from hf_tokenreduce.tuning.trials import POINTS_OF_DISTANCE, Quality, Trials
 
 
@@ -227,6 +229,42 @@ def test_a_report_that_was_killed_goes_on(monkeypatch, first, model, photos, pro
             tune(model, photos, processor, share=0.65, output_dir=tmp_path / "out", **QUICK)
     monkeypatch.setattr(Trials, "_measured", lambda *arguments: pytest.fail("the search was over"))
     assert told(tune(model, photos, processor, share=0.65, output_dir=tmp_path / "out", **QUICK)) == told(first)
+
+
+def test_corrected_labels_of_a_model_are_other_labels(monkeypatch, photos, processor, tmp_path):
+    """A search of the same model is not continued: other predictions are right."""
+
+    def die(*arguments):
+        raise Killed
+
+    monkeypatch.setattr(tuner, "search", die)
+    model = tiny_model()
+    with pytest.raises(Killed):
+        tune(model, photos, processor, share=0.65, output_dir=tmp_path / "out", **QUICK)
+    model.config.label2id = {"0001_class": 0, "0000_class": 1, "0002_class": 2, "0003_class": 3, "cat": 4}
+    with pytest.raises(ValueError, match=r"made with other settings: data was [^;]+\. Give the same"):
+        tune(model, photos, processor, share=0.65, output_dir=tmp_path / "out", **QUICK)
+
+
+def test_broken_images_are_told_before_the_search(monkeypatch, model, folder, processor, tmp_path):
+    """Also those that only the report needs. When the image is repaired, the same command begins anew."""
+
+    def die(*arguments):
+        raise Killed
+
+    monkeypatch.setattr(tuner, "search", die)
+    shutil.copytree(folder, tmp_path / "photos")
+    photos = load_dataset("imagefolder", data_dir=str(tmp_path / "photos"), split="train")
+    files = sorted((tmp_path / "photos").rglob("*.png"))
+    labels = list(photos["label"])
+    broken = files[split_rows(labels, len(labels), 0).report[0]]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f"Repair or remove the file .*{broken.name}"):
+        tune(model, photos, processor, share=0.65, output_dir=tmp_path / "out", **QUICK)
+    broken.write_bytes(whole)
+    with pytest.raises(Killed):
+        tune(model, photos, processor, share=0.65, output_dir=tmp_path / "out", **QUICK)
 
 
 def test_within_a_drop_the_cheapest(monkeypatch, model, photos, processor, tmp_path):

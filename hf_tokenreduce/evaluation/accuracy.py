@@ -1,6 +1,7 @@
 """`evaluate_model`: accuracy on labelled images, compared image by image with the model before reduction."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -169,40 +170,70 @@ def evaluate_model(
 def labels_of(dataset: Dataset, label_column: str, config: PreTrainedConfig) -> list[int]:
     """Return the model's index of the class of each image."""
     classes = class_indices(dataset, label_column, config.label2id)
-    given = dataset.with_format(None)[label_column]
+    given = list(dataset.with_format(None)[label_column])
+    texts = sorted({label for label in given if isinstance(label, str)})
+    of_texts = dict(zip(texts, _indices(texts, config.label2id), strict=True))
+    given = [of_texts[label] if isinstance(label, str) else label for label in given]
     # On the Hub, -1 stands for "no label".
     labels = [classes[label] if classes and label is not None and label >= 0 else label for label in given]
     highest = config.num_labels - 1
-    if any(label is None or not 0 <= label <= highest for label in labels):
-        raise ValueError(
-            f"The labels must be classes of the model, which are 0 to {highest}. Leave out images without a class."
-        )
+    for label in labels:
+        if not isinstance(label, (int, float)) or not 0 <= label <= highest:
+            raise ValueError(
+                f"The labels must be classes of the model, which are 0 to {highest}, got {label!r}. Leave out images "
+                "without a class."
+            )
     return labels
 
 
 def class_indices(dataset: Dataset, label_column: str, label2id: dict[str, int]) -> list[int]:
-    """Return the model's index of each class of a data set. It is empty if the column has indices and no names."""
+    """Return the model's index of each class of a data set. It is empty if the column has no list of its classes."""
     names = getattr(dataset.features[label_column], "names", None)
-    return [class_index(name, label2id) for name in names or []]
+    return _indices(names or [], label2id)
 
 
 def class_index(name: str, label2id: dict[str, int]) -> int:
     """Return the model's index of a class, by its label or by the index that the name begins with."""
-    if name in label2id:
-        return int(label2id[name])
-    index = name.split("_")[0]
-    # Two classes of ImageNet have the same label, so the number of labels is not the number of classes.
-    if not index.isdecimal() or int(index) > max(map(int, label2id.values()), default=-1):
-        some = ", ".join(repr(label) for label in list(label2id)[:5])
-        raise ValueError(
-            f"The class {name!r} is not a label of the model, and does not begin with the index of a label. The "
-            f"labels are {some}, ... If it is one of them by another name, rename its folder to the label, or put the "
-            "index of the label and _ in front. If your classes are new to the model, train it on them first: "
-            "tokenreduce train MODEL --train-dir IMAGES -o TRAINED --ignore_mismatched_sizes. Without labels, "
-            "tokenreduce tune MODEL IMAGES --no-labels compares methods by how often they keep the class of the dense "
-            "model."
-        )
-    return int(index)
+    return _indices([name], label2id)[0]
+
+
+def _indices(names: Sequence[str], label2id: dict[str, int]) -> list[int]:
+    """Return the model's index of each name, as `class_index` does for one."""
+    # macOS may write an accent of a folder's name as a character of its own.
+    by_label = {_composed(label): int(index) for label, index in label2id.items()}
+    # Two classes of ImageNet have the same label, of which `label2id` has only one. So the number of labels is not the
+    # number of classes, and the other class has no label here.
+    labels = {index: label for label, index in by_label.items()}
+    highest = max(labels, default=-1)
+    found = []
+    for name in map(_composed, names):
+        begin, _, rest = name.partition("_")
+        if name in by_label:
+            found.append(by_label[name])
+            continue
+        if not begin.isdecimal() or int(begin) > highest:
+            some = ", ".join(repr(label) for label in list(label2id)[:5])
+            raise ValueError(
+                f"The class {name!r} is not a label of the model, and does not begin with the index of a label. The "
+                f"labels are {some}, ... If it is one of them by another name, rename its folder to the label, or put "
+                "the index of the label and _ in front. If your classes are new to the model, train it on them first: "
+                "tokenreduce train MODEL --train-dir IMAGES -o TRAINED --ignore_mismatched_sizes. Without labels, "
+                "tokenreduce tune MODEL IMAGES --no-labels compares methods by how often they keep the class of the "
+                "dense model."
+            )
+        index = int(begin)
+        if rest in by_label and labels.get(index, rest) != rest:
+            raise ValueError(
+                f"The class {name!r} begins with the index {index}, which is {labels[index]!r} in the model, but "
+                f"{rest!r} is the label of {by_label[rest]}. Rename its folder to the label, or put {by_label[rest]} "
+                "and _ in front of the label."
+            )
+        found.append(index)
+    return found
+
+
+def _composed(name: object) -> str:
+    return unicodedata.normalize("NFC", str(name))
 
 
 def wilson_interval(correct: float, count: int, z: float = 1.959964) -> tuple[float, float]:

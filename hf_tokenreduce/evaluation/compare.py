@@ -27,7 +27,7 @@ from ..modeling.version import __version__
 from ..modes import evaluating
 from ..tasks import facts_on, image_side, task_of_model
 from ..timing import seconds_of
-from .accuracy import class_indices, evaluate_model
+from .accuracy import evaluate_model, labels_of
 from .comparison import Comparison, write_comparison
 from .features import check_features_model, evaluate_features
 from .reading import check_data, sample_pixels
@@ -118,8 +118,9 @@ def compare(
     of_features = is_of_features(model, bank)
     columns = {"image_column": image_column, **({} if of_features else {"label_column": label_column})}
     check_data(dataset, batch_size, **columns)
-    if not of_features:  # before anything is computed
-        class_indices(dataset, label_column, model.config.label2id)
+    folder = Path(output_dir)
+    _check_folder(folder)
+    labels = None if of_features else labels_of(dataset, label_column, model.config)  # before anything is computed
     if speed:
         check_runtimes([runtime], CPU if RUNTIMES.get(runtime) else inside(model).device)
     config = model.config
@@ -142,12 +143,11 @@ def compare(
         "image_column": image_column, "label_column": label_column, "batch_size": batch_size,
         "num_workers": num_workers, "progress": progress,
     }  # fmt: skip
-    folder = Path(output_dir)
     (folder / "settings").mkdir(parents=True, exist_ok=True)
     settings = {
         "version": __version__,  # another release may fit and compute something else
         "model": digest_of_model(dense),
-        "data": labelled_digest(dataset, image_column, label_column),
+        "data": labelled_digest(dataset, image_column, label_column, labels),
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
         "calibration": [calibration_images, calibration_dataset and digest_of_data(source, image_column, [])],
         "speed": conditions_of(inside(dense), speed_batch_size, repeats, runtime) if speed else None,
@@ -215,6 +215,15 @@ def compare(
     return comparison
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise a ValueError if a folder holds the results of another command, which would be replaced in part."""
+    others = ("part-*.jsonl", "report.json", "tuning.json", "search/settings.json")
+    # A comparison makes the folder `settings` before the file settings.json. No other command makes both.
+    unknown = (folder / "settings.json").is_file() and not (folder / "settings").is_dir()
+    if unknown or any(True for pattern in others for _ in folder.glob(pattern)):
+        raise ValueError(f"output_dir {folder} holds the results of another command. Name another folder.")
+
+
 def _tell_how_long(
     model: PreTrainedModel,
     dataset: Dataset,
@@ -272,10 +281,21 @@ def reduced_as(model: Any, reduction: ReductionConfig | None) -> Any:
     return converted(model, lambda one: with_reduction(one, reduction).eval())
 
 
-def labelled_digest(dataset: Dataset, image_column: str, label_column: str) -> str:
-    """Return the digest of a data set and its labels, if it has labels."""
-    labelled = label_column in dataset.column_names
-    return digest_of_data(dataset, image_column, list(dataset.with_format(None)[label_column]) if labelled else [])
+def labelled_digest(dataset: Dataset, image_column: str, label_column: str, labels: list[int] | None = None) -> str:
+    """Return the digest of a data set and its labels, if it has labels.
+
+    Args:
+        dataset (`Dataset`): The images.
+        image_column: Column of the data set that holds the images.
+        label_column: Column of the data set that holds the classes.
+        labels: The classifier's index of the class of each image. By default the data set's own numbers.
+
+    Returns:
+        The digest. With `labels` it changes if the classifier gets other names of its classes.
+    """
+    if labels is None:
+        labels = list(dataset.with_format(None)[label_column]) if label_column in dataset.column_names else []
+    return digest_of_data(dataset, image_column, labels)
 
 
 def why_it_cannot_run(model: Any, facts: EncoderFacts) -> str | None:

@@ -52,18 +52,28 @@ class _Reader(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> tuple[list[int], Tensor]:
         rows = self.batches[number]
-        photos = []
-        for row in rows:
-            image = self.dataset[row][self.image_column]
-            try:
-                photos.append(as_rgb(decoded_picture(image) if isinstance(image, dict) else image))
-            except Exception as error:  # Pillow raises whatever its parsers trip over
-                path = image.get("path") if isinstance(image, dict) else None
-                raise ValueError(
-                    f"Row {row} of the data set holds no readable image in its column {self.image_column!r} "
-                    f"({error}). Repair or remove {f'the file {path}' if path else 'it'}."
-                ) from error
+        photos = [_picture(self.dataset, row, self.image_column) for row in rows]
         return rows, self.processor(photos, return_tensors="pt")["pixel_values"]
+
+
+def check_pictures(dataset: Dataset, image_column: str, progress: bool = True) -> None:
+    """Decode every image of a data set. Raise a ValueError that names the first one that cannot be read."""
+    images = undecoded(dataset.with_format(None), image_column).select_columns(image_column)
+    for row in logging.tqdm(range(len(images)), desc="reading images", leave=False, disable=not progress):
+        _picture(images, row, image_column)
+
+
+def _picture(images: Dataset, row: int, image_column: str) -> Any:
+    """Return an image as RGB, from a data set that does not decode its images."""
+    image = images[row][image_column]
+    try:
+        return as_rgb(decoded_picture(image) if isinstance(image, dict) else image)
+    except Exception as error:  # Pillow raises whatever its parsers trip over
+        path = image.get("path") if isinstance(image, dict) else None
+        raise ValueError(
+            f"Row {row} of the data set holds no readable image in its column {image_column!r} ({error}). Repair or "
+            f"remove {f'the file {path}' if path else 'it'}."
+        ) from error
 
 
 def check_data(dataset: Any, batch_size: int, **columns: str) -> None:

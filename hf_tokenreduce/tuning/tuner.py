@@ -20,7 +20,7 @@ from ..evaluation.compare import (
     reduced_as,
 )
 from ..evaluation.comparison import Comparison, write_comparison
-from ..evaluation.reading import check_data
+from ..evaluation.reading import check_data, check_pictures
 from ..evaluation.resume import check_one_process, digest_of_model
 from ..evaluation.runtimes import RUNTIMES, check_runtimes
 from ..evaluation.settings import describe
@@ -130,7 +130,7 @@ def tune(
     settings = {
         "version": __version__,
         "model": digest_of_model(model),
-        "data": labelled_digest(dataset, image_column, label_column),
+        "data": labelled_digest(dataset, image_column, label_column, labels),
         "processor": json.loads(json.dumps(processor.to_dict(), default=str)),
         "target": list(target),
         "methods": [method.name for method in found],
@@ -139,6 +139,7 @@ def tune(
         "speed": conditions_of(inside(model), batch_size, repeats, runtime) if speed else None,
     }
     if not (folder / "search" / "settings.json").is_file():
+        check_pictures(dataset, image_column, progress)  # the report reads some of them only after the search
         (folder / "search" / "held-out" / "settings").mkdir(parents=True, exist_ok=True)
         write_whole(folder / SEARCHED, json.dumps(contents(dataset.select(parts.search), image_column), indent=1))
         write_whole(folder / "search" / "settings.json", json.dumps(settings, indent=1))
