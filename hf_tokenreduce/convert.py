@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, PREFIX, encoder_of, fixed_fields, what_can_be_reduced
 from .modeling.hooks import take_over
-from .modeling.modeling_tokenreduce import reduced_model_class
+from .modeling.modeling_tokenreduce import adapted, check_place, reduced_model_class
 
 
 logger = logging.get_logger(__name__)
@@ -91,7 +91,8 @@ def with_reduction(model: PreTrainedModel, reduction: Any) -> PreTrainedModel:
     if name is None:
         raise ValueError(
             f"reduce_tokens cannot reduce a {type(model).__name__}. {what_can_be_reduced()} If the model is wrapped "
-            "(PEFT, compiled, parallel), pass the model inside."
+            "(compiled, parallel), pass the model inside. If it has an adapter of PEFT, merge it first: "
+            "peft_model.merge_and_unload()."
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("This model has an adapter (add_adapter), which would be lost. Merge it first.")
@@ -108,6 +109,7 @@ def with_reduction(model: PreTrainedModel, reduction: Any) -> PreTrainedModel:
         )
     reduced = _around_the_weights_of(model, reduced_model_class(getattr(transformers, name)))
     reduced._set_reduction(reduction)
+    check_place(reduced)
     if _runs(model, reduced.config.reduction):
         for new_layer, old_layer in zip(encoder_of(reduced).layers, encoder_of(model).layers, strict=True):
             new_layer.reducer = _own_modules(old_layer.reducer)  # the same parameters, in a mode of its own
@@ -131,6 +133,9 @@ def _runs(model: PreTrainedModel, reduction: ReductionConfig | None) -> bool:
 def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Make the stock model of transformers with the weights of a reduced model.
 
+    The stock model of a reduced `ViTMAEModel` masks nothing: its `mask_ratio` is 0, as it was in the reduced one. Set
+    `config.mask_ratio` if you want to train it by masking.
+
     Args:
         model (`PreTrainedModel`): A model that `reduce_tokens` made, or that was loaded as a `TokenReduce...` class.
 
@@ -141,6 +146,16 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     Example:
         >>> dense = restore(reduce_tokens(model, ToMeConfig(r=13)))
     """
+    if isinstance(model, PreTrainedModel) and adapted(model):
+        raise ValueError(
+            "This model has an adapter of PEFT, and the stock model could not be saved and loaded with it. Merge it "
+            "first: peft_model.merge_and_unload()."
+        )
+    return restored(model)
+
+
+def restored(model: PreTrainedModel) -> PreTrainedModel:
+    """Do so with an adapter inside too, for a model that is only run and never saved, such as a teacher."""
     name = stock_name(model)
     if name is None or type(model).__name__ == name:
         raise ValueError(
@@ -206,6 +221,8 @@ def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedM
         options["add_pooling_layer"] = model.pooler is not None
     with torch.device("meta"):
         shell = model_class(config, **options)
+    # No checkpoint holds this very model. PEFT would write the name into an adapter, which would load on that one.
+    shell.name_or_path = ""
     encoder = encoder_of(model)
     containers = {id(part) for layer in encoder.layers for part in (layer, encoder.attention(layer))}
     if encoder.tower.norm is not None:
@@ -229,6 +246,13 @@ def _adopt(shell: nn.Module, model: nn.Module, containers: set[int]) -> None:
         logger.warning(
             f"The hooks on the {type(model).__name__} are not kept, because the new model has one of another class. "
             "Register them on the new model."
+        )
+    if hasattr(model, "_hf_hook") and any(parameter.is_meta for parameter in model.parameters(recurse=False)):
+        # accelerate brings these parameters in when the module is called, and the new one is not known to it
+        raise ValueError(
+            f"The weights of a {type(model).__name__} lie on the CPU or the disk (device_map, cpu_offload), and this "
+            "model could not bring them in when it is converted. Convert it on one device, save it, and load the "
+            "folder with device_map."
         )
     shell.training = model.training
     shell._parameters.update(model._parameters)

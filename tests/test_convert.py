@@ -1,5 +1,6 @@
 """reduce_tokens and restore: other classes around the same weights."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from families import family_inputs, family_model
 from helpers import BACKBONES, enable_checkpointing, tiny_images, tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import ViTForImageClassification
+from transformers import AutoModelForImageClassification, ViTForImageClassification
 from transformers.utils import logging
 
 from hf_tokenreduce import (
@@ -125,6 +126,41 @@ def test_an_adapter_is_not_lost_in_silence():
     stock.add_adapter(LoraConfig(target_modules=["q_proj"], r=2))
     with pytest.raises(ValueError, match=r"adapter.*Merge it first"):
         reduce_tokens(stock, ToMeConfig(r=5))
+
+
+def test_a_model_with_lora_inside_is_saved_with_a_warning_and_not_restored(tmp_path, caplog):
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    inside = reduce_tokens(get_peft_model(tiny_model(), lora).get_base_model(), ToMeConfig(r=5))
+    inside.save_pretrained(tmp_path)
+    assert "names that from_pretrained does not know" in caplog.text
+    added = reduce_tokens(tiny_model(), ToMeConfig(r=5))
+    added.add_adapter(lora)
+    for model in (inside, added):
+        with pytest.raises(ValueError, match=r"merge_and_unload\(\)"):
+            restore(model)
+
+
+@pytest.mark.parametrize("through", ["get_peft_model", "add_adapter"])
+def test_an_adapter_names_the_reduced_model(tmp_path, through):
+    tiny_model().save_pretrained(tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+
+    def add(model):
+        if through == "get_peft_model":
+            return get_peft_model(model, lora)
+        model.add_adapter(lora)
+        return model
+
+    reduced = reduce_tokens(ViTForImageClassification.from_pretrained(tmp_path / "base"), ToMeConfig(r=5))
+    reduced.save_pretrained(tmp_path / "reduced")
+    add(reduced).save_pretrained(tmp_path / "nowhere")
+    named = json.loads((tmp_path / "nowhere" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert not named
+    model = add(AutoModelForImageClassification.from_pretrained(tmp_path / "reduced")).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "adapter").eval()
+    assert loaded.config.reduction == ToMeConfig(r=5)
+    torch.testing.assert_close(loaded(tiny_images()).logits, model(tiny_images()).logits)
 
 
 def test_somebody_elses_class_of_a_stock_name_is_refused():

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from families import family_model
 from helpers import tiny_images, tiny_model
 from transformers import ViTForImageClassification
 
-from hf_tokenreduce import ATSConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce import ATSConfig, DLViTConfig, DTEMConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
 
 
 def device_map(*places):
@@ -40,3 +42,34 @@ def test_a_model_on_several_devices_is_refused():
         reduce_tokens(model, ToMeConfig(r=3))
     model.hf_device_map = device_map(0, 0, "cpu", "disk")
     reduce_tokens(model, ToMeConfig(r=3))
+
+
+def saved_and_reduced(setting, folder):
+    stock = tiny_model(num_hidden_layers=4)
+    reduced = reduce_tokens(stock, setting)
+    stock.save_pretrained(folder / "stock")
+    reduced.save_pretrained(folder / "reduced")
+    return type(stock), type(reduced)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [LTMPConfig(), SiTConfig(layers=(1, 2)), DTEMConfig(r=3), DLViTConfig(keep_rate=0.6, trained=True)],
+    ids=lambda one: one.method,
+)
+def test_learned_parts_may_not_lie_on_the_disk(setting, tmp_path):
+    stock, reduced = saved_and_reduced(setting, tmp_path)
+    options = {"device_map": device_map(*["disk"] * 4), "offload_folder": tmp_path / "weights"}
+    with pytest.raises(ValueError, match="learned parts in the layers"):
+        reduced.from_pretrained(tmp_path / "reduced", **options)
+    with pytest.raises(ValueError, match="learned parts in the layers"):
+        reduce_tokens(stock.from_pretrained(tmp_path / "stock", **options), setting)
+    loaded = reduced.from_pretrained(tmp_path / "reduced", device_map="cpu")
+    with torch.no_grad():
+        loaded.eval()(tiny_images())
+
+
+def test_layers_with_weights_of_their_own_are_not_converted_from_the_disk():
+    stock = cpu_offload(family_model("beit"), torch.device("cpu"))
+    with pytest.raises(ValueError, match="lie on the CPU or the disk"):
+        reduce_tokens(stock, ToMeConfig(r=3))

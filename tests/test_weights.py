@@ -8,7 +8,7 @@ from helpers import tiny_images, tiny_model
 from naive import naive_forward
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor, ViTModel
 
 from hf_tokenreduce import (
     EViTConfig,
@@ -22,6 +22,7 @@ from hf_tokenreduce import (
     load_thresholds,
     reduce_tokens,
 )
+from hf_tokenreduce.hub.weights import check_weights
 from hf_tokenreduce.modeling.multiply_adds import shares_kept
 
 
@@ -155,3 +156,16 @@ def test_predictions_are_those_of_the_naive_reference(shared, folder, r):
         ours = reduce_tokens(stock, ToMeConfig(r=r))(pixels).logits
         theirs = [naive_forward(stock, image, {"method": "tome", "r": r}).logits for image in pixels]
     torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-3, atol=1e-3)
+
+
+def test_weights_of_an_encoder_without_a_pooler_are_whole(tmp_path):
+    config = tiny_model().config
+    for pooling in (False, True):
+        model = reduce_tokens(ViTModel(config, add_pooling_layer=pooling), ToMeConfig(r=5))
+        model.save_pretrained(tmp_path)
+        check_weights(tmp_path, {"model.safetensors": 1}, model.config)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["pooler.dense.bias"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 1: 'pooler\.dense\.bias'"):
+        check_weights(tmp_path, {"model.safetensors": 1}, model.config)

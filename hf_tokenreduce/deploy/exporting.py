@@ -183,7 +183,7 @@ def _check(model: Any, format: str, batch_size: int | None, int8: bool, images: 
 
 def _check_not_source(model: PreTrainedModel, folder: Path) -> None:
     """Raise a ValueError if the model was loaded from the folder: its graph would replace its only weights."""
-    source = model.name_or_path  # "" if it was not loaded
+    source = model.config.name_or_path  # "" if it was not loaded
     # A folder that holds a graph is not the source: it may have the name of a model on the Hub.
     if source and folder.is_dir() and Path(source).is_dir() and folder.samefile(source) and not is_exported(folder):
         raise ValueError(

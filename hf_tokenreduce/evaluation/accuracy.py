@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..convert import restore, stock_name
+from ..convert import restored, stock_name
 from ..modeling.encoders import facts_of
 from ..modeling.multiply_adds import shares_kept
 from ..modeling.version import __version__
@@ -138,7 +138,7 @@ def evaluate_model(
                 "dense form of the same model."
             )
     elif getattr(model.config, "reduction", None) is not None:
-        beside = converted(model, restore)
+        beside = converted(model, restored)
 
     processes = launched_processes(model.device)
     settings = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..convert import restore, stock_name
+from ..convert import restored, stock_name
 from ..deploy.graphs import FORMATS
 from ..deploy.recorded import record
 from ..modeling.encoders import encoder_of, facts_of, what_can_be_reduced
@@ -98,7 +98,7 @@ def benchmark(
     dense_name = next((name for name, model in models.items() if _method(model) is None), None)
     if dense_name is None:
         dense_name = "dense"
-        named = {"dense": restore(first), **named}
+        named = {"dense": restored(first), **named}
     check_runtimes(runtimes, device)
     report = BenchmarkReport(_settings(named, device, threads, dtypes, runtimes, repeats, warmup, pixel_values))
     times = timer or partial(seconds_of, device=device)
@@ -176,7 +176,7 @@ def _time_batches(
                 ideal["padded"] = [c.amax(dim=0).tolist() for c in counts[name]]
             for kind, wanted in ideal.items():
                 dense = ready[dense_name]
-                stock = restore(dense) if hasattr(dense.config, "reduction") else dense
+                stock = restored(dense) if hasattr(dense.config, "reduction") else dense
                 key = runtime, name, kind
                 cut = SliceOracle(stock, hook, wanted[0])
                 if RUNTIMES[runtime]:

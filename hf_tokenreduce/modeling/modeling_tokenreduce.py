@@ -157,6 +157,12 @@ class TokenReduceMixin(_StockModel):
             self._initialize_weights(module)
         layer.init_reducer()
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        check_place(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """Save as the stock model does, but with the current names of the parameters instead of those of older
         versions, because Trainer resumes from a checkpoint without renaming."""
@@ -164,6 +170,13 @@ class TokenReduceMixin(_StockModel):
             raise ValueError(
                 "config.reduction is not what this model runs. It was set without set_reduction, or by another model "
                 "that shares the configuration. Call model.set_reduction(...) with the setting you want, then save."
+            )
+        if adapted(self) and not getattr(self, "_hf_peft_config_loaded", False):
+            # Only said: a training that saves its checkpoints must not be lost.
+            logger.warning(
+                "This model has an adapter of PEFT inside, so its weights are saved by names that from_pretrained does "
+                "not know. Merge the adapter first: peft_model.merge_and_unload(). Or save the adapter alone: "
+                "peft_model.save_pretrained(folder)."
             )
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
         write_extra_method(save_directory, self.config.reduction)
@@ -244,6 +257,25 @@ class TokenReduceMixin(_StockModel):
         ends = on_device(lengths, hidden.device)[:, None]
         real = torch.arange(hidden.shape[1], device=hidden.device) < ends
         return hidden.masked_fill(~real[..., None], 0.0)
+
+
+def check_place(model: PreTrainedModel) -> None:
+    """Raise a ValueError if accelerate keeps learned parts of the method on the CPU or the disk.
+
+    It brings weights in when their module is called, but a reducer acts inside a layer and is never called itself."""
+    encoder = encoder_of(model)
+    away = any(parameter.is_meta for reducer in encoder.reducers for parameter in reducer.parameters())
+    if away and any(hasattr(module, "_hf_hook") for module in encoder.module.modules()):
+        raise ValueError(
+            f"{type(encoder.reducers[0].built_for).__name__} has learned parts in the layers, which cannot lie on the "
+            'CPU or the disk (device_map, cpu_offload). Put the layers on one device, such as device_map="cpu" or '
+            "device_map=0, or use a method without learned parts, such as ToMe."
+        )
+
+
+def adapted(model: nn.Module) -> bool:
+    """Return whether layers of a model are those of an adapter of PEFT, such as LoRA, around the model's own."""
+    return any(hasattr(module, "base_layer") and hasattr(module, "lora_A") for module in model.modules())
 
 
 def _values(reduction: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..convert import restore
+from ..convert import restored
 from ..files import model_folder
 from ..methods import METHODS, method_of
 from ..methods.token_decoder import restore_hidden_states
@@ -413,7 +413,7 @@ def _teacher(
             )
         return None
     if given is None:
-        teacher = copy.deepcopy(restore(model))
+        teacher = copy.deepcopy(restored(model))
     elif isinstance(given, (str, Path)):
         teacher = AutoModelForImageClassification.from_pretrained(given)
     else:
