@@ -33,6 +33,7 @@ from ..modeling.configuration_base import ReductionConfig
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import check_share
 from ..modeling.version import __version__
+from ..tasks import check_has_classes
 from .parts import LEAST_IMAGES, Parts, split_rows
 from .report import LEFT_OUT, SEARCHED, TuningReport, write_report
 from .search import Target, choose, measured, meets, pareto_front, search
@@ -113,6 +114,7 @@ def tune(
         >>> report.chosen["name"], report.chosen["drop"]
     """
     check_one_process("tune")
+    check_has_classes(model, "tune")
     target = _target(share, speedup, max_drop, speed, minutes)
     of_features = is_of_features(model, None)
     if of_features and target.kind == "max_drop":
