@@ -291,6 +291,17 @@ def test_compiled_models_are_compared_with_the_compiled_dense_one(monkeypatch):
     assert compiled == ["ViTForImageClassification", "TokenReduceViTForImageClassification", "SliceOracle"]
 
 
+def test_memory_and_parts_are_those_of_eager_rows(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    monkeypatch.setattr(speed, "peak_memory", lambda model, images: 40.0)
+    options = {**QUICK, "memory": True, "breakdown": True, "oracle": False, "runtimes": ["eager", "compiled"]}
+    report = benchmark({"dense": tiny_model()}, tiny_images(2), batch_sizes=[2], repeats=1, **options)
+    eager, compiled = report.rows
+    assert eager.peak_memory_mib == 40 and eager.breakdown
+    assert compiled.runtime == "compiled" and compiled.peak_memory_mib is None and compiled.breakdown is None
+    assert "compiled" in report.to_markdown()
+
+
 @pytest.mark.parametrize("runtime", ["onnx", slow("openvino-int8")])
 def test_graphs_are_compared_with_the_graph_of_the_dense_model(runtime):
     for package in ("onnxruntime", "nncf"):

@@ -249,14 +249,14 @@ def _measure_more(
     with_breakdown: bool,
     with_memory: bool,
 ) -> None:
-    in_torch = [row for row in rows if not RUNTIMES[row.runtime]]
-    for row in in_torch:
+    eager = [row for row in rows if row.runtime == "eager"]  # the models run eagerly here
+    for row in eager:
         model = ready[row.name]
         if with_breakdown:
             row.breakdown = breakdown(model, images)
         if with_memory:
             row.peak_memory_mib = peak_memory(image_side(model), images)
-    dense = next((row.peak_memory_mib for row in in_torch if row.name == dense_name), None)
+    dense = next((row.peak_memory_mib for row in eager if row.name == dense_name), None)
     for row in rows:
         if row.peak_memory_mib is not None and dense:
             row.memory_over_dense = row.peak_memory_mib / dense

@@ -156,6 +156,8 @@ def tune(
     own = parse_reduction(getattr(model.config, "reduction", None))
     if own is not None:
         trials.quality(own, len(parts.search))
+        if target.kind == "speedup":
+            trials.speedup(own)
     end = trials.clock + (math.inf if minutes is None else 60 * minutes)
     search(trials, variants, target, seed, end)
     chosen = choose(trials, target)
