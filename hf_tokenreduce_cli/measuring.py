@@ -133,10 +133,11 @@ def benchmark(
     import torch
 
     from hf_tokenreduce.evaluation import benchmark as measure
+    from hf_tokenreduce.evaluation.runtimes import usual_device
     from hf_tokenreduce.loading import check_takes_images, load_model, load_pictures
 
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = usual_device(runtime)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"torch finds no CUDA device for --device {device}. Use --device cpu, or install a torch for CUDA."

@@ -30,6 +30,7 @@ from hf_tokenreduce.evaluation.breakdown import PARTS, breakdown
 from hf_tokenreduce.evaluation.memory import peak_memory
 from hf_tokenreduce.evaluation.oracle import SliceOracle
 from hf_tokenreduce.evaluation.paying import weaker_first
+from hf_tokenreduce.evaluation.runtimes import usual_device
 from hf_tokenreduce.modeling import tokens, tome
 from hf_tokenreduce.modeling.encoders import facts_of
 from hf_tokenreduce.modeling.multiply_adds import even_share
@@ -442,3 +443,8 @@ def test_what_cannot_be_timed():
     ):
         with pytest.raises(ValueError, match=message):
             benchmark(models, pixels, **{"repeats": 1, **options}, **QUICK)
+
+
+def test_graphs_on_the_cpu_need_no_device_option(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert usual_device(["eager", "compiled"]) == "cuda" and usual_device(["eager", "openvino"]) == "cpu"
