@@ -11,9 +11,11 @@ from PIL import Image, ImageOps
 
 
 # Whatever the name of a file. Pillow knows more, such as EPS, for which it would start another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF", "GIF")
 UNREADABLE = "cannot be read as an image"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".gif",
+}  # fmt: skip
 
 
 def is_image(file: Path) -> bool:

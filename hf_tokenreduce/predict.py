@@ -86,7 +86,7 @@ def predict(
         labels = digest([json.dumps(model.config.id2label).encode()])
         processor = json.loads(json.dumps(image_processor.to_dict(), default=str))
         settings = {"model": _told(model), "labels": labels, "processor": processor, "top_k": top_k}
-        settings["version"] = __version__
+        settings |= {"version": __version__, "problem_type": getattr(model.config, "problem_type", None)}
         if isinstance(model, ExportedModel):  # of a PyTorch model, the digest tells it
             settings["dtype"] = model.dtype
         if processes.rank == 0 and not (folder / SETTINGS).is_file():

@@ -28,7 +28,7 @@ from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import encoder_of
 from .modeling.multiply_adds import multiply_adds
 from .pictures import FORMATS, as_rgb
-from .tasks import class_scores, facts_on
+from .tasks import class_scores, facts_on, labelled
 from .timing import in_turns
 from .training.origin import was_trained
 from .visualization import seen_images, token_maps
@@ -266,7 +266,7 @@ def build_app(
             answer = comparison(read_image(file, max_upload_mb=max_upload_mb), method, budget)
         except ValueError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
-        dense, reduced = dict(answer.dense.predictions), dict(answer.reduced.predictions)
+        dense, reduced = (labelled(one.predictions, comparison.dense.config) for one in (answer.dense, answer.reduced))
         return dense, reduced, answer.seen, answer.token_map, report(answer)
 
     def picture(label: str) -> Any:

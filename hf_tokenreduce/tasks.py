@@ -90,9 +90,40 @@ class ImageSide(nn.Module):
         return model.get_image_features(pixel_values, **options)
 
 
+def is_regression(config: Any) -> bool:
+    """Return whether the head of a model computes numbers, and not scores of classes."""
+    return getattr(config, "problem_type", None) == "regression"
+
+
+def check_has_classes(model: Any, what: str) -> None:
+    """Raise an error if the head of a model computes numbers, for something that compares classes."""
+    if is_regression(model.config):
+        raise ValueError(
+            f"{what} compares classes, but the head of this model computes numbers (problem_type is 'regression'). "
+            "Give a model that predicts classes, or the encoder without its head."
+        )
+
+
+def score_text(score: float, config: Any) -> str:
+    """Return a score of `class_scores` as people read it: a percentage, or the number of a regression head."""
+    return f"{score:.4g}" if is_regression(config) else f"{score:.1%}"
+
+
+def labelled(predictions: list[tuple[str, float]], config: Any) -> dict[str, float] | str:
+    """Return predictions for a Label of gradio, which shows each number as a percentage, but a text as it is."""
+    if not is_regression(config):
+        return dict(predictions)
+    return ", ".join(f"{name}: {score_text(score, config)}" for name, score in predictions)
+
+
 def class_scores(logits: Tensor, config: Any) -> Tensor:
-    """Return the score of each class, (B, classes) float32, by the rule of `pipeline`: one sigmoid per class if a
-    model has one logit or was trained on several labels per image, else a softmax."""
+    """Return the score of each class, (B, classes) float32, by the rule of `pipeline`.
+
+    A regression head gives the logit itself. A model with one logit, or trained on several labels per image, gives
+    one sigmoid per class, and any other model a softmax.
+    """
+    if is_regression(config):
+        return logits.float()
     one_by_one = getattr(config, "problem_type", None) == "multi_label_classification" or logits.shape[-1] == 1
     return logits.float().sigmoid() if one_by_one else logits.float().softmax(dim=-1)
 

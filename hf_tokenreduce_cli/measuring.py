@@ -63,7 +63,6 @@ def evaluate(
     from hf_tokenreduce.evaluation import evaluate_model
     from hf_tokenreduce.evaluation.zero_shot import as_classifier
     from hf_tokenreduce.loading import image_names, load_images, load_model, load_processor
-    from hf_tokenreduce.training.origin import was_trained
 
     reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
     images = load_images(data, split, limit)
@@ -86,18 +85,26 @@ def evaluate(
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        if dense is None and was_trained(model, revision):
-            print(
-                f"{model} was trained with its reduction. It was compared with the same weights without reduction, "
-                "for which they were not trained. For a fair comparison give --dense, a dense model that was trained "
-                "as long.",
-                file=sys.stderr,
-            )
+        if dense is None:
+            advice = " For a fair comparison give --dense, a dense model that was trained as long."
+            _warn_if_trained(model, revision, advice)
         answer = report.to_dict()
         if not as_json:  # name files instead of rows
             names = image_names(images)
             answer |= {key: [names[row] for row in answer[key] or ()] for key in ROWS if answer.get(key) is not None}
         print_answer(answer, as_json, f"{model} on {data}")
+
+
+def _warn_if_trained(model: str, revision: str | None, advice: str = "") -> None:
+    """Say that the dense model beside a model that was trained with its reduction is worse than it could be."""
+    from hf_tokenreduce.training.origin import was_trained
+
+    if was_trained(model, revision):
+        print(
+            f"{model} was trained with its reduction. It was compared with the same weights without reduction, for "
+            f"which they were not trained.{advice}",
+            file=sys.stderr,
+        )
 
 
 @app.command(epilog="tokenreduce benchmark vit-tome vit-bat --images data/val --batch-size 1 --batch-size 32")
@@ -113,7 +120,7 @@ def benchmark(
     repeats: Annotated[int, typer.Option(min=1, help="Number of timed forwards of each model.", metavar="N")] = 15,
     threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads.", metavar="N")] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.", metavar="NAME")
+        str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one, cpu for a graph.", metavar="NAME")
     ] = None,
     runtime: Annotated[
         list[str],
@@ -133,10 +140,11 @@ def benchmark(
     import torch
 
     from hf_tokenreduce.evaluation import benchmark as measure
+    from hf_tokenreduce.evaluation.runtimes import usual_device
     from hf_tokenreduce.loading import check_takes_images, load_model, load_pictures
 
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = usual_device(runtime)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"torch finds no CUDA device for --device {device}. Use --device cpu, or install a torch for CUDA."
@@ -246,6 +254,7 @@ def compare(
         speed=speed,
         runtime=runtime,
     )
+    _warn_if_trained(model, revision)
     print(json.dumps(found.rows, indent=1) if as_json else found.to_markdown())
     if not as_json:
         out.print(f"The table and pareto.png are in {escape(str(output_dir))}.")
@@ -321,6 +330,7 @@ def tune(
         },
     )
     whole_processor.save_pretrained(output_dir / "model")
+    _warn_if_trained(model, revision)
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.to_markdown())
     if not as_json:
         out.print(

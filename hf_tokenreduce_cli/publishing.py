@@ -185,6 +185,7 @@ def predict(
     from hf_tokenreduce.loading import load_model
     from hf_tokenreduce.predict import find_images
     from hf_tokenreduce.predict import predict as run
+    from hf_tokenreduce.tasks import score_text
 
     processor = None
     if is_exported(model):
@@ -204,8 +205,9 @@ def predict(
         elif "error" in row:
             print(f"{row['file']}: {row['error']}", file=sys.stderr)
         elif output_dir is None:
-            others = "".join(f", {other['label']} {other['score']:.1%}" for other in row.get("others", []))
-            print(f"{row['file']}: {row['label']} {row['score']:.1%}{others} ({row['tokens']} tokens)")
+            best = [row, *row.get("others", [])]
+            told = ", ".join(f"{one['label']} {score_text(one['score'], loaded.config)}" for one in best)
+            print(f"{row['file']}: {told} ({row['tokens']} tokens)")
     if PartialState().num_processes > 1:
         broken = sum(gather_object([broken]))
     if PartialState().is_main_process and not as_json:

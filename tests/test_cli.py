@@ -146,8 +146,16 @@ def test_compare(call, place):
     assert code == 2 and "Unknown reduction method None. The methods are: " in errors
     code, _, errors = call(*arguments, "-r", "dlvit")
     assert code == 2 and "dlvit has no untrained setting" in errors
-    code, printed, _ = call(*arguments, "--share", 0.6, "--limit", 12)
-    assert code == 0 and "BAT" in printed and "LTMP" in printed
+    code, printed, errors = call(*arguments, "--share", 0.6, "--limit", 12)
+    assert code == 0 and "BAT" in printed and "LTMP" in printed and "for which they were not trained" not in errors
+
+
+def test_compare_says_that_a_model_was_trained_with_its_reduction(call, place, reduced):
+    trained = shutil.copytree(reduced, place / "trained-to-compare")
+    (trained / "record.json").write_text(json.dumps({"method": "tome", "epochs": 3.0}))
+    options = ["-o", place / "of-trained", "--no-speed", "-r", '{"method": "tome", "r": 4}']
+    code, _, errors = call("compare", trained, place / "photos", *options)
+    assert code == 0 and "the same weights without reduction, for which they were not trained." in errors
 
 
 def test_show(call, place, reduced):

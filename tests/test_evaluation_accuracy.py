@@ -122,6 +122,14 @@ def test_what_it_is_compared_with(photos, processor):
         evaluate_model(model, photos, processor, dense=stock, **QUICK)
 
 
+def test_equal_logits_in_half_precision_are_ranked_alike(photos, processor):
+    model = named_model().to(torch.bfloat16)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.zero_()
+    assert evaluate_model(model, photos, processor, dense=model, **QUICK).agreement == 100
+
+
 def test_intervals():
     assert wilson_interval(876, 1000) == pytest.approx((85.41, 89.50), abs=0.01)
     assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == pytest.approx(100)

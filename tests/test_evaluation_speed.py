@@ -30,6 +30,7 @@ from hf_tokenreduce.evaluation.breakdown import PARTS, breakdown
 from hf_tokenreduce.evaluation.memory import peak_memory
 from hf_tokenreduce.evaluation.oracle import SliceOracle
 from hf_tokenreduce.evaluation.paying import weaker_first
+from hf_tokenreduce.evaluation.runtimes import usual_device
 from hf_tokenreduce.modeling import tokens, tome
 from hf_tokenreduce.modeling.encoders import facts_of
 from hf_tokenreduce.modeling.multiply_adds import even_share
@@ -291,6 +292,17 @@ def test_compiled_models_are_compared_with_the_compiled_dense_one(monkeypatch):
     assert compiled == ["ViTForImageClassification", "TokenReduceViTForImageClassification", "SliceOracle"]
 
 
+def test_memory_and_parts_are_those_of_eager_rows(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    monkeypatch.setattr(speed, "peak_memory", lambda model, images: 40.0)
+    options = {**QUICK, "memory": True, "breakdown": True, "oracle": False, "runtimes": ["eager", "compiled"]}
+    report = benchmark({"dense": tiny_model()}, tiny_images(2), batch_sizes=[2], repeats=1, **options)
+    eager, compiled = report.rows
+    assert eager.peak_memory_mib == 40 and eager.breakdown
+    assert compiled.runtime == "compiled" and compiled.peak_memory_mib is None and compiled.breakdown is None
+    assert "compiled" in report.to_markdown()
+
+
 @pytest.mark.parametrize("runtime", ["onnx", slow("openvino-int8")])
 def test_graphs_are_compared_with_the_graph_of_the_dense_model(runtime):
     for package in ("onnxruntime", "nncf"):
@@ -431,3 +443,8 @@ def test_what_cannot_be_timed():
     ):
         with pytest.raises(ValueError, match=message):
             benchmark(models, pixels, **{"repeats": 1, **options}, **QUICK)
+
+
+def test_graphs_on_the_cpu_need_no_device_option(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert usual_device(["eager", "compiled"]) == "cuda" and usual_device(["eager", "openvino"]) == "cpu"

@@ -54,6 +54,7 @@ def test_every_room_counts_the_same_files(tmp_path):
     for suffix in IMAGE_SUFFIXES - {".gif"}:
         red.save(tmp_path / "class" / f"still{suffix}")
     red.save(tmp_path / "class" / "moving.gif", save_all=True, append_images=[blue])
+    assert all(read_picture(file).size == (8, 8) for file in find_in(tmp_path))
     assert len(list(find_in(tmp_path))) == len(load_image_folder(tmp_path)["train"]) == len(IMAGE_SUFFIXES)
     assert np.asarray(read_picture(tmp_path / "class" / "moving.gif"))[0, 0].tolist() == [255, 0, 0]
 
@@ -155,3 +156,10 @@ def test_no_image_starts_another_program(tmp_path, monkeypatch):
         decoded(row)
     with pytest.raises(ValueError, match="cannot be read"):
         decoded({"bytes": (tmp_path / "cat" / "0.jpg").read_bytes(), "path": "0.jpg"})
+
+
+def test_names_that_other_programs_give_to_pictures():
+    assert {name for name, kind in Image.registered_extensions().items() if kind in ("JPEG", "BMP", "DIB")} <= (
+        IMAGE_SUFFIXES
+    )
+    assert {".pgm", ".pbm"} <= IMAGE_SUFFIXES

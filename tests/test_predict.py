@@ -15,6 +15,8 @@ from transformers import BitImageProcessor, ViTImageProcessor, pipeline
 from hf_tokenreduce import ToMeConfig, reduce_tokens
 from hf_tokenreduce.predict import predict
 from hf_tokenreduce.serve import SideBySide
+from hf_tokenreduce.tasks import labelled
+from hf_tokenreduce.tuning import tune
 
 
 PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
@@ -204,3 +206,24 @@ def test_scores_are_those_of_a_pipeline(photos, several):
         assert row["label"] == expected["label"] and row["score"] == pytest.approx(expected["score"], abs=1e-4)
     side = SideBySide(model, PROCESSOR, repeats=1)(Image.open(row["file"]), "ToMe")
     assert side.dense.predictions[0][1] == pytest.approx(expected["score"], abs=1e-4)
+
+
+def test_a_regression_head_tells_its_numbers(photos):
+    model = tiny_model(num_labels=2)
+    model.config.problem_type = "regression"
+    classify = pipeline("image-classification", model=model, image_processor=PROCESSOR)
+    for row in rows_of(model, photos):
+        expected = classify(row["file"], top_k=1)[0]
+        assert row["label"] == expected["label"] and row["score"] == pytest.approx(expected["score"], abs=1e-4)
+    side = SideBySide(model, PROCESSOR, repeats=1)(Image.open(row["file"]), "ToMe").dense
+    assert side.predictions[0][1] == pytest.approx(expected["score"], abs=1e-4)
+    assert labelled(side.predictions, model.config).startswith(f"{expected['label']}: {expected['score']:.4g}, ")
+    with pytest.raises(ValueError, match="tune compares classes, but the head of this model computes numbers"):
+        tune(model, None, PROCESSOR, share=0.7, output_dir="tuned")
+
+
+def test_scores_of_two_kinds_do_not_mix(model, photos):
+    rows_of(model, photos, output_dir="out")
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="problem_type"):
+        rows_of(model, photos, output_dir="out")

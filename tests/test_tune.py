@@ -314,6 +314,14 @@ def test_dense_is_chosen_where_nothing_pays(device, model, photos, processor, tm
     assert report.chosen["method"] is None and "No setting that was tried is faster than the dense model" in report.why
 
 
+def test_the_own_reduction_is_timed_too(device, model, photos, processor, tmp_path):
+    own = ToMeConfig(r=9)
+    device(lambda reduction, config: 2.0 if reduction == own else 0.9)
+    options = {**QUICK, "speed": True, "methods": ["topk"]}
+    report = tune(reduce_tokens(model, own), photos, processor, speedup=1.5, output_dir=tmp_path / "own", **options)
+    assert report.chosen["settings"] == own.to_dict()
+
+
 def test_what_does_not_pay_gives_way_to_what_does(device, first, model, photos, processor, tmp_path):
     slow = first.chosen["method"]
     device(lambda reduction, config: 0.8 if reduction.method == slow else 1.3)

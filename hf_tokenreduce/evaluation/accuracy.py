@@ -273,11 +273,16 @@ def check_finite(outputs: Tensor, rows: Sequence[int], what: str = "model") -> N
         )
 
 
+def _ranked(logits: Tensor) -> Tensor:
+    """Return the best classes, best first. Of equal logits `argmax` may take another one, so all models use this."""
+    return logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+
+
 def _record(model: Any, dense: Any, rows: list[int], pixel_values: Tensor) -> Progress:
     own = pixel_values.to(model.device, model.dtype)
     output = model(own, **all_layers_act(model))
     check_finite(output.logits, rows)
-    ranked = output.logits.topk(min(5, output.logits.shape[-1]), dim=-1).indices
+    ranked = _ranked(output.logits)
     counts = output.get("token_counts")
     if counts is None:
         layers = facts_of(model.config).num_hidden_layers
@@ -286,7 +291,7 @@ def _record(model: Any, dense: Any, rows: list[int], pixel_values: Tensor) -> Pr
     if dense is not None:
         logits = dense(pixel_values.to(dense.device, dense.dtype)).logits
         check_finite(logits, rows, "dense model")
-        record["dense"] = logits.argmax(dim=-1).tolist()
+        record["dense"] = _ranked(logits)[:, 0].tolist()
     return record
 
 

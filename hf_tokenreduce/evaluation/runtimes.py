@@ -74,6 +74,11 @@ class Graphs:
         return FORMATS[RUNTIMES[runtime]].open(place, self.threads, batch_size, dtype)
 
 
+def usual_device(runtimes: Sequence[str]) -> str:
+    """Return the device if none is given: a GPU if there is one and no runtime needs a graph on the CPU."""
+    return "cuda" if torch.cuda.is_available() and not any(map(RUNTIMES.get, runtimes)) else "cpu"
+
+
 def check_runtimes(runtimes: Sequence[str], device: torch.device) -> None:
     """Raise an error unless all runtimes are known and can run here."""
     unknown = [name for name in runtimes if name not in RUNTIMES]

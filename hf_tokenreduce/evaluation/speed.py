@@ -77,8 +77,8 @@ def benchmark(
         oracle: Also time the slice oracle of each reduced model: the dense model, cut to the mean number of tokens
             that each layer of the reduced model leaves of this batch. The cut takes no time. If images keep different
             numbers of tokens, a second oracle has the highest number instead of the mean ("padded").
-        breakdown: Also measure where the time goes.
-        memory: Also measure the peak memory of a forward pass.
+        breakdown: Also measure where the time goes in an eager model.
+        memory: Also measure the peak memory of a forward pass of an eager model.
         suggest: If a model is not faster than dense, look for the nearest setting of its method that is.
         progress: Show a progress bar.
         timer: Calls a function once and returns the seconds that it took. By default CUDA events or the clock.
@@ -249,14 +249,14 @@ def _measure_more(
     with_breakdown: bool,
     with_memory: bool,
 ) -> None:
-    in_torch = [row for row in rows if not RUNTIMES[row.runtime]]
-    for row in in_torch:
+    eager = [row for row in rows if row.runtime == "eager"]  # the models run eagerly here
+    for row in eager:
         model = ready[row.name]
         if with_breakdown:
             row.breakdown = breakdown(model, images)
         if with_memory:
             row.peak_memory_mib = peak_memory(image_side(model), images)
-    dense = next((row.peak_memory_mib for row in in_torch if row.name == dense_name), None)
+    dense = next((row.peak_memory_mib for row in eager if row.name == dense_name), None)
     for row in rows:
         if row.peak_memory_mib is not None and dense:
             row.memory_over_dense = row.peak_memory_mib / dense

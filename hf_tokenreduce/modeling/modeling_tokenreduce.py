@@ -174,8 +174,8 @@ class TokenReduceMixin(_StockModel):
         if adapted(self) and not getattr(self, "_hf_peft_config_loaded", False):
             # Only said: a training that saves its checkpoints must not be lost.
             logger.warning(
-                "This model has an adapter of PEFT inside, so its weights are saved by names that from_pretrained does "
-                "not know. Merge the adapter first: peft_model.merge_and_unload(). Or save the adapter alone: "
+                "This model has an adapter of PEFT inside, so its weights are saved by names that from_pretrained "
+                "does not know. Merge the adapter first: peft_model.merge_and_unload(). Or save the adapter alone: "
                 "peft_model.save_pretrained(folder)."
             )
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)

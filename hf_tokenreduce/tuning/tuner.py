@@ -33,6 +33,7 @@ from ..modeling.configuration_base import ReductionConfig
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import check_share
 from ..modeling.version import __version__
+from ..tasks import check_has_classes
 from .parts import LEAST_IMAGES, Parts, split_rows
 from .report import LEFT_OUT, SEARCHED, TuningReport, write_report
 from .search import Target, choose, measured, meets, pareto_front, search
@@ -113,6 +114,7 @@ def tune(
         >>> report.chosen["name"], report.chosen["drop"]
     """
     check_one_process("tune")
+    check_has_classes(model, "tune")
     target = _target(share, speedup, max_drop, speed, minutes)
     of_features = is_of_features(model, None)
     if of_features and target.kind == "max_drop":
@@ -123,7 +125,8 @@ def tune(
     check_data(dataset, batch_size, image_column=image_column)
     check_runtimes([runtime], CPU if RUNTIMES.get(runtime) else inside(model).device)
     found = searched_methods(methods)
-    labels = None if of_features else _labels(model, dataset, label_column)
+    has_labels = not of_features and label_column in dataset.column_names
+    labels = labels_of(dataset, label_column, model.config) if has_labels else None
     raw = None if labels is None else list(dataset.with_format(None)[label_column])
     parts = _parts(dataset, raw, seed)
     folder = _folder(Path(output_dir))
@@ -155,6 +158,8 @@ def tune(
     own = parse_reduction(getattr(model.config, "reduction", None))
     if own is not None:
         trials.quality(own, len(parts.search))
+        if target.kind == "speedup":
+            trials.speedup(own)
     end = trials.clock + (math.inf if minutes is None else 60 * minutes)
     search(trials, variants, target, seed, end)
     chosen = choose(trials, target)
@@ -222,11 +227,6 @@ def _target(
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be above 0, got {minutes!r}.")
     return Target(kind, float(value))
-
-
-def _labels(model: Any, dataset: Dataset, label_column: str) -> list[int] | None:
-    """Return the model's index of the class of each image. None: there are no labels."""
-    return labels_of(dataset, label_column, model.config) if label_column in dataset.column_names else None
 
 
 def _parts(dataset: Dataset, labels: list[int] | None, seed: int) -> Parts:
