@@ -54,7 +54,7 @@ class Claim(NamedTuple):
 
 def read(results: Path = RESULTS) -> Records:
     trained = {}
-    folders = {"GPU": f"{TRAINED}-cuda", "CPU": TRAINED, "CPU, 12 epochs": f"trained-longer/{TRAINED}"}
+    folders = {"GPU": f"{TRAINED}-cuda", "CPU": TRAINED, "CPU for 8 epochs": f"trained-longer/{TRAINED}"}
     for device, folder in folders.items():
         runs = [json.loads(file.read_text()) for file in sorted((results / folder).glob("*.json"))]
         if runs:
