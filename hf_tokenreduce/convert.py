@@ -155,7 +155,10 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def restored(model: PreTrainedModel) -> PreTrainedModel:
-    """Do so with an adapter inside too, for a model that is only run and never saved, such as a teacher."""
+    """Make the stock model as `restore` does, also around an adapter of PEFT.
+
+    It is for a model that is only run and never saved, such as a teacher.
+    """
     name = stock_name(model)
     if name is None or type(model).__name__ == name:
         raise ValueError(
