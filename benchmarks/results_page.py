@@ -48,7 +48,7 @@ RUNTIMES = {
     "openvino": "OpenVINO",
     "openvino-int8": "OpenVINO, 8 bits",
 }
-HEADINGS = {("eager", "compiled"): ", compiled", ("eager", "openvino-int8"): ", in 8 bits"}
+HEADINGS = {"compiled": ", compiled", "openvino-int8": ", in 8 bits", "openvino openvino-int8": ", with VNNI"}
 Table = Callable[[Path], list[str]]
 
 
@@ -253,7 +253,7 @@ def speed(file: Path) -> list[str]:
     which = "--deit_tiny MODEL --images PHOTOS --sizes" if size == "deit-tiny" else f"--sizes {size}"
     if batches != [1, 8, 32]:
         which += f" --batch_sizes {' '.join(map(str, batches))}"
-    more = HEADINGS.get(tuple(runtimes), f", {batches[0]} images at once" if len(batches) == 1 else "")
+    more = HEADINGS.get(" ".join(runtimes[1:]), f", {batches[0]} images at once" if len(batches) == 1 else "")
     lines = [
         f"## Speed of {size}{more}",
         "",
