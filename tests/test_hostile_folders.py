@@ -42,6 +42,7 @@ NAMED = {
         ({"image_size": -32}, "give -8 x -8 patches"),
         ({"num_hidden_layers": "many"}, "config.json"),
         ({"qkv_bias": 3.5}, None),
+        ({"dtype": False}, "config.json"),
         ({"reduction": {"method": "tome", "r": "many"}}, "ToMeConfig: r "),
         ({"reduction": 7}, "reduction must be"),
         ({"reduction": {"method": "none such"}}, "Unknown reduction method"),
