@@ -11,6 +11,10 @@ SUPPORTED := 5.19.0 5.24.0
 
 export HF_HUB_OFFLINE := 1
 
+# In two processes, by files in the order of their names. By default xdist begins with the files of most tests, and one
+# process waits at the end for the long tests of a short file.
+IN_TWO := -n 2 --dist loadscope --no-loadscope-reorder
+
 # What test-oldest, test-plain and test-main run, and with which torch and Python. The oldest torch that pyproject.toml
 # allows is 2.7.0. PyPI has it with CUDA only, so it is taken only where it is asked for, with an index of PyTorch's CPU
 # builds: make test-oldest OLDEST_TORCH=2.7.0.
@@ -26,19 +30,19 @@ demo: $(INSTALLED)  ## draw images, train a small ViT, reduce it by every method
 	$(BIN)/tokenreduce demo --output-dir demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests -n 2 --dist loadscope
+	$(BIN)/python -m pytest tests $(IN_TWO)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow
 
 test-oldest: .venv-oldest/.installed  ## the oldest transformers and other packages that are allowed
-	.venv-oldest/bin/python -m pytest $(TESTS) -n 2 --dist loadscope
+	.venv-oldest/bin/python -m pytest $(TESTS) $(IN_TWO)
 
 test-plain: .venv-plain/.installed  ## without the optional packages: no onnx, openvino, gradio, fvcore, scipy
-	.venv-plain/bin/python -m pytest $(TESTS) -n 2 --dist loadscope
+	.venv-plain/bin/python -m pytest $(TESTS) $(IN_TWO)
 
 test-main: .venv-main/.installed  ## transformers as it is developed, which may fail
-	.venv-main/bin/python -m pytest $(TESTS) -n 2 --dist loadscope
+	.venv-main/bin/python -m pytest $(TESTS) $(IN_TWO)
 
 # Of the environment that is active, because its torch must be one for CUDA, which .venv does not have.
 bench-cuda:  ## everything on one CUDA device, in at most 8 minutes: benchmarks/results/cuda-*.md

@@ -225,8 +225,8 @@ def _indices(names: Sequence[str], label2id: dict[str, int]) -> list[int]:
         if rest in by_label and labels.get(index, rest) != rest:
             raise ValueError(
                 f"The class {name!r} begins with the index {index}, which is {labels[index]!r} in the model, but "
-                f"{rest!r} is the label of {by_label[rest]}. Rename its folder to the label, or put {by_label[rest]} "
-                "and _ in front of the label."
+                f"{rest!r} is the label of {by_label[rest]}, so the name is not a label of the model. Rename its "
+                f"folder to the label, or put {by_label[rest]} and _ in front of the label."
             )
         found.append(index)
     return found
