@@ -54,11 +54,13 @@ class Claim(NamedTuple):
 
 def read(results: Path = RESULTS) -> Records:
     trained = {}
-    folders = {"GPU": f"{TRAINED}-cuda", "CPU": TRAINED, "CPU for 8 epochs": f"trained-longer/{TRAINED}"}
+    folders = {"GPU": f"{TRAINED}-cuda", "CPU": TRAINED, "CPU for {} epochs": f"trained-longer/{TRAINED}"}
     for device, folder in folders.items():
         runs = [json.loads(file.read_text()) for file in sorted((results / folder).glob("*.json"))]
         if runs:
-            trained[device] = {(line["name"], line["share"]): line for line in summarise(runs)}
+            trained[device.format(runs[0]["setting"]["epochs"])] = {
+                (line["name"], line["share"]): line for line in summarise(runs)
+            }
     free = [row for file in results.glob("training-free-*.json") for row in json.loads(file.read_text())["results"]]
     ranked = sorted(results.glob("rank-patches-*.json"))
     timed = results.glob("speed-deit-tiny-*onnx*.json")

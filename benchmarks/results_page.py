@@ -48,7 +48,7 @@ RUNTIMES = {
     "openvino": "OpenVINO",
     "openvino-int8": "OpenVINO, 8 bits",
 }
-HEADINGS = {"compiled": ", compiled", "openvino-int8": ", in 8 bits", "openvino openvino-int8": ", with VNNI"}
+HEADINGS = {"compiled": ", compiled", "openvino-int8": ", in 8 bits", "openvino openvino-int8": ", in OpenVINO"}
 Table = Callable[[Path], list[str]]
 
 
@@ -251,15 +251,15 @@ def speed(file: Path) -> list[str]:
     size = file.stem.removeprefix("speed-").removesuffix("-" + "-".join(runtimes))
     versions = unique(f"{RUNTIMES[name].split(',')[0]} {it}" for name, it in settings["runtimes"].items())
     which = "--deit_tiny MODEL --images PHOTOS --sizes" if size == "deit-tiny" else f"--sizes {size}"
-    if batches != [1, 8, 32]:
-        which += f" --batch_sizes {' '.join(map(str, batches))}"
+    which += "" if batches == [1, 8, 32] else f" --batch_sizes {' '.join(map(str, batches))}"
+    which += f" --repeats {settings['repeats']} --runtimes {' '.join(runtimes)}"
     more = HEADINGS.get(" ".join(runtimes[1:]), f", {batches[0]} images at once" if len(batches) == 1 else "")
     lines = [
         f"## Speed of {size}{more}",
         "",
-        f"{settings['device']}, {settings['threads']} threads, {', '.join([*settings['dtypes'], *versions])}. "
-        f"Medians of {settings['repeats']} repeats. Command: `python benchmarks/speed.py {which} "
-        f"--repeats {settings['repeats']} --runtimes {' '.join(runtimes)}` ([record]({link(file)})).",
+        f"{settings['device']}{' with VNNI' if found.get('vnni') else ''}, {settings['threads']} threads, "
+        f"{', '.join([*settings['dtypes'], *versions])}. Medians of {settings['repeats']} repeats. Command: `python "
+        f"benchmarks/speed.py {which}` ([record]({link(file)})).",
         "",
         "The first number of a cell is the speed-up over the dense model in the same runtime. The number after the "
         "slash is the speed-up over the dense model in PyTorch. `nothing reduced` is the model that "

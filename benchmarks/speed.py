@@ -99,7 +99,14 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
         runtimes=args.runtimes,
         suggest=False,
     )
-    return {"date": date.today().isoformat(), "transformers": transformers.__version__, **report.to_dict()}
+    made = {"date": date.today().isoformat(), "transformers": transformers.__version__, "vnni": has_vnni()}
+    return {**made, **report.to_dict()}
+
+
+def has_vnni() -> bool:
+    """Return whether Linux says that the processor has instructions for sums of 8 bits."""
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and "_vnni" in flags.read_text()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,13 @@ from helpers import tiny_images, tiny_model
 from naive import naive_forward
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor, ViTModel
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from hf_tokenreduce import (
     EViTConfig,
@@ -21,7 +27,9 @@ from hf_tokenreduce import (
     ToMeConfig,
     load_thresholds,
     reduce_tokens,
+    restore,
 )
+from hf_tokenreduce.hub import check_folder, write_card
 from hf_tokenreduce.hub.weights import check_weights
 from hf_tokenreduce.modeling.multiply_adds import shares_kept
 
@@ -169,3 +177,17 @@ def test_weights_of_an_encoder_without_a_pooler_are_whole(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"lacks 1: 'pooler\.dense\.bias'"):
         check_weights(tmp_path, {"model.safetensors": 1}, model.config)
+
+
+def test_an_encoder_without_a_pooler_is_loaded_and_published_without_one(tmp_path):
+    model = reduce_tokens(ViTModel(tiny_model().config, add_pooling_layer=False).eval(), ToMeConfig(r=5))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert loaded.pooler is None and restore(loaded).pooler is None
+    assert torch.equal(loaded(tiny_images()).last_hidden_state, model(tiny_images()).last_hidden_state)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    write_card(tmp_path)
+    report = check_folder(tmp_path)  # what a stranger's process computes, too
+    assert report.ok and report.max_difference <= 1e-5, report.errors
+    TokenReduceViTModel.from_pretrained(tmp_path, add_pooling_layer=True).save_pretrained(tmp_path / "with")
+    assert AutoModel.from_pretrained(tmp_path / "with").pooler is not None

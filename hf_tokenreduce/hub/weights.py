@@ -1,6 +1,5 @@
 """Check that the weights are those that the configuration asks for, by the headers of their files."""
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,9 @@ def check_weights(folder: Path, files: dict[str, int], config: Any) -> None:
         raise ValueError(f"The weights are in parts, but {INDEX} is missing. Save them again with save_pretrained.")
     if INDEX in files:
         _check_index(read_json(folder / INDEX), files)
-    options = {}
-    if not any(name.startswith("pooler.") for name in found):  # many encoders were trained without a pooler
-        options = dict.fromkeys({"add_pooling_layer"} & inspect.signature(model_class).parameters.keys(), False)
     try:
         with torch.device("meta"):
-            model = model_class(config, **options)
+            model = model_class(config)
     except Exception as error:
         raise ValueError(f"config.json describes no model that can be built: {one_line(error)}") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

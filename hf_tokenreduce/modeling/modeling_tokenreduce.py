@@ -178,6 +178,9 @@ class TokenReduceMixin(_StockModel):
                 "does not know. Merge the adapter first: peft_model.merge_and_unload(). Or save the adapter alone: "
                 "peft_model.save_pretrained(folder)."
             )
+        # A stock folder does not tell that there is no pooler, and loads with a random one.
+        if hasattr(self, "pooler") and (self.pooler is None or hasattr(self.config, "add_pooling_layer")):
+            self.config.add_pooling_layer = self.pooler is not None
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
         write_extra_method(save_directory, self.config.reduction)
 
@@ -340,8 +343,12 @@ def _recorded(stock_forward: Any) -> Any:
 def _constructor(stock: type[PreTrainedModel]) -> Any:
     """Make an `__init__` with the arguments of the stock one, because transformers reads them."""
 
+    may_lack_pooler = "add_pooling_layer" in inspect.signature(stock.__init__).parameters
+
     @wraps(stock.__init__)
     def __init__(self, config, *inputs, **kwargs):
+        if may_lack_pooler and not inputs and not getattr(config, "add_pooling_layer", True):
+            kwargs.setdefault("add_pooling_layer", False)
         TokenReduceMixin.__init__(self, config, *inputs, **kwargs)
 
     return __init__
