@@ -6,7 +6,8 @@
 
 DeiT-Tiny runs with its real weights on photographs, and LTMP and ATS are fitted to the share. Other sizes run with
 random weights on noise. There the number of tokens that adaptive methods keep means nothing, so only the other methods
-are timed. The result of each size is written to benchmarks/results as soon as it is done, and is not measured again.
+are timed. Each size has one file in benchmarks/results, which is written after each batch size. The same command, also
+with more batch sizes, measures only what the file does not have.
 """
 
 import argparse
@@ -23,6 +24,9 @@ from hf_tokenreduce import DLViTConfig, SiTConfig, reduce_tokens
 from hf_tokenreduce.budget import reduce_to_share
 from hf_tokenreduce.evaluation import BenchmarkReport, benchmark
 from hf_tokenreduce.evaluation.runtimes import RUNTIMES
+from hf_tokenreduce.evaluation.speed import device_name
+from hf_tokenreduce.evaluation.speed_report import combine
+from hf_tokenreduce.files import write_whole
 from hf_tokenreduce.loading import load_model, load_pictures
 
 
@@ -71,16 +75,39 @@ def main(arguments: list[str] | None = None) -> None:
     for size in (["deit-tiny"] if args.deit_tiny else []) + args.sizes:
         runtimes = "" if args.runtimes == ["eager"] else "-" + "-".join(args.runtimes)
         file = args.output_dir / f"speed-{size}{runtimes}.json"
-        if not file.is_file():
-            file.write_text(json.dumps(measure(size, args), indent=1) + "\n")
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text()) if file.is_file() else None
+        for batch_size in args.batch_sizes:
+            if found is None or all(row["batch_size"] != batch_size for row in found["rows"]):
+                found = joined(found, size, batch_size, args)
+                write_whole(file, json.dumps(found, indent=1) + "\n")
         print(f"\n## {size}, {args.share:.0%} of the multiply-adds, {found['date']}\n")
         print(BenchmarkReport.from_dict(found).to_markdown())
 
 
-def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one size, and return its report with the versions and the date."""
-    count = 2 * max(args.batch_sizes)
+def joined(found: dict[str, Any] | None, size: str, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one more batch size, and return it together with what was found before on the same kind of machine."""
+    made = {"transformers": transformers.__version__, "vnni": has_vnni()}
+    if found is not None:
+        here = {**made, "device": device_name(torch.device("cpu")), "repeats": args.repeats}
+        there = {**found["settings"], **found}
+        differing = [
+            f"{name} is {there.get(name)} there and {it} here" for name, it in here.items() if there.get(name) != it
+        ]
+        if differing:
+            raise SystemExit(
+                f"The record of {size} takes no more batch sizes: {', '.join(differing)}. Give another --output_dir."
+            )
+    report = measure(size, batch_size, args)
+    if found is not None:
+        report = combine([found, report])
+    rows = sorted(report.rows, key=lambda row: row.batch_size)
+    report = BenchmarkReport(report.settings, rows, report.left_out)
+    return {"date": date.today().isoformat(), **made, **report.to_dict()}
+
+
+def measure(size: str, batch_size: int, args: argparse.Namespace) -> BenchmarkReport:
+    """Measure one size with one batch size."""
+    count = 2 * batch_size
     if size == "deit-tiny":
         dense, processor = load_model(args.deit_tiny)
         pictures = load_pictures([args.images], max(count, 64))[0]
@@ -90,17 +117,15 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
         torch.manual_seed(0)
         models = models_of(ViTForImageClassification(ViTConfig(**SHAPES[size])).eval(), args.share, None)
         images = torch.randn(count, 3, 224, 224)
-    report = benchmark(
+    return benchmark(
         models,
         images,
-        batch_sizes=args.batch_sizes,
+        batch_sizes=[batch_size],
         repeats=args.repeats,
         threads=args.threads,
         runtimes=args.runtimes,
         suggest=False,
     )
-    made = {"date": date.today().isoformat(), "transformers": transformers.__version__, "vnni": has_vnni()}
-    return {**made, **report.to_dict()}
 
 
 def has_vnni() -> bool:
