@@ -14,15 +14,15 @@ from typing import Any
 import authors_tome
 import claims
 import cuda_report
+import speed_table
 from cuda_report import title_of
+from page_parts import ROOT, bold, known, link, row_of, rule, signed, unique, with_interval
 from train_report import former_slimming, summarise, to_markdown
 
 from hf_tokenreduce.evaluation.accuracy import wilson_interval
 from hf_tokenreduce.files import write_whole
-from hf_tokenreduce.methods import METHODS
 
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 INTRODUCTION = """\
 # Results
@@ -41,14 +41,6 @@ words.
   in one run. Speed-ups change from machine to machine, so measure on yours.
 - **Share** is the share of the multiply-adds of the encoder that is kept.
 """
-RUNTIMES = {
-    "eager": "PyTorch",
-    "compiled": "PyTorch, compiled",
-    "onnx": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "openvino-int8": "OpenVINO, 8 bits",
-}
-HEADINGS = {"compiled": ", compiled", "openvino-int8": ", in 8 bits", "openvino openvino-int8": ", in OpenVINO"}
 Table = Callable[[Path], list[str]]
 
 
@@ -58,7 +50,7 @@ def page(results: Path = RESULTS) -> str:
         (results.glob("training-free-*.json"), training_free),
         (results.glob("compare-*.csv"), comparison),
         ([results] if any(results.glob("tune-*.json")) else [], tuned),
-        (results.glob("speed-*.json"), speed),
+        (results.glob("speed-*.json"), speed_table.section),
         ([results] if any(results.glob("authors-tome-*.json")) else [], authors_tome.table),
         (results.glob("cuda-nvidia-*.json"), lambda file: cuda_report.section(file, link(file))),
         (results.glob("int8-accuracy-*.json"), int8),
@@ -241,77 +233,6 @@ def tuned_drop(row: dict[str, Any]) -> str:
     return f"{signed(row['drop'])} ({signed(row['drop_interval'][0])} to {signed(row['drop_interval'][1])})"
 
 
-def speed(file: Path) -> list[str]:
-    """Speed-ups by batch and runtime, and the details of the first runtime."""
-    found = json.loads(file.read_text())
-    settings, rows = found["settings"], found["rows"]
-    runtimes = unique(row["runtime"] for row in rows)
-    batches = unique(row["batch_size"] for row in rows)
-    names = unique(row["name"] for row in rows)
-    size = file.stem.removeprefix("speed-").removesuffix("-" + "-".join(runtimes))
-    versions = unique(f"{RUNTIMES[name].split(',')[0]} {it}" for name, it in settings["runtimes"].items())
-    which = "--deit_tiny MODEL --images PHOTOS --sizes" if size == "deit-tiny" else f"--sizes {size}"
-    which += "" if batches == [1, 8, 32] else f" --batch_sizes {' '.join(map(str, batches))}"
-    which += f" --repeats {settings['repeats']} --runtimes {' '.join(runtimes)}"
-    more = HEADINGS.get(" ".join(runtimes[1:]), f", {batches[0]} images at once" if len(batches) == 1 else "")
-    lines = [
-        f"## Speed of {size}{more}",
-        "",
-        f"{settings['device']}{' with VNNI' if found.get('vnni') else ''}, {settings['threads']} threads, "
-        f"{', '.join([*settings['dtypes'], *versions])}. Medians of {settings['repeats']} repeats. Command: `python "
-        f"benchmarks/speed.py {which}` ([record]({link(file)})).",
-        "",
-        "The first number of a cell is the speed-up over the dense model in the same runtime. The number after the "
-        "slash is the speed-up over the dense model in PyTorch. `nothing reduced` is the model that "
-        "`reduce_tokens(model, None)` makes: its last layer computes only what the classifier reads."
-        + ("" if size == "deit-tiny" else " Weights are random and images are noise, so only even methods are timed."),
-    ]
-    by_key = {(row["name"], row["batch_size"], row["runtime"]): row for row in rows}
-    for batch in batches:
-        lines += ["", f"Batch {batch}:", "", f"| method | {' | '.join(RUNTIMES[name] for name in runtimes)} |"]
-        lines.append(rule(1 + len(runtimes)))
-        for name in names:
-            cells = [by_key.get((name, batch, runtime)) for runtime in runtimes]
-            lines.append(row_of(title_of(name), *map(speed_cell, cells)))
-    reasons: dict[str, list[str]] = {}
-    for text in found["left_out"]:
-        what, _, reason = text.partition(": ")
-        reasons.setdefault(reason, []).append(title_of(what.split(" in ")[0]))
-    lines += [""] if reasons else []
-    lines += [f"Some cells of {' and '.join(unique(of))} are empty: {reason}." for reason, of in reasons.items()]
-    first = runtimes[0]
-    lines += [
-        "",
-        f"In {RUNTIMES[first]}, beside the slice oracle:",
-        "",
-        "| method | batch | tokens that leave the last layer | speed-up | of the slice oracle's speed | peak memory "
-        "over dense |",
-        rule(6),
-    ]
-    for row in rows:
-        if row["runtime"] == first and row["name"] != "dense":
-            least, mean, most = (row["tokens"][key] for key in ("min", "mean", "max"))
-            low, high = row["speedup_interval"]
-            lines.append(
-                row_of(
-                    title_of(row["name"]),
-                    str(row["batch_size"]),
-                    f"{mean:.0f}" if least == most else f"{mean:.0f} ({least:.0f} to {most:.0f})",
-                    f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})",
-                    f"{row['oracle_share']:.2f}" if row["oracle_share"] else "",
-                    f"{row['memory_over_dense']:.2f}" if row["memory_over_dense"] else "",
-                )
-            )
-    return lines
-
-
-def speed_cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    own, over_first = f"{row['speedup']:.2f}", row["speedup_over_first"]
-    return own if row["runtime"] == "eager" or over_first is None else f"{own} / {over_first:.2f}"
-
-
 def loader(file: Path) -> list[str]:
     """How fast images come, and how fast training takes them."""
     found = json.loads(file.read_text())
@@ -406,43 +327,6 @@ def trashnet(folder: Path) -> list[str]:
         "logits alone, and `random-start` means that the slimming networks began with random weights and were not "
         "calibrated.",
     ]
-
-
-def with_interval(row: dict[str, Any], name: str) -> str:
-    low, high = row[f"{name}_interval"]
-    return f"{row[name]:.1f} ({low:.1f} to {high:.1f})"
-
-
-def link(file: Path) -> str:
-    return f"../{file.resolve().relative_to(ROOT).as_posix()}"
-
-
-def known(names: Iterable[str | None]) -> list[str]:
-    """The methods among these names, in the order of all tables."""
-    given = set(names)
-    return [name for name in METHODS if name in given]
-
-
-def unique(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))
-
-
-def bold(text: str, wanted: bool) -> str:
-    return f"**{text}**" if wanted else text
-
-
-def signed(value: float) -> str:
-    """One digit after the point; a rounded zero has no sign."""
-    return f"{round(value, 1) + 0.0:.1f}"
-
-
-def rule(columns: int) -> str:
-    """The line below the header of a table."""
-    return "|" + "---|" * columns
-
-
-def row_of(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

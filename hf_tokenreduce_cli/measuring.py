@@ -204,7 +204,7 @@ def compare(
         Path | None, typer.Option(help="Folder of tokenreduce tune, to compare too.", metavar="FOLDER")
     ] = None,
     calibration_images: Annotated[
-        int, typer.Option(min=1, help="Number of images for LTMP and SiT.", metavar="N")
+        int, typer.Option(min=1, help="Number of images for ATS, LTMP and SiT to learn from.", metavar="N")
     ] = 100,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also measure the speed.")] = True,
     runtime: Runtime = "eager",
@@ -287,7 +287,10 @@ def tune(
     ] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(min=0, help="Seed of the search.", metavar="N")] = 0,
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Use the class folders as labels.")] = True,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Choose dense if nothing is faster.")] = True,
+    speed: Annotated[
+        bool,
+        typer.Option("--speed/--no-speed", help="Measure the time, and choose the dense model if nothing is faster."),
+    ] = True,
     runtime: Runtime = "eager",
     split: Split = None,
     limit: Limit = None,

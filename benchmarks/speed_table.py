@@ -1,0 +1,104 @@
+"""The section of one record of `speed.py` in the page of results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cuda_report import title_of
+from page_parts import link, row_of, rule, unique
+
+
+RUNTIMES = {
+    "eager": "PyTorch",
+    "compiled": "PyTorch, compiled",
+    "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "openvino-int8": "OpenVINO, 8 bits",
+}
+HEADINGS = {
+    "compiled": ", compiled",
+    "onnx openvino openvino-int8": ", in the runtimes",
+    "openvino openvino-int8": ", in OpenVINO",
+}
+
+
+def section(file: Path) -> list[str]:
+    """Speed-ups by batch and runtime, beside the dense model and beside the slice oracle of each runtime."""
+    found = json.loads(file.read_text())
+    settings, rows = found["settings"], found["rows"]
+    runtimes = [name for name in RUNTIMES if name in settings["runtimes"]]
+    batches = unique(row["batch_size"] for row in rows)
+    names = unique(row["name"] for row in rows)
+    size = file.stem.removeprefix("speed-").removesuffix("-" + "-".join(runtimes))
+    versions = unique(f"{RUNTIMES[name].split(',')[0]} {it}" for name, it in settings["runtimes"].items())
+    which = "--deit_tiny MODEL --images PHOTOS --sizes" if size == "deit-tiny" else f"--sizes {size}"
+    which += "" if batches == [1, 8, 32] else f" --batch_sizes {' '.join(map(str, batches))}"
+    which += f" --repeats {settings['repeats']} --runtimes {' '.join(runtimes)}"
+    more = HEADINGS.get(" ".join(runtimes[1:]), f", {batches[0]} images at once" if len(batches) == 1 else "")
+    lines = [
+        f"## Speed of {size}{more}",
+        "",
+        f"{settings['device']}{' with VNNI' if found.get('vnni') else ''}, {settings['threads']} threads, "
+        f"{', '.join([*settings['dtypes'], *versions])}. Medians of {settings['repeats']} repeats. Command: `python "
+        f"benchmarks/speed.py {which}` ([record]({link(file)})).",
+        "",
+        "The first number of a cell is the speed-up over the dense model in the same runtime. The number after the "
+        "slash is the speed-up over the dense model in PyTorch. `nothing reduced` is the model that "
+        "`reduce_tokens(model, None)` makes: its last layer computes only what the classifier reads."
+        + ("" if size == "deit-tiny" else " Weights are random and images are noise, so only even methods are timed."),
+    ]
+    by_key = {(row["name"], row["batch_size"], row["runtime"]): row for row in rows}
+    for batch in batches:
+        lines += ["", f"Batch {batch}:", "", f"| method | {' | '.join(RUNTIMES[name] for name in runtimes)} |"]
+        lines.append(rule(1 + len(runtimes)))
+        for name in names:
+            cells = [by_key.get((name, batch, runtime)) for runtime in runtimes]
+            lines.append(row_of(title_of(name), *map(_speedups, cells)))
+    reasons: dict[str, list[str]] = {}
+    for text in found["left_out"]:
+        what, _, reason = text.partition(": ")
+        reason = reason.replace("its graph takes", "their graphs take").replace("its shapes", "their shapes")
+        reasons.setdefault(reason, []).append(title_of(what.split(" in ")[0]))
+    lines += [""] if reasons else []
+    lines += [
+        f"Some cells of {' and '.join(unique(of))} are empty, because {reason}." for reason, of in reasons.items()
+    ]
+    lines += [
+        "",
+        "What each model reaches of the speed of its slice oracle, which is the dense model cut to the same numbers "
+        "of tokens at no cost. In brackets is the interval of the speed-up in PyTorch. The peak memory is that in "
+        "PyTorch, divided by the dense model's.",
+        "",
+        "| method | batch | tokens that leave the last layer | speed-up in PyTorch | peak memory | "
+        f"{' | '.join(f'of the oracle, {RUNTIMES[name]}' for name in runtimes)} |",
+        rule(5 + len(runtimes)),
+    ]
+    for batch in batches:
+        for name in names:
+            row = by_key[name, batch, runtimes[0]]
+            if name == "dense":
+                continue
+            least, mean, most = (row["tokens"][key] for key in ("min", "mean", "max"))
+            low, high = row["speedup_interval"]
+            lines.append(
+                row_of(
+                    title_of(name),
+                    str(batch),
+                    f"{mean:.0f}" if least == most else f"{mean:.0f} ({least:.0f} to {most:.0f})",
+                    f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})",
+                    _number(row["memory_over_dense"]),
+                    *(_number(by_key.get((name, batch, way), {}).get("oracle_share")) for way in runtimes),
+                )
+            )
+    return lines
+
+
+def _speedups(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    own, over_first = f"{row['speedup']:.2f}", row["speedup_over_first"]
+    return own if row["runtime"] == "eager" or over_first is None else f"{own} / {over_first:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.2f}" if value else ""
