@@ -50,6 +50,7 @@ def page(results: Path = RESULTS) -> str:
         (results.glob("training-free-*.json"), training_free),
         (results.glob("compare-*.csv"), comparison),
         ([results] if any(results.glob("tune-*.json")) else [], tuned),
+        ([results] if any(results.glob("speed-*.json")) else [], speed_table.in_short),
         (results.glob("speed-*.json"), speed_table.section),
         ([results] if any(results.glob("authors-tome-*.json")) else [], authors_tome.table),
         (results.glob("cuda-nvidia-*.json"), lambda file: cuda_report.section(file, link(file))),

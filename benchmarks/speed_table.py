@@ -1,4 +1,4 @@
-"""The section of one record of `speed.py` in the page of results."""
+"""The sections of the records of `speed.py` in the page of results: all of them in short, and each one whole."""
 
 import json
 from pathlib import Path
@@ -17,9 +17,55 @@ RUNTIMES = {
 }
 HEADINGS = {
     "compiled": ", compiled",
-    "onnx openvino openvino-int8": ", in the runtimes",
+    "onnx openvino": ", in ONNX Runtime and OpenVINO",
+    "onnx openvino openvino-int8": ", in three runtimes",
     "openvino openvino-int8": ", in OpenVINO",
+    "openvino-int8": ", in 8 bits",
 }
+
+
+def in_short(results: Path) -> list[str]:
+    """For each record, the slowest and the fastest even method in each runtime."""
+    lines = [
+        "## Speed on a CPU, in short",
+        "",
+        "Even methods that keep 65 % of the multiply-adds, on two threads. A cell has the speed-up of the slowest and "
+        "of the fastest method over the dense model in the same runtime. In brackets is their speed-up over the dense "
+        "model in PyTorch. The sections below have each method.",
+        "",
+        f"| model | processor | images at once | {' | '.join(RUNTIMES.values())} |",
+        rule(3 + len(RUNTIMES)),
+    ]
+    for file in sorted(results.glob("speed-*.json")):
+        found = json.loads(file.read_text())
+        for batch in unique(row["batch_size"] for row in found["rows"]):
+            even = [row for row in found["rows"] if row["batch_size"] == batch and _is_even(row)]
+            cells = [_range([row for row in even if row["runtime"] == name]) for name in RUNTIMES]
+            lines.append(row_of(_size(file, found), _processor(found), str(batch), *cells))
+    return lines
+
+
+def _is_even(row: dict[str, Any]) -> bool:
+    return row["method"] is not None and row["tokens"]["min"] == row["tokens"]["max"]
+
+
+def _range(rows: list[dict[str, Any]]) -> str:
+    """The least and the most of the speed-ups of these rows."""
+    if not rows:
+        return ""
+    texts = []
+    for key in ("speedup", "speedup_over_first"):
+        values = [row[key] for row in rows if row[key] is not None]
+        texts.append(f"{min(values):.2f} to {max(values):.2f}" if values else "")
+    return texts[0] if rows[0]["runtime"] == "eager" or not texts[1] else f"{texts[0]} ({texts[1]})"
+
+
+def _size(file: Path, found: dict[str, Any]) -> str:
+    return file.stem.removeprefix("speed-").removesuffix("-" + "-".join(found["settings"]["runtimes"]))
+
+
+def _processor(found: dict[str, Any]) -> str:
+    return f"{found['settings']['device']}{' with VNNI' if found.get('vnni') else ''}"
 
 
 def section(file: Path) -> list[str]:
@@ -29,7 +75,7 @@ def section(file: Path) -> list[str]:
     runtimes = [name for name in RUNTIMES if name in settings["runtimes"]]
     batches = unique(row["batch_size"] for row in rows)
     names = unique(row["name"] for row in rows)
-    size = file.stem.removeprefix("speed-").removesuffix("-" + "-".join(runtimes))
+    size = _size(file, found)
     versions = unique(f"{RUNTIMES[name].split(',')[0]} {it}" for name, it in settings["runtimes"].items())
     which = "--deit_tiny MODEL --images PHOTOS --sizes" if size == "deit-tiny" else f"--sizes {size}"
     which += "" if batches == [1, 8, 32] else f" --batch_sizes {' '.join(map(str, batches))}"
@@ -38,7 +84,7 @@ def section(file: Path) -> list[str]:
     lines = [
         f"## Speed of {size}{more}",
         "",
-        f"{settings['device']}{' with VNNI' if found.get('vnni') else ''}, {settings['threads']} threads, "
+        f"{_processor(found)}, {settings['threads']} threads, "
         f"{', '.join([*settings['dtypes'], *versions])}. Medians of {settings['repeats']} repeats. Command: `python "
         f"benchmarks/speed.py {which}` ([record]({link(file)})).",
         "",
