@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Whatever the name of a file. Pillow knows more, such as EPS, for which it would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF", "GIF")
@@ -49,7 +52,10 @@ def _folders(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, li
     """
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:  # not a folder, or not readable
+    except PermissionError:
+        logger.warning(f"{folder} may not be read, so its images are left out.")
+        return
+    except OSError:  # not a folder
         return
     above = (*above, os.path.realpath(folder))
     folders = [entry for entry in entries if entry.is_dir()]
@@ -62,7 +68,12 @@ def _folders(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, li
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
-    """Convert a picture to RGB. Of 16 bits per pixel the upper 8 are taken; Pillow would clip almost all to white."""
+    """Convert a picture to RGB, turned upright as its EXIF data say.
+
+    Of 16 bits per pixel the upper 8 are taken; Pillow would clip almost all to white.
+    """
+    if picture.getexif():
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture)
         if picture.mode == "F" or values.min() < 0 or values.max() > 65535:

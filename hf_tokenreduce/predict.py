@@ -80,6 +80,8 @@ def predict(
     device = model.device if isinstance(model, PreTrainedModel) else torch.device("cpu")
     processes = launched_processes(device)
     folder = None if output_dir is None else Path(output_dir)
+    if folder is not None and (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds a model. Give another folder for the predictions.")
     done: set[str] = set()
     base = os.getcwd()  # names of files are relative to it
     if folder is not None:

@@ -124,8 +124,19 @@ def class_scores(logits: Tensor, config: Any) -> Tensor:
     """
     if is_regression(config):
         return logits.float()
-    one_by_one = getattr(config, "problem_type", None) == "multi_label_classification" or logits.shape[-1] == 1
-    return logits.float().sigmoid() if one_by_one else logits.float().softmax(dim=-1)
+    return logits.float().sigmoid() if is_one_by_one(logits, config) else logits.float().softmax(dim=-1)
+
+
+def is_one_by_one(logits: Tensor, config: Any) -> bool:
+    """Return whether a classifier says of each class alone whether it is there: with one logit, or several labels."""
+    return getattr(config, "problem_type", None) == "multi_label_classification" or logits.shape[-1] == 1
+
+
+def same_decisions(logits: Tensor, others: Tensor, config: Any) -> Tensor:
+    """Return for which images two classifiers, with logits (B, classes), decide the same: (B,) bool."""
+    if is_one_by_one(logits, config):
+        return ((logits > 0) == (others > 0)).all(dim=-1)
+    return logits.argmax(dim=-1) == others.argmax(dim=-1)
 
 
 def all_layers_act(model: PreTrainedModel) -> dict[str, Any]:

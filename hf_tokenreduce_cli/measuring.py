@@ -75,10 +75,7 @@ def evaluate(
     other = None
     if dense is not None:
         other, others = load_model(dense, trust_remote_code=trust_remote_code, any_task=True)
-        if others.to_dict() != processor.to_dict():
-            raise ValueError(
-                f"The image processors of {dense} and {model} differ. Give a dense model with the same processor."
-            )
+        _check_same_processor(dense, others, model, processor)
         other = classifier(other, dense, None)
     reduced = classifier(reduced, model, revision)
     report = evaluate_model(reduced, images, processor, dense=other, batch_size=batch_size, output_dir=output_dir)
@@ -387,6 +384,14 @@ def show(
         # Without its reduction a trained model was never trained.
         other = None if was_trained(model, revision) else restore(reduced)
         if dense is not None:
-            other = load_model(dense, trust_remote_code=trust_remote_code)[0]
+            other, others = load_model(dense, trust_remote_code=trust_remote_code)
+            _check_same_processor(dense, others, model, processor)
         write_page(reduced, pictures, processor, output, dense=other, names=names, layers=layer, title=title)
     out.print(f"Saved to {escape(str(output))}.")
+
+
+def _check_same_processor(dense: str, others: Any, model: str, processor: Any) -> None:
+    if others.to_dict() != processor.to_dict():
+        raise ValueError(
+            f"The image processors of {dense} and {model} differ. Give a dense model with the same processor."
+        )

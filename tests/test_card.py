@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import yaml
+from families import family_model
 from helpers import METHODS, tiny_model
 from hub_server import card_errors
 from huggingface_hub import ModelCard
@@ -16,6 +17,7 @@ from transformers import ViTImageProcessor
 from hf_tokenreduce import ATSConfig, EViTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.evaluation.accuracy import wilson_interval
 from hf_tokenreduce.hub import check_folder, model_card, write_card, write_cards
+from hf_tokenreduce.hub.card import _prefix
 from hf_tokenreduce.hub.card_text import sections
 from hf_tokenreduce.hub.usage import LEAST_TRANSFORMERS
 from hf_tokenreduce.methods import METHODS as DESCRIBED
@@ -380,3 +382,8 @@ def test_a_card_of_another_model_is_not_published(tmp_path):
         assert not report.ok and different in report.errors[0]
     (folder / "README.md").write_text("# A card of its owner, about ToMe")
     assert check_folder(folder, load=False).ok
+
+
+def test_one_register_is_no_distillation_token():
+    config = family_model("dinov3", num_register_tokens=1).config
+    assert _prefix(config) == ", the class token and 1 register included"

@@ -76,7 +76,8 @@ def test_compiled_by_torch(tmp_path, method):
     images = tiny_images(3)
     with torch.no_grad():
         loaded = load_exported(tmp_path / "graph", trust_remote_code=True)
-        torch.testing.assert_close(loaded(images), model(images).logits, atol=2e-5, rtol=0)
+        for given in (images, images.contiguous(memory_format=torch.channels_last)):
+            torch.testing.assert_close(loaded(given), model(images).logits, atol=2e-5, rtol=0)
 
 
 def test_a_graph_of_a_fixed_number_of_images_takes_any(tmp_path):

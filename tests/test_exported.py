@@ -58,6 +58,18 @@ def test_numpy_arrays(model, openvino_folder):
         torch.testing.assert_close(logits, model(images).logits, atol=2e-5, rtol=0)
 
 
+def test_memory_in_another_order(model, openvino_folder, monkeypatch):
+    """A program that was compiled reads the memory as it is."""
+    loaded, seen = load_exported(openvino_folder), []
+    really = loaded._run
+    monkeypatch.setattr(loaded, "_run", lambda inputs: [seen.append(inputs.is_contiguous()), *really(inputs)][1:])
+    images = tiny_images(2)
+    logits = loaded(images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(images).logits, atol=2e-5, rtol=0)
+    assert all(seen) and seen
+
+
 def test_8_bits_of_features_are_no_classes(tmp_path, monkeypatch):
     pytest.importorskip("nncf")
     still_read = []

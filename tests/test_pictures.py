@@ -1,5 +1,6 @@
 """Reading pictures: one reader for all rooms, right for 16 bits a pixel, and clear about what cannot be read."""
 
+import os
 import struct
 
 import numpy as np
@@ -163,3 +164,38 @@ def test_names_that_other_programs_give_to_pictures():
         IMAGE_SUFFIXES
     )
     assert {".pgm", ".pbm"} <= IMAGE_SUFFIXES
+
+
+def test_opened_pictures_are_turned_upright_too(tmp_path):
+    """A phone writes the sensor's rows, and beside them how the phone was held."""
+    wide = Image.fromarray(np.arange(8 * 4 * 3, dtype=np.uint8).reshape(4, 8, 3))
+    held = Image.Exif()
+    held[0x0112] = 6
+    wide.save(tmp_path / "phone.png", exif=held)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "phone.png")))
+    assert upright.shape == (8, 4, 3)
+    for picture in (as_rgb(Image.open(tmp_path / "phone.png")), read_picture(tmp_path / "phone.png")):
+        assert np.array_equal(np.asarray(picture), upright)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    opened, read = (
+        prepare_images([one], processor, None)[0]
+        for one in (Image.open(tmp_path / "phone.png"), tmp_path / "phone.png")
+    )
+    assert torch.equal(opened, read)
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    really = os.scandir
+
+    def refused(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(folder)
+        return really(folder)
+
+    (tmp_path / "locked").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr("hf_tokenreduce.pictures.os.scandir", refused)
+    said = []
+    monkeypatch.setattr("hf_tokenreduce.pictures.logger.warning", said.append)
+    assert [file.name for file in find_in(tmp_path)] == ["a.png"]
+    assert len(said) == 1 and "locked may not be read, so its images are left out" in said[0]

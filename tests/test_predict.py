@@ -227,3 +227,9 @@ def test_scores_of_two_kinds_do_not_mix(model, photos):
     model.config.problem_type = "multi_label_classification"
     with pytest.raises(ValueError, match="problem_type"):
         rows_of(model, photos, output_dir="out")
+
+
+def test_predictions_do_not_go_into_the_folder_of_a_model(model, photos, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model holds a model. Give another folder for the predictions"):
+        rows_of(model, photos, output_dir=tmp_path / "model")

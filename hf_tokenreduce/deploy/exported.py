@@ -40,12 +40,13 @@ class ExportedModel:
 
     def with_counts(self, inputs: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         """Compute logits or features, and the number of tokens that leave the last layer, (B,)."""
-        inputs = torch.as_tensor(inputs)
+        # A program that AOTInductor compiled reads the memory as it is, whatever the order or the device.
+        inputs = torch.as_tensor(inputs).float().cpu().contiguous()
         shape, given = self.record["shape"], list(inputs.shape)
         if given[1:] != shape or not len(inputs):
             raise ValueError(f"The graph takes inputs of shape (any number, {str(shape)[1:-1]}), got {given}.")
         size = self._size or len(inputs)
-        found = [self._run_part(part, size) for part in inputs.float().split(size)]
+        found = [self._run_part(part, size) for part in inputs.split(size)]
         main = torch.cat([outputs[0] for outputs in found])
         if self.record["tokens"] is not None:
             return main, torch.full((len(main),), self.record["tokens"])

@@ -17,7 +17,7 @@ from ..files import check_new_folder, model_folder
 from ..methods import method_of
 from ..modeling.encoders import PREFIX, encoder_of, what_can_be_reduced
 from ..modes import evaluating
-from ..tasks import all_layers_act, image_side, main_output, size_made_by
+from ..tasks import all_layers_act, image_side, is_regression, main_output, same_decisions, size_made_by
 from .exported import RECORD, is_exported
 from .graphs import FORMATS, OPSET, check_format, trace, write
 from .quantize import MOST_IMAGES, PACKAGES, quantize
@@ -75,7 +75,7 @@ def export(
             `largest_difference` is the difference to PyTorch relative to the largest value, without the images in
             which rounding decides which tokens stay: `decided_by_rounding` is their number. With `int8` there is
             `same_class` instead, the share of the images that get the same class as in float32; for a model of
-            features it is `cosine`.
+            features it is `cosine`, and for a regression head `mean_change`, as a part of the range of its numbers.
 
     Example:
         >>> model = reduce_tokens(model, "tome", share=0.65)
@@ -113,7 +113,7 @@ def export(
                 fitted = _inputs(model, given, -(-len(given) // (batch_size or 1)) * (batch_size or 1))
                 quantize(place / FORMATS[format].file, fitted, batch_size)
                 del found["largest_difference"], found["decided_by_rounding"]
-                found |= _compare_int8(whole, fitted, len(given), format, place, batch_size, output)
+                found |= _compare_int8(whole, fitted, len(given), format, place, batch_size, output, model.config)
             stock = restore(model) if type(model).__name__.startswith(PREFIX) else model
             config = copy.deepcopy(stock.config)
             config.architectures = [type(stock).__name__]
@@ -266,7 +266,14 @@ def _is_tie(whole: Outputs, image: Tensor, found: Tensor, scale: Tensor) -> bool
 
 
 def _compare_int8(
-    whole: Outputs, images: Tensor, count: int, format: str, place: Path, batch_size: int | None, output: str
+    whole: Outputs,
+    images: Tensor,
+    count: int,
+    format: str,
+    place: Path,
+    batch_size: int | None,
+    output: str,
+    config: Any,
 ) -> dict[str, Any]:
     """Compare 8 bits with float32 on the first `count` images, to which the 8 bits were fitted."""
     run = FORMATS[format].open(place, None, None, "float32")
@@ -278,8 +285,11 @@ def _compare_int8(
             "In 8 bits the outputs of the model are not finite. Nothing was written. Leave out int8, or give other "
             "images."
         )
+    if output == "logits" and is_regression(config):
+        scale = (full.amax() - full.amin()).clamp(min=full.abs().amax() * 1e-6)  # of one image there is no range
+        return {"mean_change": ((small - full).abs().mean() / scale).item(), "images": len(full)}
     if output == "logits" and small.ndim == 2:  # pooled features have two dimensions too, but no classes
-        same = (small.argmax(dim=1) == full.argmax(dim=1)).double().mean().item()
+        same = same_decisions(small, full, config).double().mean().item()
         if same < LITTLE_AGREEMENT:
             logger.warning(
                 f"In 8 bits the model predicts the same class as in float32 for only {same:.0%} of the {len(full)} "

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..convert import stock_name
 from ..methods import method_of
+from ..tasks import is_one_by_one, is_regression
 
 
 # Code that reads the input, by the name of the input.
@@ -72,13 +74,15 @@ def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any], has_proc
     run = RUN[found["format"]].format(name=name)
     if of_torch and found["tokens"] is None:
         run += "[0]"
-    last = "print(config.id2label[int(answer[0].argmax())])" if found["output"] == "logits" else "print(answer.shape)"
+    last = _last_lines(found, model.config)
     number = "takes any number of inputs at once" if size is None else f"takes {size} input{'s' * (size > 1)} at once"
     if found["int8"]:
         checked = (
             f"Layers with weights compute in 8 bits, fitted to {found['images']} images. On these images "
             + (f"{found['same_class']:.1%} of the predicted classes are the same as in float32."
                if "same_class" in found
+               else f"the numbers change by {found['mean_change']:.1%} of their range, on average."
+               if "mean_change" in found
                else f"the mean cosine between the features and those in float32 is {found['cosine']:.4f}.")
         )  # fmt: skip
     else:
@@ -92,7 +96,7 @@ def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any], has_proc
             )
     if found["opset"]:
         checked += f" The ONNX opset is {found['opset']}."
-    return f"""# {folder.name}
+    return f"""# {folder.resolve().name}
 
 This is a {stock_name(model)} as a graph, {what}. The graph {number}. The size of an input is fixed.
 Run this in the folder:
@@ -106,3 +110,15 @@ Run this in the folder:
 
 {checked}
 """
+
+
+def _last_lines(found: dict[str, Any], config: Any) -> str:
+    """Return the code that prints the answer."""
+    if found["output"] != "logits":
+        return "print(answer.shape)"
+    if is_regression(config):
+        return "print(answer[0])"
+    if is_one_by_one(torch.empty(1, config.num_labels), config):
+        return """for index, logit in enumerate(answer[0]):
+    print(config.id2label[index], 1 / (1 + 2.718281828459045 ** -float(logit)))  # the score of this label alone"""
+    return "print(config.id2label[int(answer[0].argmax())])"

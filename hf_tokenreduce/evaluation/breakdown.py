@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..modeling.encoders import encoder_of
 from ..tasks import image_side
@@ -22,8 +23,10 @@ HOOKS = ("before_encoder", "select_queries", "after_attention", "after_layer")
 MOVES = ("apply_map", "mix", "move", "pad", "unpad")
 PREFIX = "hf_tokenreduce::"
 
+logger = logging.get_logger(__name__)
 
-def breakdown(model: PreTrainedModel, pixel_values: Tensor, repeats: int = 3) -> dict[str, float]:
+
+def breakdown(model: PreTrainedModel, pixel_values: Tensor, repeats: int = 3) -> dict[str, float] | None:
     """Measure the share of the time that each part of a forward pass takes. The shares sum to 1.
 
     torch.profiler measures the time: the time of the kernels on CUDA, else the time of the CPU, Python included.
@@ -43,6 +46,8 @@ def breakdown(model: PreTrainedModel, pixel_values: Tensor, repeats: int = 3) ->
         - `scoring`: what the method computes to decide: scores, similarities, matching, sorting.
         - `moving`: applying the decision to hidden states, sizes and maps.
         - `other`: embedding, norms, residuals, head.
+
+        None: the profiler told no times, for example because another one uses the GPU.
 
     Example:
         >>> breakdown(model, pixel_values)["scoring"]
@@ -64,6 +69,9 @@ def breakdown(model: PreTrainedModel, pixel_values: Tensor, repeats: int = 3) ->
         if part is not None:
             seconds[part] += event.self_device_time_total if cuda else event.self_cpu_time_total
     total = sum(seconds.values())
+    if not total:  # speeds were measured before, and an error would lose them
+        logger.warning_once("Where the time goes is left out, because the profiler of this GPU told no times.")
+        return None
     return {part: spent / total for part, spent in seconds.items()}
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..convert import restored, stock_name
+from ..convert import reduce_tokens, restored, stock_name
 from ..deploy.graphs import FORMATS
 from ..deploy.recorded import record
-from ..modeling.encoders import encoder_of, facts_of, what_can_be_reduced
+from ..modeling.encoders import encoder_of, facts_of, fixed_fields, what_can_be_reduced
 from ..modes import evaluating
 from ..tasks import image_side
 from ..timing import median_ratio, seconds_of
@@ -100,6 +100,7 @@ def benchmark(
         dense_name = "dense"
         named = {"dense": restored(first), **named}
     check_runtimes(runtimes, device)
+    named = {name: _unmasked(model) for name, model in named.items()}
     report = BenchmarkReport(_settings(named, device, threads, dtypes, runtimes, repeats, warmup, pixel_values))
     times = timer or partial(seconds_of, device=device)
     total = len(types) * len(batch_sizes) * (warmup + repeats)
@@ -321,6 +322,13 @@ def _on(device: torch.device, threads: int | None) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def _unmasked(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model itself, or instead of an MAE that masks patches, one that computes all, as reduced ones do."""
+    if _method(model) is None and fixed_fields(model.config):
+        return restored(reduce_tokens(model, None))
+    return model
 
 
 def _method(model: PreTrainedModel) -> str | None:

@@ -19,7 +19,7 @@ from ..modeling.multiply_adds import even_counts, even_share
 from ..tasks import size_made_by
 from .card_check import settings_rows
 from .card_index import index_of
-from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, sections, split
+from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, read_card, sections, split
 from .configuration import check_config, main_input_of, tower_of
 from .contents import one_line
 from .records import Record, accuracy, drop, duration, measured_on, number, read_record, read_report
@@ -101,7 +101,7 @@ def model_card(
             method, summary=method.summary.replace("the class token attends", "the mean of all tokens attends")
         )
     if previous is None:
-        previous = "" if folder is None else _read(folder / "README.md")
+        previous = "" if folder is None else read_card(folder / "README.md")
     line_break = "\r\n" if "\r\n" in previous else "\n"
     block, old_body = split(previous.replace("\r\n", "\n"))
     repo_id = repo_id or _id_in(old_body)
@@ -164,9 +164,9 @@ def write_cards(records_dir: str | Path, output_dir: str | Path, **options: Any)
     written = []
     for file in files:
         written.append(output_dir / f"{file.stem}.md")
-        write_whole(written[-1], model_card(None, record=file, previous=_read(written[-1]), **options))
+        write_whole(written[-1], model_card(None, record=file, previous=read_card(written[-1]), **options))
     index = output_dir / "README.md"
-    write_whole(index, merge_body(_read(index), index_of(records)))
+    write_whole(index, merge_body(read_card(index), index_of(records)))
     return [*written, index]
 
 
@@ -276,7 +276,8 @@ def _prefix(config: Any) -> str:
         return ""
     if count == 1:
         return ", the class token included"
-    more = "the distillation token" if count == 2 else f"{count - 1} registers"
+    registers = getattr(encoder_config(config), "num_register_tokens", 0)
+    more = "the distillation token" if count == 2 and not registers else f"{count - 1} register{'s' * (count > 2)}"
     return f", the class token and {more} included"
 
 
@@ -441,10 +442,3 @@ def _one(value: Any) -> str | None:
     """Return the name in metadata that can be one name or a list of names; None if there are several."""
     names = value if isinstance(value, list) else [value]
     return names[0] if len(names) == 1 and isinstance(names[0], str) else None
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return file.read()

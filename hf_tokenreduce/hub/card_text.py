@@ -6,6 +6,7 @@
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
@@ -102,3 +103,13 @@ def code(text: Any) -> str:
     longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{content}\n{fence}"
+
+
+def read_card(path: Path) -> str:
+    """Read a model card. "": there is none."""
+    if not path.is_file():
+        return ""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}). Save it in UTF-8.") from error

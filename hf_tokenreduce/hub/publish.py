@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from ..files import holds_something, model_folder
+from .card_text import read_card
 from .check import CheckReport, check_folder, copy_files
 from .contents import one_line
 from .usage import NOT_NAMED, loading
@@ -111,7 +112,7 @@ def publish(
     elif report.folder.resolve() != folder.resolve():
         raise ValueError(f"report is about {report.folder}, not about {folder}. Leave it out: then it is made anew.")
     report.raise_for_errors()
-    if "README.md" in report.files and NOT_NAMED in (folder / "README.md").read_text(encoding="utf-8"):
+    if "README.md" in report.files and NOT_NAMED in read_card(folder / "README.md"):
         logger.warning(
             f"The code in README.md names {NOT_NAMED}. To name {repo_id} there, write the card again with it: "
             f"tokenreduce card {folder} --repo-id {repo_id}, and publish once more."

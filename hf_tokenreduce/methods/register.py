@@ -107,7 +107,7 @@ def _check_file(config_class: type, reducer_class: type) -> None:
 
 def _imports_that_stay_behind(file: Path) -> Iterator[str]:
     """List the imports that may fail where the model is loaded, except those inside a `try:`."""
-    tree = ast.parse(file.read_text())
+    tree = ast.parse(file.read_bytes())
     guarded = {
         node for block in ast.walk(tree) if isinstance(block, ast.Try) and block.handlers
         for statement in block.body for node in ast.walk(statement)
@@ -165,8 +165,8 @@ def _method_and_file(name: str, revision: str | None) -> tuple[str | None, str |
         config, table = (cached_file(name, file, **where) for file in ("config.json", "extra_methods.py"))
         if config is None or table is None:
             return None, None
-        values = json.loads(Path(config).read_text())
-        imported = re.search(r"^from \.(\w+) import", Path(table).read_text(), re.MULTILINE)
+        values = json.loads(Path(config).read_text(encoding="utf-8"))
+        imported = re.search(r"^from \.(\w+) import", Path(table).read_text(encoding="utf-8"), re.MULTILINE)
         file = None if imported is None else cached_file(name, f"{imported[1]}.py", **where)
     except (OSError, ValueError):
         return None, None
@@ -178,12 +178,12 @@ def _method_and_file(name: str, revision: str | None) -> tuple[str | None, str |
 def _run(file: str) -> ModuleType:
     """Run a copy of the file, whose imports are those of the package, and return its module."""
     own = "|".join(file.stem for file in Path(travelling.__file__).parent.glob("*.py"))
-    code = Path(file).read_text()
+    code = Path(file).read_text(encoding="utf-8")
     code = re.sub(rf"(?m)^(\s*)from \.({own}) import", r"\1from hf_tokenreduce.modeling.\2 import", code)
     place = Path(tempfile.mkdtemp(prefix="tokenreduce-method-"))  # kept for models that are saved again
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     copy = place / Path(file).name
-    copy.write_text(code)
+    copy.write_text(code, encoding="utf-8")
     name = f"tokenreduce_method_{hashlib.sha256(code.encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, copy)
     assert spec is not None and spec.loader is not None

@@ -69,10 +69,9 @@ def write_extra_method(folder: str | Path, reduction: ReductionConfig | None) ->
     file = Path(str(module.__file__))
     if file.parent == Path(__file__).parent:
         return  # a method of this package, or one from the folder that this model was loaded from
-    code = re.sub(
-        r"^(\s*)from hf_tokenreduce\.modeling\.(\w+) import", r"\1from .\2 import", file.read_text(), flags=re.M
-    )
-    (Path(folder) / file.name).write_text(code)
+    code = file.read_text(encoding="utf-8")
+    code = re.sub(r"^(\s*)from hf_tokenreduce\.modeling\.(\w+) import", r"\1from .\2 import", code, flags=re.M)
+    (Path(folder) / file.name).write_text(code, encoding="utf-8")
     (Path(folder) / "extra_methods.py").write_text(
         f'"""The method that this model runs. It is not part of hf_tokenreduce."""\n\n'
         f"from .{file.stem} import {config.__name__}, {reducer.__name__}\n\n\n"

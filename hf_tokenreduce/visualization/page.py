@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..files import write_whole
 from ..methods import method_of
 from ..modeling.encoders import encoder_of
+from ..tasks import class_scores, is_one_by_one, is_regression, score_text
 from .composing import Images, pictures_of, prepare_images
 from .drawing import draw_layer, draw_token_weights
 from .maps import TokenMaps, checked_layers, token_maps
@@ -35,7 +37,8 @@ class Picture(NamedTuple):
 class Guess(NamedTuple):
     label: str
     full_label: str
-    probability: float
+    score: str
+    decided: tuple[str, ...]
 
 
 def write_page(
@@ -113,14 +116,14 @@ def write_page(
         least_counts=maps.counts.amin(dim=0).tolist(),
         most_counts=maps.counts.amax(dim=0).tolist(),
         share=float(maps.shares.mean()),
-        agreeing=_agreeing(guesses, dense_guesses),
+        agreeing=None if is_regression(model.config) else _agreeing(guesses, dense_guesses),
         chart=_chart(maps, names),
         adaptive=maps.differ(),
         ranking=_ranking(maps, names, pictures) if maps.differ() else {},
         heats=_heats(maps, names, pictures),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    write_whole(path, html)
     return path
 
 
@@ -167,21 +170,28 @@ def _dense_logits(dense: PreTrainedModel, pixel_values: Tensor) -> Tensor:
 
 
 def _guesses(logits: Tensor | None, model: PreTrainedModel) -> list[Guess] | None:
-    """Return the most probable label of each image. None if the model is not a classifier."""
+    """Return the most probable label of each image. None if the model is not a classifier.
+
+    What a model decides is this label, or all with a score above a half if it scores each class alone.
+    """
     if logits is None:
         return None
-    best = logits.softmax(dim=-1).max(dim=-1)
-    labels = [model.config.id2label.get(index, str(index)) for index in best.indices.tolist()]
-    return [
-        Guess(label.split(",")[0], label, probability)
-        for label, probability in zip(labels, best.values.tolist(), strict=True)
-    ]
+    if not logits.isfinite().all():
+        raise ValueError("What the model computes for an image is not finite. Try to load the model in float32.")
+    config, guesses = model.config, []
+    names = [str(config.id2label.get(index, index)) for index in range(logits.shape[-1])]
+    for row in class_scores(logits, config):
+        label, score = names[int(row.argmax())], score_text(row.max().item(), config)
+        above = tuple(name for name, one in zip(names, row.tolist(), strict=True) if one > 0.5)
+        decided = above if is_one_by_one(logits, config) else (label,)
+        guesses.append(Guess(label.split(",")[0], label, score, decided))
+    return guesses
 
 
 def _agreeing(guesses: list[Guess] | None, dense: list[Guess] | None) -> int | None:
     if guesses is None or dense is None:
         return None
-    return sum(guess.full_label == other.full_label for guess, other in zip(guesses, dense, strict=True))
+    return sum(guess.decided == other.decided for guess, other in zip(guesses, dense, strict=True))
 
 
 def _ranking(

@@ -66,7 +66,7 @@ footer { margin-top: 2.5rem; padding-top: .8rem; border-top: 1px solid var(--lin
 {% endmacro %}
 {% macro guess(guess) %}
 <span title="{{ guess.full_label }}">{{ guess.label }}</span>
-<span class="pale">{{ "%.2f"|format(guess.probability) }}</span>
+<span class="pale">{{ guess.score }}</span>
 {% endmacro %}
 <header>
 <h1>{{ title }}</h1>
@@ -170,7 +170,7 @@ still a token of its own.
 <h3>{{ row.name }}</h3>
 <dl>
 {% if row.guess %}
-<dt>reduced</dt><dd{% if row.dense and row.dense.full_label != row.guess.full_label %} class="differs"{% endif %}>{{
+<dt>reduced</dt><dd{% if row.dense and row.dense.decided != row.guess.decided %} class="differs"{% endif %}>{{
 guess(row.guess) }}</dd>
 {% endif %}
 {% if row.dense %}

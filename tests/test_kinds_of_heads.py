@@ -1,0 +1,94 @@
+"""Heads with one logit, with several labels per image, and with numbers: what pages, graphs and READMEs say."""
+
+import re
+
+import pytest
+import torch
+from helpers import tiny_images, tiny_model
+from transformers import ViTImageProcessor
+
+from hf_tokenreduce import ToMeConfig, export, reduce_tokens
+from hf_tokenreduce.tasks import class_scores, same_decisions, score_text
+from hf_tokenreduce.visualization import page, write_page
+
+
+PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
+# Number of logits, and `problem_type`.
+HEADS = {"one": (1, None), "several": (4, "multi_label_classification"), "numbers": (2, "regression")}
+
+
+def model_with(head):
+    count, kind = HEADS[head]
+    model = reduce_tokens(tiny_model(num_hidden_layers=2, num_labels=count), ToMeConfig(r=7))
+    model.config.problem_type = kind
+    return model
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_page_shows_the_scores_of_the_head(tmp_path, head):
+    model, images = model_with(head), tiny_images(3)
+    html = write_page(model, images, PROCESSOR, tmp_path / "page.html", dense=model).read_text("utf-8")
+    with torch.no_grad():
+        scores = class_scores(model(images).logits, model.config)
+    shown = re.findall(r"<dt>reduced</dt><dd>\s*<span[^>]*>[^<]*</span>\s*<span class=\"pale\">([^<]*)</span>", html)
+    assert shown == [score_text(row.max().item(), model.config) for row in scores]
+    assert ("predictions are the same" in html) is (head != "numbers")
+
+
+def test_models_agree_if_they_decide_the_same():
+    """With one logit the label is always the same, and its sign decides."""
+    one, several, usual = model_with("one"), model_with("several"), tiny_model()
+    logits, others = torch.tensor([[3.0], [-1.0]]), torch.tensor([[2.0], [1.0]])
+    assert same_decisions(logits, others, one.config).tolist() == [True, False]
+    assert page._agreeing(page._guesses(logits, one), page._guesses(others, one)) == 1
+    logits, others = torch.tensor([[3.0, 1.0, -1.0, -1.0]]), torch.tensor([[3.0, -1.0, -1.0, -1.0]])
+    assert not same_decisions(logits, others, several.config) and same_decisions(logits, others, usual.config)
+    assert page._agreeing(page._guesses(logits, several), page._guesses(others, several)) == 0
+    assert page._agreeing(page._guesses(logits, usual), page._guesses(others, usual)) == 1
+
+
+def test_a_page_refuses_what_is_not_finite(tmp_path):
+    model = model_with("one")
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"not finite. Try to load the model in float32"):
+        write_page(model, tiny_images(1), PROCESSOR, tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_8_bits_are_compared_by_what_the_head_decides(tmp_path, monkeypatch, capsys, head):
+    for package in ("openvino", "onnxscript", "nncf"):
+        pytest.importorskip(package)
+    model = model_with(head)
+    with torch.no_grad():  # what 8 bits change decides
+        images = tiny_images(8)
+        model.classifier.bias -= model(images).logits.median(dim=0).values
+        expected = model(images).logits
+    folder = tmp_path / "graph"
+    found = export(model, folder, image_processor=PROCESSOR, format="openvino", int8=True, images=images)
+    import openvino
+
+    small = torch.from_numpy(openvino.Core().compile_model(folder / "openvino_model.xml", "CPU")(images.numpy())[0])
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    if head == "numbers":
+        change = (small - expected).abs().mean() / (expected.max() - expected.min())
+        assert "same_class" not in found and found["mean_change"] == pytest.approx(change.item(), rel=0.05)
+        assert f"the numbers change by {found['mean_change']:.1%} of their range" in text
+    else:
+        same = ((small > 0) == (expected > 0)).all(dim=1).double().mean()
+        assert found["same_class"] == pytest.approx(same.item())
+    from PIL import Image
+
+    monkeypatch.chdir(folder)
+    Image.new("RGB", (40, 40), "red").save("photo.jpg")
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    lines = capsys.readouterr().out.strip().splitlines()
+    with torch.no_grad():
+        pixels = PROCESSOR(Image.open("photo.jpg"), return_tensors="pt")["pixel_values"]
+        scores = class_scores(model(pixels).logits, model.config)[0]
+    if head == "numbers":
+        numbers = [float(number) for number in lines[-1].strip("[]").split()]
+    else:
+        assert [line.rsplit(" ", 1)[0] for line in lines] == list(model.config.id2label.values())
+        numbers = [float(line.rsplit(" ", 1)[1]) for line in lines]
+    assert numbers == pytest.approx(scores.tolist(), abs=0.05)
