@@ -174,7 +174,7 @@ def test_show(call, place, reduced):
     assert code == 2 and "must end in .html or .png" in errors
     code, _, errors = call("show", place / "model", place / "photos", "-o", place / "page.html")
     assert code == 2 and "is not reduced" in errors
-    other = shutil.copytree(place / "model", place / "other")
+    other = shutil.copytree(place / "model", place / "of-other-means")
     settings = json.loads((other / "preprocessor_config.json").read_text())
     (other / "preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0.1, 0.2, 0.3]}))
     code, _, errors = call("show", reduced, place / "photos", "--dense", other, "-o", place / "page.html")
