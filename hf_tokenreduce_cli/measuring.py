@@ -286,7 +286,7 @@ def tune(
     labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Use the class folders as labels.")] = True,
     speed: Annotated[
         bool,
-        typer.Option("--speed/--no-speed", help="Measure speed; take dense if none is faster."),
+        typer.Option("--speed/--no-speed", help="Time it: dense if nothing is faster."),
     ] = True,
     runtime: Runtime = "eager",
     split: Split = None,
