@@ -111,7 +111,10 @@ def _fingerprint(model: PreTrainedModel) -> list[float]:
     weights = [encoder.patch_projection.weight]
     for layer in encoder.layers:
         attention = encoder.attention(layer)
-        *_, last_of_mlp = [part for part in layer.mlp.modules() if isinstance(part, nn.Linear)]
+        linears = {name: part for name, part in layer.mlp.named_modules() if isinstance(part, nn.Linear)}
+        *_, last_of_mlp = [
+            part for name, part in linears.items() if "lora_" not in name
+        ]  # an adapter begins with zeros
         weights += [attention.q_proj.weight, attention.k_proj.weight, last_of_mlp.weight]
     for weight in weights:
         values = weight.detach().float().flatten().cpu()

@@ -131,7 +131,7 @@ def sample_ranks(scores: torch.Tensor, points: int) -> list[int]:
     start = cdf[cdf > 0][0]
     hit = set()
     for m in range(points):
-        y = start + (1 - start) * m / max(points - 1, 1)
+        y = start + (1 - start) * (m / (points - 1) if points > 1 else 1)  # a single point: the highest score
         distances = (cdf - y).abs().tolist()
         hit.add(distances.index(min(distances)))  # the first of equals
     return sorted(hit)

@@ -114,7 +114,9 @@ def naive_dtem_training(
     token_counts, hidden_states = [], []
     for index, layer in enumerate(model.base_model.layers):
         normed = layer.layernorm_before(x)
-        key_sizes = torch.stack([torch.ones(())] * prefix + sizes) if reduction["prop_attn"] else None
+        # Without prop_attn a token counts once, but one that is nearly empty must not count as a whole one.
+        counts = sizes if reduction["prop_attn"] else [size.clamp(max=1) for size in sizes]
+        key_sizes = torch.stack([torch.ones(())] * prefix + counts)
         x = x + attend(layer.attention, normed, key_sizes)[0]
         r = min(reduction["r"][index], left // 2)
         if r:

@@ -10,6 +10,7 @@ from helpers import ADAPTIVE, METHODS, SIZES, reduce_tiny, tiny_images, tiny_mod
 from hf_tokenreduce import ATSConfig, LTMPConfig, TokenReduceDeiTConfig, TokenReduceViTConfig, reduce_tokens
 from hf_tokenreduce.modeling import attention as attention_module
 from hf_tokenreduce.modeling import received as received_module
+from hf_tokenreduce.modeling.ats import sample_inverse
 from hf_tokenreduce.modeling.tokens import pad, unpad
 
 
@@ -83,6 +84,13 @@ def test_nothing_left_but_the_prefix(setting, attention):
     assert output.hidden_states[-1].shape == (3, 1, 48)
     model.zero_grad()
     output.logits.sum().backward()
+
+
+def test_a_single_sample_is_the_highest_score():
+    scores = torch.tensor([[0.1, 0.5, 0.3, 0.2], [0.2, 0.1, 0.1, 0.9]])
+    for valid in (None, torch.tensor([[True] * 4, [True, True, True, False]])):
+        kept = sample_inverse(scores, valid, 1).target.argmax(dim=1).tolist()
+        assert kept == [1, 3 if valid is None else 0]
 
 
 def test_more_tokens_than_there_are():

@@ -349,6 +349,7 @@ def test_the_order_of_mae_may_be_given_by_position():
     model = reduce_tokens(family_model("mae"), ToMeConfig(r=8))
     order = torch.arange(encoder_of(model).facts.num_patches).expand(len(images), -1)
     assert torch.equal(model(images, order).last_hidden_state, model(images, noise=order).last_hidden_state)
+    assert torch.equal(model(images, None).last_hidden_state, model(images).last_hidden_state)
 
 
 def test_integer_weights_say_nothing_of_the_type_of_a_reducer():

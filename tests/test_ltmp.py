@@ -341,3 +341,14 @@ def test_the_budget_is_that_of_the_images_and_not_of_the_configuration():
     assert output.token_counts[:, 0].max() <= 17
     expected = 10 * (budget_share(output.token_counts.float().mean(dim=0) / 17, 17, 48) - 0.75) ** 2
     torch.testing.assert_close(output.auxiliary_loss, expected)
+
+
+def test_an_adapter_in_the_mlp_leaves_the_backbone_recognised(tmp_path):
+    """The second part of an adapter begins with zeros, which have no direction."""
+    peft = pytest.importorskip("peft")
+    model = reduce_tokens(tiny_model(), LTMPConfig())
+    save_thresholds(model, tmp_path / "before.safetensors")
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "fc1", "fc2"], r=2))
+    save_thresholds(model, tmp_path / "after.safetensors")
+    for name in ("before", "after"):
+        load_thresholds(model, tmp_path / f"{name}.safetensors")

@@ -92,9 +92,9 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
     """Sample patch tokens by the inverse of the distribution of their scores (B, N), with G = num_points.
 
     The scores of an image are sorted from low to high and summed up; the sums are scaled to run from 0 to 1. G points
-    lie evenly between the smallest sum above 0 and 1. Each point picks the token whose sum is nearest, the first of
-    equally near ones. A token that is picked twice is kept once. Kept tokens come in ascending order of score. If more
-    than `max_kept` are picked, those of the highest scores stay.
+    lie evenly between the smallest sum above 0 and 1; a single one lies at 1. Each picks the token whose sum is
+    nearest, the first of equally near ones. A token that is picked twice is kept once. Kept tokens come in ascending
+    order of score. If more than `max_kept` are picked, those of the highest scores stay.
     """
     num_tokens, tiny = scores.shape[1], torch.finfo(torch.float32).tiny
     scores = scores.nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max / 1e6)
@@ -117,6 +117,7 @@ def sample_inverse(scores: Tensor, valid: Tensor | None, num_points: int, max_ke
 
     first = sums.masked_fill(sums <= 0, torch.inf).amin(dim=1, keepdim=True).clamp(max=1.0)
     points = torch.arange(num_points, device=scores.device) / max(num_points - 1, 1)
+    points = points if num_points > 1 else torch.ones_like(points)  # a single point takes the highest score
     points = first + (1 - first) * points  # (B, G)
     above = torch.searchsorted(sums, points).clamp(max=num_tokens - 1)
     upper = sums.gather(1, above)

@@ -43,7 +43,8 @@ def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean
         hidden_states (`Tensor` of shape `(batch, tokens, features)`): Rows of tokens, prefix tokens included.
         patch_map (`Tensor`): `patch_map` of the model's output, of shape `(batch, patches)`: the row that holds each
             patch, -1 if it was dropped. For SiT, `patch_weights` of shape `(batch, patch tokens, patches)`: each patch
-            then gets the mean of the tokens, weighted by its weight in each.
+            then gets the mean of the tokens, weighted by its weight in each. Not for DTEM in training mode, where
+            emptied tokens still have rows: call `eval()` first.
         fill (`str` or `Tensor`): What a dropped patch gets: `"mean"`, the mean of the rows of all other patches of
             its image; `"zero"`; or its row of a tensor of shape `(batch, patches, features)`.
 

@@ -101,11 +101,10 @@ class ReducedAttention(nn.Module):
         value = split_heads(self.v_proj(hidden_states), self.head_dim)
         key = content if rotary is None else rotate(content, rotary)
         prefix, lengths = state.num_prefix_tokens, state.lengths
-        key_bias = None
-        if reducer.prop_attn and state.size is not None:
-            key_bias = F.pad(state.size.log(), (prefix, 0))
-            if lengths is not None:
-                key_bias = unpad(key_bias, lengths)
+        sizes = state.key_sizes(reducer.prop_attn)
+        key_bias = None if sizes is None else F.pad(sizes.log(), (prefix, 0))
+        if key_bias is not None and lengths is not None:
+            key_bias = unpad(key_bias, lengths)
         view = AttentionView(
             self, hidden_states, key, value, key_bias, prefix, lengths, content=content, pair_bias=pair_bias
         )

@@ -330,7 +330,11 @@ def _recorded(stock_forward: Any) -> Any:
         if ordered and given("noise") is None:
             patch_height, patch_width = encoder_of(self).patch_size
             count = (inputs.shape[-2] // patch_height) * (inputs.shape[-1] // patch_width)
-            kwargs["noise"] = torch.arange(count, device=inputs.device).expand(inputs.shape[0], -1)
+            order = torch.arange(count, device=inputs.device).expand(inputs.shape[0], -1)
+            if places["noise"] < len(args):
+                args = (*args[: places["noise"]], order, *args[places["noise"] + 1 :])
+            else:
+                kwargs["noise"] = order
         output, encoded = self._run_recorded(stock_forward, args, kwargs, output_patch_map)
         output = self._extended(output, encoded, kwargs.get("num_items_in_batch"), given("labels"))
         returns_dict = self.config.return_dict if return_dict is None else return_dict

@@ -71,6 +71,15 @@ class TokenState(NamedTuple):
         """The number of patch tokens, without those that a soft merge has emptied."""
         return self.num_patch_tokens if self.live is None else self.live
 
+    def key_sizes(self, prop_attn: bool) -> Tensor | None:
+        """Return how many keys each patch token counts for in attention, (B, N). None: one each.
+
+        Without `prop_attn` a token counts once. But one that a soft merge has emptied counts for as little as is left.
+        """
+        if self.size is None or not (prop_attn or self.live is not None):
+            return None
+        return self.size if prop_attn else self.size.clamp(max=1.0)
+
     def valid(self) -> Tensor | None:
         """Return which patch tokens are not padding, (B, N) bool. None: all of them."""
         if self.lengths is None:
