@@ -7,7 +7,8 @@
 DeiT-Tiny runs with its real weights on photographs, and LTMP and ATS are fitted to the share. Other sizes run with
 random weights on noise. There the number of tokens that adaptive methods keep means nothing, so only the other methods
 are timed. Each size has one file in benchmarks/results, which is written after each batch size. The same command, also
-with more batch sizes, measures only what the file does not have.
+with more batch sizes, measures only what the file does not have. All graphs are in memory at once: ViT-B in ONNX
+Runtime, OpenVINO and 8 bits together needs more than 24 GB, so there take one of them at a time.
 """
 
 import argparse

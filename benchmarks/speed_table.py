@@ -25,7 +25,7 @@ HEADINGS = {
 
 
 def in_short(results: Path) -> list[str]:
-    """For each record, the slowest and the fastest even method in each runtime."""
+    """Show the slowest and the fastest even method in each runtime, one row for each record and batch size."""
     lines = [
         "## Speed on a CPU, in short",
         "",
@@ -72,7 +72,7 @@ def section(file: Path) -> list[str]:
     """Speed-ups by batch and runtime, beside the dense model and beside the slice oracle of each runtime."""
     found = json.loads(file.read_text())
     settings, rows = found["settings"], found["rows"]
-    runtimes = [name for name in RUNTIMES if name in settings["runtimes"]]
+    runtimes, first = list(settings["runtimes"]), RUNTIMES[next(iter(settings["runtimes"]))]
     batches = unique(row["batch_size"] for row in rows)
     names = unique(row["name"] for row in rows)
     size = _size(file, found)
@@ -112,17 +112,18 @@ def section(file: Path) -> list[str]:
     lines += [
         "",
         "What each model reaches of the speed of its slice oracle, which is the dense model cut to the same numbers "
-        "of tokens at no cost. In brackets is the interval of the speed-up in PyTorch. The peak memory is that in "
+        f"of tokens at no cost. In brackets is the interval of the speed-up in {first}. The peak memory is that in "
         "PyTorch, divided by the dense model's.",
         "",
-        "| method | batch | tokens that leave the last layer | speed-up in PyTorch | peak memory | "
+        "| method | batch | tokens that leave the last layer | speed-up in "
+        f"{first} | peak memory | "
         f"{' | '.join(f'of the oracle, {RUNTIMES[name]}' for name in runtimes)} |",
         rule(5 + len(runtimes)),
     ]
     for batch in batches:
         for name in names:
-            row = by_key[name, batch, runtimes[0]]
-            if name == "dense":
+            row = by_key.get((name, batch, runtimes[0]))
+            if row is None or name == "dense":
                 continue
             least, mean, most = (row["tokens"][key] for key in ("min", "mean", "max"))
             low, high = row["speedup_interval"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.utils import logging
 
 
@@ -67,13 +67,17 @@ def _folders(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, li
             yield from _folders(entry.path, above)
 
 
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF data say. One that stands already is not copied."""
+    return ImageOps.exif_transpose(picture) if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1 else picture
+
+
 def as_rgb(picture: Image.Image) -> Image.Image:
     """Convert a picture to RGB, turned upright as its EXIF data say.
 
     Of 16 bits per pixel the upper 8 are taken; Pillow would clip almost all to white.
     """
-    if picture.getexif():
-        picture = ImageOps.exif_transpose(picture)
+    picture = _upright(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture)
         if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -98,7 +102,7 @@ def decoded_picture(image: Any) -> Image.Image:
     source: Any = path if content is None else io.BytesIO(content)
     with Image.open(source, formats=FORMATS) as picture:
         picture.load()
-        return ImageOps.exif_transpose(picture) if picture.getexif() else picture
+        return _upright(picture)
 
 
 def read_picture(file: str | Path) -> Image.Image:

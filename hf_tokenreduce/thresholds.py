@@ -111,10 +111,9 @@ def _fingerprint(model: PreTrainedModel) -> list[float]:
     weights = [encoder.patch_projection.weight]
     for layer in encoder.layers:
         attention = encoder.attention(layer)
-        linears = {name: part for name, part in layer.mlp.named_modules() if isinstance(part, nn.Linear)}
-        *_, last_of_mlp = [
-            part for name, part in linears.items() if "lora_" not in name
-        ]  # an adapter begins with zeros
+        # Without the parts of an adapter: the last of them begins with zeros, which have no direction.
+        parts = [part for name, part in layer.mlp.named_modules() if "lora_" not in name]
+        *_, last_of_mlp = [part for part in parts if isinstance(part, nn.Linear)]
         weights += [attention.q_proj.weight, attention.k_proj.weight, last_of_mlp.weight]
     for weight in weights:
         values = weight.detach().float().flatten().cpu()

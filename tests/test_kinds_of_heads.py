@@ -36,10 +36,12 @@ def test_a_page_shows_the_scores_of_the_head(tmp_path, head):
     shown = re.findall(r"<dt>reduced</dt><dd>\s*<span[^>]*>[^<]*</span>\s*<span class=\"pale\">([^<]*)</span>", html)
     assert shown == [score_text(row.max().item(), model.config) for row in scores]
     assert ("predictions are the same" in html) is (head != "numbers")
+    guesses = page._guesses(torch.tensor([[1.0] * len(scores[0]), [0.0] * len(scores[0])]), model)
+    assert (guesses[0].decided == guesses[1].decided) is (head == "numbers")
 
 
 def test_models_agree_if_they_decide_the_same():
-    """With one logit the label is always the same, and its sign decides."""
+    """The sign of a single logit decides, because its label is always the same."""
     one, several, usual = model_with("one"), model_with("several"), tiny_model()
     logits, others = torch.tensor([[3.0], [-1.0]]), torch.tensor([[2.0], [1.0]])
     assert same_decisions(logits, others, one.config).tolist() == [True, False]

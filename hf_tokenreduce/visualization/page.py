@@ -172,7 +172,8 @@ def _dense_logits(dense: PreTrainedModel, pixel_values: Tensor) -> Tensor:
 def _guesses(logits: Tensor | None, model: PreTrainedModel) -> list[Guess] | None:
     """Return the most probable label of each image. None if the model is not a classifier.
 
-    What a model decides is this label, or all with a score above a half if it scores each class alone.
+    What a model decides is this label, or all with a score above a half if it scores each class alone. A regression
+    head decides nothing.
     """
     if logits is None:
         return None
@@ -182,8 +183,11 @@ def _guesses(logits: Tensor | None, model: PreTrainedModel) -> list[Guess] | Non
     names = [str(config.id2label.get(index, index)) for index in range(logits.shape[-1])]
     for row in class_scores(logits, config):
         label, score = names[int(row.argmax())], score_text(row.max().item(), config)
-        above = tuple(name for name, one in zip(names, row.tolist(), strict=True) if one > 0.5)
-        decided = above if is_one_by_one(logits, config) else (label,)
+        decided: tuple[str, ...] = (label,)
+        if is_regression(config):
+            decided = ()
+        elif is_one_by_one(logits, config):
+            decided = tuple(name for name, one in zip(names, row.tolist(), strict=True) if one > 0.5)
         guesses.append(Guess(label.split(",")[0], label, score, decided))
     return guesses
 
