@@ -150,7 +150,11 @@ def decide_by_thresholds(
         odd = slice(1 - num_prefix_tokens % 2, None, 2)
         keys = F.normalize(keys, dim=-1)
         with full_precision(keys):
-            products = torch.bmm(keys[:, even], keys[:, odd].transpose(1, 2))
+            if batch == 1 and torch.compiler.is_compiling():
+                # AOTInductor cannot compile a batched product whose number of rows depends on the image.
+                products = torch.mm(keys[0, even], keys[0, odd].T)[None]
+            else:
+                products = torch.bmm(keys[:, even], keys[:, odd].transpose(1, 2))
             if valid is not None:  # no match in padding
                 products = products.masked_fill(~valid[:, None, odd], -torch.inf)
             best, match = products.max(dim=-1)  # (B, N even)
