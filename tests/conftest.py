@@ -1,3 +1,4 @@
+import gc
 import os
 import tempfile
 
@@ -22,6 +23,13 @@ torch.set_num_threads(1)
 # Of 600. A test that looks at what SiT's networks have learned gives a number of its own.
 fit_slimming.__kwdefaults__["steps"] = 20
 logging.disable_progress_bar()
+
+
+def pytest_collection_finish():
+    """Collecting garbage looks at every object, and each collected test is many of them. They stay to the end anyway.
+    Frozen objects are not looked at, which saves a sixth of the time of tests that train."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -123,7 +123,9 @@ def test_evaluate(call, place, reduced):
         assert ("give --dense, a dense model that was trained as long" in errors) is warns
 
 
-def test_benchmark(call, place, reduced):
+def test_benchmark(call, place, reduced, monkeypatch):
+    # Each model would start a process that imports torch; test_evaluation_speed.py measures memory.
+    monkeypatch.setattr("hf_tokenreduce.evaluation.speed.peak_memory", lambda model, images: 1.0)
     shutil.copytree(reduced, place / "other" / "tome", dirs_exist_ok=True)
     options = ["--images", place / "photos", "--batch-size", 2, "--repeats", 1, "--no-suggest"]
     arguments = ["benchmark", reduced, place / "other" / "tome", *options]

@@ -193,7 +193,7 @@ def _speed(
 ) -> dict[str, dict[str, float]]:
     if not file.is_file():
         pixels = processor(_examples(images, 64), return_tensors="pt")["pixel_values"]
-        report = benchmark(models, pixels, batch_sizes=[32], repeats=11, breakdown=False, memory=False)
+        report = benchmark(models, pixels, batch_sizes=[32], repeats=11, breakdown=False, memory=False, suggest=False)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(report.to_dict(), indent=1))
     return {row["name"]: row for row in json.loads(file.read_text())["rows"]}
