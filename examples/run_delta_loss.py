@@ -27,12 +27,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, load_dataset
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_tokenreduce import DLViTConfig, reduce_tokens
 from hf_tokenreduce.evaluation.accuracy import class_index
 from hf_tokenreduce.files import known_settings, write_whole
-from hf_tokenreduce.loading import folder_split
+from hf_tokenreduce.loading import folder_split, load_model
 from hf_tokenreduce.training.deltas import LABELLERS, MASKS
 from hf_tokenreduce.training.filter import fit_filter
 from hf_tokenreduce.training.labels import make_labels
@@ -131,9 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.streaming and args.max_train_samples is None:
         raise ValueError("A stream may be without end, and labelling takes long. Give --max_train_samples.")
     processes = PartialState(cpu=args.use_cpu)
-    model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.model_revision)
-    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision)
-    model.eval().to(processes.device)
+    model, processor = load_model(args.model_name_or_path, args.model_revision)  # refuses one without a classifier
+    model.to(processes.device)
     with processes.main_process_first():  # the other processes find the data set in the cache
         dataset = load_images(args, model.config.label2id)
     labelling = make_labels(

@@ -193,6 +193,15 @@ def test_what_is_on_the_grid_already_is_not_unmerged_again(family):
         unmerge(output.last_hidden_state, output.patch_map)
 
 
+def test_what_is_masked_in_training_is_not_unmerged():
+    model = reduce_tiny(family_model("vit"), METHODS["ltmp"][0]).train()
+    output = model.vit(**family_inputs("vit"), output_patch_map=True)
+    with pytest.raises(ValueError, match=r"in training mode.* call model\.eval\(\)"):
+        unmerge(output.last_hidden_state, output.patch_map)
+    output = model.eval().vit(**family_inputs("vit"), output_patch_map=True)
+    assert unmerge(output.last_hidden_state, output.patch_map).shape == (3, NUM_PATCHES, 48)
+
+
 @pytest.mark.parametrize("family", ["siglip", "siglip-classifier"])
 def test_an_encoder_inside_a_model_may_be_called_by_itself(family):
     """Its own class is the stock one there, which records nothing, and yet its norm must know what was dropped."""

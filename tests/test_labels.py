@@ -15,7 +15,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_from_disk
 from helpers import NUM_PATCHES, reduce_tiny, tiny_model
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification, ViTImageProcessor, ViTModel
 
 from hf_tokenreduce import DLViTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.training.deltas import embed, gradient_deltas
@@ -377,6 +377,9 @@ def test_the_example(tmp_path):
     reduced = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "model")
     pixels = PROCESSOR(photographs(1)[0]["image"], return_tensors="pt").pixel_values
     assert reduced(pixels).token_counts.tolist() == [[33] * 4]
+    ViTModel(model.config).save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match="its classifier would be random"):
+        runpy.run_path(str(script))["main"](command[2:])
 
 
 def test_the_labels_keep_a_fifth_unless_the_user_says_otherwise():

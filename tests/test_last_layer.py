@@ -106,6 +106,20 @@ def test_a_network_in_the_last_layer_learns():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_every_kind_see_all_rows(kind):
+    """Of what a layer takes, and of the gradients of what it returns."""
+    model, rows = reduce_tokens(tiny_model(), ToMeConfig(r=7)).train(), []
+    mlp = encoder_of(model).layers[-1].mlp
+    handle = getattr(mlp, f"register_{kind}_hook")(lambda module, first, *others: rows.append(first[0].shape[1]))
+    for watched in (True, False):
+        seen = RowsOfTheLastMLP(model)
+        model(tiny_images(2), labels=torch.tensor([0, 1])).loss.backward()
+        assert seen.rows == [2 * 37 if watched else 2]
+        handle.remove()
+    assert rows == [37]
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("method", ["tome", "ats"])
 def test_with_gradient_checkpointing(method, reentrant):

@@ -43,8 +43,8 @@ def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean
         hidden_states (`Tensor` of shape `(batch, tokens, features)`): Rows of tokens, prefix tokens included.
         patch_map (`Tensor`): `patch_map` of the model's output, of shape `(batch, patches)`: the row that holds each
             patch, -1 if it was dropped. For SiT, `patch_weights` of shape `(batch, patch tokens, patches)`: each patch
-            then gets the mean of the tokens, weighted by its weight in each. Not for DTEM in training mode, where
-            emptied tokens still have rows: call `eval()` first.
+            then gets the mean of the tokens, weighted by its weight in each. Not for LTMP and DTEM in training
+            mode, where emptied tokens still have rows: call `eval()` first.
         fill (`str` or `Tensor`): What a dropped patch gets: `"mean"`, the mean of the rows of all other patches of
             its image; `"zero"`; or its row of a tensor of shape `(batch, patches, features)`.
 
@@ -63,8 +63,9 @@ def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean
         # More rows than tokens. In one image of a packed batch, those after its tokens are padding.
         if 0 < used < hidden_states.shape[1] and bool(hidden_states[:, used:].any()):
             raise ValueError(
-                "These hidden states have a row per patch already, as in CLIP, SigLIP, DINO and others. The patches "
-                f"are hidden_states[:, {spare}:]."
+                "These hidden states have more rows than tokens. Most likely they have a row per patch already, as in "
+                f"CLIP, SigLIP, DINO and others: then the patches are hidden_states[:, {spare}:]. Or LTMP was in "
+                "training mode, where tokens that were dropped or merged keep their rows: then call model.eval()."
             )
     return _unmerged(hidden_states, patch_map, fill)
 

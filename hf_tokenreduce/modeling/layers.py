@@ -301,10 +301,11 @@ class ReducedLayer(nn.Module):
 
 
 def _is_watched(*modules: nn.Module) -> bool:
-    """Return whether a forward hook reads what modules return.
+    """Return whether a hook reads what modules take or return.
 
     transformers leaves its own hooks in place after a call that reads hidden states. They read only in such calls."""
-    names = [getattr(hook, "__name__", "") for module in modules for hook in module._forward_hooks.values()]
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    names = [getattr(hook, "__name__", "") for it in modules for kind in kinds for hook in getattr(it, kind).values()]
     # A checkpointed layer runs again in the backward, after such a call, and must then do the same.
     if not names or modules[0].training or any(name != "output_capturing_hook" for name in names):
         return bool(names)

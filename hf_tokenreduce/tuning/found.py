@@ -50,7 +50,7 @@ def bring_learned(folder: str | Path, output_dir: str | Path) -> None:
         >>> bring_learned("tuned", "comparison")
     """
     there = Path(output_dir) / "settings"
-    there.mkdir(parents=True, exist_ok=True)
     for file in (Path(folder) / "search" / "held-out" / "settings").glob("*.safetensors"):
         if not (there / file.name).exists():
+            there.mkdir(parents=True, exist_ok=True)
             write_whole(there / file.name, file.read_bytes())
