@@ -129,7 +129,9 @@ def publish(
     """Check a model in a new process, list its files, and upload them to the Hub."""
     from hf_tokenreduce.hub import check_folder
     from hf_tokenreduce.hub import publish as upload
+    from hf_tokenreduce.hub.publish import check_destination
 
+    check_destination(repo_id, dry_run)  # before the folder is checked, which takes seconds
     report = check_folder(folder, skip_others=skip_others, trust_remote_code=trust_remote_code)
     report.raise_for_errors()
     if not as_json:

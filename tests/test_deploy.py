@@ -32,7 +32,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
-SLOW = [("onnx", "evit"), ("onnx", "topk"), ("onnx", "dlvit"), ("onnx", None), ("openvino", "ats"), ("torch", "tome")]
+SLOW = [("onnx", "evit"), ("onnx", "topk"), ("onnx", "dlvit"), ("onnx", None), ("openvino", "ats"), ("torch", "ltmp")]
 SLOW += [(format, name) for name in NEWER for format in ("onnx", "openvino")]
 
 
@@ -40,7 +40,7 @@ SLOW += [(format, name) for name in NEWER for format in ("onnx", "openvino")]
     ("format", "method"),
     [
         *[("onnx", name) for name in ("tome", "sit", "dlvit-share", "ats")],
-        *[("openvino", "bat"), ("openvino", "ltmp"), ("torch", "ltmp")],
+        *[("openvino", "bat"), ("openvino", "ltmp"), ("torch", "tome")],
         *[slow(*case) for case in SLOW],
     ],
 )

@@ -99,14 +99,8 @@ def publish(
     """
     if create_pr and revision is not None:
         raise ValueError(f"A pull request goes to main: with create_pr leave revision={revision!r} out.")
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"repo_id must be 'namespace/name', got {repo_id!r}: {one_line(error)}") from None
-    if "/" not in repo_id:
-        raise ValueError(f"repo_id must be 'namespace/name', got {repo_id!r}. The namespace is your name on the Hub.")
+    target = check_destination(repo_id, dry_run)
     folder = Path(folder)
-    target = None if dry_run is None else _empty_folder(Path(dry_run))
     if report is None:
         report = check_folder(folder, load=load, skip_others=skip_others, trust_remote_code=trust_remote_code)
     elif report.folder.resolve() != folder.resolve():
@@ -138,6 +132,28 @@ def publish(
             create_pr=create_pr,
         )
     return PublishResult(repo_id, report.files, commit.commit_url, commit.oid, commit.pr_url, report)
+
+
+def check_destination(repo_id: str, dry_run: str | Path | None = None) -> Path | None:
+    """Raise a `ValueError` unless `repo_id` is the id of a repository, and `dry_run` a folder for the files.
+
+    Args:
+        repo_id: The id on the Hub, "namespace/name".
+        dry_run: The folder of `publish`, empty or not there yet.
+
+    Returns:
+        The folder as a path. None: there is no dry run.
+
+    Example:
+        >>> check_destination("your-name/deit-tome", "upload")
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id must be 'namespace/name', got {repo_id!r}: {one_line(error)}") from None
+    if "/" not in repo_id:
+        raise ValueError(f"repo_id must be 'namespace/name', got {repo_id!r}. The namespace is your name on the Hub.")
+    return None if dry_run is None else _empty_folder(Path(dry_run))
 
 
 def _empty_folder(folder: Path) -> Path:
