@@ -1,5 +1,6 @@
 import gc
 import os
+import shutil
 import tempfile
 
 
@@ -12,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from helpers import SHARED
+from helpers import SHARED, saved
 from transformers.utils import logging
 
 from hf_tokenreduce.methods.sit import fit_slimming
@@ -43,6 +44,18 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"no real weights and photographs: {SHARED} is not there (set TOKENREDUCE_SHARED to point to it)")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """The folder of a reduced model, which no test changes."""
+    return saved(tmp_path_factory.mktemp("good"), "vit", "evit")[1]
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    """A copy of that folder, for a test that changes it."""
+    return shutil.copytree(good, tmp_path / "reduced")
 
 
 @pytest.fixture

@@ -163,6 +163,15 @@ def reduce_tiny(stock, setting):
     return model
 
 
+def saved(tmp_path, backbone="vit", method="tome"):
+    """A reduced model, and the folder that it was saved in with its processor."""
+    model = reduce_tokens(tiny_model(backbone), METHODS[method][0])
+    folder = tmp_path / "published"
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return model, folder
+
+
 def save_cat_and_dog(folder):
     """Save a tiny model that knows two classes, and its image processor."""
     model = tiny_model(num_labels=2)

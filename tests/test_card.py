@@ -1,7 +1,6 @@
 """Cards say what the configuration and the record say, nothing else, and never lose a word of their owner."""
 
 import json
-import shutil
 
 import pytest
 import yaml
@@ -11,7 +10,6 @@ from hub_server import card_errors
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from task_models import CASES, save_case
-from test_hub import saved
 from transformers import ViTImageProcessor
 
 from hf_tokenreduce import ATSConfig, EViTConfig, ToMeConfig, reduce_tokens
@@ -43,16 +41,6 @@ RECORD = {
     "speed_batch_size": 32,
     "tokens_per_layer": [41.0, 41.0, 26.0, 26.0],
 }
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("good"), "vit", "evit")[1]
-
-
-@pytest.fixture
-def folder(good, tmp_path):
-    return shutil.copytree(good, tmp_path / "reduced")
 
 
 def metadata(card):

@@ -1,25 +1,13 @@
 """A card that is written again keeps every word of its owner."""
 
-import shutil
 
 import pytest
 import yaml
 from hub_server import card_errors
 from test_card import RECORD, metadata, part
-from test_hub import saved
 
 from hf_tokenreduce.hub import write_card
 from hf_tokenreduce.hub.card_text import merge_metadata, sections
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("good"), "vit", "evit")[1]
-
-
-@pytest.fixture
-def folder(good, tmp_path):
-    return shutil.copytree(good, tmp_path / "reduced")
 
 
 OWNER = """---

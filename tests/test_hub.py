@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from helpers import BACKBONES, METHODS, ONE_OF_EACH, SIZES, tiny_images, tiny_model
+from helpers import BACKBONES, METHODS, ONE_OF_EACH, SIZES, saved, tiny_images, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -79,14 +79,6 @@ def in_fresh_process(script, folder, work, **environment):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def saved(tmp_path, backbone="vit", method="tome"):
-    model = reduce_tokens(tiny_model(backbone), METHODS[method][0])
-    folder = tmp_path / "published"
-    model.save_pretrained(folder)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return model, folder
 
 
 def same(ours, theirs):

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import saved
 from hub_server import LFS_SUFFIXES, OWNER, STRANGER, HubServer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from task_models import save_case
-from test_hub import saved
 from transformers import ViTImageProcessor, pipeline
 
 from hf_tokenreduce.hub import PublishError, check_folder, publish, write_card

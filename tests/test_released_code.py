@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from helpers import tiny_images
-from test_hub import in_fresh_process, saved
+from helpers import saved, tiny_images
+from test_hub import in_fresh_process
 from test_security import configured, refused
 from transformers import AutoConfig, AutoModelForImageClassification
 

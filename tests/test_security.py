@@ -3,25 +3,14 @@
 import json
 import os
 import pickle
-import shutil
 import time
 
 import pytest
 import torch
+from helpers import saved
 from safetensors.torch import load_file, save_file
-from test_hub import saved
 
 from hf_tokenreduce.hub import check_folder
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("good"), "vit", "evit")[1]
-
-
-@pytest.fixture
-def folder(good, tmp_path):
-    return shutil.copytree(good, tmp_path / "folder")
 
 
 def configured(folder, **values):
