@@ -1,6 +1,5 @@
 """A card that is written again keeps every word of its owner."""
 
-
 import pytest
 import yaml
 from hub_server import card_errors
