@@ -76,7 +76,8 @@ UNFINISHED = ".{}.part"
 # If a model is replaced, none of these files of the old model may stay in the folder.
 WEIGHTS_AND_SETTINGS = (
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
-    "generation_config.json", "model.onnx*", "model.pt2", "openvino_model.*", "export.json",
+    "generation_config.json", "adapter_config.json", "adapter_model.*", "model.onnx*", "model.pt2",
+    "openvino_model.*", "export.json",
 )  # fmt: skip
 OF_ITS_PROCESSOR = (
     "preprocessor_config.json", "processor_config.json", "tokenizer*.json", "vocab.json", "merges.txt",

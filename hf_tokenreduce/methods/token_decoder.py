@@ -41,6 +41,7 @@ class ReverseSlimming(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, slim: Tensor) -> Tensor:
+        slim = slim.to(self.norm1.weight.dtype)  # the model may have a half type, this network learns in float32
         along_tokens = self.norm1(slim).transpose(1, 2)
         tokens = self.token_fc2(F.gelu(self.token_fc1(along_tokens))).transpose(1, 2)
         return tokens + self.feature_fc2(F.gelu(self.feature_fc1(self.norm2(tokens))))
@@ -98,7 +99,7 @@ def restore_hidden_states(model: PreTrainedModel, reverse: nn.ModuleDict) -> "Ho
             outputs.hidden_states = (
                 outputs.hidden_states[0],
                 *(
-                    torch.cat([hidden[:, :prefix], reverse[str(layer)](hidden[:, prefix:])], dim=1)
+                    torch.cat([hidden[:, :prefix], reverse[str(layer)](hidden[:, prefix:]).to(hidden)], dim=1)
                     if str(layer) in reverse
                     else hidden
                     for layer, hidden in enumerate(slim)

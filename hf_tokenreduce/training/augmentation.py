@@ -262,7 +262,7 @@ class Collator:
             if soft:
                 raise ValueError("These rows have no labels to mix or smooth. Use a plain Collator() for them.")
             return {"pixel_values": pixel_values}
-        labels = torch.as_tensor([row["labels"] for row in rows])
+        labels = torch.stack([torch.as_tensor(row["labels"]) for row in rows])
         if soft:
             labels = self._soft(labels)
         if self.mixup or self.cutmix:

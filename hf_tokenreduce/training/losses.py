@@ -25,10 +25,22 @@ def task_loss(logits: Tensor, labels: Tensor, config: Any, label_smoothing: floa
         The mean over the images, a scalar: the loss of the stock model if nothing is smoothed.
     """
     logits = logits.float()
+    soft = labels.ndim == 2 and logits.shape[-1] > 1
     if config.problem_type == "multi_label_classification":
+        if labels.shape != logits.shape:
+            raise ValueError(
+                "problem_type is 'multi_label_classification', so labels must be 0 or 1 for each class, of shape "
+                f"{tuple(logits.shape)}, got {tuple(labels.shape)}. For one class per image set "
+                "model.config.problem_type = 'single_label_classification'."
+            )
         return F.binary_cross_entropy_with_logits(logits, labels.float())
     if config.problem_type == "regression" or (config.problem_type is None and logits.shape[-1] == 1):
         return F.mse_loss(logits.flatten(), labels.float().flatten())
+    if config.problem_type is None and soft and bool((labels.float().sum(dim=-1) - 1).abs().max() > 0.01):
+        raise ValueError(
+            "These labels have a number for each class, and those of an image do not add up to 1. If an image may "
+            "have several classes, set model.config.problem_type = 'multi_label_classification'."
+        )
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 

@@ -42,6 +42,14 @@ def how_long(trainer: TokenReduceTrainer, streaming: bool) -> dict[str, Any]:
     return found
 
 
+def last_metrics(trainer: TokenReduceTrainer) -> dict[str, Any] | None:
+    """Return the results of the evaluation after the last step, if the trainer keeps the model of that step."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    now = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
+    return next((log for log in reversed(now) if "eval_accuracy" in log), None)
+
+
 @torch.no_grad()
 def describe(
     model: Any, pixels: torch.Tensor, device: torch.device, repeats: int = 7, batch_size: int = 32

@@ -63,4 +63,5 @@ def name_of(dataset_name: str | None, folder: str | None) -> str:
 def last_checkpoint(folder: str | Path) -> Path | None:
     """Return the newest checkpoint that was written whole: the state of the trainer comes last."""
     whole = [state.parent for state in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    steps = {int(path.name.split("-")[1]): path for path in whole if re.fullmatch(r"checkpoint-\d+", path.name)}
+    return steps[max(steps)] if steps else None

@@ -37,7 +37,7 @@ from ..modeling.encoders import encoder_of
 from ..pictures import spread
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
-from .measuring import describe, evaluate_dense, how_long
+from .measuring import describe, evaluate_dense, how_long, last_metrics
 from .origin import fitted_on, last_checkpoint, name_of, origin, shown
 from .progress import EpochLines
 from .recipes import AUGMENTATION, recipe
@@ -206,14 +206,6 @@ def main(
     return None
 
 
-def last_metrics(trainer: TokenReduceTrainer) -> dict[str, Any] | None:
-    """Return the results of the evaluation after the last step, if the trainer keeps the model of that step."""
-    if trainer.args.load_best_model_at_end:
-        return None
-    now = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
-    return next((log for log in reversed(now) if "eval_accuracy" in log), None)
-
-
 def name_of_validation(data_args: DataArguments, split: Any = None, model: str = "") -> str:
     """Return the name of the validation images.
 
@@ -302,6 +294,11 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
             f"{args.output_dir} holds a model. Name another folder, or pass --overwrite to replace that model at the "
             "end of the training."
         )
+    if args.push_to_hub:
+        raise ValueError(
+            "--push_to_hub would upload a folder before it is whole. Train without it. Then tokenreduce publish "
+            f"{args.output_dir} NAMESPACE/NAME checks the folder and uploads it."
+        )
     if model_args.lora and args.freeze_backbone:
         raise ValueError("--lora trains the backbone and --freeze_backbone does not. Leave one of them out.")
     return model_args, data_args, args
@@ -379,7 +376,8 @@ def load_model(model_args: ModelArguments, names: list[str] | None) -> tuple[Any
             f"The data has {len(names)} classes, {names[:8]}, the model {model.config.num_labels}, "
             f"{list(label2id)[:8]}. Rename the class folders, or pass --ignore_mismatched_sizes to make a new head."
         )
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "problem_type": "single_label_classification"}
+    labels["label2id"] = {name: index for index, name in enumerate(names)}
     path = model_args.model_name_or_path
     model = AutoModelForImageClassification.from_pretrained(
         path, num_labels=len(names), ignore_mismatched_sizes=True, **labels, **where

@@ -1,6 +1,5 @@
 """`TokenReduceTrainer`: the `Trainer` of transformers, extended for reduced models."""
 
-import copy
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,14 +13,13 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..convert import restored
 from ..files import model_folder
 from ..methods import METHODS, method_of
 from ..methods.token_decoder import restore_hidden_states
-from ..modeling.encoders import encoder_config, encoder_of, facts_of
+from ..modeling.encoders import encoder_of, facts_of
 from ..modeling.hooks import Reducer
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import shares_kept
@@ -29,6 +27,7 @@ from ..tasks import facts_on
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
 from .losses import distillation_loss, task_loss, token_loss
+from .teacher import teacher_of
 
 
 REVERSE_FILE = "reverse_slimming.safetensors"
@@ -76,6 +75,8 @@ class TokenReduceTrainer(Trainer):
         teacher_model: PreTrainedModel | str | Path | None = None,
         **settings: Any,
     ):
+        if model is None or settings.get("model_init") is not None:
+            raise ValueError("Give a model. model_init is not supported: make a trainer for each model instead.")
         if not isinstance(args, TokenReduceTrainingArguments):
             raise ValueError(f"args must be TokenReduceTrainingArguments, got a {type(args).__name__}.")
         reduced = _reduced_model(model)
@@ -113,8 +114,8 @@ class TokenReduceTrainer(Trainer):
             model.requires_grad_(False)
             for parameter in learned:
                 parameter.requires_grad_(True)
-        self.teacher = _teacher(reduced, args, teacher_model)
-        self._goal = reduction
+        self.teacher = teacher_of(reduced, args, teacher_model)
+        self._warm_up = WarmUpKeepRate(reduced, args.keep_rate_warmup) if args.keep_rate_warmup else None
         self._kept_in_step: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
@@ -125,8 +126,8 @@ class TokenReduceTrainer(Trainer):
             self.teacher.to(self.args.device)
         for callback in method.callbacks(reduced):
             self.add_callback(callback)
-        if args.keep_rate_warmup:
-            self.add_callback(WarmUpKeepRate(reduced, args.keep_rate_warmup))
+        if self._warm_up is not None:
+            self.add_callback(self._warm_up)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         reduced = _reduced_model(self.model)
@@ -138,8 +139,8 @@ class TokenReduceTrainer(Trainer):
             try:
                 return super().train(*args, **kwargs)
             finally:
-                if reduced.config.reduction != self._goal:  # training stopped while the keep rate warmed up
-                    reduced.set_reduction(self._goal)
+                if self._warm_up is not None:  # training may have stopped in the midst of it
+                    self._warm_up.end()
         reverse = token_decoder(reduced)
         setattr(reduced, REVERSE, reverse)
         hook = restore_hidden_states(reduced, reverse)
@@ -162,8 +163,13 @@ class TokenReduceTrainer(Trainer):
                 if part in name.split(".") and rate is not None and parameter.requires_grad:
                     special[part].append(parameter)
         special_ids = {id(parameter) for parameters in special.values() for parameter in parameters}
+        # If `train` is called again, the token decoder of the training before is still in the optimizer.
+        usual = {id(parameter) for parameter in (self.model if model is None else model).parameters()} - special_ids
         for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in special_ids]
+            for parameter in group["params"]:
+                if id(parameter) not in usual | special_ids:
+                    optimizer.state.pop(parameter, None)
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in usual]
         for part, parameters in special.items():
             decay = self.args.weight_decay if part == REVERSE else 0.0
             optimizer.add_param_group({"params": parameters, "lr": rates[part], "weight_decay": decay})
@@ -181,9 +187,9 @@ class TokenReduceTrainer(Trainer):
     @contextmanager
     def _at_its_goal(self) -> Iterator[None]:
         """Temporarily end the warm-up of the keep rate, to evaluate and save the model that was asked for."""
-        reduced, goal = _reduced_model(self.model), self._goal
-        warm = reduced.config.reduction
-        if warm == goal:
+        reduced = _reduced_model(self.model)
+        warm, goal = reduced.config.reduction, None if self._warm_up is None else self._warm_up.goal
+        if goal is None or warm == goal:
             yield
             return
         reduced.set_reduction(goal)
@@ -324,8 +330,8 @@ class TokenReduceTrainer(Trainer):
             if reverse:
                 save_file(reverse, place / REVERSE_FILE)
             if not (place / "config.json").is_file():  # the adapters of LoRA have none
-                goal = None if self._goal is None else self._goal.to_dict()
-                (place / REDUCTION_FILE).write_text(json.dumps({"reduction": goal}))
+                now = _reduced_model(self.model).config.reduction
+                (place / REDUCTION_FILE).write_text(json.dumps({"reduction": now and now.to_dict()}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -333,10 +339,11 @@ class TokenReduceTrainer(Trainer):
         told = next((file for file in (folder / "config.json", folder / REDUCTION_FILE) if file.is_file()), None)
         if told is not None:
             saved = parse_reduction(json.loads(told.read_text()).get("reduction"))
-            if saved != self._goal:
+            own = reduced.config.reduction
+            if saved != own:
                 raise ValueError(
-                    f"{folder} is a checkpoint of {saved}, but this model is reduced by {self._goal}. Resume with the "
-                    "same setting, or start again in another output_dir."
+                    f"{folder} is a checkpoint of {saved}, but this model is reduced by {own}. Resume with the same "
+                    "setting, or start again in another output_dir."
                 )
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -356,11 +363,21 @@ class WarmUpKeepRate(TrainerCallback):
     """Let the keep rate fall from 1 to its value over the first `share` of the training steps, 0.01 at a time."""
 
     def __init__(self, model: PreTrainedModel, share: float):
-        self.model, self.share, self.goal = model, share, model.config.reduction
+        self.model, self.share = model, share
+        self.goal: Any = None  # the setting that was asked for, while the model trains
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.goal = self.model.config.reduction
+
+    def end(self) -> None:
+        """Return to the setting that was asked for."""
+        if self.goal not in (None, self.model.config.reduction):
+            self.model.set_reduction(self.goal)
+        self.goal = None
 
     def on_step_begin(self, args, state, control, **kwargs):
         progress = min(1.0, state.global_step / max(1.0, self.share * state.max_steps))
-        given: Any = self.goal.keep_rate
+        given = self.goal.keep_rate
 
         def rate(goal: float) -> float:
             return goal if progress == 1 else round(1 - (1 - goal) * progress, 2)
@@ -401,46 +418,3 @@ def _reduced_model(model: Any) -> Any:
             "reduce_tokens(model, ...), with None for a dense baseline."
         )
     return inner
-
-
-def _teacher(
-    model: PreTrainedModel, args: TokenReduceTrainingArguments, given: PreTrainedModel | str | Path | None
-) -> PreTrainedModel | None:
-    if not (args.logits_weight or args.token_weight):
-        if given is not None:
-            raise ValueError(
-                "A teacher_model would teach nothing without logits_weight or token_weight. Set one of them."
-            )
-        return None
-    if given is None:
-        teacher = copy.deepcopy(restored(model))
-    elif isinstance(given, (str, Path)):
-        teacher = AutoModelForImageClassification.from_pretrained(given)
-    else:
-        teacher = given
-    if args.token_weight and getattr(teacher.config, "reduction", None) is not None:
-        raise ValueError(f"A teacher of tokens must be dense, but this one is reduced by {teacher.config.reduction}.")
-    model_traits, teacher_traits = (
-        _what_is_taught(config, bool(args.token_weight)) for config in (model.config, teacher.config)
-    )
-    if None in (model_traits["classes"], teacher_traits["classes"]):  # one of them has no names for its classes
-        model_traits["classes"] = teacher_traits["classes"] = None
-    for name, value in model_traits.items():
-        if teacher_traits[name] != value:
-            raise ValueError(
-                f"The teacher's {name} is {teacher_traits[name]}, the model's {value}. They must be equal for this "
-                "distillation. Use another teacher, or give none: then the dense model is the teacher."
-            )
-    return teacher.eval().requires_grad_(False)
-
-
-def _what_is_taught(config: PreTrainedConfig, tokens: bool) -> dict[str, Any]:
-    """Return what the teacher and the model must have in common. tokens: whether tokens are distilled."""
-    unnamed = PreTrainedConfig(num_labels=config.num_labels).label2id
-    encoder = encoder_config(config)
-    taught = {"num_labels": config.num_labels, "image_size": getattr(encoder, "image_size", None)}
-    taught["classes"] = None if config.label2id == unnamed else config.label2id
-    if tokens:
-        taught |= {name: getattr(encoder, name) for name in ("patch_size", "hidden_size", "num_hidden_layers")}
-        taught["prefix tokens"] = facts_of(config).num_prefix_tokens
-    return taught
