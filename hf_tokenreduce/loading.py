@@ -36,7 +36,7 @@ from .methods.register import register_from_folder
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, TYPE_PREFIX, facts_of, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
-from .pictures import IMAGE_SUFFIXES, find_in, is_image, linked_folders, read_picture, spread
+from .pictures import IMAGE_SUFFIXES, archives_in, find_in, is_image, linked_folders, read_picture, spread
 from .tasks import task_of
 
 
@@ -45,7 +45,10 @@ logger = logging.get_logger(__name__)
 # What `datasets` takes for a file about the images. It replaces the classes.
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
-# What a split can be called -> name of the split.
+# Types of a column of labels without a list of classes: indices or names of the model's classes.
+LABEL_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "string", "large_string")
+
+# What a split can be called, in lower case -> name of the split.
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
@@ -182,7 +185,8 @@ def load_images(
     if chosen not in found:
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(found)}.")
     dataset = found[chosen]
-    if labelled and not isinstance(dataset.features.get("label"), ClassLabel):
+    feature = dataset.features.get("label")
+    if labelled and not isinstance(feature, ClassLabel) and getattr(feature, "dtype", "") not in LABEL_TYPES:
         raise ValueError(
             f"{name} has no classes. Make one folder per class, at least two, or name a data set with a label column. "
             "If there is a metadata file among the images, move it away, because it replaces the classes."
@@ -230,8 +234,9 @@ def _load_splits(name: str, any_depth: bool = False) -> DatasetDict:
 def load_image_folder(name: str | Path, any_depth: bool = False) -> DatasetDict:
     """Load an image folder: either class folders, which become the split "train", or one folder of them per split.
 
-    There are splits if all subfolders hold only folders, and at least one is named like a split. The name of a class
-    or of a file never decides the split, as it does in `load_dataset("imagefolder")`: a class may be "test tube".
+    There are splits if all subfolders with images hold only folders, and at least one is named like a split. The name
+    of a class or of a file never decides the split, as it does in `load_dataset("imagefolder")`: a class may be
+    "test tube".
 
     Args:
         name: The folder.
@@ -242,11 +247,13 @@ def load_image_folder(name: str | Path, any_depth: bool = False) -> DatasetDict:
     """
     folder = Path(name)
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    named = [path for path in inner if path.name.lower() in SPLITS]
+    filled = [path for path in inner if next(find_in(path), None) is not None]
     parts = {"train": [folder]}
-    if any(path.name in SPLITS for path in inner) and all(_holds_folders_only(path) for path in inner):
+    if set(named) & set(filled) and all(_holds_folders_only(path) for path in filled):
         parts = defaultdict(list)
-        for path in inner:
-            parts[SPLITS.get(path.name, re.sub(r"\W", "_", path.name))].append(path)
+        for path in sorted({*named, *filled}):
+            parts[SPLITS.get(path.name.lower(), re.sub(r"\W", "_", path.name))].append(path)
     images = []
     for split, paths in parts.items():
         # The list is complete, so that is_image refuses any name that is not UTF-8.
@@ -257,6 +264,9 @@ def load_image_folder(name: str | Path, any_depth: bool = False) -> DatasetDict:
                 f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."
             )
+    archive = next((file for paths in parts.values() for path in paths for file in archives_in(path)), None)
+    if archive is not None:
+        raise ValueError(f"{archive} is an archive, and its pictures would count beside the others. Move it away.")
     for path, place in sorted({(path, file.parent) for path, file in images}):
         if any(part.startswith("__") for part in place.relative_to(path).parts):
             raise ValueError(

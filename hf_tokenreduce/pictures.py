@@ -21,6 +21,10 @@ IMAGE_SUFFIXES = {
 }  # fmt: skip
 
 
+# Each holds several pictures, which `datasets` would count beside those in folders.
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
 def is_image(file: Path) -> bool:
     """Return whether a file is an image by its name. Names with a dot in front are not: macOS leaves such files."""
     if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith(".") or not file.is_file():
@@ -37,6 +41,12 @@ def find_in(folder: str | Path) -> Iterator[Path]:
     """Generate the images in a folder and its subfolders, also in those that are links, but not in hidden ones."""
     for where, names in _folders(str(folder)):
         yield from (file for name in names if is_image(file := Path(where, name)))
+
+
+def archives_in(folder: str | Path) -> Iterator[Path]:
+    """Generate the archives in a folder and its subfolders, but not in hidden ones."""
+    for where, names in _folders(str(folder)):
+        yield from (Path(where, name) for name in names if name.lower().endswith(ARCHIVES) and name[0] != ".")
 
 
 def linked_folders(folder: str | Path) -> list[Path]:

@@ -62,9 +62,10 @@ def evaluate(
     Models that compare images with texts (CLIP, SigLIP) classify by the names of the classes."""
     from hf_tokenreduce.evaluation import evaluate_model
     from hf_tokenreduce.evaluation.zero_shot import as_classifier
-    from hf_tokenreduce.loading import image_names, load_images, load_model, load_processor
+    from hf_tokenreduce.loading import check_takes_images, image_names, load_images, load_model, load_processor
 
     reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    check_takes_images(model, reduced)
     images = load_images(data, split, limit)
 
     def classifier(loaded: Any, name: str, revision: str | None) -> Any:
@@ -219,10 +220,18 @@ def compare(
     from hf_tokenreduce.evaluation import compare as measure
     from hf_tokenreduce.evaluation.features import TASKS as FEATURE_TASKS
     from hf_tokenreduce.evaluation.zero_shot import as_classifier, check_typed
-    from hf_tokenreduce.loading import load_bank, load_images, load_model, load_processor, parse_settings
+    from hf_tokenreduce.loading import (
+        check_takes_images,
+        load_bank,
+        load_images,
+        load_model,
+        load_processor,
+        parse_settings,
+    )
     from hf_tokenreduce.tasks import task_of_model
 
     dense, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    check_takes_images(model, dense)
     check_typed(dense, class_names, prompt)
     of_features = task_of_model(dense).name in FEATURE_TASKS and class_names is None and not prompt
     images = load_images(data, split, limit, labelled=not of_features)
@@ -300,11 +309,12 @@ def tune(
 
     The search uses one part of the images, and the report uses the others.
     Nothing is trained, and labels are not needed."""
-    from hf_tokenreduce.loading import load_images, load_model, load_processor
+    from hf_tokenreduce.loading import check_takes_images, load_images, load_model, load_processor
     from hf_tokenreduce.training.origin import name_of, origin, shown
     from hf_tokenreduce.tuning import tune as find
 
     loaded, processor = load_model(model, revision, trust_remote_code, any_task=True)
+    check_takes_images(model, loaded)
     whole_processor = load_processor(model, revision, trust_remote_code)  # with the tokenizer of a model of texts
     pictures = load_images(images, split, limit, labelled=False if labels else None)
     if not labels and "label" in pictures.column_names:
@@ -370,6 +380,8 @@ def show(
 
     if output.suffix not in (".html", ".png"):
         raise ValueError(f"--output must end in .html or .png, got {output}.")
+    if output.suffix == ".png" and (dense is not None or title is not None):
+        raise ValueError(f"--dense and --title are for a page, but {output} is a picture. Name a file .html.")
     output.parent.mkdir(parents=True, exist_ok=True)
     reduced, processor = load_model(model, revision, trust_remote_code, any_task=True)
     check_takes_images(model, reduced)

@@ -50,6 +50,8 @@ def card(
     """Write the model card, README.md. Text that you added to it is kept."""
     from hf_tokenreduce.hub import write_card, write_cards
 
+    if report is not None and records is not None:
+        raise ValueError("--report is for one card, and --records writes several. Leave one of them out.")
     names = {"base_model": base_model, "base_license": base_license, "dataset": dataset, "repo_id": repo_id}
     written = (
         [write_card(folder, report=report, **names)] if records is None else write_cards(records, folder, **names)

@@ -209,6 +209,9 @@ def test_train(call, place):
     ("arguments", "message"),
     [
         (["inspect", "nowhere-at-all"], "could not be loaded"),
+        (["show", "MODEL", "photos", "-o", "x.png", "--title", "T"], "--dense and --title are for a page"),
+        (["card", "MODEL", "--records", "records", "--report", "report.json"], "Leave one of them out"),
+        (["train", "MODEL", "--train-dir", "photos", "-o", "x", "--push_to_hub", "True"], "tokenreduce publish x"),
         (["reduce", "MODEL", "-r", "tomme", "-o", "x"], "There is no method 'tomme'. The methods are: "),
         (["reduce", "MODEL", "-r", "bat", "--share", "0.05", "-o", "x"], "cannot be reached"),
         (["reduce", "MODEL", "-r", "bat", "--reduction-args", "{keep}", "-o", "x"], "are not JSON"),

@@ -300,6 +300,9 @@ def test_sounds_are_not_given_images(call, place, tmp_path):
         (["predict", tmp_path / "ast", place / "photos"], "classifies sounds"),
         (["show", tmp_path / "ast", place / "photos", "-o", tmp_path / "page.html"], "takes sounds"),
         (["benchmark", tmp_path / "ast", "--images", place / "photos"], "takes sounds"),
+        (["evaluate", tmp_path / "ast", place / "photos"], "takes sounds"),
+        (["compare", tmp_path / "ast", place / "photos", "-o", tmp_path / "out"], "takes sounds"),
+        (["tune", tmp_path / "ast", place / "photos", "--share", 0.65, "-o", tmp_path / "out"], "takes sounds"),
     ):
         code, _, errors = call(*command)
         assert code == 2 and message in errors, errors

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -17,6 +18,7 @@ from hf_tokenreduce import (
     ATSConfig,
     BATConfig,
     DLViTConfig,
+    DTEMConfig,
     EViTConfig,
     LTMPConfig,
     SiTConfig,
@@ -173,6 +175,18 @@ def test_what_a_model_has_learned_counts(tmp_path, photos, processor):
         compare(learned, photos, processor, [setting], **options).rows[1]["tokens_per_layer"]
         != row["tokens_per_layer"]
     )
+
+
+def test_what_serves_every_setting_counts_for_every_setting(tmp_path, photos, processor):
+    """What DTEM has learned decides under other settings too, and the dense model says nothing about it."""
+    learned = reduce_tokens(tiny_model(num_hidden_layers=2), DTEMConfig(r=4))
+    options = {"output_dir": tmp_path / "out", "speed": False, **QUICK}
+    key = compare(learned, photos, processor, [DTEMConfig(r=9)], **options).rows[1]["key"]
+    assert compare(learned, photos, processor, [DTEMConfig(r=9)], **options).rows[1]["key"] == key
+    with torch.no_grad():
+        for parameter in learned.base_model.layers[0].reducer.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert compare(learned, photos, processor, [DTEMConfig(r=9)], **options).rows[1]["key"] != key
 
 
 def test_a_reduced_model_is_in_its_own_comparison(tmp_path, photos, processor):
@@ -336,5 +350,6 @@ def test_speed_may_be_that_of_a_runtime(tmp_path, photos, processor):
     assert by_name["tome"]["speed_settings"]["runtimes"].keys() == {"onnx"} and by_name["tome"]["speedup"] > 0
     assert by_name["ats"]["speedup"] is None and by_name["ats"]["top1"] is not None  # one image at a time
     assert found.to_markdown().count("| ATS") == 1
+    assert re.search(r"threads, onnx \([\d.]+\), float32, batch 4$", found.to_markdown()), found.to_markdown()
     with pytest.raises(ValueError, match=r"was made with other settings: speed\.runtime was 'onnx', now None"):
         compare(model, photos, processor, wanted, output_dir=tmp_path / "out", **QUICK)

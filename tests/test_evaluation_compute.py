@@ -10,6 +10,7 @@ from hf_tokenreduce import EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, TopKCo
 from hf_tokenreduce.evaluation.compute import (
     dense_multiply_adds,
     describe_compute,
+    describe_model,
     measured_multiply_adds,
     total_multiply_adds,
 )
@@ -33,6 +34,12 @@ def test_arithmetic_is_what_is_counted(backbone, method):
     else:
         assert total_multiply_adds(model).item() == measured[0] == measured[2]
         assert total_multiply_adds(stock, reduction=METHODS[method][0].to_dict()).item() == measured[0]
+
+
+@pytest.mark.parametrize(("backbone", "classes"), [("vit", 5), ("deit-teacher", 5), ("vit-base", None)])
+def test_a_description_has_the_number_of_labels(backbone, classes):
+    model = tiny_model("vit", {"vit": (ViTModel, ViTConfig)}) if backbone == "vit-base" else tiny_model(backbone)
+    assert describe_model(model, "a model")["labels"] == classes
 
 
 def test_a_base_model_with_its_pooler_and_images_of_another_size():

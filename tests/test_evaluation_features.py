@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 from datasets import load_dataset
-from helpers import METHODS, ONE_OF_EACH, SIZES, reduce_tiny, tiny_model
+from helpers import BASES, METHODS, ONE_OF_EACH, SIZES, reduce_tiny, tiny_model
 from PIL import Image
 from test_evaluation_neighbours import naive_votes
 from torch.nn import functional as F
 from transformers import ViTImageProcessor
 
-from hf_tokenreduce import DLViTConfig, EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce import DLViTConfig, EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens, tune
 from hf_tokenreduce.evaluation import (
     compare,
     default_reductions,
@@ -407,3 +407,10 @@ def test_an_encoder_trained_without_a_pooler_has_none(tmp_path, processor):
     assert load_model(str(tmp_path), any_task=True)[0].pooler is None
     with pytest.raises(ValueError, match="its classifier would be random"):
         load_model(str(tmp_path))
+
+
+def test_labels_that_cannot_vote_are_refused_before_a_search(tmp_path, photos, processor):
+    texts = photos.remove_columns("label").add_column("label", ["a class"] * len(photos))
+    with pytest.raises(ValueError, match=r"must hold a class, from 0, of each image.*--no-labels"):
+        tune(tiny_model("vit", BASES), texts, processor, share=0.65, output_dir=tmp_path / "tuned", progress=False)
+    assert not (tmp_path / "tuned").exists()

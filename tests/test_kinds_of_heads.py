@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import tiny_images, tiny_model
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from hf_tokenreduce import ToMeConfig, export, load_exported, reduce_tokens
+from hf_tokenreduce import ToMeConfig, export, load_exported, reduce_tokens, tune
 from hf_tokenreduce.deploy import exporting
+from hf_tokenreduce.evaluation import compare, evaluate_model
 from hf_tokenreduce.tasks import class_scores, same_decisions, score_text
 from hf_tokenreduce.visualization import page, write_page
 
@@ -50,6 +52,22 @@ def test_models_agree_if_they_decide_the_same():
     assert not same_decisions(logits, others, several.config) and same_decisions(logits, others, usual.config)
     assert page._agreeing(page._guesses(logits, several), page._guesses(others, several)) == 0
     assert page._agreeing(page._guesses(logits, usual), page._guesses(others, usual)) == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "message"), [("one", "has one logit"), ("several", "several labels"), ("numbers", "computes numbers")]
+)
+def test_classes_are_compared_where_there_are_some(tmp_path, head, message):
+    pictures = [Image.new("RGB", (32, 32), (number, 0, 0)) for number in range(20)]
+    images = Dataset.from_dict({"image": pictures, "label": [0] * 20})
+    with pytest.raises(ValueError, match=message):
+        tune(model_with(head), images, PROCESSOR, share=0.65, output_dir=tmp_path / "tuned")
+    if head == "numbers":
+        with pytest.raises(ValueError, match="evaluate_model compares classes"):
+            evaluate_model(model_with(head), images, PROCESSOR)
+        with pytest.raises(ValueError, match="compare compares classes"):
+            compare(model_with(head), images, PROCESSOR, ["tome"], output_dir=tmp_path / "compared")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_page_refuses_what_is_not_finite(tmp_path):

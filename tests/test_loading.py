@@ -76,6 +76,43 @@ def test_a_folder_beside_the_splits_is_one_too(tmp_path):
     assert len(load_images(str(tmp_path / "nested"))) == 3
 
 
+def test_folders_without_images_beside_the_splits_are_none(tmp_path):
+    """Else training images would silently get among those that a model is evaluated on."""
+    for part in ("Train", "VAL"):
+        for name in ("cat", "dog"):
+            draw(tmp_path / "data" / part / name / f"{part}.png")
+    (tmp_path / "data" / "annotations").mkdir()
+    (tmp_path / "data" / "annotations" / "all.json").write_text("{}")
+    (tmp_path / "data" / "empty").mkdir()
+    found = load_image_folder(tmp_path / "data")
+    assert {name: part["label"] for name, part in found.items()} == {"train": [0, 1], "validation": [0, 1]}
+    (tmp_path / "data" / "test").mkdir()
+    with pytest.raises(ValueError, match="holds no images for test"):
+        load_image_folder(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "more/photos.tar.gz"])
+def test_archives_beside_class_folders_are_refused(tmp_path, name):
+    """`datasets` would take their pictures too, and then no image would have a class."""
+    for label in ("cat", "dog"):
+        draw(tmp_path / label / "0.png")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{name} is an archive, and its pictures would count"):
+        load_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [[1, 0, 1], ["dog", "cat", "dog"]])
+def test_labels_may_have_no_list_of_classes(tmp_path, monkeypatch, labels):
+    dataset = Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 3, "label": labels})
+    monkeypatch.setattr(loading, "load_dataset", lambda name: DatasetDict({"test": dataset}))
+    assert load_images("someone/photos")["label"] == labels
+    floats = Dataset.from_dict({"image": [1], "label": [0.5]})
+    monkeypatch.setattr(loading, "load_dataset", lambda name: DatasetDict({"test": floats}))
+    with pytest.raises(ValueError, match="has no classes"):
+        load_images("someone/photos")
+
+
 def test_class_folders_may_be_links(tmp_path, monkeypatch):
     """`datasets` does not look into them. A link to a folder above ends nowhere."""
     for name in ("cat", "dog"):

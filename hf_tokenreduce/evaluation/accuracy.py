@@ -18,7 +18,7 @@ from ..modeling.encoders import facts_of
 from ..modeling.multiply_adds import shares_kept
 from ..modeling.version import __version__
 from ..modes import evaluating
-from ..tasks import all_layers_act, task_of
+from ..tasks import all_layers_act, check_has_classes, task_of
 from .compute import summary, tokens_entering, total_multiply_adds
 from .reading import batches, check_data, sample_pixels
 from .resume import Progress, Records, digest_of_data, digest_of_model, launched_processes
@@ -126,6 +126,7 @@ def evaluate_model(
     """
     check_data(dataset, batch_size, image_column=image_column, label_column=label_column)
     _check_model(model)
+    check_has_classes(model, "evaluate_model")
     labels = labels_of(dataset, label_column, model.config)
     given, beside = None, None
     if isinstance(dense, AccuracyReport):

@@ -21,11 +21,11 @@ from ..convert import with_reduction
 from ..files import known_settings, whole, write_whole
 from ..methods import method_of
 from ..modeling.configuration_base import ReductionConfig
-from ..modeling.encoders import EncoderFacts, facts_of
+from ..modeling.encoders import EncoderFacts, encoder_of, facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.version import __version__
 from ..modes import evaluating
-from ..tasks import facts_on, image_side, task_of_model
+from ..tasks import check_has_classes, facts_on, image_side, task_of_model
 from ..timing import seconds_of
 from .accuracy import evaluate_model, labels_of
 from .comparison import Comparison, write_comparison
@@ -115,6 +115,7 @@ def compare(
         >>> print(comparison.to_markdown())
     """
     check_one_process("compare")
+    check_has_classes(model, "compare")
     of_features = is_of_features(model, bank)
     columns = {"image_column": image_column, **({} if of_features else {"label_column": label_column})}
     check_data(dataset, batch_size, **columns)
@@ -180,7 +181,8 @@ def compare(
     for reduction in bar:
         same = reduction is not None and reduction == parse_reduction(getattr(config, "reduction", None))
         reduced = reduced_as(model, reduction)
-        key = key_of(reduction, digest_of_model(reduced) if same else "")
+        learned = same or (reduction is not None and _shares_learned(reduced, model))
+        key = key_of(reduction, digest_of_model(reduced) if learned else "")
         name = describe(reduction)
         if key not in done:
             bar.set_postfix_str(name)
@@ -279,6 +281,12 @@ def is_of_features(model: Any, bank: Dataset | None) -> bool:
 def reduced_as(model: Any, reduction: ReductionConfig | None) -> Any:
     """Return a model or classifier with another reduction, in eval mode."""
     return converted(model, lambda one: with_reduction(one, reduction).eval())
+
+
+def _shares_learned(reduced: Any, model: Any) -> bool:
+    """Return whether a reduced model decides by parameters that the given model has learned, for another setting."""
+    given = {id(parameter) for parameter in model.parameters()}
+    return any(id(one) in given for reducer in encoder_of(inside(reduced)).reducers for one in reducer.parameters())
 
 
 def labelled_digest(dataset: Dataset, image_column: str, label_column: str, labels: list[int] | None = None) -> str:

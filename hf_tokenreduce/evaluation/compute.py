@@ -24,6 +24,7 @@ from ..tasks import facts_on, image_side, size_made_by, task_of_model
 
 
 # Parts of larger models that do not read the encoder, or do not run once per image.
+WITH_CLASSES = ("image-classification", "audio-classification")  # tasks of models with labels of their own
 OTHER_PARTS = ("text_", "language_", "lm_head", "multi_modal", "neck", "head")
 
 
@@ -234,7 +235,7 @@ def describe_model(model: PreTrainedModel, name: str, image_processor: Any = Non
         "backbone": f"{facts.num_hidden_layers} layers of width {facts.hidden_size}, {tokens} tokens",
         "image_size": size,
         "task": task_of_model(model).name,
-        "labels": model.config.num_labels if hasattr(model, "classifier") else None,
+        "labels": model.config.num_labels if task_of_model(model).name in WITH_CLASSES else None,
         "parameters": parameters,
         "megabytes": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6, 1),
         "method": None if reduction is None else reduction.method,

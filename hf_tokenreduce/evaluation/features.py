@@ -136,7 +136,7 @@ def evaluate_features(
         if not labelled:
             raise ValueError("bank gives the classes of neighbours, but the data set has no labels. Leave bank out.")
         check_data(bank, batch_size, **columns)
-    labels, bank_labels = _labels(dataset, bank, label_column) if labelled else (None, None)
+    labels, bank_labels = voting_labels(dataset, bank, label_column) if labelled else (None, None)
     folder = None if output_dir is None else Path(output_dir)
     options: dict[str, Any] = {
         "batch_size": batch_size, "num_workers": num_workers, "image_column": image_column, "progress": progress,
@@ -349,14 +349,14 @@ def _decoded(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)
 
 
-def _labels(dataset: Dataset, bank: Dataset | None, label_column: str) -> tuple[list[int], list[int]]:
+def voting_labels(dataset: Dataset, bank: Dataset | None, label_column: str) -> tuple[list[int], list[int]]:
     """Return the labels of the images, and the labels of those that vote."""
     labels = list(dataset.with_format(None)[label_column])
     voting = labels if bank is None else list(bank.with_format(None)[label_column])
     if any(not isinstance(label, int) or label < 0 for label in (*labels, *voting)):
         raise ValueError(
             f"The column {label_column!r} must hold a class, from 0, of each image. Leave out the images without a "
-            "class, or leave out the column: dataset.remove_columns(...)."
+            "class, or leave out the column: dataset.remove_columns(...), or --no-labels of tokenreduce tune."
         )
     named = getattr(dataset.features[label_column], "names", None)
     if bank is not None and getattr(bank.features[label_column], "names", None) != named:

@@ -65,9 +65,10 @@ class Trials:
 
     Args:
         model: A classifier or an encoder, stock or reduced.
-        dataset: Images to search on. The first images of it are a sample of all.
-        labels: The model's index of the class of each image. None: features are compared, or the images have no labels
-            and the dense model's classes take their place.
+        dataset: All images.
+        search: Rows of the images to search on. The first of them are a sample of all.
+        labels: The model's index of the class of each image of the data set. None: features are compared, or the
+            images have no labels and the dense model's classes take their place.
         processor: The image processor of the model.
         folder: Folder that keeps the results. A later search with the same settings reads them there.
         calibrated: Folder for what methods learn.
@@ -83,6 +84,7 @@ class Trials:
         self,
         model: Any,
         dataset: Dataset,
+        search: Sequence[int],
         labels: Sequence[int] | None,
         processor: Any,
         folder: Path,
@@ -96,6 +98,7 @@ class Trials:
         progress: bool = True,
     ):
         self.model, self.dense = model, reduced_as(model, None)
+        dataset, self.rows = dataset.select(search), list(search)
         self.dataset, self.processor, self.image_column = dataset, processor, image_column
         self.labelled = labels is not None
         self.of_features, self.batch_size, self.calibrated = of_features, batch_size, calibrated
@@ -118,7 +121,9 @@ class Trials:
         self.facts = facts_on(inside(self.dense), self.pixels[:1])
         self.outputs = self._dense_outputs(folder / "dense.safetensors")
         self.classes = None if of_features else self.outputs.argmax(dim=-1)
-        self.labels = self.classes if labels is None or self.classes is None else torch.tensor(list(labels))
+        self.labels = (
+            self.classes if labels is None or self.classes is None else torch.tensor([labels[row] for row in search])
+        )
 
     def order(self, quality: Quality) -> float:
         """Return the number by which settings are sorted, the lowest and best first.
@@ -254,7 +259,7 @@ class Trials:
             for first in range(begin, end, self.batch_size):
                 rows = slice(first, min(first + self.batch_size, end))
                 outputs, counts = self._run(reduced, self.pixels[rows])
-                check_finite(outputs, range(end)[rows])
+                check_finite(outputs, self.rows[rows])
                 found["distance"] += _distances(self.outputs[rows], outputs, self.of_features)
                 found["share"] += self._shares(setting, counts, len(outputs))
                 if self.classes is not None and self.labels is not None:
@@ -292,7 +297,7 @@ class Trials:
             for first in range(0, len(self.pixels), self.batch_size):
                 rows = slice(first, first + self.batch_size)
                 found.append(self._run(self.dense, self.pixels[rows])[0])
-                check_finite(found[-1], range(len(self.pixels))[rows], "dense model")
+                check_finite(found[-1], self.rows[rows], "dense model")
         outputs = torch.cat(found).contiguous()
         with whole(file) as unfinished:
             save_file({"outputs": outputs}, unfinished)

@@ -20,6 +20,7 @@ from ..evaluation.compare import (
     reduced_as,
 )
 from ..evaluation.comparison import Comparison, write_comparison
+from ..evaluation.features import voting_labels
 from ..evaluation.reading import check_data, check_pictures
 from ..evaluation.resume import check_one_process, digest_of_model
 from ..evaluation.runtimes import RUNTIMES, check_runtimes
@@ -114,7 +115,7 @@ def tune(
         >>> report.chosen["name"], report.chosen["drop"]
     """
     check_one_process("tune")
-    check_has_classes(model, "tune")
+    check_has_classes(model, "tune", one=True)
     target = _target(share, speedup, max_drop, speed, minutes)
     of_features = is_of_features(model, None)
     if of_features and target.kind == "max_drop":
@@ -127,6 +128,8 @@ def tune(
     found = searched_methods(methods)
     has_labels = not of_features and label_column in dataset.column_names
     labels = labels_of(dataset, label_column, model.config) if has_labels else None
+    if of_features and label_column in dataset.column_names:
+        voting_labels(dataset, None, label_column)  # of the report, which would refuse them only after the search
     raw = None if labels is None else list(dataset.with_format(None)[label_column])
     parts = _parts(dataset, raw, seed)
     folder = _folder(Path(output_dir))
@@ -148,9 +151,9 @@ def tune(
         write_whole(folder / "search" / "settings.json", json.dumps(settings, indent=1))
     known_settings(folder / "search" / "settings.json", settings)
     trials = Trials(
-        model, dataset.select(parts.search), None if labels is None else [labels[row] for row in parts.search],
-        processor, folder / "search", folder / "search" / "held-out" / "settings", of_features=of_features,
-        batch_size=batch_size, runtime=runtime, image_column=image_column, num_workers=num_workers, progress=progress,
+        model, dataset, parts.search, labels, processor, folder / "search",
+        folder / "search" / "held-out" / "settings", of_features=of_features, batch_size=batch_size, runtime=runtime,
+        image_column=image_column, num_workers=num_workers, progress=progress,
     )  # fmt: skip
     _check_classes(trials)
     parts = _without_copies(dataset, parts, image_column)
