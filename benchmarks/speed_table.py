@@ -19,6 +19,7 @@ HEADINGS = {
     "compiled": ", compiled",
     "onnx openvino": ", in ONNX Runtime and OpenVINO",
     "onnx openvino openvino-int8": ", in three runtimes",
+    "openvino": ", in OpenVINO",
     "openvino openvino-int8": ", in OpenVINO",
     "openvino-int8": ", in 8 bits",
 }
