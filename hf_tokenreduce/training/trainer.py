@@ -164,10 +164,11 @@ class TokenReduceTrainer(Trainer):
                     special[part].append(parameter)
         special_ids = {id(parameter) for parameters in special.values() for parameter in parameters}
         # If `train` is called again, the token decoder of the training before is still in the optimizer.
-        usual = {id(parameter) for parameter in (self.model if model is None else model).parameters()} - special_ids
+        known = {id(parameter) for parameter in (self.model if model is None else model).parameters()}
+        usual = known - special_ids
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) not in usual | special_ids:
+                if id(parameter) not in known:
                     optimizer.state.pop(parameter, None)
             group["params"] = [parameter for parameter in group["params"] if id(parameter) in usual]
         for part, parameters in special.items():
