@@ -68,9 +68,18 @@ class Comparison:
         if rate is not None:
             how = next(row["speed_settings"] for row in self.rows if row.get("speed_settings"))
             batch = next(row["speed_batch_size"] for row in self.rows if row.get("speed_batch_size"))
-            lines += ["", f"{conditions_line(how)}, batch {batch}"]
+            lines += ["", f"{_conditions(how)}, batch {batch}"]
         skipped = [f"- {row['name']}: {row['skipped']}" for row in self.rows if row.get("skipped")]
         return "\n".join([*lines, *(["", "Left out:", "", *skipped] if skipped else [])])
+
+
+def _conditions(settings: dict[str, Any]) -> str:
+    """Return the conditions of a timing in one runtime, which the table names nowhere else."""
+    for runtime, version in settings.get("runtimes", {}).items():
+        if runtime != "eager":
+            types = ", ".join(settings["dtypes"])
+            return f"{settings['device']}, {settings['threads']} threads, {runtime} {version}, {types}"
+    return conditions_line(settings)
 
 
 def _columns(rows: list[dict[str, Any]], rate: float | None) -> dict[str, Callable[[dict[str, Any]], str]]:

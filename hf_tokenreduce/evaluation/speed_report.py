@@ -14,11 +14,8 @@ COMPARABLE = ("device", "threads", "dtypes", "attention", "runtimes", "torch")
 
 
 def conditions_line(settings: Mapping[str, Any]) -> str:
-    """Return the conditions of a timing in one line, with the runtime if it is not PyTorch as it is."""
+    """Return the conditions of a timing in one line."""
     s = settings
-    others = [f"{name} ({version})" for name, version in s.get("runtimes", {}).items() if name != "eager"]
-    if len(others) == 1 and len(s["runtimes"]) == 1:  # a table of several has a column for them
-        return f"{s['device']}, {s['threads']} threads, {others[0]}, {', '.join(s['dtypes'])}"
     return f"{s['device']}, {s['threads']} threads, {s['attention']} attention, torch {s['torch']}"
 
 
