@@ -108,7 +108,7 @@ def test_a_network_in_the_last_layer_learns():
 
 @pytest.mark.parametrize("kind", ["forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_of_every_kind_see_all_rows(kind):
-    """Of what a layer takes, and of the gradients of what it returns."""
+    """They see the rows that a layer takes, and the gradients of the rows that it returns."""
     model, rows = reduce_tokens(tiny_model(), ToMeConfig(r=7)).train(), []
     mlp = encoder_of(model).layers[-1].mlp
     handle = getattr(mlp, f"register_{kind}_hook")(lambda module, first, *others: rows.append(first[0].shape[1]))
