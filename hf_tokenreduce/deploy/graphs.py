@@ -133,7 +133,7 @@ def quietly() -> Iterator[None]:
     """Hide the messages of exporters, which are of no use to users, but not their errors. Also turn off telemetry.
 
     OpenVINO's converter and NNCF would otherwise start a process each time to report what the user does. Torch would
-    note for each node which lines of code it comes from, which takes a sixth of the time of an export.
+    note for each node which lines of code it comes from. That takes time, and no graph keeps it.
     """
     notes_no_lines = getattr(tracing, "do_not_emit_stack_traces", False)  # older versions have no such option
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "nncf")]
