@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from .modeling.encoders import MODELS, PREFIX
+from .tasks import takes_texts
 
 
 @contextmanager
@@ -68,6 +69,8 @@ def check_sizes(name: str, config: PreTrainedConfig) -> None:
     if not any(folder.glob("*.safetensors")) or hasattr(config, "quantization_config"):
         return
     values = config.to_dict()
+    if architecture_of(config) in MODELS and not takes_texts(str(architecture_of(config))):
+        values.pop("text_config", None)  # a classifier of CLIP has the image side alone
     depths = [part.get("num_hidden_layers") for part in (values, *values.values()) if isinstance(part, dict)]
     wanted = max((depth for depth in depths if isinstance(depth, int)), default=0)
     layers = [int(number) for key in _weight_shapes(folder) for number in re.findall(r"\.(\d+)\.", key)]

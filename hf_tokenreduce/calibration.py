@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .methods import METHODS
 from .modeling.encoders import encoder_of, facts_of
 from .modes import evaluating
-from .pictures import find_in, read_picture, spread
+from .pictures import find_in, is_image, read_picture, spread
 from .tasks import facts_on, image_side, main_output
 
 
@@ -116,7 +116,7 @@ def load_pixel_values(
             'pictures, call image_processor(pictures, return_tensors="pt")["pixel_values"].'
         )
     folder = Path(images)
-    files = sorted(find_in(folder))
+    files = [folder] if is_image(folder) else sorted(find_in(folder))
     if not files:
         raise ValueError(f"No images in {folder}. Give a folder that holds images, with or without subfolders.")
     if image_processor is None:

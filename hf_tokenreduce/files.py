@@ -72,6 +72,7 @@ def _difference(name: str, was: Any, now: Any) -> str:
 
 
 CONFIG = "config.json"
+OLD_CONFIG = "config.json.old"
 UNFINISHED = ".{}.part"
 # If a model is replaced, none of these files of the old model may stay in the folder.
 WEIGHTS_AND_SETTINGS = (
@@ -81,7 +82,7 @@ WEIGHTS_AND_SETTINGS = (
 )  # fmt: skip
 OF_ITS_PROCESSOR = (
     "preprocessor_config.json", "processor_config.json", "tokenizer*.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json",
+    "special_tokens_map.json", "added_tokens.json", "spiece.model", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 WRITTEN_ABOUT_IT = ("README.md", "record.json", "token_map.png")
 
@@ -98,7 +99,7 @@ def check_new_folder(folder: str | Path, overwrite: bool = False, option: str = 
             raise ValueError(
                 f"{option} {folder} is not empty. Name another folder, or pass --overwrite to replace the model there."
             )
-        if not (folder / CONFIG).is_file():
+        if not (folder / CONFIG).is_file() and not any(map(_was_replacing, folder.glob(UNFINISHED.format("*")))):
             raise ValueError(
                 f"{option} {folder} holds other files, but no model (no {CONFIG}). --overwrite does not delete other "
                 "files. Name another folder."
@@ -116,8 +117,9 @@ def model_folder(folder: str | Path, with_card: bool = False, of_processor: bool
     """Give an empty folder to save a model in. At the end its files replace the model in `folder`.
 
     `folder` never holds a mixture of two models that can be loaded. The old model stays as it is until the new one is
-    complete. Then the old config.json is deleted first, and the new one is written last. If the work fails or is
-    killed before that, nothing has changed. Other files in the folder, such as checkpoints and your own code, stay.
+    complete. Then the old config.json is moved away first, and the new one is written last. If the work fails or is
+    killed before that, nothing has changed. If it is killed in between, the next call removes what is left. Other
+    files in the folder, such as checkpoints and your own code, stay.
 
     Args:
         folder: Folder of the model.
@@ -127,14 +129,18 @@ def model_folder(folder: str | Path, with_card: bool = False, of_processor: bool
     folder = Path(folder)
     was_there = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
+    interrupted = False
     for left in folder.glob(UNFINISHED.format("*")):
         number = left.name.split(".")[1]
         # It belongs to a process that was killed. In a container, that process can have had our own number.
         if number == str(os.getpid()) or not _is_alive(number):
+            interrupted = interrupted or _was_replacing(left)
             shutil.rmtree(left, ignore_errors=True)
     # Inside `folder`, because its parent may be on another file system.
     unfinished = folder / UNFINISHED.format(os.getpid())
     unfinished.mkdir()
+    if interrupted:
+        (unfinished / OLD_CONFIG).touch()  # this process may be killed too
     try:
         yield unfinished
         more = (WRITTEN_ABOUT_IT if with_card else ()) + (OF_ITS_PROCESSOR if of_processor else ())
@@ -146,9 +152,10 @@ def model_folder(folder: str | Path, with_card: bool = False, of_processor: bool
 
 
 def _replace_model(new: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    names = sorted(os.listdir(new), key=lambda name: name == CONFIG)
+    names = sorted(set(os.listdir(new)) - {OLD_CONFIG}, key=lambda name: name == CONFIG)
     if (folder / CONFIG).is_file():
-        (folder / CONFIG).unlink()
+        os.replace(folder / CONFIG, new / OLD_CONFIG)  # if this process is killed, it tells that a model was here
+    if _was_replacing(new):
         for pattern in patterns:
             for old in folder.glob(pattern):
                 old.unlink()
@@ -156,6 +163,11 @@ def _replace_model(new: Path, folder: Path, patterns: tuple[str, ...]) -> None:
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
         os.replace(new / name, folder / name)
+
+
+def _was_replacing(unfinished: Path) -> bool:
+    """Return whether a process was killed while it replaced the files of a model by those of this folder."""
+    return (unfinished / OLD_CONFIG).is_file()
 
 
 def _is_alive(process: str) -> bool:

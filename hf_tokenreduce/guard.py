@@ -5,6 +5,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 
+ADVICE = (
+    "Open it as http://127.0.0.1 with its port. If it must be open to other computers, start it with --host 0.0.0.0."
+)
+
+
 class Guard:
     """ASGI middleware that refuses requests before the page gets them.
 
@@ -27,7 +32,7 @@ class Guard:
         for header in (b"host", b"origin"):
             given = headers.get(header)
             if self.hosts is not None and given is not None and _name_in(given) not in self.hosts:
-                await _refuse(scope, send, 403, f"This page does not answer {header.decode()} {given!r}.")
+                await _refuse(scope, send, 403, f"This page does not answer {header.decode()} {given!r}. {ADVICE}")
                 return
         length = headers.get(b"content-length", "0")
         if not length.isdigit() or int(length) > self.most_bytes:

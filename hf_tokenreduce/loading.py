@@ -37,7 +37,7 @@ from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, TYPE_PREFIX, facts_of, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
 from .pictures import IMAGE_SUFFIXES, archives_in, find_in, is_image, linked_folders, read_picture, spread
-from .tasks import task_of
+from .tasks import takes_texts, task_of
 
 
 logger = logging.get_logger(__name__)
@@ -142,6 +142,19 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
         return AutoProcessor.from_pretrained(
             name, revision=revision or "main", trust_remote_code=trust_remote_code or None
         )
+
+
+def processor_of_inputs(
+    model: PreTrainedModel, image_processor: Any, name: str, revision: str | None, trust_remote_code: bool
+) -> Any:
+    """Return what prepares all inputs of a model, to be saved beside it.
+
+    For most models this is `image_processor`. A model that takes texts needs a tokenizer too. A classifier of CLIP or
+    SigLIP does not, although the configuration of its encoder names one.
+    """
+    if not takes_texts(stock_name(model) or ""):
+        return image_processor
+    return load_processor(name, revision, trust_remote_code)
 
 
 @contextmanager

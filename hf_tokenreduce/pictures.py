@@ -16,6 +16,8 @@ logger = logging.get_logger(__name__)
 # Whatever the name of a file. Pillow knows more, such as EPS, for which it would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF", "GIF")
 UNREADABLE = "cannot be read as an image"
+# A processor that sets the shorter side would make a narrower picture so long that it needs gigabytes.
+MOST_NARROW = 200  # the longer side, divided by the shorter one
 IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".gif",
 }  # fmt: skip
@@ -87,6 +89,9 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 
     Of 16 bits per pixel the upper 8 are taken; Pillow would clip almost all to white.
     """
+    if max(picture.size) > MOST_NARROW * min(picture.size):
+        width, height = picture.size
+        raise ValueError(f"a picture of {width} x {height} pixels is too narrow. Crop it")
     picture = _upright(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture)

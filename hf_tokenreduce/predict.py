@@ -33,7 +33,7 @@ Answer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 def predict(
     model: PreTrainedModel | ExportedModel,
-    images: Sequence[str | Path],
+    images: str | Path | Sequence[str | Path],
     image_processor: Any = None,
     *,
     top_k: int = 1,
@@ -49,7 +49,7 @@ def predict(
 
     Args:
         model: An image classifier, or the result of `load_exported`.
-        images: Files, and folders with or without subfolders.
+        images: Files, and folders with or without subfolders. One of them, or a list.
         image_processor: Image processor of the model. An exported model has its own.
         top_k (`int`): Number of classes to return for each image.
         batch_size (`int`): Number of images per batch.
@@ -155,6 +155,18 @@ def _done(part: Path, base: str) -> Iterator[str]:
             yield file
 
 
+def count_unlabelled(folder: str | Path) -> int:
+    """Return how many images have an error and no label in the files of a folder, also from earlier runs."""
+    folder = Path(folder)
+    base = json.loads((folder / SETTINGS).read_text())["base"]
+    failed: dict[str, bool] = {}
+    for part in folder.glob("part-*.jsonl"):
+        for row in read_lines(part):
+            file = os.path.normpath(os.path.join(base, row["file"]))
+            failed[file] = failed.get(file, True) and "error" in row
+    return sum(failed.values())
+
+
 def _changed(file: str) -> float:
     """Return when a file was changed, or put in the place of another one, which may be newer than its content."""
     if not os.path.isfile(file):
@@ -163,10 +175,10 @@ def _changed(file: str) -> float:
     return max(found.st_mtime, found.st_ctime)
 
 
-def find_images(names: Sequence[str | Path]) -> list[str]:
+def find_images(names: str | Path | Sequence[str | Path]) -> list[str]:
     """List image files, and the image files in folders, sorted by name within each folder, each once."""
     found: dict[str, None] = {}
-    for name in names:
+    for name in [names] if isinstance(names, (str, Path)) else names:
         path = Path(name)
         inside = [str(path)] if path.is_file() and is_image(path) else sorted(map(str, find_in(path)))
         if not inside:

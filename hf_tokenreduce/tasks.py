@@ -1,8 +1,10 @@
 """The task of a model: its Auto class, its pipeline, and what it computes from images alone."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -57,6 +59,11 @@ def task_of(stock_class: str) -> Task:
     """Return the task of a stock class, by the name of the class."""
     found = auto_classes_of(stock_class)
     return next((task for task in TASKS if task.auto_class in found), TASKS[-2])
+
+
+def takes_texts(stock_class: str) -> bool:
+    """Return whether models of a stock class take texts, by the name of the class."""
+    return "input_ids" in inspect.signature(getattr(transformers, stock_class).forward).parameters
 
 
 def task_of_model(model: PreTrainedModel) -> Task:

@@ -46,7 +46,7 @@ def reduce(
     from hf_tokenreduce.budget import reduce_to_share
     from hf_tokenreduce.evaluation.compute import describe_model
     from hf_tokenreduce.files import check_new_folder, model_folder
-    from hf_tokenreduce.loading import load_model, load_processor, parse_settings
+    from hf_tokenreduce.loading import load_model, parse_settings, processor_of_inputs
     from hf_tokenreduce.methods import find_method
 
     check_new_folder(output_dir, overwrite)
@@ -54,7 +54,7 @@ def reduce(
     if method.prepare is not None and images is None:
         raise ValueError(f"{method.title} learns from images without labels: pass --images FOLDER, or train it.")
     dense, image_processor = load_model(model, revision, trust_remote_code, any_task=True)
-    processor = load_processor(model, revision, trust_remote_code)
+    processor = processor_of_inputs(dense, image_processor, model, revision, trust_remote_code)
     reduced = reduce_to_share(dense, reduction, share, images, image_processor, settings)
     reason = method.why_not(reduced.config.reduction)
     if reason is not None:
@@ -87,11 +87,11 @@ def calibrate(
     from hf_tokenreduce.convert import reduce_tokens, with_reduction
     from hf_tokenreduce.evaluation.compute import describe_model
     from hf_tokenreduce.files import check_new_folder, model_folder
-    from hf_tokenreduce.loading import load_model, load_processor
+    from hf_tokenreduce.loading import load_model, processor_of_inputs
 
     check_new_folder(output_dir, overwrite)
     reduced, image_processor = load_model(model, revision, trust_remote_code, any_task=True)
-    processor = load_processor(model, revision, trust_remote_code)
+    processor = processor_of_inputs(reduced, image_processor, model, revision, trust_remote_code)
     setting = reduced.config.reduction if hasattr(reduced.config, "reduction") else None
     if setting is not None and hasattr(setting, "target"):
         setting = setting if target is None else replace(setting, target=target)

@@ -137,9 +137,11 @@ def benchmark(
     """Measure speed and memory, compared with the dense model and with an ideal one."""
     import torch
 
+    from hf_tokenreduce.calibration import load_pixel_values
     from hf_tokenreduce.evaluation import benchmark as measure
     from hf_tokenreduce.evaluation.runtimes import usual_device
-    from hf_tokenreduce.loading import check_takes_images, load_model, load_pictures
+    from hf_tokenreduce.loading import check_takes_images, load_model
+    from hf_tokenreduce.methods import depends_on_image
 
     if device is None:
         device = usual_device(runtime)
@@ -159,9 +161,12 @@ def benchmark(
     }
     for name, (model, _) in loaded.items():
         check_takes_images(name, model)
-    processor = next(iter(loaded.values()))[1]
+    (first, (dense, processor)), *others = loaded.items()
+    decides = any(depends_on_image(model) for model, _ in loaded.values())
+    for name, (_, other) in others if decides else []:  # for other methods the values of pixels change no time
+        _check_same_processor(first, other, name, processor)
     count = max(2 * max(batch_size), 128 if "openvino-int8" in runtime else 0)
-    pixels = processor(load_pictures([images], count)[0], return_tensors="pt")["pixel_values"]
+    pixels = load_pixel_values(dense, images, processor, count).cpu()
     report = measure(
         {name: model for name, (model, _) in loaded.items()},
         pixels,
@@ -309,13 +314,13 @@ def tune(
 
     The search uses one part of the images, and the report uses the others.
     Nothing is trained, and labels are not needed."""
-    from hf_tokenreduce.loading import check_takes_images, load_images, load_model, load_processor
+    from hf_tokenreduce.loading import check_takes_images, load_images, load_model, processor_of_inputs
     from hf_tokenreduce.training.origin import name_of, origin, shown
     from hf_tokenreduce.tuning import tune as find
 
     loaded, processor = load_model(model, revision, trust_remote_code, any_task=True)
     check_takes_images(model, loaded)
-    whole_processor = load_processor(model, revision, trust_remote_code)  # with the tokenizer of a model of texts
+    whole_processor = processor_of_inputs(loaded, processor, model, revision, trust_remote_code)
     pictures = load_images(images, split, limit, labelled=False if labels else None)
     if not labels and "label" in pictures.column_names:
         pictures = pictures.remove_columns("label")
@@ -404,6 +409,4 @@ def show(
 
 def _check_same_processor(dense: str, others: Any, model: str, processor: Any) -> None:
     if others.to_dict() != processor.to_dict():
-        raise ValueError(
-            f"The image processors of {dense} and {model} differ. Give a dense model with the same processor."
-        )
+        raise ValueError(f"The image processors of {dense} and {model} differ. Give models with the same processor.")

@@ -38,7 +38,9 @@ Method = Annotated[
     typer.Option("--reduction", "-r", help="Name of the method. List them by: tokenreduce methods.", metavar="NAME"),
 ]
 Share = Annotated[float | None, typer.Option(help="Share of the multiply-adds to keep, such as 0.65.", metavar="N")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model in the output folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the model in the output folder, also its card and record.")
+]
 Settings = Annotated[
     str, typer.Option("--reduction-args", help="Further settings of the method, as JSON.", metavar="JSON")
 ]
@@ -55,6 +57,11 @@ Runtime = Annotated[
     typer.Option(help="Runtime: eager, compiled, recorded, onnx, openvino or openvino-int8.", metavar="NAME"),
 ]
 
+# What no value means, where it is not "none".
+NOT_ONE_NUMBER = {
+    **dict.fromkeys(("multiply_adds", "tokens_per_layer", "tokens"), "depends on the image"),
+    "batch_size": "any number",
+}
 MOST_SHOWN = 48  # number of entries of a list that are printed
 
 
@@ -74,7 +81,7 @@ def print_answer(answer: dict[str, Any], as_json: bool, title: str) -> None:
     for key, value in answer.items():
         text = _told(value)
         if value is None:
-            text = "depends on the image" if key in ("multiply_adds", "tokens_per_layer") else "none"
+            text = NOT_ONE_NUMBER.get(key, "none")
         table.add_row(key.replace("_", " "), escape(text))
     out.print(table)
 

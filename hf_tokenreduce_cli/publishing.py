@@ -46,10 +46,14 @@ def card(
         Path | None,
         typer.Option(help="Write a card into FOLDER for each record of this folder.", metavar="RECORDS"),
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write the model card, README.md. Text that you added to it is kept."""
     from hf_tokenreduce.hub import write_card, write_cards
+    from hf_tokenreduce.methods.register import register_from_folder
 
+    if trust_remote_code:
+        register_from_folder(folder)
     if report is not None and records is not None:
         raise ValueError("--report is for one card, and --records writes several. Leave one of them out.")
     names = {"base_model": base_model, "base_license": base_license, "dataset": dataset, "repo_id": repo_id}
@@ -150,6 +154,7 @@ def publish(
             "url": found.url,
             "revision": found.revision,
             "pull_request": found.pull_request,
+            "warnings": report.warnings,
         }
         print(json.dumps(answer, indent=1))
         return
@@ -187,7 +192,7 @@ def predict(
 
     from hf_tokenreduce.deploy import is_exported, load_exported
     from hf_tokenreduce.loading import load_model
-    from hf_tokenreduce.predict import find_images
+    from hf_tokenreduce.predict import count_unlabelled, find_images
     from hf_tokenreduce.predict import predict as run
     from hf_tokenreduce.tasks import score_text
 
@@ -214,6 +219,8 @@ def predict(
             print(f"{row['file']}: {told} ({row['tokens']} tokens)")
     if PartialState().num_processes > 1:
         broken = sum(gather_object([broken]))
+    if PartialState().is_main_process and output_dir is not None:
+        broken = count_unlabelled(output_dir)
     if PartialState().is_main_process and not as_json:
         if output_dir is not None:
             out.print(f"The predictions are in {escape(str(output_dir))}, one line per image.")

@@ -215,6 +215,8 @@ class Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.server.objects:
                     raise Problem(400, f"{value['path']} was not uploaded")
                 files[value["path"]] = self.server.objects[value["oid"]]
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
             else:
                 raise Problem(400, f"Unknown operation {operation['key']}")
         sha = repository.commit(branch, files, message)

@@ -1,5 +1,6 @@
 """A method and a share of the multiply-adds: what `reduce_tokens` makes of them, and what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import SIZES, tiny_images, tiny_model
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig
 from transformers.utils import logging
 
-from hf_tokenreduce import BATConfig, PPTConfig, ToMeConfig, calibrate, reduce_tokens
+from hf_tokenreduce import BATConfig, DLViTConfig, PPTConfig, ToMeConfig, calibrate, reduce_tokens
 from hf_tokenreduce.loading import method_setting
 from hf_tokenreduce.methods import METHODS, Method
 from hf_tokenreduce.methods.fitting import share_on
@@ -156,3 +157,19 @@ def test_a_method_without_a_share_says_so(monkeypatch):
     for options in ({}, {"images": PIXELS}):
         with pytest.raises(ValueError, match="Without has no setting for a share"):
             reduce_tokens(twelve(), "bat", share=0.5, **options)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "name", "value"),
+    [(ToMeConfig, "r", 8), (BATConfig, "keep_rate", 0.7), (DLViTConfig, "keep_rate", 0.5)],
+)
+def test_a_share_decides_a_setting_alone(config_class, name, value):
+    with pytest.raises(ValueError, match=f"a share decides {name}, so leave {name} out"):
+        config_class.for_budget(twelve().config, 0.65, **{name: value})
+
+
+def test_shares_are_numbers_of_any_kind():
+    assert reduce_tokens(twelve(), "tome", share=np.float64(0.7)).config.reduction.r
+    assert reduce_tokens(twelve(), "tome", share=np.float32(0.7)).config.reduction.r
+    with pytest.raises(ValueError, match="share must be the share of multiply-adds"):
+        reduce_tokens(twelve(), "tome", share=True)

@@ -18,6 +18,7 @@ from hf_tokenreduce.hub import check_folder, model_card, write_card, write_cards
 from hf_tokenreduce.hub.card import _prefix
 from hf_tokenreduce.hub.card_text import sections
 from hf_tokenreduce.hub.usage import LEAST_TRANSFORMERS
+from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.methods import METHODS as DESCRIBED
 from hf_tokenreduce.modeling.methods import METHOD_CLASSES
 
@@ -375,3 +376,32 @@ def test_a_card_of_another_model_is_not_published(tmp_path):
 def test_one_register_is_no_distillation_token():
     config = family_model("dinov3", num_register_tokens=1).config
     assert _prefix(config) == ", the class token and 1 register included"
+
+
+def test_a_card_follows_the_method(folder):
+    """The tags of the method before go, and other tags stay."""
+    write_card(folder)
+    model, _ = load_model(str(folder))
+    assert "evit" in metadata((folder / "README.md").read_text())["tags"]
+    text = (folder / "README.md").read_text().replace("tags:\n", "tags:\n- bat\n")  # it tells bats from birds
+    (folder / "README.md").write_text(text)
+    model.set_reduction(ToMeConfig(r=3))
+    model.save_pretrained(folder)
+    write_card(folder)
+    tags = metadata((folder / "README.md").read_text())["tags"]
+    assert {"bat", "tome", "arxiv:2210.09461"} < set(tags) and not {"evit", "arxiv:2202.07800"} & set(tags)
+
+
+def test_where_patches_went_is_called_by_its_name(folder):
+    assert "`out.patch_map` where each patch went" in part(model_card(folder), "usage")
+    model, _ = load_model(str(folder))
+    model.set_reduction(METHODS["sit"][0])
+    model.save_pretrained(folder)
+    text = part(model_card(folder), "usage")
+    assert "`out.patch_weights` the weight of each patch in each token" in text and "`out.patch_map`" not in text
+
+
+def test_a_machine_that_a_record_does_not_know_can_be_named(folder):
+    record = {**RECORD, "speedup": 1.4, "machine": None}
+    assert "on a laptop" not in model_card(folder, record=record)
+    assert "a laptop" in part(model_card(folder, record=record, machine="a laptop"), "results")

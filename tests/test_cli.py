@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers import METHODS as METHOD_ROWS
 from helpers import tiny_model
 from PIL import Image
+from task_models import CASES
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from hf_tokenreduce import ATSConfig, reduce_tokens
+from hf_tokenreduce.hub import check_folder
 from hf_tokenreduce.loading import load_model, load_pictures
 from hf_tokenreduce.methods import METHODS
 from hf_tokenreduce.methods.fitting import share_on
@@ -95,6 +98,31 @@ def test_reduce_fits_a_sampler_to_a_share_of_images(call, place):
     arguments[arguments.index(0.5)] = 0.95  # more than the scores keep by themselves
     found = answer(call, *arguments[:-1], place / "ats-all", "--images", place / "photos", "--json")
     assert found["settings"]["num_tokens"] is None
+
+
+@pytest.mark.parametrize("name", ["clip-classifier", "siglip-classifier", "clip-vision"])
+def test_an_image_side_of_clip_needs_no_tokenizer(call, tmp_path, name):
+    """Its configuration names a tokenizer, or its text side has more layers than the model."""
+    CASES[name].make().save_pretrained(tmp_path / "stock")
+    CASES[name].processor().save_pretrained(tmp_path / "stock")
+    found = answer(call, "reduce", tmp_path / "stock", "-r", "topk", "--reduction-args", '{"layers": [1]}',
+                   "-o", tmp_path / "reduced", "--json")  # fmt: skip
+    assert found["method"] == "topk" and not list((tmp_path / "reduced").glob("tokenizer*"))
+    report = check_folder(tmp_path / "reduced", load=False)
+    assert report.ok, report.errors
+
+
+def test_a_benchmark_prepares_images_as_each_model_needs(call, place, tmp_path):
+    """It matters where the image decides how many tokens stay."""
+    for name, method, mean in (("a", "tome", 0.5), ("b", "tome", 0.4), ("c", "ats", 0.4)):
+        model = reduce_tokens(tiny_model(), METHOD_ROWS[method][0])
+        model.save_pretrained(tmp_path / name)
+        processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[mean] * 3)
+        processor.save_pretrained(tmp_path / name)
+    options = ["--images", place / "photos", "--batch-size", "1", "--repeats", "1", "--no-suggest", "--json"]
+    assert len(answer(call, "benchmark", tmp_path / "a", tmp_path / "b", *options)["rows"]) == 3
+    code, _, errors = call("benchmark", tmp_path / "a", tmp_path / "c", *options)
+    assert code == 2 and "The image processors of a and c differ" in errors
 
 
 def test_reduce_saves_nothing_that_reduces_nothing(call, place):

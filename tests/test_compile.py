@@ -5,7 +5,7 @@ import torch
 from helpers import BACKBONES, EVEN, METHODS, reduce_tiny, slow, tiny_images, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hf_tokenreduce import ToMeConfig
+from hf_tokenreduce import LTMPConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.evaluation.runtimes import MainOutput, compiled, many_compiled
 
 
@@ -120,3 +120,18 @@ def test_a_benchmark_compiles_as_many_models_as_it_gets():
             expected = model(tiny_images()).logits
             torch.testing.assert_close(run(tiny_images()).logits, expected, rtol=1e-4, atol=1e-5)
             assert counter.frame_count == 1
+
+
+def test_a_part_that_is_compiled_alone_hides_nothing_silently():
+    """The layers inside cannot tell the model outside where tokens went."""
+    images, labels = tiny_images(2), torch.tensor([0, 1])
+    model = reduce_tokens(tiny_model(num_hidden_layers=2), ToMeConfig(r=7))
+    expected = model(images).logits
+    model.vit.compile(backend="eager")
+    torch.testing.assert_close(model(images).logits, expected)
+    with pytest.raises(ValueError, match=r"A part of this model runs compiled.*Compile the whole model"):
+        model(images, output_patch_map=True)
+    learning = reduce_tokens(tiny_model(num_hidden_layers=2), LTMPConfig()).train()
+    learning.vit.compile(backend="eager")
+    with pytest.raises(ValueError, match="A part of this model runs compiled"):
+        learning(images, labels=labels)

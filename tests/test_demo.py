@@ -81,3 +81,10 @@ def test_interrupted_it_goes_on_to_the_same_table(first):
     assert without_speeds(again) == without_speeds(table)
     after = {method: (folder / method / "model.safetensors").stat().st_mtime_ns for method in METHODS}
     assert [method for method in METHODS if after[method] != before[method]] == ["ltmp"]
+
+
+def test_files_of_others_stay(tmp_path):
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds index\.html of something else\. Give a new or empty folder"):
+        run.run_demo(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["index.html"]

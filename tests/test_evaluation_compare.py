@@ -36,8 +36,10 @@ from hf_tokenreduce.evaluation import (
     measured_multiply_adds,
     pareto_plot,
 )
-from hf_tokenreduce.evaluation.pareto import spread_apart
+from hf_tokenreduce.evaluation.compare import timed
+from hf_tokenreduce.evaluation.pareto import OTHERS, STYLES, spread_apart
 from hf_tokenreduce.evaluation.settings import describe
+from hf_tokenreduce.methods import METHODS
 from hf_tokenreduce.modeling.multiply_adds import even_share
 
 
@@ -333,6 +335,12 @@ def test_pictures_that_cannot_be(tmp_path):
         pareto_plot([{"method": "tome", "top1": 80.0}], tmp_path / "a.png")
 
 
+def test_no_two_methods_look_alike():
+    assert len(STYLES) >= len(METHODS)
+    shapes = [style[:3] for style in (*STYLES, *OTHERS)]  # also in print without colour
+    assert len(set(shapes)) == len(shapes)
+
+
 def test_labels_stand_apart():
     assert spread_apart([1.0, 5.0, 9.0], 1.0, 0.0, 10.0) == [1.0, 5.0, 9.0]
     assert spread_apart([4.9, 5.0, 5.1], 1.0, 0.0, 10.0) == pytest.approx([4.0, 5.0, 6.0])
@@ -353,3 +361,34 @@ def test_speed_may_be_that_of_a_runtime(tmp_path, photos, processor):
     assert re.search(r"threads, onnx [\d.]+, float32, batch 4$", found.to_markdown()), found.to_markdown()
     with pytest.raises(ValueError, match=r"was made with other settings: speed\.runtime was 'onnx', now None"):
         compare(model, photos, processor, wanted, output_dir=tmp_path / "out", **QUICK)
+
+
+@pytest.mark.parametrize("theirs", ["config.json", "results.csv", "table.md", "pareto.png"])
+def test_files_of_others_stay(tmp_path, photos, processor, theirs):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / theirs).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {theirs} of something else. Name another folder"):
+        compare(tiny_model(), photos, processor, [], output_dir=tmp_path / "out", speed=False, **QUICK)
+    if theirs == "config.json":
+        with pytest.raises(ValueError, match=r"holds config\.json, which is not of this work"):
+            evaluate_model(tiny_model(), photos, processor, output_dir=tmp_path / "out")
+    assert [file.read_text() for file in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_what_is_left_is_told(tmp_path, photos, processor, capsys):
+    """Settings of an earlier comparison in the same folder are not counted. One setting needs no list."""
+    options = {**QUICK, "progress": True, "speed": False, "output_dir": tmp_path / "out"}
+    told = []
+    for wanted in ([ToMeConfig(r=r) for r in (3, 4, 5)], EViTConfig(layers=(1,)), EViTConfig(layers=(1,))):
+        compare(tiny_model(), photos, processor, wanted, **options)
+        told.append(re.findall(r"(\d+) settings on 10 images take about", capsys.readouterr().err))
+    assert told == [["4"], ["1"], []]
+
+
+def test_what_is_not_compiled_has_no_compiled_speed():
+    """A compiled dense model beside it would be no fair comparison."""
+    dense, sampler = (reduce_tokens(tiny_model(num_hidden_layers=2), one) for one in (None, ATSConfig(layers=(1,))))
+    torch._dynamo.reset()
+    found = timed(sampler, dense, torch.randn(4, 3, 32, 32), 2, 1, "compiled")
+    torch._dynamo.reset()
+    assert set(found.values()) == {None}

@@ -10,10 +10,12 @@ import pytest
 import torch
 from helpers import BASES, tiny_images, tiny_model
 from PIL import Image
+from task_models import save_case
 from transformers import ViTForImageClassification, ViTImageProcessor
 
 from hf_tokenreduce import ToMeConfig, export, load_exported, reduce_tokens
 from hf_tokenreduce.deploy import quantize
+from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.pictures import read_picture
 from hf_tokenreduce.predict import predict
 
@@ -165,3 +167,14 @@ def test_a_model_is_not_replaced_by_its_own_graph(model, tmp_path, call, monkeyp
         export(loaded, "stock", format="torch", overwrite=True)
     export(loaded, "graph", format="torch")
     export(loaded, "graph", format="torch", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("clip", "It is the image side of the model alone"), ("depth", "It returns a depth for each pixel.")],
+)
+def test_the_readme_says_what_a_graph_returns(tmp_path, name, told):
+    save_case(name, tmp_path / "model")
+    loaded, processor = load_model(str(tmp_path / "model"), any_task=True)
+    export(loaded, tmp_path / "graph", image_processor=processor, format="torch")
+    assert told in (tmp_path / "graph" / "README.md").read_text()

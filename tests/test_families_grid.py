@@ -318,3 +318,12 @@ def test_no_grid_is_made_where_readers_want_tokens(family):
     _, seen = run_and_watch(model, family_inputs(family))
     assert seen[-1].shown.shape == (3, FAMILIES[family].prefix + 16, 48)
     assert seen[-1].patch_map is None and seen[-1].last_states is None
+
+
+def test_rows_that_are_unmerged_already_are_told_for_mixtures_too():
+    model = reduce_tokens(family_model("clip"), SiTConfig(layers=(1,)))
+    output = image_features_of(model, family_inputs("clip", 2), output_patch_map=True)
+    with pytest.raises(ValueError, match=r"have a row per patch already.*hidden_states\[:, 1:\]"):
+        unmerge(output.last_hidden_state, output.patch_weights)
+    with pytest.raises(ValueError, match=r"patch_map is None\. Call the model with output_patch_map=True"):
+        unmerge(output.last_hidden_state, output.patch_map)

@@ -231,3 +231,24 @@ def test_a_folder_of_somebody_keeps_what_is_theirs(tmp_path, models):
             save(models[0], place)
         assert {name: (tmp_path / name).read_text() for name in theirs} == theirs
     assert what_loads(tmp_path) is not None
+
+
+def test_a_replacement_that_was_killed_can_be_repeated(tmp_path, models):
+    save(models[1], tmp_path / "new")
+
+    def replace_by_copy():
+        with model_folder(tmp_path / "model") as place:
+            shutil.copytree(tmp_path / "new", place, dirs_exist_ok=True)
+
+    save(models[0], tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text("{}")  # it does not belong to the new model
+    step = 0
+    while (tmp_path / "model" / "config.json").is_file():
+        assert killed_at(step, replace_by_copy)
+        step += 1
+    for step in (2, 3):  # killed again, while it begins
+        assert check_new_folder(tmp_path / "model", overwrite=True)
+        assert killed_at(step, replace_by_copy)
+    assert check_new_folder(tmp_path / "model", overwrite=True)
+    replace_by_copy()
+    assert set(os.listdir(tmp_path / "model")) == set(os.listdir(tmp_path / "new"))

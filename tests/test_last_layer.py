@@ -120,6 +120,21 @@ def test_hooks_of_every_kind_see_all_rows(kind):
     assert rows == [37]
 
 
+@pytest.mark.parametrize("method", ["tome", None])
+def test_hooks_behind_the_layers_see_all_rows(method):
+    """Programs that extract features or explain a model put hooks on the last norm, or on the encoder."""
+    model, images = reduce_tokens(tiny_model(), method and ToMeConfig(r=7)), tiny_images(2)
+    norm = [part for part in encoder_of(model).module.children() if isinstance(part, torch.nn.LayerNorm)][-1]
+    for watched in (norm, encoder_of(model).module):
+        seen = []
+        handle = watched.register_forward_hook(lambda module, given, out, seen=seen: seen.append(out))
+        logits = model(images).logits
+        handle.remove()
+        rows = seen[0] if isinstance(seen[0], torch.Tensor) else seen[0].last_hidden_state
+        assert rows.shape[1] == (65 if method is None else 37)
+        torch.testing.assert_close(model(images).logits, logits)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("method", ["tome", "ats"])
 def test_with_gradient_checkpointing(method, reentrant):

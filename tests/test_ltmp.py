@@ -17,7 +17,7 @@ from transformers import (
 
 from hf_tokenreduce import LTMPConfig, ToMeConfig, calibrate, load_thresholds, reduce_tokens, save_thresholds
 from hf_tokenreduce.modeling.ltmp import budget_share
-from hf_tokenreduce.modeling.multiply_adds import multiply_adds
+from hf_tokenreduce.modeling.multiply_adds import multiply_adds, shares_kept
 
 
 KINDS = [LTMPConfig(), LTMPConfig(prune=False), LTMPConfig(merge=False), LTMPConfig(max_tokens=[60, 44, 30, 9])]
@@ -352,3 +352,37 @@ def test_an_adapter_in_the_mlp_leaves_the_backbone_recognised(tmp_path):
     save_thresholds(model, tmp_path / "after.safetensors")
     for name in ("before", "after"):
         load_thresholds(model, tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "0.65"}, "target must be the share"),
+        ({"target": 0.7, "merge_share": "0.8"}, "merge_share must lie between"),
+        ({"target": 0.7, "first_layer": 1.5}, "first_layer must be the index of a layer"),
+    ],
+)
+def test_calibration_takes_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(reduce_tokens(tiny_model(), LTMPConfig()), tiny_images(), **options)
+    with pytest.raises(ValueError, match="target must be above 0"):
+        LTMPConfig(target=0)
+
+
+def test_calibration_keeps_the_closest_share(monkeypatch, caplog):
+    """Where the share jumps over the target, the last try may be on the farther side."""
+    model, images = reduce_tokens(tiny_model(), LTMPConfig()), tiny_images(1)
+    tried = []
+
+    def shares(*arguments):
+        tried.append(shares_kept(*arguments))
+        return tried[-1]
+
+    monkeypatch.setattr("hf_tokenreduce.methods.ltmp.shares_kept", shares)
+    for target in (0.62, 0.66, 0.7, 0.74, 0.78):
+        tried.clear()
+        kept = calibrate(model, images, target, tolerance=1e-6)
+        assert abs(kept - target) == min(abs(share.item() - target) for share in tried)
+        counts = model(images, output_patch_map=True).token_counts
+        assert shares_kept(model.config, counts, 65, model.config.reduction).item() == pytest.approx(kept)
+    assert "is the closest" in caplog.text

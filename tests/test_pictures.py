@@ -199,3 +199,14 @@ def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_tokenreduce.pictures.logger.warning", said.append)
     assert [file.name for file in find_in(tmp_path)] == ["a.png"]
     assert len(said) == 1 and "locked may not be read, so its images are left out" in said[0]
+
+
+@pytest.mark.parametrize("size", [(1, 201), (2000, 9)])
+def test_a_narrow_picture_is_refused(tmp_path, size):
+    """A processor that makes the shorter side 224 pixels long would need gigabytes for the longer one."""
+    Image.new("RGB", size).save(tmp_path / "line.png")
+    for read in (read_picture, read_image):
+        with pytest.raises(ValueError, match=f"a picture of {size[0]} x {size[1]} pixels is too narrow"):
+            read(tmp_path / "line.png")
+    Image.new("RGB", (200, 1)).save(tmp_path / "panorama.png")
+    assert read_picture(tmp_path / "panorama.png").size == (200, 1)

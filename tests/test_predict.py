@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BitImageProcessor, ViTImageProcessor, pipeline
 
 from hf_tokenreduce import ToMeConfig, reduce_tokens
-from hf_tokenreduce.predict import predict
+from hf_tokenreduce.predict import count_unlabelled, predict
 from hf_tokenreduce.serve import SideBySide
 from hf_tokenreduce.tasks import labelled
 from hf_tokenreduce.tuning import tune
@@ -79,6 +79,22 @@ def test_images_with_errors_are_tried_again(model, photos):
     os.utime(photos / "2.png", (later, later))
     (repaired,) = rows_of(model, photos, output_dir="out")
     assert repaired["file"] == "photos/2.png" and "label" in repaired
+
+
+def test_images_without_a_label_are_counted_after_another_run(model, photos):
+    whole = (photos / "2.png").read_bytes()
+    (photos / "2.png").write_bytes(whole[:60])
+    (photos / "3.png").write_bytes(whole[:60])
+    assert len(rows_of(model, photos, output_dir="out")) == 4 and count_unlabelled("out") == 2
+    assert not rows_of(model, photos, output_dir="out") and count_unlabelled("out") == 2
+    time.sleep(0.05)
+    (photos / "2.png").write_bytes(whole)
+    assert len(rows_of(model, photos, output_dir="out")) == 1 and count_unlabelled("out") == 1
+
+
+def test_one_folder_needs_no_list(model, photos):
+    for one in (str(photos), photos):
+        assert len(list(predict(model, one, PROCESSOR, progress=False))) == 4
 
 
 def test_a_repaired_image_may_be_older_than_the_broken_one(model, photos):

@@ -23,7 +23,7 @@ from hf_tokenreduce.hub import PublishError, check_folder, publish, write_card
 
 # One process publishes again and again: starting it is what takes the time. The first time everything is checked.
 UP = """
-import json, shutil, sys
+import json, os, shutil, sys
 from safetensors.torch import load_file, save_file
 from hf_tokenreduce.hub import PublishError, publish
 folder, owner, stranger, nowhere, texts, backbone = sys.argv[1:7]
@@ -68,6 +68,16 @@ with open(folder + "-late/README.md", "w") as file:
     file.write(card)
 attempt("broken upload", folder + "-late", "someone/late", token=owner)
 attempt("again", folder + "-late", "someone/late", token=owner)
+tensors = load_file(folder + "-late/model.safetensors")
+os.remove(folder + "-late/model.safetensors")
+names, weight_map = sorted(tensors), {}
+for part, some in enumerate((names[::2], names[1::2]), start=1):
+    file = f"model-0000{part}-of-00002.safetensors"
+    save_file({name: tensors[name] for name in some}, folder + "-late/" + file, metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(some, file)
+with open(folder + "-late/model.safetensors.index.json", "w") as file:
+    json.dump({"metadata": {}, "weight_map": weight_map}, file)
+attempt("in parts", folder + "-late", "someone/late")
 attempt("texts", texts, "someone/clip")
 attempt("backbone", backbone, "someone/backbone")
 print(json.dumps({"results": results, "errors": errors}))
@@ -275,6 +285,13 @@ def test_an_upload_that_broke_off_goes_on(journey):
     assert journey.hub.repositories["someone/late"].commits[again["revision"]].keys() == again["files"].keys()
 
 
+def test_weights_of_an_earlier_model_are_deleted(journey):
+    """In one file, they would be loaded instead of the parts."""
+    result = journey.results["in parts"]
+    published = journey.hub.repositories["someone/late"].commits[result["revision"]]
+    assert published.keys() == result["files"].keys() and "model.safetensors" not in published
+
+
 def test_the_stand_in_judges_cards(journey):
     assert "license" in journey.down["invalid"]
 
@@ -331,3 +348,10 @@ def test_offline_is_said(tmp_path):
     _, folder = saved(tmp_path)
     with pytest.raises(PublishError, match="HF_HUB_OFFLINE"):
         publish(folder, "someone/reduced", load=False)
+
+
+def test_code_of_another_repository_is_told(tmp_path, caplog):
+    _, folder = saved(tmp_path)
+    write_card(folder, repo_id="me/other")
+    publish(folder, "someone/reduced", dry_run=tmp_path / "dry", load=False)
+    assert "The code in README.md names me/other." in caplog.text and "--repo-id someone/reduced" in caplog.text

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -247,6 +247,12 @@ def test_a_folder_brings_its_method_along_where_it_is_not_registered(tables, tmp
     code = (tmp_path / "again" / "a_plain_method.py").read_text()
     assert code == (tmp_path / "saved" / "a_plain_method.py").read_text() and "from .hooks import Reducer" in code
     assert check_folder(tmp_path / "again", trust_remote_code=True).ok
+    METHODS.pop("plain"), METHOD_CLASSES.pop("plain")
+    for trust, code in (([], 2), (["--trust-remote-code"], 0)):
+        with pytest.raises(SystemExit) as stopped:
+            main(["card", str(tmp_path / "again"), *trust])
+        assert stopped.value.code == code
+    assert "token reduction by plain, made with" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_a_method_that_is_not_described_here_still_shows(tables, tmp_path, monkeypatch):
@@ -296,3 +302,13 @@ def test_a_folder_without_a_method_is_left_to_the_loader(tmp_path, content):
     assert before == METHODS
     with pytest.raises(ValueError, match="could not be loaded"):
         load_model(str(tmp_path / "nowhere"), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("title", ["ToMe (mine)", "Odd [", "A+B"])
+def test_a_title_is_no_pattern(tables, tmp_path, monkeypatch, title):
+    config, reducer, method = written(tmp_path, monkeypatch)
+    register_method(config, reducer, replace(method, title=title))
+    save(reduce_tokens(tiny_model(), "plain"), tmp_path / "saved")
+    write_card(tmp_path / "saved")
+    report = check_folder(tmp_path / "saved", load=False, trust_remote_code=True)
+    assert not any("README.md tells of another model" in error for error in report.errors)

@@ -348,3 +348,15 @@ def test_images_must_be_images(folder):
 def test_no_folder(tmp_path):
     with pytest.raises(ValueError, match="is no folder"):
         check_folder(tmp_path / "nothing")
+
+
+def test_weights_in_one_file_and_in_parts(tmp_path):
+    """transformers loads the one file, and deletes neither when it writes the other."""
+    model = saved(tmp_path)[0]
+    folder = tmp_path / "published"
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert (folder / "model.safetensors").is_file()
+    refused(folder, "has weights in one file and in parts", "model.safetensors.index.json")
+    for part in folder.glob("model-*.safetensors"):
+        part.unlink()
+    refused(folder, "Delete model.safetensors.index.json")

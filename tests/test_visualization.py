@@ -362,3 +362,11 @@ def test_a_page_of_a_model_without_classes_has_no_guesses(tmp_path, family):
     pixels = family_inputs(family)["pixel_values"]
     page = write_page(encoder, pixels, processor(), tmp_path / "page.html", dense=restore(encoder))
     assert page.is_file() and "dense model" not in page.read_text("utf-8")
+
+
+def test_evit_without_its_extra_token_drops_patches(tmp_path):
+    for fuse in (True, False):
+        model = reduce_tokens(tiny_model(), EViTConfig(keep_rate=0.5, layers=(1,), fuse=fuse))
+        write_page(model, noise(32, 32), processor(), tmp_path / "page.html")  # one picture needs no list
+        page = (tmp_path / "page.html").read_text()
+        assert ("Pale, flat areas show patches" in page) is fuse and ("Faded patches were dropped" in page) is not fuse

@@ -75,6 +75,9 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
     """
     begin, folder = time.perf_counter(), Path(output_dir)
     data, work = folder / "data", folder / "work"
+    others = [name for name in ("index.html", "results.json", "table.md", "pareto.png") if (folder / name).exists()]
+    if others and not data.is_dir():
+        raise ValueError(f"{folder} holds {others[0]} of something else. Give a new or empty folder.")
     _say(f"1. Images: {data}")
     make_images(data, train=train, validation=min(400, train), seed=seed)
     _say("2. A dense ViT, trained from random weights (takes over a minute)")

@@ -24,7 +24,7 @@ def quantize(graph_file: Path, inputs: Tensor, batch_size: int | None = None) ->
     graph = openvino_core().read_model(graph_file)
     in_float = [node.get_friendly_name() for node in graph.get_ops() if _stays_in_float(node)]
     size = batch_size or 1
-    parts = [part for part in inputs[: max(MOST_IMAGES, size)].split(size) if len(part) == size]
+    parts = [part for part in inputs.split(size) if len(part) == size]
     with quietly():
         small = nncf.quantize(
             graph,

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..convert import stock_name
 from ..methods import method_of
-from ..tasks import is_one_by_one, is_regression
+from ..tasks import image_side, is_one_by_one, is_regression, task_of_model
 
 
 # Code that reads the input, by the name of the input.
@@ -39,6 +39,11 @@ from transformers import AutoConfig
 
 config = AutoConfig.from_pretrained(".")
 inputs = torch.zeros({shape})  # instead of these, what the processor of the model makes""",
+}
+# What a graph without logits returns, by the task of its model.
+RETURNS = {
+    "depth-estimation": " It returns a depth for each pixel.",
+    "image-feature-extraction": " It returns features.",
 }
 # Code that runs the graph, by its format.
 RUN = {
@@ -92,13 +97,17 @@ def readme(folder: Path, model: PreTrainedModel, found: dict[str, Any], has_proc
         )
         if found["decided_by_rounding"]:
             checked += (
-                f" Images in which rounding decides which tokens stay, {found['decided_by_rounding']}, do not count."
+                f" In {found['decided_by_rounding']} of the images, rounding decides which tokens stay. These images "
+                "do not count."
             )
+    task = "" if found["output"] == "logits" else RETURNS.get(task_of_model(model).name, "")
+    if image_side(model) is not model:
+        task = " It is the image side of the model alone, so it takes no texts. It returns the features of the image."
     if found["opset"]:
         checked += f" The ONNX opset is {found['opset']}."
     return f"""# {folder.resolve().name}
 
-This is a {stock_name(model)} as a graph, {what}. The graph {number}. The size of an input is fixed.
+This is a {stock_name(model)} as a graph, {what}.{task} The graph {number}. The size of an input is fixed.
 Run this in the folder:
 
 ```python

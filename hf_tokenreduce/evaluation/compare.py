@@ -128,6 +128,8 @@ def compare(
     dense = reduced_as(model, None)
     facts = facts_for(model, dataset, processor, image_column)
     source = dataset if calibration_dataset is None else calibration_dataset
+    if isinstance(reductions, (str, ReductionConfig)):
+        reductions = [reductions]
     if reductions is None or any(isinstance(reduction, str) for reduction in reductions):
         pixels = sample_pixels(source, processor, image_column, calibration_images)
         usual = default_reductions(facts, shares, model=inside(dense), pixel_values=pixels, names=reductions)
@@ -170,10 +172,11 @@ def compare(
         return evaluate_model(one, dataset, processor, dense=beside, output_dir=where, **options)
 
     done = {row["key"]: row for row in read_lines(folder / "results.jsonl")}
-    if progress:
+    known = [row.get("settings") for row in done.values()]
+    settings_left = sum(json.loads(json.dumps(one and one.to_dict())) not in known for one in wanted)
+    if progress and settings_left:
         # Where features are compared, the dense model runs beside each setting, and the bank runs through it too.
         images_each = len(dataset) * (2 if of_features else 1) + (0 if bank is None else len(bank))
-        settings_left = len(wanted) - len(done)
         _tell_how_long(inside(dense), dataset, processor, image_column, batch_size, settings_left, images_each)
     dense_report: Any = None
     rows = []
@@ -220,10 +223,15 @@ def compare(
 def _check_folder(folder: Path) -> None:
     """Raise a ValueError if a folder holds the results of another command, which would be replaced in part."""
     others = ("part-*.jsonl", "report.json", "tuning.json", "search/settings.json")
-    # A comparison makes the folder `settings` before the file settings.json. No other command makes both.
-    unknown = (folder / "settings.json").is_file() and not (folder / "settings").is_dir()
+    # A comparison makes the folder `settings` before all files. No other command makes both.
+    is_new = not (folder / "settings").is_dir()
+    unknown = (folder / "settings.json").is_file() and is_new
     if unknown or any(True for pattern in others for _ in folder.glob(pattern)):
         raise ValueError(f"output_dir {folder} holds the results of another command. Name another folder.")
+    patterns = ("config.json", *(("results.*", "table.md", "pareto.*") if is_new else ()))
+    foreign = [file.name for pattern in patterns for file in folder.glob(pattern)]
+    if foreign:
+        raise ValueError(f"output_dir {folder} holds {foreign[0]} of something else. Name another folder.")
 
 
 def _tell_how_long(
@@ -241,11 +249,9 @@ def _tell_how_long(
     reading = time.perf_counter() - begin
     with evaluating(model), torch.no_grad():
         computing = min(seconds_of(partial(image_side(model), pixels), model.device) for _ in range(2))
-    minutes = max(0, settings) * images / len(pixels) * (reading + computing) / 60
-    estimate = (
-        f"{settings} settings on {len(dataset)} images take at most about {minutes:.0f} min. Timing comes on top."
-    )
-    tqdm.write(estimate, sys.stderr)
+    minutes = settings * images / len(pixels) * (reading + computing) / 60
+    work = f"{settings} settings on {len(dataset)} images"
+    tqdm.write(f"{work} take about {minutes:.0f} min. Calibration and timing come on top.", sys.stderr)
 
 
 def facts_for(
@@ -376,6 +382,8 @@ def timed(
     if report.left_out:
         return dict.fromkeys(names)
     row = report.row("dense" if is_dense else "reduced")
+    if row.runtime != runtime:  # an adaptive method is not compiled, and its dense model is
+        return dict.fromkeys(names)
     return {
         "images_per_second": row.images_per_second,
         "dense_images_per_second": report.row("dense").images_per_second,

@@ -20,13 +20,20 @@ STYLES = [
     ("v", False, ":", "#555555"),
     ("P", True, "-", "#a3243b"),
     ("X", True, "-", "#111111"),
+    ("<", True, "-.", "#336666"),
+    (">", False, "--", "#664433"),
+    ("p", True, ":", "#445588"),
+    ("h", False, "-", "#2f5f2f"),
+    ("*", True, "--", "#8a2f5f"),
+    ("d", False, "-.", "#3d3d8f"),
+    ("8", True, ":", "#5c5c1f"),
 ]
 # For further lines: a second line of a method, or a method that is not listed here.
 OTHERS = [
-    ("<", True, "-", "#336666"),
-    (">", False, "--", "#664433"),
-    ("p", True, "-.", "#445588"),
-    ("h", False, ":", "#555555"),
+    ("<", False, "-", "#336666"),
+    (">", True, ":", "#664433"),
+    ("p", False, "-.", "#445588"),
+    ("h", True, "--", "#555555"),
 ]
 
 

@@ -91,6 +91,10 @@ class Records:
         self.file = self.folder / f"part-{processes.rank}.jsonl"
         settings = json.loads(json.dumps(settings, default=str))
         known = self.folder / "settings.json"
+        others = [name for name in ("config.json", "report.json") if (self.folder / name).is_file()]
+        if others and not known.is_file():
+            raise ValueError(f"output_dir {folder} holds {others[0]}, which is not of this work. Name another folder.")
+        processes.wait()
         if processes.rank == 0 and not known.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(known, json.dumps(settings, indent=1))

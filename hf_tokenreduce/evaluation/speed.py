@@ -3,6 +3,7 @@
 import copy
 import importlib
 import platform
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -71,9 +72,9 @@ def benchmark(
         device: Device, for all models. By default the device of the first model.
         runtimes: `"eager"`; `"compiled"`, which is torch.compile, on a GPU with CUDA graphs, where adaptive methods
             run eagerly; `"recorded"`, which on a GPU starts the kernels of an even model by one CUDA graph; or
-            `"onnx"`, `"openvino"` and `"openvino-int8"`, on the CPU, as graphs of a fixed number of images, where
-            adaptive methods run one image at a time. Each model is compared with the dense one in the same runtime,
-            and with the dense one in the first runtime.
+            `"onnx"`, `"openvino"` and `"openvino-int8"`, on the CPU, as graphs, where adaptive methods run one image
+            at a time. ONNX graphs take any number of images, and OpenVINO is told the number. Each model is compared
+            with the dense one in the same runtime, and with the dense one in the first runtime.
         oracle: Also time the slice oracle of each reduced model: the dense model, cut to the mean number of tokens
             that each layer of the reduced model leaves of this batch. The cut takes no time. If images keep different
             numbers of tokens, a second oracle has the highest number instead of the mean ("padded").
@@ -190,11 +191,11 @@ def _time_batches(
     if not runs:
         raise ValueError(f"Nothing can be timed: {'; '.join(left_out)}.")
     seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in runs}
-    order = list(runs)
+    order, chance = list(runs), random.Random(0)
     for repeat in range(-warmup, repeats):
         which = max(repeat, 0) % len(batches)
-        turn = repeat % len(order)  # another model begins each time, so none always follows the same one
-        for key in order[turn:] + order[:turn]:
+        chance.shuffle(order)  # no model always follows the same one, whose memory or threads may slow it down
+        for key in order:
             run = runs[key]
             if key in oracles:
                 oracles[key].lengths = lengths[key][which]

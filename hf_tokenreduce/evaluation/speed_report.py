@@ -136,8 +136,8 @@ class BenchmarkReport:
         s = self.settings
         first = next(iter(s["runtimes"]))
         lines = [
-            f"{conditions_line(s)}; medians of {s['repeats']} repeats in turn, intervals of medians in brackets "
-            f"(of {coverage(s['repeats']):.0f} %)",
+            f"{conditions_line(s)}; medians of {s['repeats']} repeats in turn"
+            + (f", in brackets their intervals of {coverage(s['repeats']):.0f} %" if s["repeats"] > 1 else ""),
             "",
             "| model | runtime | batch | dtype | tokens leaving | ms | p95 | images/s | speed-up over dense "
             f"| over dense {first} | of the oracle | over padded | peak MiB | peak over dense |",
@@ -164,6 +164,7 @@ class BenchmarkReport:
                 _cell(row.memory_over_dense),
             ]
             lines.append("| " + " | ".join(cells) + " |")
+        lines += self._what_columns_mean()
         lines += self._what_does_not_pay()
         lines += ["", *(f"- Left out: {text}." for text in self.left_out)] if self.left_out else []
         with_parts = [row for row in self.rows if row.breakdown is not None]
@@ -176,6 +177,23 @@ class BenchmarkReport:
                 cells = [row.name, str(row.batch_size), row.dtype, *(f"{100 * shares[part]:.0f}" for part in parts)]
                 lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+    def _what_columns_mean(self) -> list[str]:
+        """Return a line about each column that a reader cannot guess, if it has values."""
+        lines = []
+        if any(row.oracle_share is not None for row in self.rows):
+            lines.append(
+                "- Of the oracle: the speed, as a part of that of the dense model cut to the same numbers of tokens "
+                "at no cost."
+            )
+        if any(row.over_padded is not None for row in self.rows):
+            lines.append(
+                "- Over padded: the speed, as a multiple of that of the dense model cut to the longest image of each "
+                "batch."
+            )
+        if any(row.memory_over_dense is not None for row in self.rows):
+            lines.append("- Peak MiB: the most memory that a forward pass takes.")
+        return ["", *lines] if lines else []
 
     def _what_does_not_pay(self) -> list[str]:
         """Return a line of advice for each reduced model that is not faster than dense, as far as the timing shows."""

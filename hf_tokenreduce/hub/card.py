@@ -12,14 +12,14 @@ from transformers import AutoImageProcessor
 
 from ..blame import blaming
 from ..files import write_whole
-from ..methods import DENSE, Method, method_of
+from ..methods import METHODS, Method, method_of
 from ..modeling.encoders import EncoderFacts, encoder_config, facts_of
 from ..modeling.methods import parse_reduction
 from ..modeling.multiply_adds import even_counts, even_share
 from ..tasks import size_made_by
 from .card_check import settings_rows
 from .card_index import index_of
-from .card_text import code, merge_body, merge_metadata, parse_metadata, plain, read_card, sections, split
+from .card_text import code, id_in, merge_body, merge_metadata, parse_metadata, plain, read_card, split
 from .configuration import check_config, main_input_of, tower_of
 from .contents import one_line
 from .records import Record, accuracy, drop, duration, measured_on, number, read_record, read_report
@@ -92,8 +92,7 @@ def model_card(
         if known.get("epochs") and evaluated.pop("dense", None):  # it was trained, so that model is beside it
             evaluated |= {"control_top1": evaluated["baseline_top1"], "baseline_top1": None}
         known = {"method": own and own.method, "settings": own and own.to_dict(), **known, **evaluated}
-    if machine is not None:
-        known.setdefault("machine", machine)
+    known["machine"] = known.get("machine") or machine
     reduction = _reduction(config, known)
     method = method_of(reduction)
     if config is not None and facts_of(config).num_prefix_tokens == 0:
@@ -104,7 +103,8 @@ def model_card(
         previous = "" if folder is None else read_card(folder / "README.md")
     line_break = "\r\n" if "\r\n" in previous else "\n"
     block, old_body = split(previous.replace("\r\n", "\n"))
-    repo_id = repo_id or _id_in(old_body)
+    named = id_in(old_body)
+    repo_id = repo_id or (None if named == NOT_NAMED else named)
     title = repo_id.split("/")[-1] if repo_id else (folder.resolve().name if folder else _stem(record))
     present_metadata = parse_metadata(block)
     given = {"base_model": base_model, "license": base_license, "datasets": dataset}
@@ -250,6 +250,7 @@ def _body(
         usage=None if config is None else usage(config, repo_id or NOT_NAMED),
         needs=LEAST_TRANSFORMERS,
         run=None if config is None else run(config),
+        mixes=method.token_decoder is not None,
         adaptive=adaptive,
         limits=_limits(config, record, reduction, adaptive, base_license, "sound" if audio else "image"),
     )
@@ -325,7 +326,10 @@ def _limits(
     if record.get("top1") is not None:
         limits.append("The accuracy is that of the images named above; measure it on your own before you rely on it.")
     if record.get("chosen_by_evaluation"):
-        limits.append("Of several epochs the best on these images was kept, so the accuracy is somewhat too high.")
+        limits.append(
+            "Of several epochs the best on the evaluation images of the training was kept, so the accuracy on those "
+            "images is somewhat too high."
+        )
     if record.get("speedup") is not None and reduction is not None:
         limits.append("The speed-up is that of one machine and batch size; small batches and small models gain less.")
     if adaptive:
@@ -339,7 +343,7 @@ def _limits(
         limits.append("Patches that share a token have equal features.")
     if config is not None:
         limits.append("Loading it runs the code of this repository: read it, and pin `revision`.")
-    license_text = f"That licence is {plain(base_license)}." if base_license else ""
+    license_text = f"This card names {plain(base_license)}." if base_license else ""
     limits.append(f"The licence of the base model's weights holds for these too. {license_text}".strip())
     return limits
 
@@ -360,8 +364,7 @@ def _metadata(
     task: str,
 ) -> dict[str, Any]:
     tags = ["token-reduction", *([] if task.startswith("audio") else ["vision-transformer"]), "hf_tokenreduce"]
-    tags += [method.title.lower()] if method is not DENSE else []
-    tags += [f"arxiv:{method.arxiv}"] if method.arxiv else []
+    tags += _tags_of(method)
     results = None
     name = measured_on(record)  # not `dataset`, which it was trained on
     if record.get("top1") is not None and name:
@@ -389,11 +392,18 @@ def _metadata(
     ).to_dict()
 
 
+def _tags_of(method: Method) -> list[str]:
+    """Return the tags that name a method and its paper."""
+    if method.config_class.method is None:  # the dense model
+        return []
+    return [method.title.lower(), *([f"arxiv:{method.arxiv}"] if method.arxiv else [])]
+
+
 def _changes(present_metadata: dict[str, Any], new_metadata: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
     """Which metadata of the owner to change, and to what.
 
-    Tags are added and results of other metrics are kept. The owner's value stands, unless this library always writes
-    the key (`ALWAYS_OURS`) or its value was given just now (`explicit`).
+    Tags are added, but those of another method are removed. Results of other metrics are kept. The owner's value
+    stands, unless this library always writes the key (`ALWAYS_OURS`) or its value was given just now (`explicit`).
     """
     changes = {
         name: value
@@ -402,6 +412,9 @@ def _changes(present_metadata: dict[str, Any], new_metadata: dict[str, Any], exp
     }
     if "tags" in present_metadata:
         tags = present_metadata["tags"] if isinstance(present_metadata["tags"], list) else [present_metadata["tags"]]
+        for others in map(_tags_of, METHODS.values()):
+            if set(others) <= set(tags) and not set(others) & set(new_metadata["tags"]):  # it had this method before
+                tags = [tag for tag in tags if tag not in others]
         changes["tags"] = tags + [tag for tag in new_metadata["tags"] if tag not in tags]
     if present_metadata.get("model-index"):
         try:
@@ -417,13 +430,6 @@ def _changes(present_metadata: dict[str, Any], new_metadata: dict[str, Any], exp
         elif len(kept) < len(present):  # an old result of ours would contradict the card
             changes["model-index"] = eval_results_to_model_index(name, kept) if kept else None
     return changes
-
-
-def _id_in(body: str) -> str | None:
-    """Return the Hub id for which the code of a card was written."""
-    begin, end = sections(body).get("usage", (0, 0))
-    found = re.search(r'from_pretrained\("([^"]+)"', body[begin:end])
-    return None if found is None or found[1] == NOT_NAMED else found[1]
 
 
 def _check_id(name: str, value: str | None) -> None:

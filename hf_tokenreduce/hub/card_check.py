@@ -21,7 +21,7 @@ def check_card(folder: Path, files: dict[str, int], config: Any) -> None:
     in_card = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|$", text, re.MULTILINE))
     in_config = {} if config.reduction is None else dict(settings_rows(config.reduction))
     different = sorted(name for name in {*in_card, *in_config} if in_card.get(name) != in_config.get(name))
-    others = [method.title for method in METHODS.values() if re.search(rf"token reduction by {method.title}\b", text)]
+    others = [method.title for method in METHODS.values() if f"token reduction by {method.title}, made with" in text]
     if others and method_of(config.reduction).title not in others:
         different.insert(0, "the method")
     if different:

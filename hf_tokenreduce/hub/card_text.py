@@ -60,6 +60,13 @@ def split(text: str) -> tuple[str, str]:
     return (found[2] + "\n", text[found.end() :]) if found else ("", text)
 
 
+def id_in(body: str) -> str | None:
+    """Return the Hub id that the code of a card names, which can be a placeholder. None: there is no code of ours."""
+    begin, end = sections(body).get("usage", (0, 0))
+    found = re.search(r'from_pretrained\("([^"]+)"', body[begin:end])
+    return None if found is None else found[1]
+
+
 def parse_metadata(block: str) -> dict[str, Any]:
     """Read the YAML of a card's metadata."""
     try:

@@ -18,7 +18,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from ..methods.register import register_from_folder
 from ..modeling.encoders import PREFIX, encoder_config
-from ..tasks import MAIN_OUTPUTS, Task
+from ..tasks import MAIN_OUTPUTS, Task, takes_texts
 from . import fresh
 from .card_check import check_card
 from .code_files import __version__, find_code
@@ -28,7 +28,6 @@ from .configuration import (
     model_class_of,
     pipeline_of,
     stock_class,
-    takes_texts,
     task_of_config,
     tower_of,
 )

@@ -1,6 +1,5 @@
 """Check that config.json describes a reduced model, by its values alone: before anything of their size is made."""
 
-import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..modeling.encoders import MODELS, PREFIX, TOWERS, Tower, encoder_config, facts_of, stock_type
 from ..modeling.modeling_tokenreduce import reduced_model_class
-from ..tasks import Task, task_of
+from ..tasks import Task, takes_texts, task_of
 from .code_files import CODE
 from .contents import one_line, read_json, short
 
@@ -117,11 +116,6 @@ def task_of_config(config: Any) -> Task:
     return task_of(model_class_of(config).__name__.removeprefix(PREFIX))
 
 
-def takes_texts(stock: str) -> bool:
-    """Whether models of this stock class take texts."""
-    return "input_ids" in inspect.signature(getattr(transformers, stock).forward).parameters
-
-
 def main_input_of(stock: str) -> str:
     """Name the main input of a stock class: pixel_values, or input_values for sounds."""
     return "pixel_values" if takes_texts(stock) else getattr(transformers, stock).main_input_name
@@ -198,7 +192,12 @@ def _dictionaries(values: dict[str, Any], place: str = "") -> Iterator[tuple[str
 def _check_code(values: dict[str, Any]) -> None:
     """Check that no part names code, or a model, that lies outside the folder."""
     for place, part in _dictionaries(values):
-        for name in ("custom_pipelines", "quantization_config", "backbone", *(["auto_map"] if place else [])):
+        if part.get("quantization_config"):
+            raise ValueError(
+                f"config.json has {place}quantization_config. Publish the model as it was before it was quantised. "
+                "Readers quantise it when they load it: from_pretrained(..., quantization_config=...)."
+            )
+        for name in ("custom_pipelines", "backbone", *(["auto_map"] if place else [])):
             if part.get(name):
                 raise ValueError(f"config.json has {place}{name}, which this library does not write: remove it.")
         for name in ("attn_implementation", "_attn_implementation"):

@@ -23,6 +23,7 @@ OF_TEXTS = {
     "generation_config.json",
     PROCESSOR,
 }
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 PICTURE = re.compile(r"images/[\w-][\w.-]*\.png")

@@ -11,13 +11,16 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from ..files import holds_something, model_folder
-from .card_text import read_card
+from .card_text import id_in, read_card, split
 from .check import CheckReport, check_folder, copy_files
-from .contents import one_line
-from .usage import NOT_NAMED, loading
+from .contents import INDEX, WHOLE, one_line
+from .usage import loading
 
 
 logger = logging.get_logger(__name__)
+
+# Files of an earlier model that must not stay in the repository. Weights in one file would be loaded instead of parts.
+OF_EARLIER_MODEL = [WHOLE, INDEX, "model-?????-of-?????.safetensors", "record.json"]
 
 
 class PublishError(RuntimeError):
@@ -69,8 +72,8 @@ def publish(
 ) -> PublishResult:
     """Check a folder with `check_folder` and upload the files that belong to it.
 
-    Other files of the repository stay. An upload that was cut off continues where it stopped when `publish` is called
-    again.
+    Weights and the record of an earlier model are deleted in the repository, and its other files stay. An upload that
+    was cut off continues where it stopped when `publish` is called again.
 
     Args:
         folder: The folder of a saved model.
@@ -106,9 +109,10 @@ def publish(
     elif report.folder.resolve() != folder.resolve():
         raise ValueError(f"report is about {report.folder}, not about {folder}. Leave it out: then it is made anew.")
     report.raise_for_errors()
-    if "README.md" in report.files and NOT_NAMED in read_card(folder / "README.md"):
+    named = id_in(split(read_card(folder / "README.md"))[1]) if "README.md" in report.files else None
+    if named not in (None, repo_id):
         logger.warning(
-            f"The code in README.md names {NOT_NAMED}. To name {repo_id} there, write the card again with it: "
+            f"The code in README.md names {named}. To name {repo_id} there, write the card again with it: "
             f"tokenreduce card {folder} --repo-id {repo_id}, and publish once more."
         )
     if target is not None:
@@ -127,6 +131,7 @@ def publish(
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=sorted(report.files),
+            delete_patterns=OF_EARLIER_MODEL,
             commit_message=commit_message or "A model with token reduction",
             revision=revision,
             create_pr=create_pr,

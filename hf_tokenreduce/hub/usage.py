@@ -4,7 +4,8 @@ from typing import Any
 
 from ..methods import method_of
 from ..modeling.encoders import PREFIX, encoder_config
-from .configuration import main_input_of, model_class_of, pipeline_of, takes_texts, task_of_config, tower_of
+from ..tasks import takes_texts
+from .configuration import main_input_of, model_class_of, pipeline_of, task_of_config, tower_of
 
 
 NOT_NAMED = "<this repository>"  # stands for the id as long as it is not known

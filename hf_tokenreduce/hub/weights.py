@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .configuration import model_class_of
-from .contents import INDEX, WEIGHTS, one_line, read_json, short
+from .contents import INDEX, WEIGHTS, WHOLE, one_line, read_json, short
 
 
 def check_weights(folder: Path, files: dict[str, int], config: Any) -> None:
@@ -16,10 +16,15 @@ def check_weights(folder: Path, files: dict[str, int], config: Any) -> None:
     found: dict[str, tuple[int, ...]] = {}
     for name in sorted(name for name in files if WEIGHTS.fullmatch(name)):
         found |= _shapes(folder / name)
-    if INDEX not in files and "model.safetensors" not in files:
+    if INDEX not in files and WHOLE not in files:
         raise ValueError(f"The weights are in parts, but {INDEX} is missing. Save them again with save_pretrained.")
     if INDEX in files:
         _check_index(read_json(folder / INDEX), files)
+    if INDEX in files and WHOLE in files:  # transformers deletes neither when it writes the other
+        raise ValueError(
+            f"The folder has weights in one file and in parts, of which one is older: {WHOLE} and {INDEX}. "
+            f"transformers loads {WHOLE}. Delete what is older, or save the model in a new folder."
+        )
     try:
         with torch.device("meta"):
             model = model_class(config)
@@ -58,4 +63,5 @@ def _check_index(index: Any, files: dict[str, int]) -> None:
         raise ValueError(f"{INDEX} has no weight_map.")
     for name in {str(file) for file in weight_map.values()}:
         if not WEIGHTS.fullmatch(name) or name not in files:
-            raise ValueError(f"{INDEX} points to {short(name)}, which is no weight file of this folder.")
+            older = f" Delete {INDEX} if {WHOLE} has all weights." if WHOLE in files else ""
+            raise ValueError(f"{INDEX} points to {short(name)}, which is no weight file of this folder.{older}")

@@ -25,5 +25,5 @@ EVIT = Method(
         "which the keep rate falls (`keep_rate_warmup`)."
     ),
     keep_rate_may_change=True,
-    gathers_the_rest=True,
+    gathers_the_rest=lambda config: config.fuse,
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
+from ..modeling.checks import is_integer, is_number
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import EncoderFacts, encoder_of
 from ..modeling.ltmp import LTMPConfig, decide_by_thresholds
@@ -52,9 +53,9 @@ def fit_thresholds(
     """
     if target is None:
         raise ValueError("target is missing. Give the share of the multiply-adds to keep, such as 0.65.")
-    if not 0 < target <= 1:
+    if not is_number(target) or not 0 < target <= 1:
         raise ValueError(f"target must be the share of multiply-adds to keep, above 0 and at most 1, got {target!r}.")
-    if not 0 <= merge_share <= 1:
+    if not is_number(merge_share) or not 0 <= merge_share <= 1:
         raise ValueError(f"merge_share must lie between 0 and 1, got {merge_share!r}.")
     settings = model.config.reduction
     encoder = encoder_of(model)
@@ -64,7 +65,7 @@ def fit_thresholds(
     given = [(threshold, threshold.clone()) for reducer in reducers for threshold in reducer.parameters()]
     merge_share = merge_share if settings.merge and settings.prune else float(settings.merge)
     starts = (len(reducers) // 4, 0) if target >= 0.5 else (0,)
-    if first_layer is not None and not 0 <= first_layer < len(reducers):
+    if first_layer is not None and (not is_integer(first_layer) or not 0 <= first_layer < len(reducers)):
         raise ValueError(
             f"first_layer must be the index of a layer, from 0 to {len(reducers) - 1}, got {first_layer}."
         )
@@ -96,12 +97,16 @@ def fit_thresholds(
                 f"target={target} cannot be reached: max_tokens={settings.max_tokens} keeps {share:.3f} of the "
                 "multiply-adds at most. Give a lower target or a higher cap."
             )
+        tried = {removed: share}
         for _ in logging.tqdm(range(12), desc="calibrating thresholds", leave=False):
             if abs(share - target) <= tolerance:
                 break
             low, high = (removed, high) if share > target else (low, removed)
             removed = (low + high) / 2
-            share = share_when_removing(removed, first)
+            tried[removed] = share = share_when_removing(removed, first)
+        closest = min(tried, key=lambda part: abs(tried[part] - target))
+        if closest != removed:  # the share jumps over the target, and the last try was on the farther side
+            share = share_when_removing(closest, first)
     except BaseException:
         for threshold, value in given:
             threshold.copy_(value)

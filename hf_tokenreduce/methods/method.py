@@ -73,7 +73,8 @@ class Method:
         key_settings: Fields that a share decides, and that name a setting in tables.
         shown_settings: Fields that a page shows. None: all.
         learned_numbers: `learned_numbers(model)` returns the numbers that it has learned, one per layer, by a label.
-        gathers_the_rest: Whether a token of many patches holds what other methods would drop.
+        gathers_the_rest: `gathers_the_rest(config)` returns whether a token of many patches holds what other methods
+            would drop.
         tuned_settings: Values of further fields that the tuner tries, one field at a time, besides the default values.
             The tuner also tries layers if the method has a choice of them. None: the tuner leaves the method out,
             because it must be trained before it is of use.
@@ -113,7 +114,7 @@ class Method:
     key_settings: tuple[str, ...] = ("keep_rate",)
     shown_settings: tuple[str, ...] | None = None
     learned_numbers: Callable[[PreTrainedModel], dict[str, list[float]]] = lambda model: {}
-    gathers_the_rest: bool = False
+    gathers_the_rest: Callable[[Any], bool] = lambda config: False
     tuned_settings: Mapping[str, Sequence[Any]] | None = field(default_factory=dict)
     at_counts: Callable[[EncoderFacts, Any, Sequence[int]], ReductionConfig] | None = None
 

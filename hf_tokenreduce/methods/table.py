@@ -183,7 +183,7 @@ def _picture(method: Method) -> str:
         f"{method.title} keeps about 65 % of the multiply-adds. A faded patch was dropped. Patches inside one outline "
         "are one token, filled with its mean colour."
     ]
-    if method.gathers_the_rest:
+    if method.gathers_the_rest(method.config_class()):
         parts.append("A pale patch went into a token that gathers the patches which were not kept.")
     if method.token_decoder is not None:
         parts.append("Tokens are mixtures here, so each patch is drawn with the token in which it weighs most.")

@@ -27,6 +27,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def check_left_out(owner: str, settings: Mapping[str, Any], *names: str) -> None:
+    """Raise a ValueError if settings are given that a share decides."""
+    for name in names:
+        if name in settings:
+            raise ValueError(f"{owner}: a share decides {name}, so leave {name} out.")
+
+
 def check_flag(owner: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{owner}: {name} must be True or False, got {value!r}.")
@@ -34,7 +41,7 @@ def check_flag(owner: str, name: str, value: Any) -> None:
 
 def check_size(owner: str, name: str, value: Any) -> None:
     if not is_integer(value) or not 1 <= value <= MOST:
-        raise ValueError(f"{owner}: {name} must be an integer from 1 to {MOST}, or None, got {value!r}.")
+        raise ValueError(f"{owner}: {name} must be an integer from 1 to {MOST}, got {value!r}.")
 
 
 def check_rate(owner: str, rate: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from .checks import check_layers_fit, check_rate, checked_layers, is_sequence
+from .checks import check_layers_fit, check_left_out, check_rate, checked_layers, is_sequence
 from .encoders import EncoderFacts, facts_of
 from .multiply_adds import even_share, largest_within, rounded_up_share
 
@@ -133,6 +133,7 @@ class KeepRateConfig(ReductionConfig):
     def for_budget(cls, config: PreTrainedConfig | EncoderFacts, share: float, **settings: Any) -> "KeepRateConfig":
         """Make the setting that keeps at most `share` of the multiply-adds: one keep rate, in steps of 0.0001."""
         facts = facts_of(config)
+        check_left_out(cls.__name__, settings, "keep_rate")
 
         def keeping(steps: int) -> "KeepRateConfig":
             reduction = cls(keep_rate=(steps + 1) / 10000, **settings)

@@ -67,6 +67,12 @@ class TokenReduceConfigMixin(_StockConfig):
             output["reduction"] = self.reduction.to_dict()
         return output
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        if "reduction" in kwargs and kwargs["reduction"] != parse_reduction(config_dict.get("reduction")):
+            config_dict = {name: value for name, value in config_dict.items() if name != "calibrated_share"}
+        return super().from_dict(config_dict, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         # Made again, because the code is saved beside the weights: no entry may still point to an earlier place.
         self.auto_map = self._code_references()

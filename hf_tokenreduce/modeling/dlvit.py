@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .checks import (
     check_caps_fit,
     check_flag,
+    check_left_out,
     check_rate,
     check_size,
     checked_caps,
@@ -128,6 +129,7 @@ class DLViTConfig(ReductionConfig):
         `trained` is False unless the settings say otherwise, and until then every patch stays.
         """
         facts = facts_of(config)
+        check_left_out(cls.__name__, settings, "keep_rate")
 
         def keeping(steps: int, **changes: Any) -> "DLViTConfig":
             return cls(keep_rate=(steps + 1) / 10000, **{**settings, **changes})

@@ -10,6 +10,9 @@ from torch import Tensor
 from .tokens import TokenState, even_rows, rows_at
 
 
+MOST_PREFIX_TOKENS = 16  # no model has as many class tokens and registers
+
+
 def on_grid(state: TokenState) -> Tensor:
     """Return a row per patch, (B, P + N0, D): that of its token, so that a merged token counts once per patch. A
     dropped patch has its last state if last states are kept, else the mean of the other rows."""
@@ -57,6 +60,10 @@ def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean
     """
     if isinstance(fill, str) and fill not in ("mean", "zero"):
         raise ValueError(f'fill must be "mean", "zero" or a tensor of one row per patch, got {fill!r}.')
+    if patch_map is None:
+        raise ValueError(
+            "patch_map is None. Call the model with output_patch_map=True. For SiT give patch_weights instead."
+        )
     spare = hidden_states.shape[1] - patch_map.shape[-1]
     if spare >= 0 and not patch_map.is_floating_point() and not torch.compiler.is_compiling():
         used = int(patch_map.max()) + 1 if patch_map.numel() else 0
@@ -66,6 +73,13 @@ def unmerge(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor = "mean
                 "These hidden states have more rows than tokens. Most likely they have a row per patch already, as in "
                 f"CLIP, SigLIP, DINO and others: then the patches are hidden_states[:, {spare}:]. Or LTMP was in "
                 "training mode, where tokens that were dropped or merged keep their rows: then call model.eval()."
+            )
+    if patch_map.is_floating_point():
+        rows, (tokens, patches) = hidden_states.shape[1], patch_map.shape[1:]
+        if rows >= patches > tokens + MOST_PREFIX_TOKENS:
+            raise ValueError(
+                f"These hidden states have {rows} rows for {tokens} patch tokens. Most likely they have a row per "
+                f"patch already, as in CLIP, SigLIP, DINO and others: then the patches are hidden_states[:, {spare}:]."
             )
     return _unmerged(hidden_states, patch_map, fill)
 

@@ -7,6 +7,7 @@ stock. Layers and their attention keep the names of their parameters; a method's
 """
 
 import sys
+from collections import namedtuple
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -48,23 +49,8 @@ class Passage(NamedTuple):
     kept: tuple[Tensor, ...] = ()
 
 
-class LayerOutput(NamedTuple):
-    """`shown` of a `Passage`, and the fields of a `TokenState`."""
-
-    shown: Tensor
-    hidden_states: Tensor
-    size: Tensor | None
-    patch_map: Tensor | None
-    num_prefix_tokens: int
-    num_patches: int
-    lengths: tuple[int, ...] | None
-    mask: Tensor | None
-    rank: Tensor | None
-    patch_weights: Tensor | None
-    origin: Tensor | None
-    last_states: Tensor | None
-    shift: Tensor | None
-    live: int | None
+# `shown` of a `Passage`, and the fields of a `TokenState`.
+LayerOutput = namedtuple("LayerOutput", ("shown", *TokenState._fields))  # type: ignore[misc]
 
 
 class Role(NamedTuple):
@@ -168,7 +154,7 @@ class ReducedLayer(nn.Module):
             return False
         if self.training and any(parameter.requires_grad for parameter in self.reducer.parameters()):
             return False  # these parameters would have no gradient
-        return not _is_watched(*self.modules())  # a hook may read more than the prefix
+        return not is_watched(*self.modules())  # a hook may read more than the prefix
 
     def _counts_of_papers(self, state: TokenState) -> Any:
         """Return the number of tokens that would leave the layer if all of it were computed."""
@@ -269,7 +255,7 @@ class ReducedLayer(nn.Module):
 
     def _shown(self, state: TokenState) -> Tensor:
         """Return what is captured as hidden states: `_result`, but only if a forward hook reads it."""
-        return self._result(state) if _is_watched(self) else state.hidden_states
+        return self._result(state) if is_watched(self) else state.hidden_states
 
     def _result(self, state: TokenState) -> Tensor:
         """Return a row per patch where the code after the encoder reads that, else the tokens, padded with zeros."""
@@ -300,7 +286,7 @@ class ReducedLayer(nn.Module):
         return result
 
 
-def _is_watched(*modules: nn.Module) -> bool:
+def is_watched(*modules: nn.Module) -> bool:
     """Return whether a hook reads what modules take or return.
 
     transformers leaves its own hooks in place after a call that reads hidden states. They read only in such calls."""

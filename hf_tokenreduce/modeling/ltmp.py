@@ -74,6 +74,8 @@ class LTMPConfig(ReductionConfig):
             value = getattr(self, name)
             if not is_number(value) or not low <= value <= high:
                 raise ValueError(f"LTMPConfig: {name} must lie between {low} and {high}, got {value!r}.")
+        if self.target == 0:
+            raise ValueError("LTMPConfig: target must be above 0. It is the share of the multiply-adds to keep.")
         for name in ("temperature", "budget_weight"):
             value = getattr(self, name)
             if not is_number(value) or not 0 < value < float("inf"):

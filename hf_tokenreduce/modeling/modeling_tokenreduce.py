@@ -30,8 +30,8 @@ from .encoders import (
     auto_classes_of,
     encoder_of,
 )
-from .hooks import take_over
-from .layers import ReducedLayer, inject
+from .hooks import Reducer, take_over
+from .layers import ReducedLayer, inject, is_watched
 from .methods import build_reducer, write_extra_method
 from .packed import on_device
 from .recording import RECORDER, Encoded, Recorder
@@ -78,8 +78,6 @@ class TokenReduceMixin(_StockModel):
             # Every version looks up the class's name. From 5.23 on, the dictionary itself would set another key.
             recorded = encoder.module._can_record_outputs
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(encoder.module)), recorded)
-        if encoder.facts.num_hidden_layers < 1:
-            raise ValueError(f"A reduced model needs at least one layer, got {encoder.facts.num_hidden_layers}.")
         inject(encoder, encoder.facts, type(self).__name__.removeprefix(PREFIX) in READ_EVERY_PATCH)
         for layer in encoder.layers:
             self._initialize(layer)
@@ -216,13 +214,25 @@ class TokenReduceMixin(_StockModel):
         outer = RECORDER.get()
         if outer is not None:  # this model is inside a model with a head
             return stock_forward(self, *args, return_dict=True, **kwargs), outer.encoded
-        recorder = Recorder(output_patch_map, type(self).__name__.removeprefix(PREFIX) in READ_PREFIX_ALONE)
+        encoder = encoder_of(self).module
+        # A hook on the encoder or its last norm may read more than the prefix.
+        alone = type(self).__name__.removeprefix(PREFIX) in READ_PREFIX_ALONE
+        recorder = Recorder(output_patch_map, alone and not is_watched(encoder, *encoder.children()))
         token = RECORDER.set(recorder)
         try:
             output = stock_forward(self, *args, return_dict=True, **kwargs)
         finally:
             RECORDER.reset(token)
         return output, recorder.encoded
+
+    def _check_nothing_is_lost(self, output_patch_map: bool) -> None:
+        """Raise a ValueError if something needs what the layers did not tell, because a part is compiled alone."""
+        learns = type(encoder_of(self).reducers[0]).auxiliary_loss is not Reducer.auxiliary_loss
+        if output_patch_map or (self.training and learns):
+            raise ValueError(
+                "A part of this model runs compiled and the rest does not, so the layers cannot tell where tokens "
+                "went. Compile the whole model with an even method, or compile nothing."
+            )
 
     def _extended(self, output: Any, encoded: list[Encoded], num_items: Any, labels: Any) -> Any:
         """Add our fields to the stock model's output. The encoder ran once, or not at all if there are no images."""
@@ -336,6 +346,8 @@ def _recorded(stock_forward: Any) -> Any:
             else:
                 kwargs["noise"] = order
         output, encoded = self._run_recorded(stock_forward, args, kwargs, output_patch_map)
+        if not encoded and isinstance(inputs, Tensor) and not torch.compiler.is_compiling():
+            self._check_nothing_is_lost(output_patch_map)
         output = self._extended(output, encoded, kwargs.get("num_items_in_batch"), given("labels"))
         returns_dict = self.config.return_dict if return_dict is None else return_dict
         return output if returns_dict else output.to_tuple()

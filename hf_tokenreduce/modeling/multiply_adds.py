@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from .checks import is_number
 from .encoders import EncoderFacts, facts_of
 
 
@@ -84,9 +85,9 @@ def even_share(reduction: Any, config: PreTrainedConfig | EncoderFacts) -> float
     return shares_kept(facts, torch.tensor([even_counts(reduction, facts)]), facts.num_tokens, reduction).item()
 
 
-def check_share(share: float) -> None:
+def check_share(share: Any) -> None:
     """Raise a ValueError unless `share` is a number above 0 and at most 1."""
-    if not isinstance(share, (int, float)) or not 0 < share <= 1:
+    if not is_number(share) or not 0 < share <= 1:
         raise ValueError(f"share must be the share of multiply-adds to keep, above 0 and at most 1, got {share!r}.")
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from .attention import AttentionView
-from .checks import check_flag, check_layers_fit, checked_layers, is_integer, is_number, is_sequence
+from .checks import check_flag, check_layers_fit, check_left_out, checked_layers, is_integer, is_number, is_sequence
 from .configuration_base import ReductionConfig
 from .encoders import EncoderFacts, facts_of
 from .hooks import Reducer
@@ -110,8 +110,7 @@ class ToMeConfig(ReductionConfig):
             **settings: Values of the other fields.
         """
         facts = facts_of(config)
-        if settings.get("inflect"):
-            raise ValueError(f"{cls.__name__}: a share decides the r of each layer, so leave inflect out.")
+        check_left_out(cls.__name__, settings, "r", *(["inflect"] if settings.get("inflect") else []))
         places = range(facts.num_hidden_layers) if layers is None else sorted(checked_layers(cls.__name__, layers))
         if not places:
             raise ValueError(f"{cls.__name__}: layers is empty, so nothing could be removed. Name some layers.")

@@ -55,7 +55,7 @@ def searched_methods(names: Sequence[str] | None = None) -> list[Method]:
     """
     if names is None:
         return [method for method in METHODS.values() if _why_left_out(method) is None]
-    found = [find_method(name) for name in dict.fromkeys(names)]
+    found = [find_method(name) for name in dict.fromkeys([names] if isinstance(names, str) else names)]
     for method in found:
         reason = _why_left_out(method)
         if reason is not None:

@@ -17,7 +17,7 @@ from .maps import TokenMaps, checked_layers, token_maps
 
 INK, PALE, FRAME = (32, 33, 36), (98, 102, 109), (208, 211, 216)
 
-Images = Tensor | Sequence[Image.Image | str | Path]
+Images = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Path]
 
 
 class Cell(NamedTuple):
@@ -112,6 +112,8 @@ def method_comparison(
 
 def prepare_images(images: Images, processor: Any, names: Sequence[str] | None) -> tuple[Tensor, list[str]]:
     """Return pixel values (B, C, H, W), and a name for each image."""
+    if isinstance(images, (str, Path, Image.Image)):
+        images = [images]
     if len(images) == 0:
         raise ValueError("images is empty. Give at least one picture, file or row of pixel values.")
     if names is not None and len(names) != len(images):

@@ -53,7 +53,7 @@ class TokenMaps(NamedTuple):
 
     def gathers_the_rest(self) -> bool:
         """Whether the method gathers patches into one token that would otherwise be dropped (EViT)."""
-        return method_of(self.reduction).gathers_the_rest
+        return method_of(self.reduction).gathers_the_rest(self.reduction)
 
     def differ(self) -> bool:
         """Whether the images have different numbers of tokens."""
