@@ -5,6 +5,7 @@ import torch
 from families import FAMILIES, GRIDS, PLAIN, cases, family_inputs, family_model, image_features_of
 from helpers import METHODS, NEWER, NUM_PATCHES, reduce_tiny, tiny_images, tiny_model
 from naive_families import naive_run
+from task_models import CASES
 from test_families_naive import images_of, run_and_watch
 
 from hf_tokenreduce import SiTConfig, ToMeConfig, TopKConfig, reduce_tokens, unmerge
@@ -321,8 +322,8 @@ def test_no_grid_is_made_where_readers_want_tokens(family):
 
 
 def test_rows_that_are_unmerged_already_are_told_for_mixtures_too():
-    model = reduce_tokens(family_model("clip"), SiTConfig(layers=(1,)))
-    output = image_features_of(model, family_inputs("clip", 2), output_patch_map=True)
+    model = reduce_tokens(CASES["clip-vision"].make(), SiTConfig(layers=(1,)))
+    output = model(tiny_images(2), output_patch_map=True)
     with pytest.raises(ValueError, match=r"have a row per patch already.*hidden_states\[:, 1:\]"):
         unmerge(output.last_hidden_state, output.patch_weights)
     with pytest.raises(ValueError, match=r"patch_map is None\. Call the model with output_patch_map=True"):

@@ -13,7 +13,8 @@ from transformers import ViTImageProcessor
 from transformers.utils import cached_file
 
 from hf_tokenreduce import ToMeConfig, reduce_tokens
-from hf_tokenreduce.hub.card import _limits, _training
+from hf_tokenreduce.hub.card import _limits
+from hf_tokenreduce.hub.records import trained_how
 from hf_tokenreduce.modeling.encoders import encoder_of
 from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArguments, measuring
 from hf_tokenreduce.training.origin import fitted_on, was_trained
@@ -84,7 +85,7 @@ def test_the_best_of_several_epochs_is_called_a_choice(start):
 
 
 def test_a_card_counts_the_images_of_a_stream():
-    assert _training({"epochs": 1.0, "streamed_images": 12_800, "dataset": "shards"}).startswith(
+    assert trained_how({"epochs": 1.0, "streamed_images": 12_800, "dataset": "shards"}).startswith(
         "12,800 images of a stream on shards"
     )
 

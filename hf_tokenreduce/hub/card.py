@@ -22,7 +22,7 @@ from .card_index import index_of
 from .card_text import code, id_in, merge_body, merge_metadata, parse_metadata, plain, read_card, split
 from .configuration import check_config, main_input_of, tower_of
 from .contents import one_line
-from .records import Record, accuracy, drop, duration, measured_on, number, read_record, read_report
+from .records import Record, accuracy, drop, measured_on, number, read_record, read_report, trained_how
 from .usage import LEAST_TRANSFORMERS, NOT_NAMED, pipeline_tag, run, stock_of, usage
 
 
@@ -92,7 +92,8 @@ def model_card(
         if known.get("epochs") and evaluated.pop("dense", None):  # it was trained, so that model is beside it
             evaluated |= {"control_top1": evaluated["baseline_top1"], "baseline_top1": None}
         known = {"method": own and own.method, "settings": own and own.to_dict(), **known, **evaluated}
-    known["machine"] = known.get("machine") or machine
+    if machine is not None and known.get("machine") is None:
+        known["machine"] = machine
     reduction = _reduction(config, known)
     method = method_of(reduction)
     if config is not None and facts_of(config).num_prefix_tokens == 0:
@@ -213,8 +214,11 @@ def _body(
     if config is not None and reduction is not None and not adaptive:
         # By arithmetic, where no run says it: these methods keep the same of every image.
         facts = _facts_of_images(folder, config)
-        ratio = even_share(reduction, facts) if ratio is None else ratio
-        tokens = even_counts(reduction, facts) if tokens is None else tokens
+        try:
+            tokens = even_counts(reduction, facts) if tokens is None else tokens
+            ratio = even_share(reduction, facts) if ratio is None else ratio
+        except ValueError:  # a method that came with a folder need not say how many tokens it keeps
+            adaptive = True
     speedup = number(record, "speedup", 2)
     control = accuracy(record, "control_top1")
     lost = drop(record)
@@ -243,7 +247,7 @@ def _body(
         conditions=_conditions(record, speedup if reduction else None),
         tokens=None if tokens is None else _bars(tokens),
         prefix=_prefix(config),
-        training=_training(record),
+        training=trained_how(record),
         commands=code("\n".join([*(record.get("earlier_commands") or []), record["command"]]))
         if record.get("command")
         else None,
@@ -299,24 +303,6 @@ def _conditions(record: Record, speedup: str | None) -> str:
         known = ", ".join(filter(None, [batch and f"batch {batch}", on]))
         parts.append(f"Images per second against the dense model side by side{f' ({known})' if known else ''}.")
     return " ".join(parts)
-
-
-def _training(record: Record) -> str | None:
-    epochs, seconds, seed = record.get("epochs"), duration(record.get("seconds")), record.get("seed")
-    dataset = record.get("dataset")
-    if epochs == 0:
-        untrained = "Not trained after the reduction. " if record.get("method") else ""
-        return (untrained + plain(record.get("found_by") or "")).strip() or None
-    length = epochs and f"{epochs:g} epoch{'' if epochs == 1 else 's'}"
-    if record.get("streamed_images"):  # the epochs of a stream mean nothing
-        length = f"{record['streamed_images']:,} images of a stream"
-    parts = [
-        length and f"{length}{f' on {plain(dataset)}' if dataset else ''}",
-        seconds and f"in {seconds}",
-        seed is not None and f"seed {seed}",
-    ]
-    text = ", ".join(part for part in parts if part)
-    return f"{text[0].upper()}{text[1:]}." if text else None
 
 
 def _limits(

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..evaluation.accuracy import wilson_interval
 from ..modeling.methods import METHOD_CLASSES, parse_reduction
+from .card_text import plain
 from .contents import read_json, short
 
 
@@ -116,6 +117,25 @@ def duration(seconds: float | None) -> str | None:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def trained_how(record: Record) -> str | None:
+    """Say for how long the model was trained, on which images. None: that is unknown."""
+    epochs, seconds, seed = record.get("epochs"), duration(record.get("seconds")), record.get("seed")
+    dataset = record.get("dataset")
+    if epochs == 0:
+        untrained = "Not trained after the reduction. " if record.get("method") else ""
+        return (untrained + plain(record.get("found_by") or "")).strip() or None
+    length = epochs and f"{epochs:g} epoch{'' if epochs == 1 else 's'}"
+    if record.get("streamed_images"):  # the epochs of a stream mean nothing
+        length = f"{record['streamed_images']:,} images of a stream"
+    parts = [
+        length and f"{length}{f' on {plain(dataset)}' if dataset else ''}",
+        seconds and f"in {seconds}",
+        seed is not None and f"seed {seed}",
+    ]
+    text = ", ".join(part for part in parts if part)
+    return f"{text[0].upper()}{text[1:]}." if text else None
 
 
 def measured_on(record: Record) -> str | None:

@@ -181,7 +181,7 @@ class ReducedLayer(nn.Module):
                 shift = self._through(self.layout.after_mlp, branch.detach(), state.lengths, drops=False)
                 state = state._replace(shift=_lengths_of_patch_rows(shift, state))
             state = self.reducer.after_layer(state)._replace(shift=None)
-        return LayerOutput(self._shown(state), *state)
+        return LayerOutput(self._shown(state), *state)  # type: ignore[call-arg]
 
     def _attention_block(
         self, state: TokenState, attention_mask: Tensor | None, for_prefix: bool, **kwargs
