@@ -17,6 +17,7 @@ RUNTIMES = {
 }
 HEADINGS = {
     "compiled": ", compiled",
+    "onnx": ", in ONNX Runtime",
     "onnx openvino": ", in ONNX Runtime and OpenVINO",
     "onnx openvino openvino-int8": ", in three runtimes",
     "openvino": ", in OpenVINO",

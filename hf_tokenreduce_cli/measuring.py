@@ -141,7 +141,7 @@ def benchmark(
     from hf_tokenreduce.evaluation import benchmark as measure
     from hf_tokenreduce.evaluation.runtimes import usual_device
     from hf_tokenreduce.loading import check_takes_images, load_model
-    from hf_tokenreduce.methods import depends_on_image
+    from hf_tokenreduce.methods import method_of
 
     if device is None:
         device = usual_device(runtime)
@@ -162,8 +162,9 @@ def benchmark(
     for name, (model, _) in loaded.items():
         check_takes_images(name, model)
     (first, (dense, processor)), *others = loaded.items()
-    decides = any(depends_on_image(model) for model, _ in loaded.values())
-    for name, (_, other) in others if decides else []:  # for other methods the values of pixels change no time
+    reductions = [getattr(model.config, "reduction", None) for model, _ in loaded.values()]
+    adaptive = any(method_of(reduction).is_adaptive(reduction) for reduction in reductions)
+    for name, (_, other) in others if adaptive else []:  # for other methods the values of pixels change no time
         _check_same_processor(first, other, name, processor)
     count = max(2 * max(batch_size), 128 if "openvino-int8" in runtime else 0)
     pixels = load_pixel_values(dense, images, processor, count).cpu()

@@ -265,6 +265,7 @@ def test_a_calibrated_share_is_that_of_the_thresholds(tmp_path):
     load = AutoModelForImageClassification.from_pretrained
     assert load(tmp_path / "saved").config.calibrated_share == share
     assert load(tmp_path / "saved", reduction=LTMPConfig(target=0.8)).config.calibrated_share == share
+    assert load(tmp_path / "saved", reduction=LTMPConfig(target=0.8).to_dict()).config.calibrated_share == share
     assert not hasattr(load(tmp_path / "saved", reduction=ToMeConfig(r=3)).config, "calibrated_share")
     save_thresholds(model, tmp_path / "file.safetensors")
     load_thresholds(model, tmp_path / "file.safetensors")

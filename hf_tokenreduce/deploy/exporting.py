@@ -134,7 +134,7 @@ class Outputs(nn.Module):
         self.side = image_side(model)
         reduction = getattr(model.config, "reduction", None)
         self.reduces = reduction is not None
-        self.tells_counts = reduction is not None and method_of(reduction).is_adaptive(reduction)
+        self.tells_counts = method_of(reduction).is_adaptive(reduction)
 
     def forward(self, inputs: Tensor) -> Any:
         output = self.side(inputs)

@@ -40,7 +40,7 @@ def record(model: nn.Module, pixel_values: Tensor) -> Callable[[Tensor], Any]:
             "images to a GPU."
         )
     reduction = getattr(getattr(model, "config", None), "reduction", None)
-    if reduction is not None and method_of(reduction).is_adaptive(reduction):
+    if method_of(reduction).is_adaptive(reduction):
         raise ValueError(
             f"{method_of(reduction).title} keeps a number of tokens that depends on the image, so its shapes cannot "
             "be recorded. Use an even method."

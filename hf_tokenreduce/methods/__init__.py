@@ -61,19 +61,4 @@ def method_of(reduction: Any) -> Method:
     return METHODS.get(name) or Method(type(reduction), name, "a method from outside this package", "")
 
 
-def depends_on_image(model: Any) -> bool:
-    """Return whether a model keeps more tokens of some images than of others."""
-    reduction = getattr(model.config, "reduction", None)
-    return reduction is not None and method_of(reduction).is_adaptive(reduction)
-
-
-__all__ = [
-    "DENSE",
-    "METHODS",
-    "Method",
-    "depends_on_image",
-    "find_method",
-    "method_of",
-    "register_method",
-    "spread_layers",
-]
+__all__ = ["DENSE", "METHODS", "Method", "find_method", "method_of", "register_method", "spread_layers"]

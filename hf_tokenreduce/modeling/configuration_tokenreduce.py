@@ -69,7 +69,8 @@ class TokenReduceConfigMixin(_StockConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        if "reduction" in kwargs and kwargs["reduction"] != parse_reduction(config_dict.get("reduction")):
+        before = config_dict.get("reduction")
+        if "reduction" in kwargs and parse_reduction(kwargs["reduction"]) != parse_reduction(before):
             config_dict = {name: value for name, value in config_dict.items() if name != "calibrated_share"}
         return super().from_dict(config_dict, **kwargs)
 

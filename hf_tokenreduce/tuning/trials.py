@@ -275,9 +275,7 @@ class Trials:
         if self.of_features:
             output = image_side(one)(pixels, output_patch_map=True)
             return pooled_features(one, output).cpu(), output.token_counts.cpu()
-        adaptive = one.config.reduction is not None and method_of(one.config.reduction).is_adaptive(
-            one.config.reduction
-        )
+        adaptive = method_of(one.config.reduction).is_adaptive(one.config.reduction)
         output = model(pixels, **(all_layers_act(one) if adaptive else {}))
         return output.logits.float().cpu(), output.token_counts.cpu() if adaptive else None
 
