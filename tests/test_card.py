@@ -196,6 +196,11 @@ def test_an_evaluation_gives_the_card_its_numbers(folder, tmp_path):
         text = model_card(folder, record=record, report=file)
         assert "80.0 % (73.9 to 85.0)" in text and "Top-1 on 200 images," in text and "trash/val" not in text
         assert ("5 epochs on trash/train" in text) is (record is not None)
+    chosen = {**RECORD, "chosen_by_evaluation": True}
+    assert "the best on these images was kept" in model_card(folder, record=chosen)
+    assert "the best on the evaluation images of the training was kept" in model_card(
+        folder, record=chosen, report=file
+    )
     own = json.loads((folder / "config.json").read_text())["reduction"]
     file.write_text(json.dumps({**report, "method": own["method"], "settings": own}))
     assert model_card(folder, record=RECORD, report=file) == text

@@ -92,6 +92,7 @@ def model_card(
         if known.get("epochs") and evaluated.pop("dense", None):  # it was trained, so that model is beside it
             evaluated |= {"control_top1": evaluated["baseline_top1"], "baseline_top1": None}
         known = {"method": own and own.method, "settings": own and own.to_dict(), **known, **evaluated}
+        known["evaluated_again"] = True
     if machine is not None and known.get("machine") is None:
         known["machine"] = machine
     reduction = _reduction(config, known)
@@ -312,10 +313,10 @@ def _limits(
     if record.get("top1") is not None:
         limits.append("The accuracy is that of the images named above; measure it on your own before you rely on it.")
     if record.get("chosen_by_evaluation"):
-        limits.append(
-            "Of several epochs the best on the evaluation images of the training was kept, so the accuracy on those "
-            "images is somewhat too high."
-        )
+        where, there = "these images", ""
+        if record.get("evaluated_again"):  # maybe on other images than those of the choice
+            where, there = "the evaluation images of the training", " on those images"
+        limits.append(f"Of several epochs the best on {where} was kept, so the accuracy{there} is somewhat too high.")
     if record.get("speedup") is not None and reduction is not None:
         limits.append("The speed-up is that of one machine and batch size; small batches and small models gain less.")
     if adaptive:
