@@ -6,6 +6,7 @@ DOCS_VENV := .venv-docs
 DOCS_INSTALLED := $(DOCS_VENV)/.installed
 TRANSFORMERS_TESTS := .cache/transformers-source
 TORCHAO := .cache/torchao
+OPTIMUM := .cache/optimum
 # The oldest transformers that pyproject.toml allows, and the newest that was tried.
 SUPPORTED := 5.19.0 5.24.0
 
@@ -23,7 +24,7 @@ OLDEST_TORCH ?= 2.13.0
 OLDEST_PYTHON ?= $(PYTHON)
 TRANSFORMERS_MAIN ?= transformers @ git+https://github.com/huggingface/transformers
 
-.PHONY: demo test test-slow test-oldest test-plain test-main test-conformance test-torchao scan-families bench-cuda check format
+.PHONY: demo test test-slow test-oldest test-plain test-main test-conformance test-torchao test-optimum scan-families bench-cuda check format
 .PHONY: docs released-code release-check clean
 
 demo: $(INSTALLED)  ## draw images, train a small ViT, reduce it by every method; a report in demo/
@@ -61,6 +62,17 @@ test-torchao: $(INSTALLED)  ## reduced models in the 8 bits of torchao
 	test -f $(TORCHAO)/.whole || { rm -rf $(TORCHAO); \
 		$(BIN)/python -m pip install --quiet --no-deps --target $(TORCHAO) torchao==0.18.0 && touch $(TORCHAO)/.whole; }
 	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest tests/test_quantization.py -n 2
+
+# Each needs transformers of its own, older than those of this package. torchvision comes along, but not for this torch.
+test-optimum: $(INSTALLED)  ## exported folders in optimum, in environments without this package
+	for name in onnx intel; do \
+		extra=$$(test $$name = onnx && echo onnxruntime || echo openvino); \
+		test -f $(OPTIMUM)/$$name/.whole || { rm -rf $(OPTIMUM)/$$name && $(PYTHON) -m venv $(OPTIMUM)/$$name && \
+			$(OPTIMUM)/$$name/bin/pip install --quiet torch==2.13.0 pillow "optimum-$$name[$$extra]" && \
+			$(OPTIMUM)/$$name/bin/pip uninstall --quiet --yes torchvision && touch $(OPTIMUM)/$$name/.whole; } || exit 1; \
+	done
+	OPTIMUM_ONNX=$(CURDIR)/$(OPTIMUM)/onnx/bin/python OPTIMUM_OPENVINO=$(CURDIR)/$(OPTIMUM)/intel/bin/python \
+		$(BIN)/python -m pytest tests/test_optimum.py
 
 test-conformance: $(INSTALLED) scan-families test-torchao  ## transformers' own model tests, from its source distribution, on our classes
 	$(BIN)/python tests/conformance/fetch.py $(TRANSFORMERS_TESTS)

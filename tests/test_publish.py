@@ -286,7 +286,7 @@ def test_an_upload_that_broke_off_goes_on(journey):
 
 
 def test_weights_of_an_earlier_model_are_deleted(journey):
-    """In one file, they would be loaded instead of the parts."""
+    """If old weights in one file stayed, they would be loaded instead of the new parts."""
     result = journey.results["in parts"]
     published = journey.hub.repositories["someone/late"].commits[result["revision"]]
     assert published.keys() == result["files"].keys() and "model.safetensors" not in published
