@@ -12,6 +12,7 @@ from transformers import (
     Dinov2ForImageClassification,
     Trainer,
     TrainingArguments,
+    ViTConfig,
     ViTImageProcessor,
 )
 
@@ -20,6 +21,7 @@ from hf_tokenreduce.modeling.ltmp import budget_share
 from hf_tokenreduce.modeling.multiply_adds import multiply_adds, shares_kept
 
 
+MLP = 2 * 48 * 96  # multiply-adds of the MLP of the models here, for one token
 KINDS = [LTMPConfig(), LTMPConfig(prune=False), LTMPConfig(merge=False), LTMPConfig(max_tokens=[60, 44, 30, 9])]
 
 
@@ -96,7 +98,7 @@ def test_the_loss_has_two_parts_and_every_threshold_learns(setting):
     output = model(tiny_images(), labels=torch.tensor([0, 1, 2]))
     torch.testing.assert_close(output.loss, output.task_loss + output.auxiliary_loss)
     kept = output.token_counts.float().mean(dim=0) / 65
-    expected = 10 * (budget_share(kept, 65, 48) - 0.75) ** 2
+    expected = 10 * (budget_share(kept, 65, 48, MLP) - 0.75) ** 2
     torch.testing.assert_close(output.auxiliary_loss, expected)
     alone = model(tiny_images())  # whoever computes the task's loss outside needs it too
     torch.testing.assert_close(alone.auxiliary_loss, expected)
@@ -136,12 +138,22 @@ def test_the_budget_counts_once_however_batches_are_accumulated(tmp_path):
 
 
 def test_the_budget_formula():
-    assert budget_share(torch.ones(5), 65, 48).item() == pytest.approx(1.0)
     n, d = 65, 48
+    assert budget_share(torch.ones(5), n, d, 8 * d**2).item() == pytest.approx(1.0)
     kept, before = [0.8, 0.5], [1.0, 0.8]
     parts = [2 * b * n * d**2 + (b * n) ** 2 * d + 4 * k * n * d**2 for b, k in zip(before, kept, strict=True)]
     expected = sum(parts) / 2 / (6 * n * d**2 + n**2 * d)
-    assert budget_share(torch.tensor(kept), n, d).item() == pytest.approx(expected)
+    assert budget_share(torch.tensor(kept), n, d, 8 * d**2).item() == pytest.approx(expected)
+
+
+def test_the_budget_counts_the_mlp_that_the_model_has():
+    """The authors' formula is that of an MLP four times as wide as the tokens. SigLIP and DINOv2-giant have others."""
+    config = ViTConfig(
+        hidden_size=48, num_attention_heads=3, num_hidden_layers=2, intermediate_size=70, image_size=128
+    )
+    counts = torch.tensor([[50, 30]])
+    share = budget_share(counts[0] / 65, 65, 48, 2 * 48 * 70)
+    assert share.item() == pytest.approx(shares_kept(config, counts, 65, None).item())
 
 
 @pytest.mark.parametrize("setting", KINDS[:3])
@@ -339,7 +351,7 @@ def test_the_budget_is_that_of_the_images_and_not_of_the_configuration():
     model = reduce_tokens(stock, LTMPConfig(merge_threshold=0.5, prune_threshold=0.05, target=0.75)).train()
     output = model(torch.randn(3, 3, 32, 32), labels=torch.tensor([0, 1, 2]))
     assert output.token_counts[:, 0].max() <= 17
-    expected = 10 * (budget_share(output.token_counts.float().mean(dim=0) / 17, 17, 48) - 0.75) ** 2
+    expected = 10 * (budget_share(output.token_counts.float().mean(dim=0) / 17, 17, 48, MLP) - 0.75) ** 2
     torch.testing.assert_close(output.auxiliary_loss, expected)
 
 

@@ -45,7 +45,7 @@ class LTMPConfig(ReductionConfig):
         merge: Whether tokens merge if their similarity is above the merge threshold.
         prune: Whether tokens are pruned if their importance is not above the prune threshold.
         target: Share of the multiply-adds to keep, which training aims at. `calibrate` sets it to its own target. The
-            loss of the training counts them by the authors' formula, without the search for pairs.
+            loss of the training counts them without the search for pairs, as the authors' formula does.
         temperature: Temperature of the sigmoid that gives the thresholds their gradient in training.
         budget_weight: Factor of the squared distance from `target` in the loss.
         merge_threshold: Initial merge threshold of every layer, between 0 and 1. 1.0 merges nothing.
@@ -187,12 +187,15 @@ def decide_by_thresholds(
     return ThresholdDecision(target, receiver, similarity, importance)
 
 
-def budget_share(kept: Tensor, num_tokens: int, hidden_size: int) -> Tensor:
-    """Return the share of the multiply-adds if the share kept[l] of the tokens leaves layer l, by LTMP's formula."""
+def budget_share(kept: Tensor, num_tokens: int, hidden_size: int, mlp_products: int) -> Tensor:
+    """Return the share of the multiply-adds if the share kept[l] of the tokens leaves layer l, by LTMP's formula.
+
+    mlp_products: multiply-adds of the MLP for one token. In the authors' formula they are 8 * hidden_size**2.
+    """
     before = F.pad(kept[:-1], (1, 0), value=1.0)
     n, d = num_tokens, hidden_size
-    cost = 2 * before * n * d**2 + (before * n) ** 2 * d + 4 * kept * n * d**2
-    return cost.mean() / (6 * n * d**2 + n**2 * d)
+    cost = 4 * before * n * d**2 + 2 * (before * n) ** 2 * d + mlp_products * kept * n
+    return cost.mean() / (4 * n * d**2 + 2 * n**2 * d + mlp_products * n)
 
 
 class LTMPReducer(Reducer):
@@ -209,7 +212,7 @@ class LTMPReducer(Reducer):
     def __init__(self, facts: EncoderFacts, layer: int):
         super().__init__(facts, layer)
         self.max_tokens = self.settings.cap(layer)
-        self.hidden_size = facts.hidden_size
+        self.hidden_size, self.mlp_products = facts.hidden_size, facts.mlp_products
         self.prop_attn = self.settings.merge
         self.needs_received = self.settings.prune or self.max_tokens is not None
         if self.settings.merge:
@@ -331,7 +334,7 @@ class LTMPReducer(Reducer):
         return (scores > threshold).float() + (soft - soft.detach())  # this order gives exactly 0 or 1
 
     def auxiliary_loss(self, kept: Tensor, num_tokens: int) -> Tensor:
-        share = budget_share(kept, num_tokens, self.hidden_size)
+        share = budget_share(kept, num_tokens, self.hidden_size, self.mlp_products)
         return self.settings.budget_weight * (share - self.settings.target) ** 2
 
 
