@@ -66,8 +66,8 @@ def as_record(row: dict[str, Any], start: dict[str, Any], control: dict[str, Any
     which += " --bf16" if setting["bf16"] and setting["device"] == "cpu" else ""
     command = (
         f"python benchmarks/train_table.py --model_name_or_path {setting['model']} --train_dir {setting['train']} "
-        f"--eval_dirs {' '.join(setting['eval'])} --work_dir train-table {which} --shares "
-        f"{row['share']:g} --seeds {row['seed']}"
+        f"--eval_dirs {' '.join(setting['eval'])} --work_dir train-table {which} "
+        f"--shares {row['share']:g} --seeds {row['seed']} --output_dir train-table/results"
     )
     return {
         "method": row["method"], "settings": row["settings"], "base_model": setting["model"],

@@ -25,6 +25,8 @@ from hf_tokenreduce.methods.register import register_from_folder
 from hf_tokenreduce.modeling.configuration_base import ReductionConfig
 from hf_tokenreduce.modeling.hooks import Reducer
 from hf_tokenreduce.modeling.methods import METHOD_CLASSES
+from hf_tokenreduce.training.run import load_model as training_model
+from hf_tokenreduce.training.run import parse
 from hf_tokenreduce.visualization import token_maps
 from hf_tokenreduce_cli import main
 
@@ -244,6 +246,11 @@ def test_a_folder_brings_its_method_along_where_it_is_not_registered(tables, tmp
     assert loaded.config.reduction.to_dict() == {"method": "plain", "seed": 3}
     assert reduce_tokens(loaded, ToMeConfig(r=3)).config.reduction == ToMeConfig(r=3)
     save(loaded, tmp_path / "again")
+    METHODS.pop("plain"), METHOD_CLASSES.pop("plain")
+    trained = parse(
+        ["--model_name_or_path", str(tmp_path / "again"), "--output_dir", "out", "--trust_remote_code", "True"]
+    )
+    assert training_model(trained[0], None)[0].config.reduction.to_dict() == {"method": "plain", "seed": 3}
     code = (tmp_path / "again" / "a_plain_method.py").read_text()
     assert code == (tmp_path / "saved" / "a_plain_method.py").read_text() and "from .hooks import Reducer" in code
     assert check_folder(tmp_path / "again", trust_remote_code=True).ok

@@ -137,3 +137,16 @@ def test_the_record_of_a_model_on_the_hub_is_read(tmp_path, monkeypatch):
     assert was_trained("someone/vit-bat") and was_trained("someone/vit-bat", "main")
     assert fitted_on("someone/vit-bat") == "photos"
     assert not was_trained("someone/vit-tome") and fitted_on(str(tmp_path / "none")) is None
+
+
+def test_what_was_written_about_an_older_model_goes(start):
+    """But only with that model: another README.md may be of the user."""
+    out = start / "out"
+    out.mkdir()
+    (out / "README.md").write_text("of the user")
+    record_of(start, "--num_train_epochs", 0)
+    assert (out / "README.md").read_text() == "of the user"
+    (out / "token_map.png").touch()
+    record_of(start, "--num_train_epochs", 0, "--overwrite", "True")
+    assert not (out / "README.md").is_file() and not (out / "token_map.png").is_file()
+    assert (out / "record.json").is_file()

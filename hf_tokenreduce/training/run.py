@@ -29,10 +29,11 @@ from transformers.utils import logging
 
 from ..budget import reduce_to_share
 from ..convert import reduce_tokens
-from ..files import CONFIG, write_whole
+from ..files import CONFIG, WRITTEN_ABOUT_IT, write_whole
 from ..hub.contents import short
 from ..loading import folder_split, of_dataset, parse_settings
 from ..methods import METHODS
+from ..methods.register import register_from_folder
 from ..modeling.encoders import encoder_of
 from ..pictures import spread
 from .arguments import TokenReduceTrainingArguments
@@ -179,8 +180,9 @@ def main(
     metrics = last_metrics(trainer) or trainer.evaluate()
     if model_args.lora:
         trainer.model = trainer.model.merge_and_unload()
-    if args.process_index == 0:  # if this run is killed now, no record of an older model stays beside the new one
-        (Path(args.output_dir) / "record.json").unlink(missing_ok=True)
+    if args.process_index == 0:  # if this run is killed now, nothing about an older model stays beside the new one
+        for written in WRITTEN_ABOUT_IT if (Path(args.output_dir) / CONFIG).is_file() else ():
+            (Path(args.output_dir) / written).unlink(missing_ok=True)
     trainer.save_model()
     if args.process_index == 0:
         if not args.disable_tqdm:
@@ -248,6 +250,8 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
     )
     parser.set_defaults(report_to="none", eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     known, _ = parser.parse_known_args(arguments)
+    if known.trust_remote_code:
+        register_from_folder(known.model_name_or_path, known.model_revision)
     if known.augmentation not in AUGMENTATION:
         raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATION)}, got {known.augmentation!r}.")
     if known.on_error not in ("stop", "skip"):
