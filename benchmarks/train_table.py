@@ -313,7 +313,8 @@ def train(cell: Cell, args: argparse.Namespace, held_out: Path) -> dict[str, Any
         source, filter_of = learn_filter(cell, args, Path(source))
     belongs(out, {**setting_of(cell, args), "from": digest(Path(source)) if Path(source).is_dir() else str(source)})
     resumed = last_checkpoint(out)
-    if not (out / "record.json").is_file():
+    was_trained = (out / "record.json").is_file()
+    if not was_trained:
         call("examples/run_image_classification.py", training(cell, args, source, held_out, resumed), args.jobs)
     record = json.loads((out / "record.json").read_text())
     return {
@@ -328,7 +329,7 @@ def train(cell: Cell, args: argparse.Namespace, held_out: Path) -> dict[str, Any
         **filter_of,
         # Of a run that was killed, only what came after it is known.
         "seconds": round(time.perf_counter() - began, 1),
-        "resumed": resumed is not None,
+        "resumed": resumed is not None or was_trained,
         "jobs": args.jobs,  # at most as many cells were trained at the same time
         "start": None if cell.name == START else digest(args.work_dir / f"{START}-seed{cell.seed}"),
         "machine": machine_of(args.device),

@@ -84,12 +84,17 @@ def _upright(picture: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(picture) if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1 else picture
 
 
+def is_too_narrow(picture: Image.Image) -> bool:
+    """Return whether a processor that keeps the shape of a picture would make gigabytes of it."""
+    return max(picture.size) > MOST_NARROW * min(picture.size)
+
+
 def as_rgb(picture: Image.Image) -> Image.Image:
     """Convert a picture to RGB, turned upright as its EXIF data say.
 
     Of 16 bits per pixel the upper 8 are taken; Pillow would clip almost all to white.
     """
-    if max(picture.size) > MOST_NARROW * min(picture.size):
+    if is_too_narrow(picture):
         width, height = picture.size
         raise ValueError(f"a picture of {width} x {height} pixels is too narrow. Crop it")
     picture = _upright(picture)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import ADAPTIVE, EVERY_CASE, METHODS, reduce_tiny, tiny_images, tiny_model
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification, ViTModel
+from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification, ViTModel
 
 from hf_tokenreduce import EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, TopKConfig, reduce_tokens
 from hf_tokenreduce.evaluation.compute import (
@@ -34,6 +34,20 @@ def test_arithmetic_is_what_is_counted(backbone, method):
     else:
         assert total_multiply_adds(model).item() == measured[0] == measured[2]
         assert total_multiply_adds(stock, reduction=METHODS[method][0].to_dict()).item() == measured[0]
+
+
+def test_images_of_another_size_enter_the_first_layer_and_all_others():
+    """DINOv2's configuration names 37 x 37 patches, and its processor makes 16 x 16."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 4, "mlp_ratio": 2, "patch_size": 8}
+    stock = Dinov2ForImageClassification(Dinov2Config(**sizes, image_size=128, num_labels=3)).eval()
+    model = reduce_tokens(stock, TopKConfig(keep_rate=0.5, layers=(0, 2)))
+    with torch.no_grad():
+        counts = model(tiny_images(1)).token_counts
+    assert total_multiply_adds(model, num_tokens=17) == total_multiply_adds(model, counts, num_tokens=17)
+    slimmed = reduce_tokens(stock, SiTConfig(layers=(0, 2)))
+    with pytest.raises(ValueError, match="takes images of one size, so leave num_tokens out"):
+        total_multiply_adds(slimmed, num_tokens=17)
 
 
 @pytest.mark.parametrize(("backbone", "classes"), [("vit", 5), ("deit-teacher", 5), ("vit-base", None)])

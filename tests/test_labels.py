@@ -221,6 +221,7 @@ def test_labelling_anew_measures_nothing(tmp_path):
     label(model, dataset, tmp_path, max_samples=3, seed=1, batch_size=70)
     first, settings = stored(tmp_path), json.loads((tmp_path / "settings.json").read_text())
     assert settings["num_images"] == 3 and settings["labels"]["threshold"] == 0
+    assert label(model, dataset.with_format("numpy"), tmp_path, max_samples=3, seed=1)[:3] == (3, 0, 0)
     cut = float(np.median(first["delta"]))
     anew = label(model, dataset, tmp_path, max_samples=3, seed=1, threshold=cut, batch_size=500)
     assert anew[:3] == (3, 0, 0) and abs(anew.share_kept - 0.5) < 0.01
@@ -279,6 +280,9 @@ def test_what_does_not_fit_is_refused_before_any_forward(tmp_path):
             label(model, data, tmp_path, **options)
     with pytest.raises(ValueError, match="needs a classifier, one of ViTForImageClassification"):
         label(model.base_model, dataset, tmp_path)
+    several = tiny_model(problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="make_labels compares the class of each image"):
+        label(several, dataset, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -208,5 +208,7 @@ def test_a_narrow_picture_is_refused(tmp_path, size):
     for read in (read_picture, read_image):
         with pytest.raises(ValueError, match=f"a picture of {size[0]} x {size[1]} pixels is too narrow"):
             read(tmp_path / "line.png")
+    with Image.open(tmp_path / "line.png") as line, pytest.raises(ValueError, match="is too narrow"):
+        EvalTransform(ViTImageProcessor(size={"height": 32, "width": 32}))(line)
     Image.new("RGB", (200, 1)).save(tmp_path / "panorama.png")
     assert read_picture(tmp_path / "panorama.png").size == (200, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import IterableDataset, load_from_disk
 from helpers import save_cat_and_dog, slow
 from PIL import Image
 from safetensors.torch import load_file
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.training import make_labels
 from hf_tokenreduce.training.run import main
-from hf_tokenreduce.training.streaming import first_images, folder_stream
+from hf_tokenreduce.training.streaming import first_images, folder_stream, kept_images
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -144,3 +144,18 @@ def test_labels_and_filter_of_a_stream(start, source):
     command[command.index("--train_dir") + 1] = str(start / "folders" / "val")
     with pytest.raises(ValueError, match="made with other settings: train_dir was"):
         example([*command, "--max_train_samples", "6"])
+
+
+def test_images_of_a_stream_that_does_not_know_its_columns(tmp_path):
+    """A filter cannot learn from the stream again, so some of its images are copied."""
+
+    def rows():
+        for number in range(6):
+            yield {"image": Image.new("RGB", (8, 8), (number, 0, 0)), "label": number}
+
+    stream = IterableDataset.from_generator(rows)
+    assert stream.features is None
+    kept = kept_images(stream, 4, 0, ["image", "label"], tmp_path / "kept")
+    assert len(kept) == 4 and all(row["image"].getpixel((0, 0)) == (row["label"], 0, 0) for row in kept)
+    with pytest.raises(ValueError, match="The stream has no column 'jpg', only image, label"):
+        kept_images(IterableDataset.from_generator(rows), 4, 0, ["jpg", "cls"], tmp_path / "none")

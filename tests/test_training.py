@@ -11,7 +11,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 from hf_tokenreduce import BATConfig, EViTConfig, LTMPConfig, SiTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.methods import METHODS as DESCRIBED
 from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArguments, recipe
-from hf_tokenreduce.training.trainer import REVERSE
+from hf_tokenreduce.training.trainer import REVERSE, _without_adapter
 
 
 ROWS = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(tiny_images(16))]
@@ -333,6 +333,55 @@ def test_one_number_is_trained_by_its_square(tmp_path):
     trainer = TokenReduceTrainer(model, arguments(tmp_path), train_dataset=ROWS)
     inputs = {"pixel_values": tiny_images(), "labels": torch.tensor([0.5, 3.0, -1.0])}
     torch.testing.assert_close(trainer.compute_loss(model, inputs), model(**inputs).loss)
+
+
+def test_a_model_that_was_trained_on_numbers_says_so(tmp_path):
+    """A pipeline would make a probability of the number otherwise."""
+    model = reduce_tokens(gentle(tiny_model(num_labels=1)), ToMeConfig(r=7))
+    rows = [{"pixel_values": image, "labels": 0.5 * index} for index, image in enumerate(tiny_images(8))]
+    trainer = TokenReduceTrainer(model, arguments(tmp_path, max_steps=1, save_strategy="no"), train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.problem_type == "regression"
+
+
+def test_a_frozen_backbone_learns_in_the_next_training(tmp_path):
+    """The weights are those of the dense model, of which the next reduced model is made."""
+    dense = gentle(tiny_model())
+    model = reduce_tokens(dense, METHODS["ltmp"][0])
+    before = dense.vit.layers[0].attention.q_proj.weight.clone()
+    TokenReduceTrainer(model, arguments(tmp_path, "ltmp", max_steps=1), train_dataset=ROWS).train()
+    assert torch.equal(dense.vit.layers[0].attention.q_proj.weight, before)
+    assert all(parameter.requires_grad for parameter in dense.parameters())
+    again = reduce_tokens(dense, METHODS["tome"][0])
+    TokenReduceTrainer(again, arguments(tmp_path, max_steps=3), train_dataset=ROWS).train()
+    assert not torch.equal(dense.vit.layers[0].attention.q_proj.weight, before)
+    with pytest.raises(ValueError, match="No parameter of the model learns"):
+        TokenReduceTrainer(again.requires_grad_(False), arguments(tmp_path), train_dataset=ROWS)
+
+
+def test_a_teacher_takes_images_of_another_size_as_the_student_does(tmp_path):
+    model = reduce_tokens(gentle(tiny_model()), METHODS["tome"][0])
+    rows = [{"pixel_values": image, "labels": 1} for image in tiny_images(8, size=40)]
+
+    def collate(some):
+        pixels = torch.stack([row["pixel_values"] for row in some])
+        labels = torch.tensor([row["labels"] for row in some])
+        return {"pixel_values": pixels, "labels": labels, "interpolate_pos_encoding": True}
+
+    plan = arguments(tmp_path, max_steps=1, logits_weight=1.0)
+    trainer = TokenReduceTrainer(model, plan, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    assert losses(trainer, "distillation_loss")
+
+
+@pytest.mark.parametrize("method", ["ltmp", "sit"])
+def test_names_without_adapters_are_those_of_the_merged_model(method):
+    model = reduce_tokens(tiny_model(), METHODS[method][0])
+    names = {name for name, _ in model.named_parameters()}
+    peft = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["reducer", "classifier"]))
+    learned = {_without_adapter(name) for name, p in peft.named_parameters() if p.requires_grad and "lora" not in name}
+    assert learned and learned <= names
 
 
 def test_lora_with_accumulated_batches(tmp_path):

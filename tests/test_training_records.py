@@ -1,7 +1,10 @@
 """What the record of a training says, and what its options mean, in trainings of a few steps."""
 
 import json
+import os
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from hf_tokenreduce.hub.card import _limits
 from hf_tokenreduce.hub.records import trained_how
 from hf_tokenreduce.modeling.encoders import encoder_of
 from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArguments, measuring
+from hf_tokenreduce.training.data import load_data
 from hf_tokenreduce.training.origin import fitted_on, was_trained
 from hf_tokenreduce.training.run import DataArguments, main, name_of_validation, parse
 
@@ -150,3 +154,40 @@ def test_what_was_written_about_an_older_model_goes(start):
     record_of(start, "--num_train_epochs", 0, "--overwrite", "True")
     assert not (out / "README.md").is_file() and not (out / "token_map.png").is_file()
     assert (out / "record.json").is_file()
+
+
+def test_a_reduced_folder_is_trained_further_with_lora(start):
+    """The model before the training has its adapters already when it is evaluated."""
+    record = record_of(start, "--num_train_epochs", 0, "--reduction", "tome", "--share", 0.8)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(start / "out" / name, start / "model" / name)
+    words = ["--lora", "True", "--overwrite", "True", "--num_train_epochs", 1, "--learning_rate", 0]
+    again = record_of(start, *words)
+    assert again["method"] == "tome" and again["baseline_top1"] == record["baseline_top1"]
+
+
+def test_every_seed_is_evaluated_on_the_same_images(start):
+    data = DataArguments(
+        train_dir=str(start / "train"), validation_dir=str(start / "val"), max_train_samples=9, max_eval_samples=7
+    )
+    first, second = (load_data(data, seed) for seed in (0, 1))
+    assert first[1]["image"] == second[1]["image"] and len(first[1]) == 7
+    assert first[0]["image"] != second[0]["image"]
+
+
+def test_images_are_mixed_also_where_two_classes_have_one_name(start):
+    """As in ImageNet: the data have fewer classes than the head has outputs."""
+    config = json.loads((start / "model" / "config.json").read_text())
+    config |= {"id2label": {"0": "cat", "1": "cat", "2": "dog"}, "label2id": {"cat": 0, "dog": 2}}
+    model = tiny_model(num_labels=3)
+    model.save_pretrained(start / "model")
+    (start / "model" / "config.json").write_text(json.dumps(config))
+    record = record_of(start, "--num_train_epochs", 1, "--augmentation", "strong")
+    assert record["epochs"] == 1
+
+
+def test_a_folder_that_may_not_be_written_into_is_refused_before_the_training(start, monkeypatch):
+    (start / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path) != start / "out")
+    with pytest.raises(ValueError, match="may not be written into"):
+        parse(command(start))

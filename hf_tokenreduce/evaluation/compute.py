@@ -95,6 +95,10 @@ def total_multiply_adds(
     if token_counts is None:
         if reduction is not None:
             reduction.check_fit(facts)
+            if num_tokens != facts.num_tokens:
+                if not method_of(reduction).any_image_size:
+                    raise ValueError(f"{type(reduction).__name__} takes images of one size, so leave num_tokens out.")
+                facts = facts._replace(grid=(1, num_tokens - facts.num_prefix_tokens))
             token_counts = torch.tensor([even_counts(reduction, facts)])
         else:
             token_counts = torch.full((1, facts.num_hidden_layers), num_tokens)

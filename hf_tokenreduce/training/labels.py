@@ -33,6 +33,7 @@ from ..modeling.encoders import MODELS
 from ..modeling.version import __version__
 from ..modes import evaluating
 from ..pictures import as_rgb, decoded_picture
+from ..tasks import check_has_classes
 from .deltas import LABELLERS, MASKS, embed, gradient_deltas, masked_deltas, patch_groups
 
 
@@ -247,6 +248,7 @@ def _unreduced(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             f"make_labels needs a classifier, one of {', '.join(CLASSIFIERS)}, got a {type(model).__name__}."
         )
+    check_has_classes(model, "make_labels", one=True)
     return reduce_tokens(model, None)
 
 
@@ -278,7 +280,7 @@ def _checked_classes(model: PreTrainedModel, dataset: Dataset, image_column: str
                 f"The class {name!r} is number {index} in the data set and {label2id[name]} in the model. Pass "
                 f"dataset.align_labels_with_mapping(model.config.label2id, {label_column!r})."
             )
-    classes = list(dataset[label_column])
+    classes = list(dataset.with_format(None)[label_column])
     for row, label in enumerate(classes):
         if not isinstance(label, int) or not 0 <= label < model.config.num_labels:
             raise ValueError(

@@ -34,7 +34,7 @@ def task_loss(logits: Tensor, labels: Tensor, config: Any, label_smoothing: floa
                 "model.config.problem_type = 'single_label_classification'."
             )
         return F.binary_cross_entropy_with_logits(logits, labels.float())
-    if config.problem_type == "regression" or (config.problem_type is None and logits.shape[-1] == 1):
+    if _are_numbers(config.problem_type, logits):
         return F.mse_loss(logits.flatten(), labels.float().flatten())
     if config.problem_type is None and soft and bool((labels.float().sum(dim=-1) - 1).abs().max() > 0.01):
         raise ValueError(
@@ -44,16 +44,20 @@ def task_loss(logits: Tensor, labels: Tensor, config: Any, label_smoothing: floa
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, problem_type: str | None = None
+) -> Tensor:
     """Measure how far the student's probabilities are from the teacher's.
 
     The loss is the Kullback-Leibler divergence, times the squared temperature, so that the gradients do not shrink
-    when the temperature grows.
+    when the temperature grows. If an image may have several labels, each class has a probability of its own, and the
+    loss is the mean over the classes, as in `task_loss`. Numbers are compared by their squared difference.
 
     Args:
         student_logits: Logits of the student, (B, C).
         teacher_logits: Logits of the teacher, (B, C).
-        temperature: Both logits are divided by it before the softmax.
+        temperature: Both logits are divided by it before the softmax. Numbers are not divided.
+        problem_type: What the logits are, as in the configuration of the model.
 
     Returns:
         The mean over the images, a scalar.
@@ -61,9 +65,19 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     Example:
         >>> loss = distillation_loss(student(pixels).logits, teacher(pixels).logits, temperature=2.0)
     """
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    if _are_numbers(problem_type, student_logits):
+        return F.mse_loss(student_logits.float(), teacher_logits.float())
+    student, teacher = student_logits.float() / temperature, teacher_logits.float() / temperature
+    if problem_type == "multi_label_classification":
+        apart = F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none")
+        at_best = F.binary_cross_entropy_with_logits(teacher, teacher.sigmoid(), reduction="none")
+        return (apart - at_best).mean() * temperature**2
+    student, teacher = student.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _are_numbers(problem_type: str | None, logits: Tensor) -> bool:
+    return problem_type == "regression" or (problem_type is None and logits.shape[-1] == 1)
 
 
 def token_loss(student_tokens: Sequence[Tensor], teacher_tokens: Sequence[Tensor]) -> Tensor:

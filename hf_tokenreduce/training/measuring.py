@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..convert import restore
+from ..convert import restore, restored
 from ..modeling.multiply_adds import shares_kept
 from ..pictures import spread
 from ..tasks import all_layers_act, facts_on
@@ -16,7 +16,8 @@ from .trainer import TokenReduceTrainer
 @torch.no_grad()
 def evaluate_dense(dense: Any, trainer: TokenReduceTrainer) -> float:
     """Return the top-1 accuracy, in percent, of the model as it was given, without reduction."""
-    plain = (restore(dense) if hasattr(dense.config, "reduction") else dense).to(trainer.args.device).eval()
+    # With LoRA the model may have its adapters already, which add nothing before the training.
+    plain = (restored(dense) if hasattr(dense.config, "reduction") else dense).to(trainer.args.device).eval()
     right = []
     for batch in trainer.get_eval_dataloader():
         with trainer.accelerator.autocast():  # the reduced model is evaluated in this type too

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, load_dataset
-from datasets import Image as ImageFeature
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoImageProcessor,
@@ -30,17 +29,17 @@ from transformers.utils import logging
 from ..budget import reduce_to_share
 from ..convert import reduce_tokens
 from ..files import CONFIG, WRITTEN_ABOUT_IT, write_whole
-from ..hub.contents import short
-from ..loading import folder_split, of_dataset, parse_settings
+from ..loading import parse_settings
 from ..methods import METHODS
 from ..methods.register import register_from_folder
 from ..modeling.encoders import encoder_of
 from ..pictures import spread
 from .arguments import TokenReduceTrainingArguments
-from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform, readable_rows
+from .augmentation import BatchTransform, Collator, EvalTransform, TrainTransform
+from .callbacks import EpochLines
+from .data import Relabelled, load_data
 from .measuring import describe, evaluate_dense, how_long, last_metrics
 from .origin import fitted_on, last_checkpoint, name_of, origin, shown
-from .progress import EpochLines
 from .recipes import AUGMENTATION, recipe
 from .streaming import Seeded, first_images, load_streams, training_stream
 from .trainer import TokenReduceTrainer
@@ -158,7 +157,7 @@ def main(
         args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        data_collator=Collator(**mixing, num_labels=len(order)) if mixing else Collator(),
+        data_collator=Collator(**mixing, num_labels=model.config.num_labels) if mixing else Collator(),
         processing_class=processor,
         compute_metrics=accuracy,
         teacher_model=model_args.teacher_model,
@@ -183,7 +182,10 @@ def main(
     if args.process_index == 0:  # if this run is killed now, nothing about an older model stays beside the new one
         for written in WRITTEN_ABOUT_IT if (Path(args.output_dir) / CONFIG).is_file() else ():
             (Path(args.output_dir) / written).unlink(missing_ok=True)
-    trainer.save_model()
+    if model_args.lora and args.should_save:  # Trainer would ask DeepSpeed, which still holds the adapters
+        trainer._save(args.output_dir)
+    elif not model_args.lora:
+        trainer.save_model()
     if args.process_index == 0:
         if not args.disable_tqdm:
             print(f"Saved to {args.output_dir}. Now its time beside the dense model is measured.", file=sys.stderr)
@@ -287,6 +289,8 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
             "A stream has no length, so the number of epochs does not say when training ends. Give --max_steps: "
             "images x epochs / images per step."
         )
+    if Path(args.output_dir).is_dir() and not os.access(args.output_dir, os.W_OK):
+        raise ValueError(f"{args.output_dir} may not be written into. Name another folder.")
     left = last_checkpoint(args.output_dir)
     if left and args.num_train_epochs and args.resume_from_checkpoint is None:  # the first save would delete it
         raise ValueError(
@@ -306,52 +310,6 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TokenRed
     if model_args.lora and args.freeze_backbone:
         raise ValueError("--lora trains the backbone and --freeze_backbone does not. Leave one of them out.")
     return model_args, data_args, args
-
-
-def load_data(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset, list[str]]:
-    if name := data_args.dataset_name:
-        data = dict(zip(("train", "validation"), of_dataset(load_dataset(name), name), strict=True))
-    elif data_args.train_dir:
-        data = {"train": folder_split(data_args.train_dir, "train"), "validation": None}
-    else:
-        raise ValueError("There are no images to train on. Give --dataset_name or --train_dir.")
-    if data_args.validation_dir:
-        data["validation"] = folder_split(data_args.validation_dir, "validation", "train")
-    train, validation = data["train"], data["validation"]
-    names = class_names(train, data_args)
-    if validation is None:
-        # Always the same split: what one seed holds out, a model of another seed must not have seen.
-        split = train.train_test_split(data_args.train_val_split, seed=0)
-        train, validation = split["train"], split["test"]
-    elif class_names(validation, data_args) != names:
-        raise ValueError(
-            f"The classes of training and validation differ: {names} and {class_names(validation, data_args)}. Both "
-            "need the same class folders."
-        )
-    parts = []
-    for part, most in ((train, data_args.max_train_samples), (validation, data_args.max_eval_samples)):
-        part = part.shuffle(seed=seed).select(range(min(most, len(part)))) if most else part
-        # Our transforms decode the images: an error of `datasets` would not name the file.
-        part = part.cast_column(data_args.image_column_name, ImageFeature(decode=False))
-        if data_args.on_error == "skip":
-            readable = readable_rows(part, data_args.image_column_name)
-            logger.warning(f"{len(part) - len(readable)} of {len(part)} images cannot be read and are left out.")
-            part = part.select(readable)
-        parts.append(part)
-    return parts[0], parts[1], names
-
-
-def class_names(dataset: Dataset, data_args: DataArguments) -> list[str]:
-    feature = dataset.features.get(data_args.label_column_name)
-    if not isinstance(feature, ClassLabel) or not isinstance(
-        dataset.features.get(data_args.image_column_name), ImageFeature
-    ):
-        raise ValueError(
-            "The data has no classes. Make one folder per class, at least two, and no metadata file. It needs the "
-            f"columns {data_args.image_column_name!r} and {data_args.label_column_name!r}, and the second must be a "
-            f"ClassLabel. It has {short(dict(dataset.features), 300)}."
-        )
-    return feature.names
 
 
 def load_model(model_args: ModelArguments, names: list[str] | None) -> tuple[Any, list[int], bool]:
@@ -423,24 +381,6 @@ def with_lora(model: Any) -> Any:
     if any(p.requires_grad for reducer in encoder_of(model).reducers for p in reducer.parameters()):
         whole.append("reducer")
     return get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"], modules_to_save=whole))
-
-
-@dataclass
-class Relabelled:
-    """Apply a batch transform, and turn the class indices of the data into those of the model."""
-
-    transform: BatchTransform
-    order: list[int]
-
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        batch = self.transform(batch)
-        for label in batch["labels"]:
-            if not isinstance(label, int) or not 0 <= label < len(self.order):
-                raise ValueError(
-                    f"An image has the label {label!r}, but the model's classes are 0 to {len(self.order) - 1}. Use a "
-                    "model that was made for these classes, or another --label_column_name."
-                )
-        return {**batch, "labels": [self.order[label] for label in batch["labels"]]}
 
 
 def accuracy(given: EvalPrediction) -> dict[str, float]:

@@ -90,9 +90,16 @@ def kept_images(stream: IterableDataset | None, count: int, seed: int, columns: 
     Without a stream, the folder holds them already.
     """
     if stream is not None:
+        columns_there: Any = stream.features or next(iter(stream), {})  # streams of a function do not know their columns
+        missing = [column for column in columns if column not in columns_there]
+        if missing:
+            raise ValueError(
+                f"The stream has no column {missing[0]!r}, only {', '.join(columns_there)}. Give --image_column_name "
+                "and --label_column_name."
+            )
         stream = stream.select_columns(columns).shuffle(seed=seed)
         features = stream.features
-        for column, feature in features.items():
+        for column, feature in (features or {}).items():
             if isinstance(feature, ImageFeature):
                 stream = stream.cast_column(column, ImageFeature(decode=False))
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")

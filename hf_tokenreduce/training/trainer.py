@@ -4,7 +4,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..files import model_folder
@@ -26,6 +25,7 @@ from ..modeling.multiply_adds import shares_kept
 from ..tasks import facts_on
 from .arguments import TokenReduceTrainingArguments
 from .augmentation import Collator
+from .callbacks import WarmUpKeepRate
 from .losses import distillation_loss, task_loss, token_loss
 from .teacher import teacher_of
 
@@ -105,21 +105,24 @@ class TokenReduceTrainer(Trainer):
                 f"{', '.join(known.title for known in METHODS.values() if known.keep_rate_may_change)}), got "
                 f"{type(reduction).__name__}. Set keep_rate_warmup to 0."
             )
+        learned = [p for reducer in encoder_of(reduced).reducers for p in reducer.parameters()]
         if args.freeze_backbone:
-            learned = [p for reducer in encoder_of(reduced).reducers for p in reducer.parameters()]
             if not learned or method.learn_from_labels is not None:  # that was before the training
                 raise ValueError(
                     f"With freeze_backbone, {type(reduction).__name__} has nothing to learn. Set it to False."
                 )
-            model.requires_grad_(False)
-            for parameter in learned:
-                parameter.requires_grad_(True)
+        elif not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("No parameter of the model learns. Call model.requires_grad_() before the training.")
         self.teacher = teacher_of(reduced, args, teacher_model)
         self._warm_up = WarmUpKeepRate(reduced, args.keep_rate_warmup) if args.keep_rate_warmup else None
         self._kept_in_step: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
         self._scalars: set[str] = set()  # names of parameters that FSDP and DeepSpeed train as vectors
+        if args.ddp_find_unused_parameters is None and learned:
+            # Trainer would say no if there is gradient checkpointing. But learned parts may have no gradient: DL-ViT's
+            # filter never has one, nor have those of a last layer that computes the prefix alone.
+            args.ddp_find_unused_parameters = True
         super().__init__(model, args, *others, **settings)
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer divides them
         if self.teacher is not None:
@@ -132,6 +135,25 @@ class TokenReduceTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         reduced = _reduced_model(self.model)
         reduced.config.__dict__.pop("calibrated_share", None)  # training changes what was calibrated
+        if reduced.config.problem_type is None and reduced.config.num_labels == 1:
+            reduced.config.problem_type = "regression"  # as the loss of transformers does; pipelines read it
+        with self._frozen():
+            return self._train(reduced, *args, **kwargs)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Temporarily freeze the backbone, if it shall not learn. It may be that of other models too."""
+        learned = {id(p) for reducer in encoder_of(_reduced_model(self.model)).reducers for p in reducer.parameters()}
+        before = [(p, p.requires_grad) for p in self.model.parameters()] if self.args.freeze_backbone else []
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in learned)
+        try:
+            yield
+        finally:
+            for parameter, learns in before:
+                parameter.requires_grad_(learns)
+
+    def _train(self, reduced: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self._scalars |= _make_scalars_vectors(self.model)
         token_decoder = method_of(reduced.config.reduction).token_decoder if self.args.token_weight else None
@@ -283,9 +305,15 @@ class TokenReduceTrainer(Trainer):
             return parts
         with torch.no_grad():
             given = inputs[reduced.main_input_name]
-            teacher_outputs = self.teacher(given, output_hidden_states=bool(self.args.token_weight))
+            size = {name: value for name, value in inputs.items() if name == "interpolate_pos_encoding"}
+            teacher_outputs = self.teacher(given, output_hidden_states=bool(self.args.token_weight), **size)
         if self.args.logits_weight:
-            distance = distillation_loss(outputs.logits, teacher_outputs.logits, self.args.distillation_temperature)
+            distance = distillation_loss(
+                outputs.logits,
+                teacher_outputs.logits,
+                self.args.distillation_temperature,
+                reduced.config.problem_type,
+            )
             parts["distillation_loss"] = self.args.logits_weight * distance
         if self.args.token_weight:
             prefix = facts_of(reduced.config).num_prefix_tokens
@@ -325,7 +353,7 @@ class TokenReduceTrainer(Trainer):
                 if REVERSE in name.split("."):
                     reverse[name.split(f"{REVERSE}.")[-1]] = value.contiguous()
                 else:
-                    state_dict[name] = value.reshape(()) if name in self._scalars else value
+                    state_dict[name] = value.reshape(()) if _without_adapter(name) in self._scalars else value
         with self._at_its_goal(), model_folder(output_dir or self.args.output_dir, of_processor=False) as place:
             super()._save(str(place), state_dict)
             if reverse:
@@ -360,47 +388,23 @@ class TokenReduceTrainer(Trainer):
             getattr(reduced, REVERSE).load_state_dict(load_file(folder / REVERSE_FILE))
 
 
-class WarmUpKeepRate(TrainerCallback):
-    """Let the keep rate fall from 1 to its value over the first `share` of the training steps, 0.01 at a time."""
-
-    def __init__(self, model: PreTrainedModel, share: float):
-        self.model, self.share = model, share
-        self.goal: Any = None  # the setting that was asked for, while the model trains
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.goal = self.model.config.reduction
-
-    def end(self) -> None:
-        """Return to the setting that was asked for."""
-        if self.goal not in (None, self.model.config.reduction):
-            self.model.set_reduction(self.goal)
-        self.goal = None
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        progress = min(1.0, state.global_step / max(1.0, self.share * state.max_steps))
-        given = self.goal.keep_rate
-
-        def rate(goal: float) -> float:
-            return goal if progress == 1 else round(1 - (1 - goal) * progress, 2)
-
-        rates = rate(given) if isinstance(given, float) else [rate(goal) for goal in given]
-        reduction = replace(self.goal, keep_rate=rates)
-        if reduction != self.model.config.reduction:
-            self.model.set_reduction(reduction)
-
-
 def _make_scalars_vectors(model: nn.Module) -> set[str]:
     """Turn parameters of shape () into shape (1,), for FSDP and DeepSpeed. Return their names.
 
     Neither of them can train a scalar.
     """
-    scalars = {name for name, parameter in model.named_parameters() if parameter.ndim == 0}
+    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     for name in scalars:
         module, _, own = name.rpartition(".")
         parameter = model.get_parameter(name)
         vector = nn.Parameter(parameter.detach().reshape(1), requires_grad=parameter.requires_grad)
         setattr(model.get_submodule(module), own, vector)
-    return scalars
+    return {_without_adapter(name) for name in scalars}
+
+
+def _without_adapter(name: str) -> str:
+    """Return the name that a parameter of a PEFT model has after the adapters are merged."""
+    return name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
 
 
 def _has_own_loss(reduced: PreTrainedModel) -> bool:
