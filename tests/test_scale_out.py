@@ -15,13 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+from hf_tokenreduce import DLViTConfig, reduce_tokens
+
 
 HERE = Path(__file__).resolve().parents[1]
 METHODS = {
     "tome": ["--logits_weight", 1],
     "sit": ["--reduction_args", '{"layers": [1, 2]}'],  # its recipe has a teacher of logits and tokens
     "ltmp": ["--share", 0.8],
+    None: [],  # as the folder is
 }
+AS_ONE = ("tome", "sit", "ltmp")
 CASES = [
     "ddp",
     "fsdp2",
@@ -46,7 +50,8 @@ def start(tmp_path):
 def train(start, output, method, case=None, *more):
     # The images of an evaluation divide evenly, or Trainer's mean loss counts some of them twice.
     arguments = ["--model_name_or_path", start / "model", "--train_dir", start / "train", "--validation_dir"]
-    arguments += [start / "val", "--output_dir", start / output, "--reduction", method, *METHODS[method]]
+    arguments += [start / "val", "--output_dir", start / output, *METHODS[method]]
+    arguments += [] if method is None else ["--reduction", method]
     arguments += ["--num_train_epochs", 2, "--augmentation", "none", "--lr_scheduler_type", "constant"]
     arguments += ["--logging_strategy", "steps", "--logging_steps", 1, "--disable_tqdm", "True"]
     arguments += ["--per_device_train_batch_size", 6 if case else 12, "--per_device_eval_batch_size", 3]
@@ -76,7 +81,7 @@ def losses(log):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", AS_ONE)
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(start, case, method):
     one, two = (losses(train(start, *run)) for run in (("one", method), ("two", method, case)))
@@ -130,3 +135,23 @@ def test_two_processes_train_and_evaluate_on_a_stream_as_one(start, case):
     train(start, "resumed", "tome", case, *settings, *half)
     whole, resumed = (load_file(start / name / "model.safetensors") for name in ("two", "resumed"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.slow
+def test_two_processes_with_gradient_checkpointing(start):
+    """DL-ViT's filter, which was fitted before, has no gradient. DDP must be told."""
+    stock = AutoModelForImageClassification.from_pretrained(start / "model")
+    reduce_tokens(stock, DLViTConfig(keep_rate=0.7, trained=True)).save_pretrained(start / "model")
+    log = train(start, "out", None, "ddp", "--gradient_checkpointing", "True")
+    assert len(losses(log)) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ddp", CASES[-1]])
+def test_two_processes_train_adapters_that_are_merged(start, case):
+    train(start, "out", "sit", case, "--lora", "True", "--token_weight", 0)
+    model, info = AutoModelForImageClassification.from_pretrained(start / "out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before = AutoModelForImageClassification.from_pretrained(start / "model").state_dict()
+    changed = {name for name, value in model.state_dict().items() if name in before and (value != before[name]).any()}
+    assert any("q_proj" in name for name in changed)

@@ -90,7 +90,9 @@ def kept_images(stream: IterableDataset | None, count: int, seed: int, columns: 
     Without a stream, the folder holds them already.
     """
     if stream is not None:
-        columns_there: Any = stream.features or next(iter(stream), {})  # streams of a function do not know their columns
+        columns_there: Any = stream.features or next(
+            iter(stream), {}
+        )  # streams of a function do not know their columns
         missing = [column for column in columns if column not in columns_there]
         if missing:
             raise ValueError(

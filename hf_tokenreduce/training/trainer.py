@@ -120,8 +120,7 @@ class TokenReduceTrainer(Trainer):
         self._batches = 0
         self._scalars: set[str] = set()  # names of parameters that FSDP and DeepSpeed train as vectors
         if args.ddp_find_unused_parameters is None and learned:
-            # Trainer would say no if there is gradient checkpointing. But learned parts may have no gradient: DL-ViT's
-            # filter never has one, nor have those of a last layer that computes the prefix alone.
+            # Trainer would say no if there is gradient checkpointing, but DL-ViT's fitted filter has no gradient.
             args.ddp_find_unused_parameters = True
         super().__init__(model, args, *others, **settings)
         self.model_accepts_loss_kwargs = False  # our losses are means over the batch; Trainer divides them
