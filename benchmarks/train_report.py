@@ -60,6 +60,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "of_seeds": {run["seed"]: run["top1"] for run in runs},
             "mult_adds_ratio": float(np.mean([run["mult_adds_ratio"] for run in runs])),
             "epochs": runs[0]["setting"]["epochs"],
+            "layers": runs[0]["settings"]["layers"] if runs[0].get("method") == "sit" else None,
             # Of a run that was resumed, only the time of the rest is known.
             "minutes": float(np.median([run["seconds"] for run in runs if not run.get("resumed")] or [np.nan])) / 60,
             "difference": None,
@@ -152,7 +153,7 @@ def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
             line["difference"], *line["interval"]
         )  # fmt: skip
         cells = [
-            title_of(line["name"]) + (" \\*" if line["other_start"] else ""),
+            title_of(line["name"]) + slimmed_after(line) + (" \\*" if line["other_start"] else ""),
             "" if line["share"] is None else f"{line['share']:g}",
             f"{line['mult_adds_ratio']:.2f}",
             f"{line['top1']:.1f}",
@@ -170,11 +171,17 @@ def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
     return "\n".join(text) + "\n"
 
 
+def slimmed_after(line: dict[str, Any]) -> str:
+    """The layers after which SiT slims. They were chosen anew after the first of these runs."""
+    layers = line["layers"]
+    return "" if layers is None else f", layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+
+
 def former_slimming(rows: list[dict[str, Any]]) -> list[str]:
-    """Say which rows of SiT were trained before its networks got their present start. They were not run again."""
+    """Say which rows of SiT were trained before it got its present layers and start. They were not run again."""
     if not any(row.get("method") == "sit" and row["setting"]["device"] == "cuda" for row in rows):
         return []
-    return ["", "All rows of SiT are older than the present start of its networks, and began with the former one."]
+    return ["", "All rows of SiT are older than the present start of its networks and the choice of its layers."]
 
 
 def filter_lines(rows: list[dict[str, Any]]) -> list[str]:

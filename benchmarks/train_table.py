@@ -66,6 +66,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "bat-one-group": ("bat", {"cluster_share": 1.0, "fuse_share": 0.0}, []),
     "bat-no-clusters": ("bat", {"cluster_share": 0.0}, []),
     "bat-no-matching": ("bat", {"fuse_share": 0.0}, []),
+    "sit-three-networks": ("sit", {"layers": [1, 3, 5]}, []),
     "sit-no-teacher": ("sit", {}, ["--logits_weight", "0", "--token_weight", "0"]),
     "sit-logits-only": ("sit", {}, ["--token_weight", "0"]),
     "sit-tokens-only": ("sit", {}, ["--logits_weight", "0"]),

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig
 from transformers.utils import logging
 
-from hf_tokenreduce import BATConfig, DLViTConfig, PPTConfig, ToMeConfig, calibrate, reduce_tokens
+from hf_tokenreduce import BATConfig, DLViTConfig, PPTConfig, SiTConfig, ToMeConfig, calibrate, reduce_tokens
 from hf_tokenreduce.loading import method_setting
 from hf_tokenreduce.methods import METHODS, Method
 from hf_tokenreduce.methods.fitting import share_on
@@ -91,16 +91,30 @@ def test_the_model_that_is_given_keeps_what_it_has_learned(name):
 
 
 @pytest.mark.parametrize(
-    ("share", "layers"), [(0.8, (5, 8, 9)), (0.6, (5, 8, 9)), (0.55, (2, 5, 8)), (0.45, (2, 5, 8)), (0.3, (1, 3, 5))]
+    ("depth", "share", "layers"),
+    [
+        (12, 0.8, (5,)),
+        (12, 0.65, (4,)),
+        (12, 0.55, (3,)),
+        (12, 0.45, (2,)),
+        (12, 0.28, (0, 3)),
+        (24, 0.65, (9,)),
+        (24, 0.2, (0, 6)),
+        (4, 0.7, (0,)),
+    ],
 )
-def test_sit_slims_as_late_as_the_share_allows(share, layers):
-    """An earlier layer is taken where the later ones would keep less than three tenths of the tokens at once."""
-    config = ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768)
+def test_one_network_of_sit_keeps_as_large_a_part_as_the_layers_before_it(depth, share, layers):
+    """Shares for which it would keep less than a quarter of the tokens have two networks."""
+    config = ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_hidden_layers=depth)
     setting = method_setting(config, "sit", share)
-    assert setting.layers == layers and setting.keep_rate >= 0.3
+    assert setting.layers == layers and setting.keep_rate >= 0.25
+    if len(layers) == 1:
+        assert setting.keep_rate >= (layers[0] + 1) / depth
+        later = SiTConfig.for_budget(config, share, layers=(layers[0] + 1,))
+        assert later.keep_rate < max((layers[0] + 2) / depth, 0.25)
     assert share - 0.01 < even_share(setting, config) <= share
-    late = method_setting(config, "sit", 0.6, {"layers": (6, 8)})
-    assert late.layers == (6, 8)
+    chosen = method_setting(config, "sit", 0.6, {"layers": (1, 2)})
+    assert chosen.layers == (1, 2)
 
 
 PIXELS = tiny_images(2)

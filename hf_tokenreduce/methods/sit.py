@@ -17,7 +17,7 @@ from ..modeling.sit import SiTConfig, SiTReducer
 from ..modeling.tokens import TokenState
 from ..tasks import all_layers_act, image_side
 from .fitting import before_acting
-from .method import QUICK_FINE_TUNE, Method, spread_layers
+from .method import QUICK_FINE_TUNE, Method
 from .token_decoder import reverse_modules
 
 
@@ -108,23 +108,26 @@ def _neighbours_together(top: int, bottom: int, left: int, right: int, width: in
     return [patch for part in parts for patch in _neighbours_together(*part, width)]
 
 
-# Layers of a model of 12, the latest first; a network that keeps less than LEAST_KEPT at once loses too much.
-SCHEDULES = ((5, 8, 9), (2, 5, 8), (1, 3, 5))
-LEAST_KEPT = 0.3
+LEAST_KEPT = 0.25  # a network that keeps a smaller part of the tokens at once loses too much
 
 
 def at_share(facts: EncoderFacts, share: float, **settings: Any) -> ReductionConfig:
-    """Make the setting for a share, in layers as late as the share allows. Shallow models slim earlier, or too few
-    layers would be left to save in."""
-    schedules = SCHEDULES if facts.num_hidden_layers >= 12 else ((2, 6), (1, 4))
-    options = [{"layers": spread_layers(facts, *of_twelve), **settings} for of_twelve in schedules]
-    for option in options[:-1]:
-        with contextlib.suppress(ValueError):
-            setting = SiTConfig.for_budget(facts, share, **option)
-            rate: Any = setting.keep_rate  # one number, because `for_budget` gives all layers the same
-            if rate >= LEAST_KEPT:
-                return setting
-    return SiTConfig.for_budget(facts, share, **options[-1])
+    """Make the setting for a share: one network, or two of them for shares that one alone should not reach.
+
+    One network loses less than several. Late in the model it must drop nearly all tokens to save as much, and early
+    it sees tokens that know little of the image. So it slims after the last layer where the part of the tokens that it
+    keeps is at least the part of the layers that it leaves as they are.
+    """
+    depth = facts.num_hidden_layers
+    if "layers" not in settings:
+        for layer in reversed(range(depth)):
+            with contextlib.suppress(ValueError):
+                setting = SiTConfig.for_budget(facts, share, layers=(layer,), **settings)
+                rate: Any = setting.keep_rate  # one number, because `for_budget` gives all layers the same
+                if rate >= max((layer + 1) / depth, LEAST_KEPT):
+                    return setting
+        settings["layers"] = tuple(sorted({0, depth // 4}))
+    return SiTConfig.for_budget(facts, share, **settings)
 
 
 DISTILLED = {**QUICK_FINE_TUNE, "logits_weight": 2.0, "token_weight": 2.0}
@@ -143,10 +146,11 @@ SIT = Method(
         "After each of `layers` a small network mixes the patch tokens into fewer ones, by soft weights. In training "
         "the dense model is the teacher. It teaches the logits, and also the tokens, through a token decoder that "
         "exists only in training. `calibrate` first teaches the networks to pool tokens that are alike, because the "
-        "initialisation of the authors makes every slim token nearly the mean of all tokens."
+        "initialisation of the authors makes every slim token nearly the mean of all tokens. With a share there is "
+        "one network, or two if the share is small, because several networks lose more than one."
     ),
     limits="Without training it loses much accuracy. Calibration is only a start.",
-    ours="the layers in models of 12 layers; the calibrated start",
+    ours="the layers; the calibrated start",
     needs="images",
     at_share=at_share,
     prepare=fit_slimming,
