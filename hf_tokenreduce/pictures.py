@@ -79,7 +79,7 @@ def _folders(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, li
             yield from _folders(entry.path, above)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def upright(picture: Image.Image) -> Image.Image:
     """Turn a picture as its EXIF data say. One that stands already is not copied."""
     return ImageOps.exif_transpose(picture) if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1 else picture
 
@@ -97,7 +97,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     if is_too_narrow(picture):
         width, height = picture.size
         raise ValueError(f"a picture of {width} x {height} pixels is too narrow. Crop it")
-    picture = _upright(picture)
+    picture = upright(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture)
         if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -122,7 +122,7 @@ def decoded_picture(image: Any) -> Image.Image:
     source: Any = path if content is None else io.BytesIO(content)
     with Image.open(source, formats=FORMATS) as picture:
         picture.load()
-        return _upright(picture)
+        return upright(picture)
 
 
 def read_picture(file: str | Path) -> Image.Image:

@@ -177,6 +177,8 @@ def test_opened_pictures_are_turned_upright_too(tmp_path):
     for picture in (as_rgb(Image.open(tmp_path / "phone.png")), read_picture(tmp_path / "phone.png")):
         assert np.array_equal(np.asarray(picture), upright)
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    trained = EvalTransform(processor)
+    assert torch.equal(trained(Image.open(tmp_path / "phone.png")), trained(Image.fromarray(upright)))
     opened, read = (
         prepare_images([one], processor, None)[0]
         for one in (Image.open(tmp_path / "phone.png"), tmp_path / "phone.png")

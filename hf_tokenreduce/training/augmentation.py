@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
-from ..pictures import as_rgb, decoded_picture, is_too_narrow
+from ..pictures import as_rgb, decoded_picture, is_too_narrow, upright
 
 
 logger = logging.get_logger(__name__)
@@ -293,7 +293,9 @@ class Collator:
 
 
 def _rgb(image: Image.Image, image_processor: BaseImageProcessor) -> Image.Image:
-    if image.mode in ("RGB", "F") or image.mode.startswith("I") or is_too_narrow(image):
+    if image.mode == "RGB" and "transparency" not in image.info and not is_too_narrow(image):
+        return upright(image)
+    if image.mode.startswith("I") or image.mode == "F" or is_too_narrow(image):
         return as_rgb(image)
     if image_processor.do_convert_rgb:  # the processor converts: some put transparent pixels on white
         as_it_is = image_processor(image, **POINTWISE, do_rescale=False, do_normalize=False).pixel_values[0]
