@@ -138,13 +138,14 @@ def _set_thresholds(reducer: Any, view: Any, state: Any, part: float, merge_shar
     threshold: Any = torch.inf
     if reducer.settings.merge:
         untouched = decide_by_thresholds(keys, importance, valid, torch.inf, -torch.inf, prefix)
-        distances = 1.0 - untouched.similarity[untouched.similarity > -torch.inf]
+        similarity = untouched.similarity(prefix)
+        distances = 1.0 - similarity[similarity > -torch.inf]
         reducer.merge_threshold.fill_(1.0 - _cut(distances, to_merge))
         threshold = reducer.merge_threshold.float()
     if reducer.settings.prune:
         merged = decide_by_thresholds(keys, importance, valid, threshold, -torch.inf, prefix)
         stays = valid & (merged.receiver == torch.arange(num_tokens, device=valid.device))
-        reducer.prune_threshold.fill_(_cut(merged.importance[stays], to_prune))
+        reducer.prune_threshold.fill_(_cut(merged.merged_importance[stays], to_prune))
 
 
 def _cut(values: Tensor, count: int) -> float:

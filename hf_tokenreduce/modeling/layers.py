@@ -22,7 +22,7 @@ from .methods import build_reducer
 from .packed import for_each_row, on_device, same_of_all
 from .received import attend_masked, attend_with_map
 from .recording import RECORDER, Encoded
-from .tokens import TokenMap, TokenState, apply_map, move, pad, prefix_alone, representatives, start, unpad
+from .tokens import TokenMap, TokenState, apply_map, locate, move, pad, prefix_alone, representatives, start, unpad
 
 
 try:
@@ -97,6 +97,7 @@ class ReducedAttention(nn.Module):
         selected = prefix_alone(state) if for_prefix else reducer.select_queries(view, state)
         rows, query_lengths = hidden_states, lengths
         if selected is not None:
+            selected = locate(selected, prefix, lengths)
             rows, query_lengths = move(hidden_states, selected, prefix, lengths), selected.lengths(prefix)
             if rotary is not None:
                 rotary = move(rotary[0], selected, prefix, lengths), move(rotary[1], selected, prefix, lengths)

@@ -108,19 +108,32 @@ class LTMPConfig(ReductionConfig):
 
 
 class ThresholdDecision(NamedTuple):
-    """What the thresholds decide for the patch tokens of each image. All tensors are (B, N).
+    """What the thresholds decide for the patch tokens of each image. Tensors are (B, N), but for `best`.
 
     Attributes:
         target: long, the output token that each token goes into. -1: pruned, or padding.
         receiver: long, the token that each token goes into before pruning: itself unless it merges.
-        similarity: float32, the cosine to the best match. -inf for tokens that cannot merge.
-        importance: float32, the importance of the receiver: the highest of the tokens in it. -inf for padding.
+        best: float32, (B, number of tokens that can merge), the cosine of each to its best match, and -inf for
+            padding. None: nothing can merge.
+        merged_importance: float32, the highest importance of the tokens in each receiver. -inf for padding, and for
+            tokens that have merged into another.
     """
 
     target: Tensor
     receiver: Tensor
-    similarity: Tensor
-    importance: Tensor
+    best: Tensor | None
+    merged_importance: Tensor
+
+    def similarity(self, num_prefix_tokens: int) -> Tensor:
+        """Return the cosine of each token to its best match, (B, N) float32. -inf for tokens that cannot merge."""
+        similarity = torch.full_like(self.merged_importance, -torch.inf)
+        if self.best is not None:
+            similarity[:, _even(num_prefix_tokens)] = self.best
+        return similarity
+
+    def importance(self) -> Tensor:
+        """Return the importance of the receiver of each token, (B, N) float32. -inf for padding."""
+        return self.merged_importance.gather(1, self.receiver)
 
 
 @torch.no_grad()
@@ -144,47 +157,53 @@ def decide_by_thresholds(
     """
     batch, num_tokens = importance.shape
     natural = torch.arange(num_tokens, device=importance.device)
-    similarity = torch.full((batch, num_tokens), -torch.inf, device=importance.device)
-    receiver = natural.repeat(batch, 1)
-    sequence = receiver
-    if keys is not None and num_tokens > 1:
-        even = slice(num_prefix_tokens % 2, None, 2)
-        odd = slice(1 - num_prefix_tokens % 2, None, 2)
-        keys = F.normalize(keys, dim=-1)
-        with full_precision(keys):
-            if batch == 1 and torch.compiler.is_compiling():
-                # AOTInductor cannot compile a batched product whose number of rows depends on the image.
-                products = torch.mm(keys[0, even], keys[0, odd].T)[None]
-            else:
-                products = torch.bmm(keys[:, even], keys[:, odd].transpose(1, 2))
-            if valid is not None:  # no match in padding
-                products = products.masked_fill(~valid[:, None, odd], -torch.inf)
-            best, match = products.max(dim=-1)  # (B, N even)
-        best = best.clamp(max=1.0)  # a threshold of 1 merges nothing, despite rounding
-        similarity[:, even] = best if valid is None else best.masked_fill(~valid[:, even], -torch.inf)
-        merges = similarity > merge_threshold
-        receiver = receiver.clone()
-        receiver[:, even] = torch.where(merges[:, even], natural[odd][match], natural[even])
-        dealt = torch.cat([natural[even], natural[odd]])
-        sequence = torch.where(merges.any(dim=1, keepdim=True), dealt, natural)
-
+    receiver, sequence, best = natural.expand(batch, -1), None, None
     if valid is not None:
         importance = importance.masked_fill(~valid, -torch.inf)
-    importance = torch.full_like(importance, -torch.inf).scatter_reduce_(1, receiver, importance, "amax")
+    if keys is not None and num_tokens > 1:
+        even, odd = _even(num_prefix_tokens), _even(num_prefix_tokens + 1)
+        best, match = _best_matches(keys, valid, even, odd)
+        merges = best > merge_threshold
+        receiver = receiver.clone()
+        receiver[:, even] = torch.where(merges, match * 2 + odd.start, natural[even])
+        dealt = torch.cat([natural[even], natural[odd]])
+        sequence = torch.where(merges.any(dim=1, keepdim=True), dealt, natural)
+        # No one goes into a token that has merged, so its importance stays -inf.
+        importance = torch.full_like(importance, -torch.inf).scatter_reduce_(1, receiver, importance, "amax")
     if num_prefix_tokens == 0:  # an image must keep at least one token: the most important one
-        first = importance.masked_fill(receiver != natural, -torch.inf).argmax(dim=1, keepdim=True)
-        importance = importance.scatter(1, first, torch.inf)
-    stays = (receiver == natural) & (importance > prune_threshold)
-    if valid is not None:
-        stays &= valid
+        importance = importance.scatter(1, importance.argmax(dim=1, keepdim=True), torch.inf)
+    stays = importance > prune_threshold
     if max_kept is not None:
         stays &= ranks(importance.masked_fill(~stays, -torch.inf)) < max_kept
-    place = torch.empty_like(sequence).scatter_(1, sequence, stays.gather(1, sequence).cumsum(dim=1) - 1)
-    target = torch.where(stays, place, -1).gather(1, receiver)
-    importance = importance.gather(1, receiver)
-    if valid is not None:
-        target, importance = torch.where(valid, target, -1), importance.masked_fill(~valid, -torch.inf)
-    return ThresholdDecision(target, receiver, similarity, importance)
+    if sequence is None:
+        place = stays.cumsum(dim=1)
+    else:
+        place = torch.empty_like(sequence).scatter_(1, sequence, stays.gather(1, sequence).cumsum(dim=1))
+    target = place * stays - 1
+    if sequence is not None:
+        target = target.gather(1, receiver)
+    return ThresholdDecision(target, receiver, best, importance)
+
+
+def _even(num_prefix_tokens: int) -> slice:
+    """Return the patch tokens that are at even positions of the sequence."""
+    return slice(num_prefix_tokens % 2, None, 2)
+
+
+def _best_matches(keys: Tensor, valid: Tensor | None, sources: slice, receivers: slice) -> tuple[Tensor, Tensor]:
+    """Return the cosine and the place of each source's best match among the receivers, (B, number of sources)."""
+    keys = F.normalize(keys, dim=-1)
+    with full_precision(keys):
+        if keys.shape[0] == 1 and torch.compiler.is_compiling():
+            # AOTInductor cannot compile a batched product whose number of rows depends on the image.
+            products = torch.mm(keys[0, sources], keys[0, receivers].T)[None]
+        else:
+            products = torch.bmm(keys[:, sources], keys[:, receivers].transpose(1, 2))
+        if valid is not None:  # no match in padding
+            products = products.masked_fill(~valid[:, None, receivers], -torch.inf)
+        best, match = products.max(dim=-1)
+    best = best.clamp(max=1.0)  # a threshold of 1 merges nothing, despite rounding
+    return best if valid is None else best.masked_fill(~valid[:, sources], -torch.inf), match
 
 
 def budget_share(kept: Tensor, num_tokens: int, hidden_size: int, mlp_products: int) -> Tensor:
@@ -255,8 +274,9 @@ class LTMPReducer(Reducer):
     def _decide(self, view: AttentionView, state: TokenState, valid: Tensor | None, order: Tensor | None = None):
         prefix = state.num_prefix_tokens
         keys = view.patch_keys().detach() if self.settings.merge else None
-        importance = torch.ones(state.num_images, state.num_patch_tokens, device=view.key.device)
-        if view.received is not None:
+        if view.received is None:
+            importance = torch.ones(state.num_images, state.num_patch_tokens, device=view.key.device)
+        else:
             importance = view.received[:, prefix:]
         if order is not None:
             keys = None if keys is None else keys.gather(1, order[..., None].expand_as(keys))
@@ -291,7 +311,8 @@ class LTMPReducer(Reducer):
         back = torch.empty_like(order).scatter_(1, order, _positions(order))
         decision = self._decide(view, state, live.gather(1, order), order)
         target, similarity, importance = (
-            values.gather(1, back) for values in (decision.target, decision.similarity, decision.importance)
+            values.gather(1, back)
+            for values in (decision.target, decision.similarity(state.num_prefix_tokens), decision.importance())
         )
         if self.settings.prune:
             mask = mask * self._step(importance, self.prune_threshold)

@@ -99,6 +99,8 @@ class TokenMap(NamedTuple):
         weight: (B, N), the factor of each token in its output token. None: every output token is one input token.
         size: (B, M), the number of patches that each output token stands for, if already known. None: not known.
         keeps_all: Whether no target is -1: no token is dropped, and there is no padding.
+        rows: (number of output rows,) long, the input row that each output row is, prefix tokens and all images
+            included. Only without `weight`. None: not known yet.
     """
 
     target: Tensor | None
@@ -106,6 +108,7 @@ class TokenMap(NamedTuple):
     weight: Tensor | None = None
     size: Tensor | None = None
     keeps_all: bool = False
+    rows: Tensor | None = None
 
     def lengths(self, num_prefix_tokens: int) -> tuple[int, ...] | None:
         if not isinstance(self.num_tokens, tuple) or len(self.num_tokens) == 1:
@@ -170,7 +173,7 @@ def apply_map(state: TokenState, token_map: TokenMap) -> TokenState:
             "A map cannot move tokens that are mixtures of patches (SiT), because the weights of the patches would be "
             "wrong afterwards. Let SiT reduce after all other methods."
         )
-    target, num_tokens, weight, size, keeps_all = token_map
+    target, num_tokens, weight, size, keeps_all, _ = token_map
     if target is None:
         return _keep_first(state, num_tokens)
     patch_map, origin = state.patch_map, state.origin
@@ -282,42 +285,76 @@ def move(rows: Tensor, token_map: TokenMap, num_prefix_tokens: int, lengths: tup
     Rows are moved in one flat view of all images, because copies and sums of whole rows are several times faster
     there than gather and scatter with an index for every feature. Sums are computed in float32.
     """
-    if token_map.target is None:
-        return rows[:, : num_prefix_tokens + _widest(token_map.num_tokens)]
-    even = lengths is None and token_map.lengths(num_prefix_tokens) is None
-    if even and token_map.keeps_all and token_map.weight is not None:
-        return _merge_evenly(
-            rows, token_map.target, _widest(token_map.num_tokens), token_map.weight, num_prefix_tokens
-        )
-    target = _with_prefix(token_map.target, num_prefix_tokens)
-    batch, length = target.shape
-    flat = rows.flatten(0, 1)
+    target, num_tokens, weight, _, keeps_all, _ = token_map
+    if target is None:
+        return rows[:, : num_prefix_tokens + _widest(num_tokens)]
     new_lengths = token_map.lengths(num_prefix_tokens)
-    if new_lengths is None:
-        shape = (batch, num_prefix_tokens + _widest(token_map.num_tokens), rows.shape[-1])
-        total, new_starts = batch * shape[1], _even_starts(batch, shape[1], rows.device)
-    else:
-        shape = (1, sum(new_lengths), rows.shape[-1])
-        total, new_starts = shape[1], layout_of(new_lengths, rows.device).starts
-    slot = torch.where(target < 0, total, new_starts + target)  # dropped: one row past the end, cut off below
-    if token_map.weight is None:
-        starts = _even_starts(batch, length, rows.device)
-        if lengths is not None:
-            starts = layout_of(lengths, rows.device).starts
-        source = starts + _positions(target, length)
-        index = target.new_zeros(total + 1).scatter_(0, slot.flatten(), source.flatten())[:-1]
-        return flat.index_select(0, index).view(shape)
-    weight = F.pad(token_map.weight, (num_prefix_tokens, 0), value=1.0)
+    if weight is None:
+        index = locate(token_map, num_prefix_tokens, lengths).rows
+        assert index is not None
+        images = target.shape[0] if new_lengths is None else 1
+        return rows.flatten(0, 1).index_select(0, index).view(images, -1, rows.shape[-1])
+    if lengths is None and new_lengths is None:
+        merge_rows = _merge_all_evenly if keeps_all else _merge_evenly
+        return merge_rows(rows, target, _widest(num_tokens), weight, num_prefix_tokens)
+    slot, shape = _slots(token_map, num_prefix_tokens, rows.device)
+    weight = F.pad(weight, (num_prefix_tokens, 0), value=1.0)
     if lengths is not None:
         slot, weight = unpad(slot, lengths), unpad(weight, lengths)
-    weighted = flat * weight.view(-1, 1)
-    sums = weighted.new_zeros(total + 1, rows.shape[-1]).index_add_(0, slot.flatten(), weighted)
-    return sums[:-1].view(shape).to(rows.dtype)
+    weighted = rows.flatten(0, 1) * weight.view(-1, 1)
+    sums = weighted.new_zeros(shape[0] * shape[1] + 1, rows.shape[-1]).index_add_(0, slot.flatten(), weighted)
+    return sums[:-1].view(*shape, rows.shape[-1]).to(rows.dtype)
+
+
+def locate(token_map: TokenMap, num_prefix_tokens: int, lengths: tuple[int, ...] | None = None) -> TokenMap:
+    """Return the map with its `rows`, so that they are computed once if `move` is called for several tensors."""
+    target, weight = token_map.target, token_map.weight
+    if target is None or weight is not None or token_map.rows is not None:
+        return token_map
+    batch, count = target.shape
+    if lengths is None and token_map.lengths(num_prefix_tokens) is None:
+        # One more place, the first, takes what is dropped.
+        picked = target.new_zeros(batch, _widest(token_map.num_tokens) + 1)
+        picked = picked.scatter_(1, target + 1, _positions(target, count))[:, 1:] + num_prefix_tokens
+        if num_prefix_tokens:
+            picked = torch.cat([_positions(target, num_prefix_tokens), picked], dim=1)
+        if batch > 1 or torch.jit.is_tracing():  # a trace of one image runs with any number
+            picked = picked + _even_starts(batch, num_prefix_tokens + count, target.device)
+        return token_map._replace(rows=picked.flatten())
+    slot, shape = _slots(token_map, num_prefix_tokens, target.device)
+    starts = _even_starts(batch, slot.shape[1], target.device)
+    if lengths is not None:
+        starts = layout_of(lengths, target.device).starts
+    source = starts + _positions(slot, slot.shape[1])
+    index = target.new_zeros(shape[0] * shape[1] + 1).scatter_(0, slot.flatten(), source.flatten())[:-1]
+    return token_map._replace(rows=index)
+
+
+def _slots(token_map: TokenMap, num_prefix_tokens: int, device: torch.device) -> tuple[Tensor, tuple[int, int]]:
+    """Return the output row of each token, (B, P + N) long, and the shape (images, tokens) of all output rows. What is
+    dropped gets one row past the end."""
+    assert token_map.target is not None
+    target = _with_prefix(token_map.target, num_prefix_tokens)
+    new_lengths = token_map.lengths(num_prefix_tokens)
+    if new_lengths is None:
+        shape = (target.shape[0], num_prefix_tokens + _widest(token_map.num_tokens))
+        total, starts = shape[0] * shape[1], _even_starts(*shape, device)
+    else:
+        total, starts = sum(new_lengths), layout_of(new_lengths, device).starts
+        shape = (1, total)
+    return torch.where(target < 0, total, starts + target), shape
 
 
 def _merge_evenly(rows: Tensor, target: Tensor, num_tokens: int, weight: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Do `move` for an even result without dropped tokens. This needs a third of the operations, and for a single
-    image most of the time goes into starting them."""
+    """Do `move` for an even result. This needs a third of the operations, and for a single image most of the time goes
+    into starting them."""
+    # One more row, the first, takes what is dropped.
+    sums = merge_by_sums(rows[:, num_prefix_tokens:], target + 1, num_tokens + 1, weight)
+    return torch.cat([rows[:, :num_prefix_tokens], sums[:, 1:]], dim=1)
+
+
+def _merge_all_evenly(rows: Tensor, target: Tensor, num_tokens: int, weight: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Do the same without dropped tokens."""
     length = num_prefix_tokens + num_tokens
     slot = target + num_prefix_tokens
     if num_prefix_tokens:  # they are summed too, so that no runtime has to split and join the rows
@@ -373,17 +410,15 @@ def unpad(padded: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 def follow(index: Tensor, values: Tensor, fill: float) -> Tensor:
     """Pick `values` (B, M) at `index` (B, N), and `fill` where the index is -1. It joins one map to another."""
-    if values.shape[1] == 0:  # no token is left in any image
-        return torch.full_like(index, fill, dtype=values.dtype)
-    return torch.where(index < 0, fill, values.gather(1, index.clamp(min=0)))
+    return F.pad(values, (1, 0), value=fill).gather(1, index + 1)
 
 
 def sum_by_target(values: Tensor, target: Tensor, num_tokens: int, keeps_all: bool = False) -> Tensor:
     """Sum the values of the tokens in each output token: (B, N) -> (B, M). keeps_all: no target is -1."""
     if keeps_all:
         return values.new_zeros(target.shape[0], num_tokens).scatter_add_(1, target, values)
-    sums = values.new_zeros(target.shape[0], num_tokens + 1)
-    return sums.scatter_add_(1, torch.where(target < 0, num_tokens, target), values)[:, :-1]
+    # One more place, the first, takes what is dropped.
+    return values.new_zeros(target.shape[0], num_tokens + 1).scatter_add_(1, target + 1, values)[:, 1:]
 
 
 def ranks(scores: Tensor) -> Tensor:
