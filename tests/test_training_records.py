@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from families import family_inputs, family_model
-from helpers import tiny_model
+from helpers import tiny_images, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 from transformers import ViTImageProcessor
 from transformers.utils import cached_file
 
-from hf_tokenreduce import ToMeConfig, reduce_tokens
+from hf_tokenreduce import EViTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.hub.card import _limits
 from hf_tokenreduce.hub.records import trained_how
 from hf_tokenreduce.modeling.encoders import encoder_of
+from hf_tokenreduce.modeling.multiply_adds import even_counts, even_share
 from hf_tokenreduce.training import TokenReduceTrainer, TokenReduceTrainingArguments, measuring
+from hf_tokenreduce.training import trainer as trainer_module
 from hf_tokenreduce.training.data import load_data
 from hf_tokenreduce.training.origin import fitted_on, was_trained
 from hf_tokenreduce.training.run import DataArguments, main, name_of_validation, parse
@@ -127,6 +129,34 @@ def test_models_of_sounds_train_too(tmp_path):
     patches, prefix = encoder_of(model).facts.num_patches, encoder_of(model).facts.num_prefix_tokens
     assert [entry["tokens/layer_1"] for entry in logs] == [patches + prefix - 6] * 2
     assert all(0.5 < entry["multiply_adds_share"] < 1 for entry in logs)
+
+
+@pytest.mark.parametrize("most", [1, 2, 64])
+def test_token_counts_are_read_for_many_batches_at_once(tmp_path, monkeypatch, most):
+    """Reading them waits for a GPU. The keep rate of the warm-up changes between the batches."""
+    monkeypatch.setattr(trainer_module, "MOST_UNREAD", most)
+    unread, model = [], reduce_tokens(tiny_model(), EViTConfig(keep_rate=0.5, layers=(1,)))
+
+    class Watched(TokenReduceTrainer):
+        def _record(self, *args):
+            super()._record(*args)
+            unread.append(len(self._unread))
+
+    rows = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(tiny_images(12))]
+    options = {"use_cpu": True, "max_steps": 3, "logging_steps": 3, "report_to": "none", "keep_rate_warmup": 1.0}
+    arguments = TokenReduceTrainingArguments(
+        tmp_path, per_device_train_batch_size=4, learning_rate=0.0, remove_unused_columns=False, **options
+    )
+    trainer = Watched(model, arguments, train_dataset=rows)
+    trainer.train()
+    assert unread == {1: [0, 0, 0], 2: [1, 0, 1], 64: [1, 2, 3]}[most] and not trainer._unread
+    rates = [1.0, 0.83, 0.67]
+    facts = encoder_of(model).facts
+    counts = [even_counts(EViTConfig(keep_rate=rate, layers=(1,)), facts) for rate in rates]
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["tokens/layer_2"] == pytest.approx(sum(count[2] for count in counts) / 3, abs=1e-4)
+    shares = [even_share(EViTConfig(keep_rate=rate, layers=(1,)), facts) for rate in rates]
+    assert logged["multiply_adds_share"] == pytest.approx(sum(shares) / 3, abs=1e-5)
 
 
 def test_the_record_of_a_model_on_the_hub_is_read(tmp_path, monkeypatch):

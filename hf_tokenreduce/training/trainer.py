@@ -32,6 +32,7 @@ from .teacher import teacher_of
 
 REVERSE_FILE = "reverse_slimming.safetensors"
 REDUCTION_FILE = "reduction.json"
+MOST_UNREAD = 64  # batches whose token counts stay on the device, because reading them waits for it
 REVERSE = "reverse_slimming"  # attribute of the model that holds the token decoder during training; prefix of its keys
 
 logger = logging.get_logger(__name__)
@@ -117,6 +118,7 @@ class TokenReduceTrainer(Trainer):
         self._warm_up = WarmUpKeepRate(reduced, args.keep_rate_warmup) if args.keep_rate_warmup else None
         self._kept_in_step: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
+        self._unread: list[tuple[Tensor, int, Any]] = []
         self._batches = 0
         self._scalars: set[str] = set()  # names of parameters that FSDP and DeepSpeed train as vectors
         if args.ddp_find_unused_parameters is None and learned:
@@ -323,19 +325,30 @@ class TokenReduceTrainer(Trainer):
         return parts
 
     def _record(self, parts: dict[str, Tensor], token_counts: Tensor, num_tokens: int) -> None:
-        reduced = _reduced_model(self.model)
-        seen = {name: part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
-        shares = shares_kept(reduced.config, token_counts.cpu(), num_tokens, reduced.config.reduction)
-        seen["multiply_adds_share"] = shares.mean()
-        for layer, count in enumerate(token_counts.float().mean(dim=0)):
-            seen[f"tokens/layer_{layer}"] = count
+        if len(parts) > 1:
+            self._add({name: part.detach() for name, part in parts.items()})
+        self._batches += 1
+        self._unread.append((token_counts, num_tokens, _reduced_model(self.model).config.reduction))
+        if len(self._unread) == MOST_UNREAD:
+            self._read_counts()
+
+    def _read_counts(self) -> None:
+        """Add what the batches since the last call kept."""
+        config = _reduced_model(self.model).config
+        for token_counts, num_tokens, reduction in self._unread:
+            counts = token_counts.cpu()
+            self._add({"multiply_adds_share": shares_kept(config, counts, num_tokens, reduction).mean()})
+            self._add({f"tokens/layer_{layer}": count for layer, count in enumerate(counts.float().mean(dim=0))})
+        self._unread.clear()
+
+    def _add(self, seen: dict[str, Tensor]) -> None:
         for name, value in seen.items():
             value = value.float().to(self.args.device)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._batches += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._batches:
+            self._read_counts()
             means = self.accelerator.reduce(torch.stack(list(self._sums.values())) / self._batches, "mean").tolist()
             logs = {**logs, **{name: round(mean, 6) for name, mean in zip(self._sums, means, strict=True)}}
             self._sums, self._batches = {}, 0
