@@ -103,20 +103,20 @@ def is_regression(config: Any) -> bool:
 
 
 def check_has_classes(model: Any, what: str, one: bool = False) -> None:
-    """Raise an error if the head of a model computes numbers, for something that compares classes.
+    """Raise an error if the head of a model computes numbers or has one class, for something that compares classes.
 
     Args:
         model: The model.
         what: What compares classes, for the message.
-        one: Whether an image must have one class, and not several labels or a yes or no.
+        one: Whether an image must have one class, and not several labels.
     """
     if is_regression(model.config):
         raise ValueError(
             f"{what} compares classes, but the head of this model computes numbers (problem_type is 'regression'). "
             "Give a model that predicts classes, or the encoder without its head."
         )
-    several = getattr(model.config, "problem_type", None) == "multi_label_classification"
-    if one and hasattr(model, "classifier") and (several or model.config.num_labels == 1):
+    several = one and getattr(model.config, "problem_type", None) == "multi_label_classification"
+    if hasattr(model, "classifier") and (several or model.config.num_labels == 1):
         raise ValueError(
             f"{what} compares the class of each image, but the head of this model "
             f"{'finds several labels per image' if several else 'has one logit'}. Give the encoder without its head: "
