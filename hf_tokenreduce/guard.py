@@ -34,6 +34,9 @@ class Guard:
             if self.hosts is not None and given is not None and _name_in(given) not in self.hosts:
                 await _refuse(scope, send, 403, f"This page does not answer {header.decode()} {given!r}. {ADVICE}")
                 return
+        if "/file=http" in scope["path"].lower():
+            await _refuse(scope, send, 403, "This page gives out no files of other servers.")
+            return
         length = headers.get(b"content-length", "0")
         if not length.isdigit() or int(length) > self.most_bytes:
             await _refuse(
@@ -49,6 +52,19 @@ class Guard:
             return {"type": "http.disconnect"} if received > self.most_bytes else message
 
         await self.app(scope, counted, send)
+
+
+def take_uploads_alone(component: Any, error: type[Exception]) -> None:
+    """Let a component of Gradio take files that were uploaded, and refuse addresses. Gradio would download what lies
+    there, whatever its size."""
+    keep = component.async_move_resource_to_block_cache
+
+    async def keep_upload(place: Any) -> Any:
+        if str(place).lower().startswith(("http://", "https://")):
+            raise error("Upload the image. This page takes no addresses.", print_exception=False)  # type: ignore
+        return await keep(place)
+
+    component.async_move_resource_to_block_cache = keep_upload
 
 
 def _name_in(given: str) -> str | None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .convert import reduce_tokens, restore
-from .guard import Guard
+from .guard import Guard, take_uploads_alone
 from .loading import load_model
 from .methods import METHODS, Method
 from .modeling.configuration_base import ReductionConfig
@@ -189,7 +189,7 @@ class SideBySide:
         if not logits.isfinite().all():
             raise ValueError("What the model computes for this image is not finite. Try to load it in float32.")
         best = class_scores(logits, self.dense.config).topk(min(TOP, len(logits)))
-        names = [str(labels[index]).split(",")[0] for index in best.indices.tolist()]
+        names = [str(labels.get(index, index)).split(",")[0] for index in best.indices.tolist()]
         # Two classes may have the same name, such as the two cranes of ImageNet.
         unique = [
             name if names.count(name) == 1 else f"{name} ({index})"
@@ -293,6 +293,7 @@ def build_app(
                 )
                 # We read the file ourselves, to say why a file cannot be read.
                 image.preprocess = lambda payload: None if payload is None else payload.path
+                take_uploads_alone(image, gr.Error)
                 method = gr.Dropdown(methods, value=methods[0], label="Method")
                 budget = gr.Slider(
                     0.4,
@@ -383,7 +384,6 @@ def serve(
             footer_links=[],
             run_history=False,
             ssr_mode=False,
-            pwa=False,
             mcp_server=False,
         )
     except OSError as error:

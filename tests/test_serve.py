@@ -349,6 +349,18 @@ def test_what_is_no_image_is_told(page, tmp_path, content, message):
         client.predict(client_module.handle_file(file), "EViT", 0.6, api_name="/compare")
 
 
+def test_it_fetches_nothing_from_other_servers(page):
+    """Gradio would download what lies at an address, whatever its size, and pass files of other servers on."""
+    client_module = pytest.importorskip("gradio_client")
+    client = client_module.Client(page, verbose=False)
+    for address in ("https://example.com/a.png", "http://127.0.0.1:1/a.png"):
+        with pytest.raises(client_module.exceptions.AppError, match="takes no addresses"):
+            client.predict(client_module.handle_file(address), "EViT", 0.6, api_name="/compare")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"{page}gradio_api/file={address}", timeout=20).close()
+        assert caught.value.code == 403 and b"other servers" in caught.value.read()
+
+
 class Browser:
     """A page of headless Chromium, told what to do by its DevTools protocol."""
 
