@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .methods import METHODS
 from .modeling.encoders import encoder_of, facts_of
 from .modes import evaluating
-from .pictures import find_in, is_image, read_picture, spread
+from .pictures import check_one_size, find_in, is_image, read_picture, spread
 from .tasks import facts_on, image_side, main_output
 
 
@@ -123,11 +123,5 @@ def load_pixel_values(
         raise ValueError("A folder of images needs image_processor=, such as AutoImageProcessor.from_pretrained(...).")
     chosen = [files[place] for place in spread(len(files), max_images)]
     found = [image_processor(read_picture(file), return_tensors="pt")["pixel_values"] for file in chosen]
-    sizes = sorted({tuple(pixels.shape[2:]) for pixels in found})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"The image processor makes images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[-1]} (height, "
-            "width), and a method is fitted to one. Change it, for example by image_processor.keep_aspect_ratio = "
-            "False, or pass pixel values of one size."
-        )
+    check_one_size(found, "a method is fitted to one")
     return torch.cat(found).to(model.device)

@@ -92,8 +92,15 @@ def check_new_folder(folder: str | Path, overwrite: bool = False, option: str = 
     if not str(folder).strip():
         raise ValueError(f"{option} is empty. Name a folder.")
     folder = Path(folder)
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{option} {folder} is a link to {os.readlink(folder)}, which does not exist. Name a folder.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{option} {folder} is a file. Name a folder.")
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{option} {folder} cannot be written, because {place} takes no new files. Name another folder."
+        )
     if folder.is_dir() and holds_something(folder):
         if not overwrite:
             raise ValueError(

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -36,7 +37,7 @@ from .methods.register import register_from_folder
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, TYPE_PREFIX, facts_of, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
-from .pictures import IMAGE_SUFFIXES, archives_in, find_in, is_image, linked_folders, read_picture, spread
+from .pictures import ARCHIVES, IMAGE_SUFFIXES, files_in, find_in, is_image, linked_folders, read_picture, spread
 from .tasks import takes_texts, task_of
 
 
@@ -44,6 +45,9 @@ logger = logging.get_logger(__name__)
 
 # What `datasets` takes for a file about the images. It replaces the classes.
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+# Endings of other files that `datasets` takes for pictures, although Pillow may not read them.
+OTHER_SUFFIXES = tuple(sorted(set(ImageFolder.EXTENSIONS) - IMAGE_SUFFIXES))
 
 # Types of a column of labels without a list of classes: indices or names of the model's classes.
 LABEL_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "string", "large_string")
@@ -277,9 +281,16 @@ def load_image_folder(name: str | Path, any_depth: bool = False) -> DatasetDict:
                 f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."
             )
-    archive = next((file for paths in parts.values() for path in paths for file in archives_in(path)), None)
-    if archive is not None:
-        raise ValueError(f"{archive} is an archive, and its pictures would count beside the others. Move it away.")
+    for endings, what in (
+        (ARCHIVES, "an archive, and its pictures would count beside the others. Move it away."),
+        (
+            OTHER_SUFFIXES,
+            "of a kind that is not read, and would count beside the pictures. Convert it or move it away.",
+        ),
+    ):
+        file = next((file for paths in parts.values() for path in paths for file in files_in(path, endings)), None)
+        if file is not None:
+            raise ValueError(f"{file} is {what}")
     for path, place in sorted({(path, file.parent) for path, file in images}):
         if any(part.startswith("__") for part in place.relative_to(path).parts):
             raise ValueError(

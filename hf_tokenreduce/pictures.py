@@ -45,10 +45,10 @@ def find_in(folder: str | Path) -> Iterator[Path]:
         yield from (file for name in names if is_image(file := Path(where, name)))
 
 
-def archives_in(folder: str | Path) -> Iterator[Path]:
-    """Generate the archives in a folder and its subfolders, but not in hidden ones."""
+def files_in(folder: str | Path, endings: tuple[str, ...]) -> Iterator[Path]:
+    """Generate the files with one of some endings in a folder and its subfolders, but not in hidden ones."""
     for where, names in _folders(str(folder)):
-        yield from (Path(where, name) for name in names if name.lower().endswith(ARCHIVES) and name[0] != ".")
+        yield from (Path(where, name) for name in names if name.lower().endswith(endings) and name[0] != ".")
 
 
 def linked_folders(folder: str | Path) -> list[Path]:
@@ -130,7 +130,20 @@ def read_picture(file: str | Path) -> Image.Image:
     try:
         return as_rgb(decoded_picture(str(file)))
     except Exception as error:  # the parsers of broken files raise many kinds
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # of the system, not of Pillow
+            raise ValueError(f"{file} could not be opened ({error!r}). Try again.") from error
         raise ValueError(f"{file} {UNREADABLE} ({error}). Remove it or replace it.") from error
+
+
+def check_one_size(found: list[Any], why: str) -> None:
+    """Raise a ValueError unless all pixel values, (1, C, H, W) each, have one size. why: why they must"""
+    sizes = sorted({tuple(pixels.shape[2:]) for pixels in found})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The image processor makes images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[-1]} (height, "
+            f"width), and {why}. Change it, for example by image_processor.keep_aspect_ratio = False, or pass pixel "
+            "values of one size."
+        )
 
 
 def spread(count: int, most: int) -> list[int]:

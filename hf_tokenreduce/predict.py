@@ -21,7 +21,7 @@ from .files import known_settings, write_whole
 from .modeling.version import __version__
 from .modes import evaluating
 from .pictures import UNREADABLE, find_in, is_image, read_picture
-from .tasks import all_layers_act, class_scores, task_of_model
+from .tasks import all_layers_act, class_scores, is_regression, task_of_model
 
 
 SETTINGS = "settings.json"
@@ -75,7 +75,10 @@ def predict(
         )
     image_processor = image_processor or getattr(model, "image_processor", None)
     if image_processor is None:
-        raise ValueError("There is no image_processor. Give the image processor of the model.")
+        raise ValueError(
+            "There is no image_processor. Give the image processor of the model, or save it in the folder of the "
+            "graph: AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
+        )
     _check_classifier(model)
     device = model.device if isinstance(model, PreTrainedModel) else torch.device("cpu")
     processes = launched_processes(device)
@@ -83,6 +86,7 @@ def predict(
     if folder is not None and (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds a model. Give another folder for the predictions.")
     done: set[str] = set()
+    worked = False
     base = os.getcwd()  # names of files are relative to it
     if folder is not None:
         labels = digest([json.dumps(model.config.id2label).encode()])
@@ -96,7 +100,9 @@ def predict(
             write_whole(folder / SETTINGS, json.dumps({**settings, "base": base}, indent=1))
         processes.wait()
         base = known_settings(folder / SETTINGS, settings).get("base", base)
-        done = {file for part in sorted(folder.glob("part-*.jsonl")) for file in _done(part, base)}
+        finished = [row for part in sorted(folder.glob("part-*.jsonl")) for row in _done(part, base)]
+        done = {file for file, _ in finished}
+        worked = any(has_label for _, has_label in finished)
         processes.wait()  # no process writes before all have read
     files = [file for file in find_images(images) if os.path.abspath(file) not in done]
     mine = files[processes.rank :: processes.world]
@@ -104,7 +110,7 @@ def predict(
     show = progress and processes.rank == 0
     # From another folder, names that are relative to that one would not be found here.
     keep = None if where is None else _Keeper(where, os.getcwd() == base)
-    return _predict(model, mine, image_processor, top_k, batch_size, num_workers, keep, device, show, bool(done))
+    return _predict(model, mine, image_processor, top_k, batch_size, num_workers, keep, device, show, worked)
 
 
 def _predict(
@@ -114,7 +120,7 @@ def _predict(
     parts = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     reader = _Reader(parts, image_processor)
     loader: Any = DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(parts)))
-    labels = model.config.id2label
+    labels, numbers = model.config.id2label, is_regression(model.config)
     failures: list[tuple[str, str]] = []
     answer = model.with_counts if isinstance(model, ExportedModel) else _of_torch(model)
     with logging.tqdm(total=len(files), desc="predicting", leave=False, disable=not show, file=sys.stderr) as bar:
@@ -129,7 +135,7 @@ def _predict(
                     some, best.values.tolist(), best.indices.tolist(), tokens.tolist(), strict=True
                 ):
                     named = [
-                        {"label": str(labels[index]), "score": round(score, 6)}
+                        {"label": str(labels.get(index, index)), "score": score if numbers else round(score, 6)}
                         for index, score in zip(indices, scores, strict=True)
                     ]
                     row: dict[str, Any] = {"file": file, **named[0], "tokens": count}
@@ -146,13 +152,13 @@ def _predict(
         raise ValueError(f"The model fails on {of}. On {failures[0][0]}: {failures[0][1]}.")
 
 
-def _done(part: Path, base: str) -> Iterator[str]:
-    """List the images that need no other try, by their absolute names."""
+def _done(part: Path, base: str) -> Iterator[tuple[str, bool]]:
+    """List the images that need no other try, by their absolute names, and whether they have a label."""
     for row in read_lines(part):
         file, error = os.path.normpath(os.path.join(base, row["file"])), row.get("error")
         repaired = error is not None and _changed(file) > row.get("tried", part.stat().st_mtime)
         if error is None or (UNREADABLE in error and not repaired):
-            yield file
+            yield file, error is None
 
 
 def count_unlabelled(folder: str | Path) -> int:

@@ -17,7 +17,7 @@ FEW = {"batch_sizes": [4], "repeats": 2}
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo") / "out"
+    folder = tmp_path_factory.mktemp("demo [1]") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "LEARNED_FROM", 48)
         patch.setattr(run, "LABELLED", 6)

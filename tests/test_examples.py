@@ -314,6 +314,8 @@ def test_no_spelling_of_a_secret_is_told(words):
         "hf_nobody" not in shown(["train", *words, "--token_weight", "2"])
         and shown(["--token_weight", "2"])[-1] == "2"
     )
+    for word in ("/home/a/b/out", "--output-dir=/home/a/b/out", "-o/home/a/b/out"):
+        assert "home" not in shown(["train", word]) and shown(["train", word]).endswith("b/out")
     with pytest.raises(ValueError, match="not used"):  # a shortened one would not be known as a secret
         parse(["--output_dir", "out", "--model_name_or_path", "x", "--hub_tok", "hf_nobody"])
 

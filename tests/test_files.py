@@ -116,22 +116,28 @@ def test_work_that_fails_changes_nothing(tmp_path, models):
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_where_a_model_can_be_written(tmp_path):
+def test_where_a_model_can_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").touch()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for folder, overwrite, message in (
         ("", False, "is empty"),
         (tmp_path / "file", True, "is a file"),
         (tmp_path / "model", False, "is not empty.*--overwrite"),
         (tmp_path / "photos", True, "no model"),
+        (tmp_path / "link", False, "is a link to .*nowhere, which does not exist"),
+        (tmp_path / "file" / "new", False, "cannot be written, because .*file takes no new files"),
     ):
         with pytest.raises(ValueError, match=message):
             check_new_folder(folder, overwrite)
     for folder, overwrite in ((tmp_path / "new", False), (tmp_path / "model", True)):
         assert check_new_folder(folder, overwrite) == folder
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    with pytest.raises(ValueError, match=r"because .* takes no new files"):
+        check_new_folder(tmp_path / "new" / "folder")
 
 
 def test_writers_do_not_meet(tmp_path):

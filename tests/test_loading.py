@@ -102,6 +102,16 @@ def test_archives_beside_class_folders_are_refused(tmp_path, name):
         load_image_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["favicon.ICO", "cat/film.mpg"])
+def test_other_kinds_of_pictures_are_refused(tmp_path, name):
+    """`datasets` takes them: beside the class folders, no image would have a class."""
+    for label in ("cat", "dog"):
+        draw(tmp_path / label / "0.png")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{name} is of a kind that is not read.*Convert it or move it away"):
+        load_image_folder(tmp_path)
+
+
 @pytest.mark.parametrize("labels", [[1, 0, 1], ["dog", "cat", "dog"]])
 def test_labels_may_have_no_list_of_classes(tmp_path, monkeypatch, labels):
     dataset = Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 3, "label": labels})

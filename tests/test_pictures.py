@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from datasets import Image as ImageFeature
 from helpers import tiny_model
 from PIL import EpsImagePlugin, Image, ImageOps
@@ -140,6 +141,18 @@ def test_images_of_several_sizes_cannot_be_fitted_together(tmp_path):
 
     with pytest.raises(ValueError, match=r"makes images of 2 sizes, such as \(40, 40\) and \(60, 40\)"):
         load_pixel_values(_OnCpu(), tmp_path, KeepsTheirShape(), 9)
+
+    class StacksThem(KeepsTheirShape):
+        def __call__(self, pictures, return_tensors):
+            single = [pictures] if isinstance(pictures, Image.Image) else pictures
+            found = [super(StacksThem, self).__call__(one, return_tensors)["pixel_values"] for one in single]
+            if len({one.shape for one in found}) > 1:
+                raise ValueError("Unable to stack")
+            return {"pixel_values": torch.cat(found)}
+
+    images = Dataset.from_dict({"image": [Image.new("RGB", (40, 40)), Image.new("RGB", (40, 60))]})
+    with pytest.raises(ValueError, match=r"2 sizes, such as .* and the images of a batch need one"):
+        sample_pixels(images, StacksThem(), "image", 9)
 
 
 def test_no_image_starts_another_program(tmp_path, monkeypatch):

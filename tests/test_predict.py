@@ -1,5 +1,6 @@
 """What `predict` does with images, models and processors that fail, and where it goes on."""
 
+import errno
 import json
 import os
 import time
@@ -211,6 +212,43 @@ def test_a_model_that_always_fails_is_told_after_files_that_cannot_be_read(model
         rows_of(model, photos, batch_size=2)
 
 
+def test_a_model_that_always_fails_is_told_after_a_run_without_labels(model, tmp_path, monkeypatch):
+    """Files that cannot be read say nothing about the model."""
+    monkeypatch.setattr("hf_tokenreduce.predict.ENOUGH_FAILURES", 4)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"no image")
+    assert "error" in rows_of(model, folder, output_dir=tmp_path / "out")[0]
+    some_photos(folder / "more", 0, [(32, 32)] * 10)
+    model.forward = lambda *given, **options: 1 / 0
+    with pytest.raises(ValueError, match="fails on the first 4 images"):
+        rows_of(model, folder, batch_size=2, output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_errors_of_the_system_are_tried_again(model, photos, monkeypatch, error):
+    """A network drive or a full memory may be well again, and the picture was never broken."""
+
+    def fail(*given, **options):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Image, "open", fail)
+        rows = rows_of(model, photos, output_dir="out")
+    assert all("could not be opened" in row["error"] and "Try again" in row["error"] for row in rows)
+    assert [row["label"] for row in rows_of(model, photos, output_dir="out")] == [
+        row["label"] for row in rows_of(model, photos)
+    ]
+
+
+def test_classes_without_a_name_have_their_number(model, photos):
+    model.config.id2label = {index + 1: f"class {index + 1}" for index in range(model.config.num_labels)}
+    model.classifier.bias.data[0] = 100.0
+    assert {row["label"] for row in rows_of(model, photos)} == {"0"}
+    side = SideBySide(model, PROCESSOR, repeats=1)(Image.open(photos / "0.png"), "ToMe").dense
+    assert side.predictions[0][0] == "0"
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_scores_are_those_of_a_pipeline(photos, several):
     """Each class has a score of its own if there is one logit, or if an image has several labels."""
@@ -228,9 +266,16 @@ def test_a_regression_head_tells_its_numbers(photos):
     model = tiny_model(num_labels=2)
     model.config.problem_type = "regression"
     classify = pipeline("image-classification", model=model, image_processor=PROCESSOR)
-    for row in rows_of(model, photos):
+    rows = rows_of(model, photos)
+    for row in rows:
         expected = classify(row["file"], top_k=1)[0]
         assert row["label"] == expected["label"] and row["score"] == pytest.approx(expected["score"], abs=1e-4)
+    model.classifier.weight.data.mul_(1e-6)
+    model.classifier.bias.data.mul_(1e-6)
+    small = [row["score"] for row in rows_of(model, photos)]
+    assert small == pytest.approx([1e-6 * row["score"] for row in rows], rel=1e-3)
+    model.classifier.weight.data.mul_(1e6)
+    model.classifier.bias.data.mul_(1e6)
     side = SideBySide(model, PROCESSOR, repeats=1)(Image.open(row["file"]), "ToMe").dense
     assert side.predictions[0][1] == pytest.approx(expected["score"], abs=1e-4)
     assert labelled(side.predictions, model.config).startswith(f"{expected['label']}: {expected['score']:.4g}, ")

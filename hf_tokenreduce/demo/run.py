@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor, set_seed
 
@@ -22,7 +22,7 @@ from ..convert import with_reduction
 from ..evaluation import benchmark, evaluate_model, pareto_plot
 from ..files import model_folder, write_whole
 from ..hub import write_card
-from ..loading import no_progress_bars
+from ..loading import load_image_folder, no_progress_bars
 from ..methods import METHODS, Method
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import facts_of
@@ -85,9 +85,7 @@ def run_demo(output_dir: str | Path = "demo", *, seed: int = 0, steps: int = STE
     with no_progress_bars():
         dense = AutoModelForImageClassification.from_pretrained(folder / "dense").eval()
     processor = ViTImageProcessor.from_pretrained(folder / "dense")
-    training, validation = (
-        load_dataset("imagefolder", data_dir=str(data / split), split="train") for split in ("train", "validation")
-    )
+    training, validation = (load_image_folder(data / split)["train"] for split in ("train", "validation"))
 
     training = training.shuffle(seed=seed).select(range(min(LEARNED_FROM, len(training))))
     _say(f"3. Every method, at {SHARE:.0%} of the multiply-adds (ATS decides how many it needs)")

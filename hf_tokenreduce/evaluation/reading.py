@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..loading import undecoded
-from ..pictures import as_rgb, decoded_picture, spread
+from ..pictures import as_rgb, check_one_size, decoded_picture, spread
 
 
 def batches(
@@ -53,7 +53,12 @@ class _Reader(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> tuple[list[int], Tensor]:
         rows = self.batches[number]
         photos = [_picture(self.dataset, row, self.image_column) for row in rows]
-        return rows, self.processor(photos, return_tensors="pt")["pixel_values"]
+        try:
+            return rows, self.processor(photos, return_tensors="pt")["pixel_values"]
+        except ValueError:
+            found = [self.processor(photo, return_tensors="pt")["pixel_values"] for photo in photos]
+            check_one_size(found, "the images of a batch need one")
+            raise
 
 
 def check_pictures(dataset: Dataset, image_column: str, progress: bool = True) -> None:

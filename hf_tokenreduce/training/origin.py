@@ -52,8 +52,13 @@ def origin(path: str) -> dict[str, Any]:
 
 def shown(command: Sequence[str]) -> str:
     """Return a command that may be published: without secrets, and with shortened absolute paths."""
-    command = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in command]
+    command = [re.sub(r"^(--?[\w-]+=|-[a-zA-Z])?(/.*)$", _shortened, word) for word in command]
     return re.sub(r"(--[\w-]*(?:token|key|secret|password)[ =])('[^']*'|\S+)", r"\1***", shlex.join(command))
+
+
+def _shortened(found: re.Match[str]) -> str:
+    """Return an option with the last two parts of its path."""
+    return (found[1] or "") + "/".join(Path(found[2]).parts[-2:])
 
 
 def name_of(dataset_name: str | None, folder: str | None) -> str:
