@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .modeling.configuration_base import ReductionConfig
 from .modeling.encoders import MODELS, PREFIX, encoder_of, fixed_fields, what_can_be_reduced
 from .modeling.hooks import take_over
-from .modeling.modeling_tokenreduce import adapted, check_place, reduced_model_class
+from .modeling.modeling_tokenreduce import adapted, reduced_model_class
 
 
 logger = logging.get_logger(__name__)
@@ -109,7 +109,6 @@ def with_reduction(model: PreTrainedModel, reduction: Any) -> PreTrainedModel:
         )
     reduced = _around_the_weights_of(model, reduced_model_class(getattr(transformers, name)))
     reduced._set_reduction(reduction)
-    check_place(reduced)
     if _runs(model, reduced.config.reduction):
         for new_layer, old_layer in zip(encoder_of(reduced).layers, encoder_of(model).layers, strict=True):
             new_layer.reducer = _own_modules(old_layer.reducer)  # the same parameters, in a mode of its own
@@ -237,6 +236,8 @@ def _around_the_weights_of(model: PreTrainedModel, model_class: type[PreTrainedM
     for module in shell.modules():  # text towers and other copied modules read the configuration of the new model
         if id(getattr(module, "config", None)) in own:
             module.config = own[id(module.config)]
+    if "_loss_function" in vars(model):  # the user's own
+        shell.loss_function = model.loss_function
     if hasattr(model, "generation_config"):
         shell.generation_config = deepcopy(model.generation_config)
     return shell

@@ -320,6 +320,14 @@ def test_hooks_that_are_not_kept_are_told(caplog):
     assert caplog.text.count("The hooks on the ViTAttention are not kept") == 1
 
 
+def test_a_loss_of_ones_own_is_kept():
+    model = tiny_model()
+    model.loss_function = lambda *given, **options: torch.tensor(7.0)
+    reduced = reduce_tokens(model, ToMeConfig(r=3))
+    for one in (reduced, restore(reduced)):
+        assert one(tiny_images(2), labels=torch.zeros(2, dtype=torch.long)).loss == 7
+
+
 def test_a_filter_serves_every_setting_of_its_method(caplog):
     """What it has learned is kept, and weights that have learned nothing are called random."""
     type(logging.get_logger()).warning_once.cache_clear()

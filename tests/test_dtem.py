@@ -100,6 +100,20 @@ def test_it_begins_as_tome(name):
     assert torch.equal(ours.patch_map, theirs.patch_map)
 
 
+def test_a_layer_that_merges_nothing_takes_nothing_from_the_others(caplog):
+    """Under a setting without a merge in some layers, the other layers keep what they have learned."""
+    model = reduce_tokens(tiny_model(), DTEMConfig(r=7))
+    learned = [layer.reducer.metric for layer in layers_of(model)]
+    other = reduce_tokens(model, DTEMConfig(r=R))
+    metrics = [getattr(layer.reducer, "metric", None) for layer in layers_of(other)]
+    assert [metric is None for metric in metrics] == [not r for r in R]
+    assert all(one is None or one.weight is two.weight for one, two in zip(metrics, learned, strict=True))
+    assert not other._set_reduction(DTEMConfig(r=5))  # the second layer has learned nothing
+    metrics = [layer.reducer.metric for layer in layers_of(other)]
+    assert [one.weight is two.weight for one, two in zip(metrics, learned, strict=True)] == [bool(r) for r in R]
+    assert model._set_reduction(DTEMConfig(r=R))
+
+
 @pytest.mark.parametrize("size", [10, 16, 24, 70])
 def test_it_begins_with_the_keys_of_a_checkpoint(tmp_path, size):
     stock = tiny_model()

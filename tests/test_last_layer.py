@@ -20,7 +20,7 @@ from helpers import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hf_tokenreduce import SiTConfig, ToMeConfig, reduce_tokens
+from hf_tokenreduce import DLViTConfig, SiTConfig, ToMeConfig, reduce_tokens
 from hf_tokenreduce.evaluation.compute import dense_multiply_adds, measured_multiply_adds, total_multiply_adds
 from hf_tokenreduce.modeling.encoders import READ_PREFIX_ALONE, encoder_of
 
@@ -184,6 +184,14 @@ def test_it_is_counted_and_papers_number_beside_it(method):
     assert ours.tolist() == measured_multiply_adds(model, images).tolist()
     assert (ours < papers).all() and (papers <= dense_multiply_adds(stock)).all()
     assert total_multiply_adds(stock).item() == dense_multiply_adds(stock)
+
+
+@pytest.mark.parametrize("setting", [{"keep_rate": 0.5}, {"threshold": 0.5}])
+def test_a_filter_before_the_only_layer_is_counted_once(setting):
+    model = reduce_tokens(tiny_model(num_hidden_layers=1), DLViTConfig(trained=True, **setting))
+    with torch.no_grad():
+        counts = [model(tiny_images(2), output_patch_map=whole).token_counts for whole in (False, True)]
+    assert torch.equal(*counts) and (counts[0] < 65).all()
 
 
 @pytest.mark.parametrize("method", ["tome", "evit", "bat", "sit", "dlvit-share", None])

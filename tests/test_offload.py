@@ -64,6 +64,10 @@ def test_learned_parts_may_not_lie_on_the_disk(setting, tmp_path):
         reduced.from_pretrained(tmp_path / "reduced", **options)
     with pytest.raises(ValueError, match="learned parts in the layers"):
         reduce_tokens(stock.from_pretrained(tmp_path / "stock", **options), setting)
+    even = reduce_tokens(stock.from_pretrained(tmp_path / "stock", **options), ToMeConfig(r=3))
+    with pytest.raises(ValueError, match="learned parts in the layers"):
+        even.set_reduction(setting)
+    assert even.config.reduction == ToMeConfig(r=3)
     loaded = reduced.from_pretrained(tmp_path / "reduced", device_map="cpu")
     with torch.no_grad():
         loaded.eval()(tiny_images())

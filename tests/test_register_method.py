@@ -184,9 +184,12 @@ class PlainReducer(Reducer):
 """
 
 
-def written(tmp_path, monkeypatch, name="a_plain_method", imports="", fields="seed: int = 0", inside="pass"):
+def written(
+    tmp_path, monkeypatch, name="a_plain_method", imports="", fields="seed: int = 0", inside="pass", helper=""
+):
     """A module with a method, and a description of it."""
-    (tmp_path / f"{name}.py").write_text(METHOD_FILE.format(imports=imports, fields=fields, inside=inside))
+    text = METHOD_FILE.format(imports=imports, fields=fields, inside=inside) + f"\n\n{helper}\n"
+    (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop(name, None)
     module = importlib.import_module(name)
@@ -232,8 +235,9 @@ def test_imports_anywhere_in_the_file_travel(tables, tmp_path, monkeypatch):
 
 
 def test_a_folder_brings_its_method_along_where_it_is_not_registered(tables, tmp_path, monkeypatch, capsys):
-    """Only with trust, for it is code."""
-    register_method(*written(tmp_path, monkeypatch))
+    """Only with trust, for it is code. The file may have other reducers too, such as one that the method extends."""
+    helper = "class Helper(Reducer):\n    pass"
+    register_method(*written(tmp_path, monkeypatch, helper=helper))
     model = reduce_tokens(tiny_model(), "plain", seed=3)
     save(model, tmp_path / "saved")
     METHODS.pop("plain"), METHOD_CLASSES.pop("plain")

@@ -138,12 +138,15 @@ def test_two_processes_train_and_evaluate_on_a_stream_as_one(start, case):
 
 
 @pytest.mark.slow
-def test_two_processes_with_gradient_checkpointing(start):
-    """DL-ViT's filter, which was fitted before, has no gradient. DDP must be told."""
+@pytest.mark.parametrize("case", ["ddp", "fsdp2"])
+def test_two_processes_train_behind_a_filter(start, case):
+    """DL-ViT's filter, which was fitted before, has no gradient: DDP must be told. It acts before the first layer,
+    where FSDP has not gathered its weights."""
     stock = AutoModelForImageClassification.from_pretrained(start / "model")
     reduce_tokens(stock, DLViTConfig(keep_rate=0.7, trained=True)).save_pretrained(start / "model")
-    log = train(start, "out", None, "ddp", "--gradient_checkpointing", "True")
-    assert len(losses(log)) >= 4
+    more = ["--gradient_checkpointing", "True"] if case == "ddp" else []
+    one, two = (losses(train(start, *run)) for run in (("one", None), ("two", None, case, *more)))
+    assert len(one) >= 4 and two == pytest.approx(one, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hf_tokenreduce.modeling import tokens
 from hf_tokenreduce.modeling.attention import AttentionView
+from hf_tokenreduce.modeling.grid import on_grid
 from hf_tokenreduce.modeling.packed import as_numbers, layout_of, on_device
 from hf_tokenreduce.modeling.tokens import (
     TokenMap,
@@ -19,6 +20,7 @@ from hf_tokenreduce.modeling.tokens import (
     merge,
     merge_by_product,
     merge_by_sums,
+    mix,
     move,
     start,
 )
@@ -213,6 +215,17 @@ def test_matching_is_that_of_float32_also_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = match_most_similar(keys, None, 20, 1)
     assert torch.equal(under.target, match_most_similar(keys, None, 20, 1).target)
+
+
+def test_mixtures_are_those_of_float32_also_under_autocast():
+    weights, state = torch.randn(2, 12, 5).softmax(dim=1), start(torch.randn(2, 13, 16), 1, track_patches=True)
+    again = torch.randn(2, 5, 3).softmax(dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = mix(mix(state, weights), again)
+        grid = on_grid(under)
+    expected = mix(mix(state, weights), again)
+    assert under.patch_weights.dtype == torch.float32 and torch.equal(under.patch_weights, expected.patch_weights)
+    assert torch.equal(under.hidden_states, expected.hidden_states) and torch.equal(grid, on_grid(expected))
 
 
 def test_keys_are_averaged_in_float32():

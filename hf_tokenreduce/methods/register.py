@@ -137,26 +137,25 @@ def register_from_folder(name: str | Path, revision: str | None = None) -> None:
     """
     from . import METHODS
 
-    method, file = _method_and_file(str(name), revision)
+    method, file, names = _method_and_file(str(name), revision)
     if method is None or file is None or method in METHODS:
         return
-    module = _run(file)
+    module: Any = _run(file)
     if method in METHODS:  # it registered itself
         return
     if hasattr(module, "register"):
         module.register()
         return
-    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
-    configs = [value for value in own if inspect.isclass(value) and issubclass(value, ReductionConfig)]
-    reducers = [value for value in own if inspect.isclass(value) and issubclass(value, Reducer)]
-    chosen = next((config for config in configs if config.method == method), None)
-    if chosen is None or len(reducers) != 1:
-        raise ValueError(f"{Path(file).name} of {name} must define a configuration of {method!r} and one reducer.")
-    register_method(chosen, reducers[0], Method(chosen, str(method), "a method from outside this package", ""))
+    chosen: Any
+    reducer: Any
+    chosen, reducer = (getattr(module, one, None) for one in names)
+    if not (inspect.isclass(chosen) and issubclass(chosen, ReductionConfig) and chosen.method == method):
+        raise ValueError(f"{Path(file).name} of {name} must define {names[0]}, a configuration of {method!r}.")
+    register_method(chosen, reducer, Method(chosen, str(method), "a method from outside this package", ""))
 
 
-def _method_and_file(name: str, revision: str | None) -> tuple[str | None, str | None]:
-    """Return the method that a folder or Hub id names, and the file that `extra_methods.py` imports.
+def _method_and_file(name: str, revision: str | None) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """Return the method that a folder or Hub id names, and the file and the classes that `extra_methods.py` imports.
 
     What is missing or cannot be read is None. Loading the model says why.
     """
@@ -164,15 +163,16 @@ def _method_and_file(name: str, revision: str | None) -> tuple[str | None, str |
     try:
         config, table = (cached_file(name, file, **where) for file in ("config.json", "extra_methods.py"))
         if config is None or table is None:
-            return None, None
+            return None, None, ()
         values = json.loads(Path(config).read_text(encoding="utf-8"))
-        imported = re.search(r"^from \.(\w+) import", Path(table).read_text(encoding="utf-8"), re.MULTILINE)
+        line = r"^from \.(\w+) import (\w+), (\w+)"
+        imported = re.search(line, Path(table).read_text(encoding="utf-8"), re.MULTILINE)
         file = None if imported is None else cached_file(name, f"{imported[1]}.py", **where)
     except (OSError, ValueError):
-        return None, None
+        return None, None, ()
     reduction = values.get("reduction") if isinstance(values, dict) else None
     method = reduction.get("method") if isinstance(reduction, dict) else None
-    return (method if isinstance(method, str) else None), file
+    return (method if isinstance(method, str) else None), file, imported.groups()[1:] if imported else ()
 
 
 def _run(file: str) -> ModuleType:

@@ -7,7 +7,7 @@ d features per head. Packed tokens are one "image" with the rows of all images: 
 
 import inspect
 import math
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .packed import layout_of
-from .tokens import pad, wants_gradient
+from .tokens import full_precision, pad, wants_gradient
 
 
 logger = logging.get_logger(__name__)
@@ -157,13 +157,6 @@ class AttentionView(NamedTuple):
 def split_heads(rows: Tensor, head_dim: int) -> Tensor:
     """Split rows into heads: (B, T, H * d) -> (B, H, T, d)."""
     return rows.view(*rows.shape[:2], -1, head_dim).transpose(1, 2)
-
-
-def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make a context in which float32 tensors stay float32, also under autocast."""
-    if not torch.is_autocast_enabled(tensor.device.type):
-        return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def attend(

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import AttentionView, full_precision
+from .attention import AttentionView
 from .checks import check_flag, is_number
 from .configuration_base import KeepRateConfig
 from .encoders import EncoderFacts
 from .hooks import Reducer
 from .matching import best_matches, map_into, pick
 from .multiply_adds import class_attention_cost, rounded_half_up, rounded_up_share, similarity_cost
-from .tokens import TokenMap, TokenState, apply_map
+from .tokens import TokenMap, TokenState, apply_map, full_precision
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -186,6 +187,8 @@ class DLViTReducer(Reducer):
         mean = patches.mean(dim=1, keepdim=True).expand_as(patches)
         return self.fc2(F.gelu(self.fc1(self.norm(torch.cat([patches, mean], dim=-1))))).squeeze(-1).float()
 
+    forward = logits
+
     def before_encoder(self, state: TokenState) -> TokenState:
         setting, count = self.built_for, state.num_patch_tokens
         if not (self.has_filter and setting.trained):
@@ -194,7 +197,12 @@ class DLViTReducer(Reducer):
             return state
         if setting.keep_rate is not None and setting.keeps(count) == count:
             return state
-        logits = self.logits(state.hidden_states[:, state.num_prefix_tokens :].detach())
+        patches = state.hidden_states[:, state.num_prefix_tokens :].detach()
+        if hasattr(self.fc2.weight, "full_tensor"):  # FSDP gathers weights when a layer begins, which is later
+            parameters: Any = self.named_parameters()
+            logits = functional_call(self, {name: part.full_tensor() for name, part in parameters}, patches)
+        else:
+            logits = self.logits(patches)
         if setting.keep_rate is not None:
             return apply_map(state, keep_highest(logits, setting.keeps(count)))
         # Without prefix tokens, an image must keep at least one patch.

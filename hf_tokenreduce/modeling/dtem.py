@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .attention import AttentionView, full_precision
+from .attention import AttentionView
 from .checks import check_size
 from .encoders import EncoderFacts
 from .hooks import Reducer
 from .matching import sizes_of
-from .tokens import TokenState, apply_map, mix
+from .tokens import TokenState, apply_map, full_precision, mix
 from .tome import ToMeConfig, match_most_similar
 
 

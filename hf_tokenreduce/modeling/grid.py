@@ -7,7 +7,7 @@ B images · T tokens per image, of which the first P are prefix tokens · N0 pat
 import torch
 from torch import Tensor
 
-from .tokens import TokenState, even_rows, rows_at
+from .tokens import TokenState, even_rows, full_precision, rows_at
 
 
 MOST_PREFIX_TOKENS = 16  # no model has as many class tokens and registers
@@ -88,7 +88,8 @@ def _unmerged(hidden_states: Tensor, patch_map: Tensor, fill: str | Tensor) -> T
     if patch_map.is_floating_point():
         shares = patch_map / patch_map.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         patches = hidden_states[:, hidden_states.shape[1] - patch_map.shape[1] :]
-        return (shares.transpose(1, 2) @ patches.float()).to(hidden_states.dtype)
+        with full_precision(patches):
+            return (shares.transpose(1, 2) @ patches.float()).to(hidden_states.dtype)
     rows = rows_at(hidden_states, patch_map)
     dropped = (patch_map < 0)[..., None]
     if isinstance(fill, Tensor):

@@ -95,21 +95,25 @@ class Reducer(nn.Module):
 
 
 def take_over(new: Sequence[Reducer], old: Sequence[Reducer]) -> bool:
-    """Let reducers share what others of their method have learned, if it serves every setting. Return whether they do.
+    """Let reducers share what others of their method have learned, if it serves every setting.
 
     Args:
         new: The reducers of all layers, for the new setting.
         old: Those of the model before.
+
+    Returns:
+        Whether all parts of the new reducers have learned. A layer of the new setting can have parts that the same
+        layer did not have before.
     """
     if type(new[0]).__name__ != type(old[0]).__name__ or not new[0].serves_every_setting:
         return False
-    shapes, known = (
-        [{name: parameter.shape for name, parameter in reducer.named_parameters()} for reducer in reducers]
-        for reducers in (new, old)
-    )
-    if shapes != known:
-        return False
+    complete = True
     for reducer, before in zip(new, old, strict=True):
-        for name, module in before.named_modules():
-            reducer.get_submodule(name)._parameters.update(module._parameters)
-    return True
+        known = {name: parameter.shape for name, parameter in before.named_parameters()}
+        if any(known.get(name) != parameter.shape for name, parameter in reducer.named_parameters()):
+            complete = False
+            continue
+        for name, module in reducer.named_modules():
+            if module._parameters:
+                module._parameters.update(before.get_submodule(name)._parameters)
+    return complete

@@ -159,7 +159,9 @@ class ReducedLayer(nn.Module):
 
     def _counts_of_papers(self, state: TokenState) -> Any:
         """Return the number of tokens that would leave the layer if all of it were computed."""
-        if state.lengths is not None:
+        built_for = self.reducer.built_for
+        has_acted = built_for is not None and built_for.hook == "before_encoder"
+        if state.lengths is not None or has_acted:
             return _counts(state)
         return state.num_prefix_tokens + self.reducer.leaving(state.num_live)
 

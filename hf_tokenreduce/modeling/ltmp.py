@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .attention import AttentionView, full_precision
+from .attention import AttentionView
 from .checks import check_caps_fit, check_flag, checked_caps, is_number
 from .configuration_base import ReductionConfig
 from .encoders import EncoderFacts
@@ -25,6 +25,7 @@ from .tokens import (
     TokenState,
     apply_map,
     follow,
+    full_precision,
     merge,
     move,
     ranks,

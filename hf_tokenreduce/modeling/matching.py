@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import full_precision
-from .tokens import TokenMap, merge
+from .tokens import TokenMap, full_precision, merge
 
 
 def pick(rows: Tensor, index: Tensor) -> Tensor:

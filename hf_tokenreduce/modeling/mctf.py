@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import AttentionView, full_precision
+from .attention import AttentionView
 from .checks import is_number
 from .encoders import EncoderFacts
 from .hooks import Reducer
 from .matching import best_of, map_into, sizes_of
-from .tokens import TokenMap, TokenState, apply_map
+from .tokens import TokenMap, TokenState, apply_map, full_precision
 from .tome import ToMeConfig
 
 

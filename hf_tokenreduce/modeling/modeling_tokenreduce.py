@@ -113,6 +113,7 @@ class TokenReduceMixin(_StockModel):
                 layer.reducer.train(layer.training)
                 self._initialize(layer)
             kept = take_over([layer.reducer for layer in encoder.layers], old)
+            check_place(self)
         except Exception:
             self.config.reduction = before
             for layer, reducer in zip(encoder.layers, old, strict=True):

@@ -22,7 +22,6 @@ from .attention import (
     Lengths,
     PairBias,
     attend_varlen,
-    full_precision,
     gpu_kernels,
     has_varlen_kernel,
     join_biases,
@@ -30,7 +29,7 @@ from .attention import (
     pad_maps,
 )
 from .packed import layout_of
-from .tokens import pad, unpad
+from .tokens import full_precision, pad, unpad
 
 
 MOST_WEIGHTS = 2**24  # of a map that a GPU computes at once: 64 MiB in float32

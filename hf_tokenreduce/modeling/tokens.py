@@ -9,6 +9,7 @@ tokens, and rows are those of all images one after the other, (1, sum of lengths
 with one number per token, are padded to the longest image in both layouts: (B, N).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -258,19 +259,20 @@ def mix(state: TokenState, weights: Tensor, size: Tensor | None = None, num_live
         )
     prefix = state.num_prefix_tokens
     patches = state.hidden_states[:, prefix:]
-    mixtures = weights.transpose(1, 2).to(patches.dtype) @ patches
     patch_weights = state.patch_weights
-    if patch_weights is None and state.patch_map is not None:
-        if state.size is None and patches.shape[1] == state.num_patches:  # every token is one patch
-            patch_weights = weights.detach().transpose(1, 2)
-        else:
-            held = torch.arange(patches.shape[1], device=patches.device)[:, None] == state.patch_map[:, None]
-            means = held / held.sum(dim=2, keepdim=True)  # a token is the mean of its patches
-            patch_weights = weights.detach().transpose(1, 2) @ means
-    elif patch_weights is not None:
-        patch_weights = weights.detach().transpose(1, 2) @ patch_weights
+    with full_precision(patches):
+        mixtures = weights.transpose(1, 2).to(patches.dtype) @ patches
+        if patch_weights is None and state.patch_map is not None:
+            if state.size is None and patches.shape[1] == state.num_patches:  # every token is one patch
+                patch_weights = weights.detach().transpose(1, 2)
+            else:
+                held = torch.arange(patches.shape[1], device=patches.device)[:, None] == state.patch_map[:, None]
+                means = held / held.sum(dim=2, keepdim=True)  # a token is the mean of its patches
+                patch_weights = weights.detach().transpose(1, 2) @ means
+        elif patch_weights is not None:
+            patch_weights = weights.detach().transpose(1, 2) @ patch_weights
     return state._replace(
-        hidden_states=torch.cat([state.hidden_states[:, :prefix], mixtures.to(patches.dtype)], dim=1),
+        hidden_states=torch.cat([state.hidden_states[:, :prefix], mixtures], dim=1),
         size=size,
         patch_map=None,
         patch_weights=patch_weights,
@@ -333,16 +335,16 @@ def locate(token_map: TokenMap, num_prefix_tokens: int, lengths: tuple[int, ...]
 def _slots(token_map: TokenMap, num_prefix_tokens: int, device: torch.device) -> tuple[Tensor, tuple[int, int]]:
     """Return the output row of each token, (B, P + N) long, and the shape (images, tokens) of all output rows. What is
     dropped gets one row past the end."""
-    assert token_map.target is not None
-    target = _with_prefix(token_map.target, num_prefix_tokens)
-    new_lengths = token_map.lengths(num_prefix_tokens)
+    target, new_lengths = token_map.target, token_map.lengths(num_prefix_tokens)
+    assert target is not None
     if new_lengths is None:
         shape = (target.shape[0], num_prefix_tokens + _widest(token_map.num_tokens))
         total, starts = shape[0] * shape[1], _even_starts(*shape, device)
     else:
         total, starts = sum(new_lengths), layout_of(new_lengths, device).starts
         shape = (1, total)
-    return torch.where(target < 0, total, starts + target), shape
+    patches = torch.where(target < 0, total, starts + num_prefix_tokens + target)
+    return torch.cat([starts + _positions(target, num_prefix_tokens), patches], dim=1), shape
 
 
 def _merge_evenly(rows: Tensor, target: Tensor, num_tokens: int, weight: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -427,6 +429,13 @@ def ranks(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, _positions(order, order.shape[1]))
 
 
+def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make a context in which float32 tensors stay float32, also under autocast."""
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def _widest(num_tokens: int | tuple[int, ...]) -> int:
     return max(num_tokens) if isinstance(num_tokens, tuple) else num_tokens
 
@@ -437,8 +446,3 @@ def _even_starts(batch: int, length: int, device: torch.device) -> Tensor:
 
 def _positions(like: Tensor, count: int) -> Tensor:
     return torch.arange(count, device=like.device).expand(like.shape[0], count)
-
-
-def _with_prefix(target: Tensor, num_prefix_tokens: int) -> Tensor:
-    shifted = torch.where(target < 0, target, target + num_prefix_tokens)
-    return torch.cat([_positions(target, num_prefix_tokens), shifted], dim=1)
