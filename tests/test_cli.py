@@ -112,8 +112,10 @@ def test_an_image_side_of_clip_needs_no_tokenizer(call, tmp_path, name):
     assert report.ok, report.errors
 
 
-def test_a_benchmark_prepares_images_as_each_model_needs(call, place, tmp_path):
+def test_a_benchmark_prepares_images_as_each_model_needs(call, place, tmp_path, monkeypatch):
     """It matters where the image decides how many tokens stay."""
+    # Each model would start a process that imports torch; test_evaluation_speed.py measures memory.
+    monkeypatch.setattr("hf_tokenreduce.evaluation.speed.peak_memory", lambda model, images: 1.0)
     for name, method, mean in (("a", "tome", 0.5), ("b", "tome", 0.4), ("c", "ats", 0.4)):
         model = reduce_tokens(tiny_model(), METHOD_ROWS[method][0])
         model.save_pretrained(tmp_path / name)
@@ -152,7 +154,6 @@ def test_evaluate(call, place, reduced):
 
 
 def test_benchmark(call, place, reduced, monkeypatch):
-    # Each model would start a process that imports torch; test_evaluation_speed.py measures memory.
     monkeypatch.setattr("hf_tokenreduce.evaluation.speed.peak_memory", lambda model, images: 1.0)
     shutil.copytree(reduced, place / "other" / "tome", dirs_exist_ok=True)
     options = ["--images", place / "photos", "--batch-size", 2, "--repeats", 1, "--no-suggest"]

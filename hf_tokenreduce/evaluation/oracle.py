@@ -38,6 +38,8 @@ class SliceOracle(nn.Module):
 class _Cut(Reducer):
     """Keep the first tokens of a layer, as many as the oracle says."""
 
+    built_for = None
+
     def __init__(self, oracle: SliceOracle, hook: str, layer: int, prefix: int):
         nn.Module.__init__(self)
         # In a tuple the oracle is not registered as a submodule.
