@@ -281,16 +281,14 @@ def load_image_folder(name: str | Path, any_depth: bool = False) -> DatasetDict:
                 f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."
             )
-    for endings, what in (
-        (ARCHIVES, "an archive, and its pictures would count beside the others. Move it away."),
-        (
-            OTHER_SUFFIXES,
-            "of a kind that is not read, and would count beside the pictures. Convert it or move it away.",
-        ),
-    ):
-        file = next((file for paths in parts.values() for path in paths for file in files_in(path, endings)), None)
-        if file is not None:
-            raise ValueError(f"{file} is {what}")
+    endings = (*ARCHIVES, *OTHER_SUFFIXES)
+    other = next((file for paths in parts.values() for path in paths for file in files_in(path, endings)), None)
+    if other is not None and other.name.lower().endswith(ARCHIVES):
+        raise ValueError(f"{other} is an archive, and its pictures would count beside the others. Move it away.")
+    if other is not None:
+        raise ValueError(
+            f"{other} is of a kind that is not read, and would count beside the pictures. Convert it or move it away."
+        )
     for path, place in sorted({(path, file.parent) for path, file in images}):
         if any(part.startswith("__") for part in place.relative_to(path).parts):
             raise ValueError(
