@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .methods import METHODS
 from .modeling.encoders import encoder_of, facts_of
 from .modes import evaluating
 from .pictures import check_one_size, find_in, is_image, read_picture, spread
 from .tasks import facts_on, image_side, main_output
+
+
+logger = logging.get_logger(__name__)
 
 
 def calibrate(
@@ -68,6 +72,12 @@ def calibrate(
             f"The networks of {method.title} are made for {own[0]} x {own[1]} patches, the image size in the "
             f"configuration, but these images have {given[0]} x {given[1]}. Prepare them at the size in the "
             "configuration, or take another method."
+        )
+    if own != given and not encoder_of(model).tower.any_size:
+        logger.warning(
+            f"These images have {given[0]} x {given[1]} patches, and those of the model's own size have {own[0]} x "
+            f"{own[1]}. What {method.title} learns from them holds for images of the same size as these, with "
+            "interpolate_pos_encoding=True."
         )
     with evaluating(model):
         _check_finite(model, pixels)

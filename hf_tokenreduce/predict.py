@@ -162,7 +162,8 @@ def _done(part: Path, base: str) -> Iterator[tuple[str, bool]]:
 
 
 def count_unlabelled(folder: str | Path) -> int:
-    """Return how many images have an error and no label in the files of a folder, also from earlier runs."""
+    """Return how many images have an error and no label in the files of a folder, also from earlier runs. Images that
+    were removed since do not count."""
     folder = Path(folder)
     base = json.loads((folder / SETTINGS).read_text())["base"]
     failed: dict[str, bool] = {}
@@ -170,7 +171,7 @@ def count_unlabelled(folder: str | Path) -> int:
         for row in read_lines(part):
             file = os.path.normpath(os.path.join(base, row["file"]))
             failed[file] = failed.get(file, True) and "error" in row
-    return sum(failed.values())
+    return sum(os.path.exists(file) for file, has_error in failed.items() if has_error)
 
 
 def _changed(file: str) -> float:

@@ -212,7 +212,8 @@ def predict(
         if as_json:
             print(json.dumps(row), flush=True)
         elif "error" in row:
-            print(f"{row['file']}: {row['error']}", file=sys.stderr)
+            told = row["error"] if row["file"] in row["error"] else f"{row['file']}: {row['error']}"
+            print(told, file=sys.stderr)
         elif output_dir is None:
             best = [row, *row.get("others", [])]
             told = ", ".join(f"{one['label']} {score_text(one['score'], loaded.config)}" for one in best)
@@ -225,7 +226,7 @@ def predict(
         if output_dir is not None:
             out.print(f"The predictions are in {escape(str(output_dir))}, one line per image.")
         if broken:
-            print(f"{broken} images have an error and no label.", file=sys.stderr)
+            print(f"Images with an error and without a label: {broken}.", file=sys.stderr)
 
 
 @app.command(epilog="tokenreduce serve vit-tome")

@@ -175,6 +175,7 @@ def test_compare(call, place):
     assert [row["method"] for row in named] == [None, "tome"] and 0.6 < named[1]["mult_adds_ratio"] <= 0.7
     code, _, errors = call(*arguments, "-r", '{"r": 4}')
     assert code == 2 and "Unknown reduction method None. The methods are: " in errors
+    assert "A setting names its method, such as {'method': 'tome', 'r': 13}" in errors
     code, _, errors = call(*arguments, "-r", "dlvit")
     assert code == 2 and "dlvit has no untrained setting" in errors
     code, printed, errors = call(*arguments, "--share", 0.6, "--limit", 12)

@@ -91,6 +91,8 @@ def test_images_without_a_label_are_counted_after_another_run(model, photos):
     time.sleep(0.05)
     (photos / "2.png").write_bytes(whole)
     assert len(rows_of(model, photos, output_dir="out")) == 1 and count_unlabelled("out") == 1
+    (photos / "3.png").unlink()
+    assert not rows_of(model, photos, output_dir="out") and count_unlabelled("out") == 0
 
 
 def test_one_folder_needs_no_list(model, photos):

@@ -8,10 +8,11 @@ import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from families import family_model
+from helpers import tiny_model
 from PIL import Image
 from transformers import BitImageProcessor
 
-from hf_tokenreduce import SiTConfig, calibrate, export, load_exported, reduce_tokens
+from hf_tokenreduce import LTMPConfig, SiTConfig, calibrate, export, load_exported, reduce_tokens
 from hf_tokenreduce.evaluation.compute import describe_model, measured_multiply_adds
 from hf_tokenreduce.evaluation.paying import nearest_that_pays
 from hf_tokenreduce.hub import model_card
@@ -41,6 +42,16 @@ def test_training_keeps_the_share_of_what_it_trains_on(model):
     arguments = ModelArguments("dinov2", reduction="tome", share=0.65)
     reduced = reduce(model, arguments, None, PROCESSOR, DataArguments(), torch.device("cpu"))
     assert share_on(reduced, pixels()) == pytest.approx(0.65, abs=0.03)
+
+
+def test_calibration_tells_of_another_size(model, caplog):
+    """Of a model whose own size is fixed. At that size, thresholds of fewer patches prune far too many."""
+    vit = reduce_tokens(tiny_model(), LTMPConfig(target=0.7))
+    calibrate(vit, torch.randn(3, 3, 32, 32), 0.7)
+    calibrate(reduce_tokens(model, LTMPConfig(target=0.7)), pixels(3), 0.7)
+    assert "patches" not in caplog.text
+    calibrate(vit, torch.randn(3, 3, 24, 24), 0.7)
+    assert "These images have 6 x 6 patches, and those of the model's own size have 8 x 8" in caplog.text
 
 
 def test_the_page_keeps_the_share_of_its_image(model):

@@ -1,6 +1,7 @@
 """`compare`: measure many settings of one model on one data set, and write tables and a picture of the results."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -251,7 +252,7 @@ def _tell_how_long(
         computing = min(seconds_of(partial(image_side(model), pixels), model.device) for _ in range(2))
     minutes = settings * images / len(pixels) * (reading + computing) / 60
     work = f"{settings} settings on {len(dataset)} images"
-    tqdm.write(f"{work} take about {minutes:.0f} min. Calibration and timing come on top.", sys.stderr)
+    tqdm.write(f"{work} take about {math.ceil(minutes)} min. Calibration and timing come on top.", sys.stderr)
 
 
 def facts_for(

@@ -42,8 +42,9 @@ def find_method(name: Any) -> Method:
     method = name if isinstance(name, str) else getattr(name, "method", None)
     if not isinstance(name, (str, type)) or method not in METHODS:
         raise ValueError(
-            f"There is no method {name!r}. The methods are: {', '.join(METHODS)}. Give one of these names, or a "
-            "configuration class such as ToMeConfig."
+            f"There is no method {name!r}. The methods are: {', '.join(METHODS)}. Give one of these names. A "
+            'setting with values is JSON in a command, such as {"method": "tome", "r": 13}, and in Python '
+            "ToMeConfig(r=13)."
         )
     return METHODS[method]
 

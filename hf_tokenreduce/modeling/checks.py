@@ -92,5 +92,6 @@ def check_layers_fit(owner: str, layers: Sequence[int], num_layers: int) -> None
         if layer >= num_layers:
             raise ValueError(
                 f"{owner}: there is no layer {layer} in a model of {num_layers} layers; layer indices are 0-based, "
-                f"so they end at {num_layers - 1}. Got layers={list(layers)}."
+                f"so they end at {num_layers - 1}. Got layers={list(layers)}. Name other layers, or give a share "
+                "of the multiply-adds, which chooses layers that the model has."
             )

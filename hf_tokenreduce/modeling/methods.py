@@ -101,11 +101,16 @@ def parse_reduction(value: Any) -> ReductionConfig | None:
         )
     arguments = dict(value)
     method = arguments.pop("method", None)
-    if not isinstance(method, str) or method not in METHOD_CLASSES:
+    names = ", ".join(sorted(METHOD_CLASSES))
+    if not isinstance(method, str):
         raise ValueError(
-            f"Unknown reduction method {method!r}. The methods are: {', '.join(sorted(METHOD_CLASSES))}. Register "
-            "your own method first with register_method. For one in a model's folder, give --trust-remote-code to the "
-            "command."
+            f"Unknown reduction method {method!r}. The methods are: {names}. A setting names its method, such as "
+            "{'method': 'tome', 'r': 13}."
+        )
+    if method not in METHOD_CLASSES:
+        raise ValueError(
+            f"Unknown reduction method {method!r}. For one in a model's folder, give --trust-remote-code to the "
+            f"command. Register your own method first with register_method. The methods are: {names}."
         )
     known = [field.name for field in fields(METHOD_CLASSES[method].config)]
     unknown = [name for name in arguments if name not in known]

@@ -100,7 +100,7 @@ def largest_within(share: float, most: int, share_at: Callable[[int], float]) ->
     if least > share:
         raise ValueError(
             f"share={share} cannot be reached: the strongest setting keeps {least:.3f} of the multiply-adds. Give a "
-            "higher share, or let more and earlier layers reduce."
+            "higher share. With a method that takes layers=..., you can also name more and earlier layers."
         )
     low, high = 0, most
     while high - low > 1:
