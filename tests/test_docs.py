@@ -70,15 +70,21 @@ def save_stock(folder, layers):
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / name)
 
 
+# What the commands of a page need besides the package itself. Without them the page is skipped.
+PACKAGES_OF_PAGES = {
+    "README": ("onnxruntime", "onnxscript"),
+    "deploy": ("onnxruntime", "onnxscript", "openvino", "nncf"),
+}
+
+
 def timed_once(*given, **settings):
     return benchmark(*given, **{**settings, "repeats": 1})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_runs(page, place, monkeypatch, tmp_path):
-    if page.stem == "deploy":
-        for package in ("onnxruntime", "onnxscript", "openvino", "nncf"):
-            pytest.importorskip(package)
+    for package in PACKAGES_OF_PAGES.get(page.stem, ()):
+        pytest.importorskip(package)
     monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     if page.stem in SHALLOW:

@@ -172,6 +172,7 @@ def test_wrong_settings(tmp_path, settings):
 
 def test_an_address_of_ipv6_is_written_in_brackets(monkeypatch):
     """Gradio makes an address of the web from it, and listens on what is between the brackets."""
+    pytest.importorskip("gradio")
     given = {}
     app = SimpleNamespace(launch=lambda **options: given.update(options))
     monkeypatch.setattr("hf_tokenreduce.serve.build_app", lambda *names, **options: app)
@@ -190,6 +191,7 @@ def test_what_is_not_finite_is_told():
 
 def test_a_page_says_that_dense_is_no_fair_comparison(tmp_path):
     """The model was trained with its reduction, and never without it."""
+    pytest.importorskip("gradio")
     saved = tmp_path / "model"
     reduce_tokens(tiny_model(), ToMeConfig(r=4)).save_pretrained(saved)
     processor().save_pretrained(saved)
