@@ -54,14 +54,14 @@ class Guard:
         await self.app(scope, counted, send)
 
 
-def take_uploads_alone(component: Any, error: type[Exception]) -> None:
+def take_uploads_alone(component: Any, error: Any) -> None:
     """Let a component of Gradio take files that were uploaded, and refuse addresses. Gradio would download what lies
-    there, whatever its size."""
+    there, whatever its size. error: the class of Gradio's errors"""
     keep = component.async_move_resource_to_block_cache
 
     async def keep_upload(place: Any) -> Any:
         if str(place).lower().startswith(("http://", "https://")):
-            raise error("Upload the image. This page takes no addresses.", print_exception=False)  # type: ignore
+            raise error("Upload the image. This page takes no addresses.", print_exception=False)
         return await keep(place)
 
     component.async_move_resource_to_block_cache = keep_upload

@@ -141,8 +141,8 @@ def check_one_size(found: list[Any], why: str) -> None:
     if len(sizes) > 1:
         raise ValueError(
             f"The image processor makes images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[-1]} (height, "
-            f"width), and {why}. Change it, for example by image_processor.keep_aspect_ratio = False, or pass pixel "
-            "values of one size."
+            f"width), and {why}. Set its size to one height and width, or let it crop the images, or set "
+            "image_processor.keep_aspect_ratio = False if it has that."
         )
 
 

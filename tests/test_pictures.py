@@ -151,6 +151,8 @@ def test_images_of_several_sizes_cannot_be_fitted_together(tmp_path):
             return {"pixel_values": torch.cat(found)}
 
     images = Dataset.from_dict({"image": [Image.new("RGB", (40, 40)), Image.new("RGB", (40, 60))]})
+    with pytest.raises(ValueError, match=r"2 sizes, such as .* and the images go through the model together"):
+        prepare_images([tmp_path / "0.png", tmp_path / "1.png"], KeepsTheirShape(), None)
     with pytest.raises(ValueError, match=r"2 sizes, such as .* and the images of a batch need one"):
         sample_pixels(images, StacksThem(), "image", 9)
 

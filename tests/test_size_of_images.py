@@ -45,7 +45,8 @@ def test_training_keeps_the_share_of_what_it_trains_on(model):
 
 
 def test_calibration_tells_of_another_size(model, caplog):
-    """Of a model whose own size is fixed. At that size, thresholds of fewer patches prune far too many."""
+    """Thresholds that were fitted to images of fewer patches prune far too many at the model's own size. It warns only
+    if that size is fixed."""
     vit = reduce_tokens(tiny_model(), LTMPConfig(target=0.7))
     calibrate(vit, torch.randn(3, 3, 32, 32), 0.7)
     calibrate(reduce_tokens(model, LTMPConfig(target=0.7)), pixels(3), 0.7)

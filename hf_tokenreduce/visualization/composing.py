@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..modeling.encoders import encoder_of
-from ..pictures import as_rgb, read_picture
+from ..pictures import as_rgb, check_one_size, read_picture
 from .drawing import draw_layer, resized_to_cells, seen_images
 from .maps import TokenMaps, checked_layers, token_maps
 
@@ -129,12 +129,7 @@ def prepare_images(images: Images, processor: Any, names: Sequence[str] | None) 
             default_names.append(Path(image).stem)
             picture = read_picture(image)
         pixels.append(processor(picture, return_tensors="pt")["pixel_values"])
-    shapes = {tuple(values.shape[1:]) for values in pixels}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"The processor makes images of different sizes, {sorted(shapes)}, which cannot go through the model "
-            "together. Set its size to one height and width, or let it crop the images."
-        )
+    check_one_size(pixels, "the images go through the model together")
     return torch.cat(pixels), list(names) if names is not None else default_names
 
 
