@@ -9,14 +9,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .attention import AttentionView
 from .checks import check_flag, is_number
 from .configuration_base import KeepRateConfig
 from .encoders import EncoderFacts
 from .hooks import Reducer
-from .matching import best_matches, map_into, pick
+from .matching import best_matches, directions_of, map_into, pick
 from .multiply_adds import class_attention_cost, rounded_half_up, rounded_up_share, similarity_cost
 from .tokens import TokenMap, TokenState, apply_map, full_precision
 
@@ -108,7 +107,7 @@ def fuse_alike(keys: Tensor, num_fused: int) -> Tensor:
     `num_fused` most similar of these pairs fuse. Of equal tokens the earlier one wins.
     """
     batch, count, _ = keys.shape
-    keys = F.normalize(keys, dim=-1)
+    keys = directions_of(keys)
     best, match = best_matches(keys[:, ::2], keys[:, 1::2], num_fused)
     fuses = torch.zeros_like(match, dtype=torch.bool).scatter_(1, best, 1)
     into = torch.arange(count, device=keys.device).repeat(batch, 1)

@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
 from .attention import AttentionView
 from .checks import check_size
 from .encoders import EncoderFacts
 from .hooks import Reducer
-from .matching import sizes_of
+from .matching import directions_of, sizes_of
 from .tokens import TokenState, apply_map, full_precision, mix
 from .tome import ToMeConfig, match_most_similar
 
@@ -73,7 +72,7 @@ def merge_softly(
     """
     natural = torch.arange(num_live, device=embeddings.device)
     even, odd = natural[num_prefix_tokens % 2 :: 2], natural[1 - num_prefix_tokens % 2 :: 2]
-    directions = F.normalize(embeddings, dim=-1)
+    directions = directions_of(embeddings)
     with full_precision(embeddings):
         cosines = torch.bmm(directions[:, even], directions[:, odd].transpose(1, 2))
     shares = share_out(cosines, r)

@@ -183,7 +183,9 @@ class ReducedLayer(nn.Module):
             if self.reducer.needs_shift:  # drop path and dropout would hide how far a token moves
                 shift = self._through(self.layout.after_mlp, branch.detach(), state.lengths, drops=False)
                 state = state._replace(shift=_lengths_of_patch_rows(shift, state))
-            state = self.reducer.after_layer(state)._replace(shift=None)
+            state = self.reducer.after_layer(state)
+            if state.shift is not None:
+                state = state._replace(shift=None)
         return LayerOutput(self._shown(state), *state)  # type: ignore[call-arg]
 
     def _attention_block(
@@ -209,7 +211,10 @@ class ReducedLayer(nn.Module):
         return state if for_prefix else self.reducer.after_attention(view, state)
 
     def _through(self, names: tuple[str, ...], branch: Tensor, lengths: Any, drops: bool = True) -> Tensor:
-        for part in (getattr(self, name) for name in names):
+        for name in names:
+            part = getattr(self, name)
+            if type(part) is nn.Dropout and not part.training and not part._forward_hooks:
+                continue  # it does nothing, and to call it would take time in every layer
             if not drops and (isinstance(part, nn.Dropout) or hasattr(part, "drop_prob")):
                 continue
             if not isinstance(part, nn.Module):

@@ -18,6 +18,7 @@ from .checks import check_caps_fit, check_flag, checked_caps, is_number
 from .configuration_base import ReductionConfig
 from .encoders import EncoderFacts
 from .hooks import Reducer
+from .matching import directions_of
 from .multiply_adds import similarity_cost
 from .packed import as_numbers
 from .tokens import (
@@ -193,7 +194,7 @@ def _even(num_prefix_tokens: int) -> slice:
 
 def _best_matches(keys: Tensor, valid: Tensor | None, sources: slice, receivers: slice) -> tuple[Tensor, Tensor]:
     """Return the cosine and the place of each source's best match among the receivers, (B, number of sources)."""
-    keys = F.normalize(keys, dim=-1)
+    keys = directions_of(keys)
     with full_precision(keys):
         if keys.shape[0] == 1 and torch.compiler.is_compiling():
             # AOTInductor cannot compile a batched product whose number of rows depends on the image.

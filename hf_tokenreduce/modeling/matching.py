@@ -6,7 +6,6 @@ B images · N patch tokens · A sources, R receivers among them · d features
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .tokens import TokenMap, full_precision, merge
 
@@ -15,6 +14,11 @@ def pick(rows: Tensor, index: Tensor) -> Tensor:
     """Pick rows (B, N, d) at index (B, M) -> (B, M, d)."""
     flat = index + torch.arange(rows.shape[0], device=rows.device)[:, None] * rows.shape[1]
     return rows.reshape(-1, rows.shape[2]).index_select(0, flat.flatten()).view(*index.shape, -1)
+
+
+def directions_of(features: Tensor) -> Tensor:
+    """Divide features (..., d) by their length. It is `F.normalize` in fewer steps, which count for a single image."""
+    return features / torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def best_matches(sources: Tensor, receivers: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +46,7 @@ def into_most_similar(features: Tensor, sources: Tensor, receivers: Tensor, coun
     into another, (B, count), the most similar first.
     """
     batch, num_tokens, _ = features.shape
-    directions = F.normalize(features, dim=-1)
+    directions = directions_of(features)
     best, match = best_matches(pick(directions, sources), pick(directions, receivers), count)
     going = sources.gather(1, best)
     itself = torch.arange(num_tokens, device=features.device).repeat(batch, 1)

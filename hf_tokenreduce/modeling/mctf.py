@@ -9,13 +9,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .attention import AttentionView
 from .checks import is_number
 from .encoders import EncoderFacts
 from .hooks import Reducer
-from .matching import best_of, map_into, sizes_of
+from .matching import best_of, directions_of, map_into, sizes_of
 from .tokens import TokenMap, TokenState, apply_map, full_precision
 from .tome import ToMeConfig
 
@@ -73,7 +72,7 @@ def match_by_criteria(
     worth = _inverse(received).pow(informativeness_weight) * _inverse(sizes).pow(size_weight)
     natural = torch.arange(num_tokens, device=keys.device)
     even, odd = natural[num_prefix_tokens % 2 :: 2], natural[1 - num_prefix_tokens % 2 :: 2]
-    directions = F.normalize(keys, dim=-1)
+    directions = directions_of(keys)
     with full_precision(keys):
         cosines = torch.bmm(directions[:, even], directions[:, odd].transpose(1, 2))
     weights = (cosines + 1) / 2 * worth[:, even, None] * worth[:, None, odd]

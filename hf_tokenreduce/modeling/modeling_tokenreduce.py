@@ -237,6 +237,11 @@ class TokenReduceMixin(_StockModel):
 
     def _extended(self, output: Any, encoded: list[Encoded], num_items: Any, labels: Any) -> Any:
         """Add our fields to the stock model's output. The encoder ran once, or not at all if there are no images."""
+        packed = len(encoded) == 1 and encoded[0].lengths is not None
+        if packed and output.get("last_hidden_state") is not None:
+            output["last_hidden_state"] = self._without_padding(output["last_hidden_state"], encoded[0].lengths)
+        if RECORDER.get() is not None:
+            return output  # the model with a head that this one is inside adds the fields
         values = dict(output.items())
         if len(encoded) == 1:
             one = encoded[0]
@@ -247,8 +252,6 @@ class TokenReduceMixin(_StockModel):
                 "last_states": one.last_states,
                 "kept_shares": one.kept_shares,
             }
-            if one.lengths is not None and values.get("last_hidden_state") is not None:
-                values["last_hidden_state"] = self._without_padding(values["last_hidden_state"], one.lengths)
             if one.kept_shares is not None:
                 auxiliary_loss = encoder_of(self).reducers[0].auxiliary_loss(one.kept_shares, one.num_tokens)
                 if num_items is not None and getattr(self, "accepts_loss_kwargs", True):

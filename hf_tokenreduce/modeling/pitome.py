@@ -15,7 +15,7 @@ from .attention import AttentionView
 from .checks import is_number
 from .encoders import EncoderFacts
 from .hooks import Reducer
-from .matching import into_most_similar, map_into, sizes_of
+from .matching import directions_of, into_most_similar, map_into, sizes_of
 from .multiply_adds import products_of_keys, similarity_cost
 from .tokens import TokenMap, TokenState, apply_map, full_precision
 from .tome import ToMeConfig
@@ -69,7 +69,7 @@ def match_by_energy(keys: Tensor, size: Tensor | None, r: int, margin: float, pr
     """
     num_tokens = keys.shape[1]
     r = min(r, num_tokens // 2)
-    directions = F.normalize(keys, dim=-1)
+    directions = directions_of(keys)
     with full_precision(keys):
         similarity = torch.bmm(directions, directions.transpose(1, 2))
     order = F.elu(similarity - margin).mean(dim=-1).argsort(dim=1, descending=True, stable=True)

@@ -360,7 +360,8 @@ def _merge_all_evenly(rows: Tensor, target: Tensor, num_tokens: int, weight: Ten
     length = num_prefix_tokens + num_tokens
     slot = target + num_prefix_tokens
     if num_prefix_tokens:  # they are summed too, so that no runtime has to split and join the rows
-        slot = torch.cat([_positions(slot, num_prefix_tokens), slot], dim=1)
+        one = num_prefix_tokens == 1  # the usual number, which needs fewer operations
+        slot = F.pad(slot, (1, 0)) if one else torch.cat([_positions(slot, num_prefix_tokens), slot], dim=1)
         weight = F.pad(weight, (num_prefix_tokens, 0), value=1.0)
     merge_rows = merge_by_product if _product_is_faster(rows) else merge_by_sums
     return merge_rows(rows, slot, length, weight)

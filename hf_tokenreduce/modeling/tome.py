@@ -18,7 +18,7 @@ from .checks import check_flag, check_layers_fit, check_left_out, checked_layers
 from .configuration_base import ReductionConfig
 from .encoders import EncoderFacts, facts_of
 from .hooks import Reducer
-from .matching import best_matches, sizes_of
+from .matching import best_matches, directions_of, sizes_of
 from .multiply_adds import even_share, largest_within, similarity_cost
 from .tokens import TokenMap, TokenState, apply_map, merge
 
@@ -141,7 +141,7 @@ def match_most_similar(keys: Tensor, size: Tensor | None, r: int, num_prefix_tok
     r = min(r, num_tokens // 2)
     even = slice(num_prefix_tokens % 2, None, 2)
     odd = slice(1 - num_prefix_tokens % 2, None, 2)
-    keys = F.normalize(keys, dim=-1)
+    keys = directions_of(keys)
     best, match = best_matches(keys[:, even], keys[:, odd], r)
     left = torch.ones_like(match, dtype=torch.bool).scatter_(1, best, 0)  # False would stop torch.jit.trace
     num_left = match.shape[1] - r
