@@ -425,9 +425,11 @@ def test_what_is_for_a_cuda_device_runs_on_the_cpu(run, monkeypatch, tmp_path):
     assert "Failed: nothing." in printed, printed
     found = json.loads((tmp_path / "cuda-smoke.json").read_text())
     rows = {part: {row["key"]: row["found"] for row in rows} for part, rows in found["parts"].items()}
-    assert all(
-        one["error"] < (1e-4 if "float32" in key else 0.05) for key, one in rows["correct"].items() if "error" in one
-    )
+    for key, one in rows["correct"].items():
+        if "float32" in key:
+            assert one["error"] < 1e-4, key
+        elif "error" in one:  # rounded, an image may merge other tokens; how many do depends on the processor
+            assert one.get("error_of_same", one["error"]) < 0.01 and one.get("same_tokens", 1) >= 0.75, key
     assert "dtem, float32" in rows["correct"] and "dtem" in rows["waits"]
     assert all(one["error"] == 0 and one["graphs"] == 1 for one in rows["compiled"].values())
     assert all(one["waits"] <= one["layers"] for one in rows["waits"].values())
