@@ -50,7 +50,7 @@ class FakeClock:
         self.calls += 1
         seen = []
         handle = nn.modules.module.register_module_forward_hook(
-            lambda module, args, output: seen.append(output.numel()) if type(module).__name__ == "ViTMLP" else None
+            lambda module, args, output: seen.append(output.numel()) if type(module).__name__.endswith("MLP") else None
         )
         call()
         handle.remove()
@@ -135,11 +135,12 @@ def test_other_devices_are_waited_for(monkeypatch):
 def test_adaptive_methods_are_held_against_both_oracles(backbone):
     dense = tiny_model(backbone)
     models = {"ltmp": reduce_tiny(dense, METHODS["ltmp"][0]), "ats": reduce_tiny(dense, METHODS["ats"][0])}
-    report = benchmark(models, tiny_images(4), batch_sizes=[4], repeats=2, **QUICK)
+    report = benchmark(models, tiny_images(4), batch_sizes=[4], repeats=2, timer=FakeClock(), **QUICK)
     assert [row.name for row in report.rows] == ["dense", "ltmp", "ats"]
     for name in models:
         row = report.row(name)
-        assert row.oracle_share > 0 and row.over_padded > 0
+        assert row.oracle_share == pytest.approx(1.0, abs=0.02)  # the oracle's numbers of tokens are rounded
+        assert (row.over_padded > 1.02) == (row.tokens["min"] < row.tokens["max"])
         assert row.tokens["min"] <= row.tokens["mean"] <= row.tokens["max"]
     assert report.row("ats").tokens["min"] < report.row("ats").tokens["max"]
 
@@ -191,7 +192,7 @@ def test_time_planted_in_a_part_shows_there(monkeypatch, planted):
         original = getattr(owner, name)
 
         def slow(*args, **kwargs):
-            busy(0.05)
+            busy(0.15)
             return original(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, slow)
@@ -313,22 +314,22 @@ def test_graphs_are_compared_with_the_graph_of_the_dense_model(runtime):
         "tome": reduce_tokens(dense, ToMeConfig(r=7)),
         "ats": reduce_tokens(dense, ATSConfig(layers=(1,))),
     }
-    seconds = iter([1.0, 8.0, 6.0, 3.0, 4.0, 2.0, 1.5] * 100)
-    options = {"repeats": 1, "runtimes": ["eager", runtime], "timer": lambda call: (call(), next(seconds))[1]}
+    clock = FakeClock()  # a graph runs no module of PyTorch, so for the clock it takes no time: here it takes a second
+    options = {"repeats": 1, "runtimes": ["eager", runtime], "timer": lambda call: clock(call) or 1.0}
     report = benchmark(models, tiny_images(4), batch_sizes=[2], **QUICK | options)
     assert [(row.name, row.runtime) for row in report.rows] == [
         ("dense", "eager"), ("tome", "eager"), ("ats", "eager"), ("dense", runtime), ("tome", runtime),
     ]  # fmt: skip
     if runtime == "onnx":
+        half = {"runtimes": ["onnx"], "dtypes": ["bfloat16"], "batch_sizes": [2]}
         with pytest.raises(ValueError, match="Nothing can be timed: dense in onnx at batch 2"):
-            benchmark(
-                {"dense": dense}, tiny_images(4), runtimes=["onnx"], dtypes=["bfloat16"], batch_sizes=[2], **QUICK
-            )
+            benchmark({"dense": dense}, tiny_images(4), **half, **QUICK)
     else:
         half = {"runtimes": ["openvino"], "dtypes": ["bfloat16"], "batch_sizes": [2], "repeats": 1, "oracle": False}
         assert benchmark({"dense": dense}, tiny_images(4), **half, **QUICK).row("dense").dtype == "bfloat16"
     assert report.left_out == [f"ats in {runtime} at batch 2: its graph takes one image at a time"]
-    assert report.row("tome", runtime=runtime).oracle_share is not None
+    row, first = report.row("tome", runtime=runtime), report.row("dense", runtime="eager").p50_ms
+    assert row.p50_ms == 1000 and row.oracle_share == row.speedup == 1.0 and row.speedup_over_first == first / 1000
     assert f"Left out: ats in {runtime}" in report.to_markdown()
     with pytest.raises(ValueError, match=r"There is no runtime tflite\. The runtimes are: eager, compiled, onnx"):
         benchmark(models, tiny_images(4), runtimes=["tflite"])
