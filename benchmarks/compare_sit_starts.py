@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 from transformers.utils import logging
 
 from hf_tokenreduce import SiTConfig, calibrate, reduce_tokens
-from hf_tokenreduce.loading import folder_split
+from hf_tokenreduce.image_folders import folder_split
 
 
 def main(arguments: list[str] | None = None) -> None:

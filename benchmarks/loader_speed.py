@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 
 from hf_tokenreduce import reduce_tokens
 from hf_tokenreduce.files import write_whole
-from hf_tokenreduce.loading import folder_split, load_model
+from hf_tokenreduce.image_folders import folder_split
+from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.training import BatchTransform, Collator, TrainTransform
 from hf_tokenreduce.training.recipes import AUGMENTATION
 

@@ -31,7 +31,8 @@ from datasets import ClassLabel, Dataset, load_dataset
 from hf_tokenreduce import DLViTConfig, reduce_tokens
 from hf_tokenreduce.evaluation.accuracy import class_index
 from hf_tokenreduce.files import known_settings, write_whole
-from hf_tokenreduce.loading import folder_split, load_model
+from hf_tokenreduce.image_folders import folder_split
+from hf_tokenreduce.loading import load_model
 from hf_tokenreduce.training.deltas import LABELLERS, MASKS
 from hf_tokenreduce.training.filter import fit_filter
 from hf_tokenreduce.training.labels import make_labels

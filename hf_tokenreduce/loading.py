@@ -1,10 +1,7 @@
 """Load models, images and settings from what a user types: a folder, a Hub id, the name of a method."""
 
-import glob
 import hashlib
 import json
-import re
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -17,7 +14,7 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.utils.file_utils import xopen
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -28,32 +25,25 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 from transformers.utils import logging
 
 from .blame import architecture_of, blaming, check_sizes
 from .convert import stock_name
+from .image_folders import SPLITS, load_image_folder
 from .methods import Method, find_method
 from .methods.register import register_from_folder
 from .modeling.configuration_base import ReductionConfig
-from .modeling.encoders import MODELS, TYPE_PREFIX, facts_of, what_can_be_reduced
+from .modeling.encoders import MODELS, TYPE_PREFIX, base_model_of, facts_of, stock_type, what_can_be_reduced
 from .modeling.modeling_tokenreduce import reduced_model_class
-from .pictures import ARCHIVES, IMAGE_SUFFIXES, files_in, find_in, is_image, linked_folders, read_picture, spread
+from .pictures import IMAGE_SUFFIXES, find_in, is_image, read_picture, spread
 from .tasks import takes_texts, task_of
 
 
 logger = logging.get_logger(__name__)
 
-# What `datasets` takes for a file about the images. It replaces the classes.
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-
-# Endings of other files that `datasets` takes for pictures, although Pillow may not read them.
-OTHER_SUFFIXES = tuple(sorted(set(ImageFolder.EXTENSIONS) - IMAGE_SUFFIXES))
-
 # Types of a column of labels without a list of classes: indices or names of the model's classes.
 LABEL_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "string", "large_string")
-
-# What a split can be called, in lower case -> name of the split.
-SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
 def load_model(
@@ -87,6 +77,9 @@ def load_model(
         auto_class = _auto_class_of(name, config, architecture) if any_task else AutoModelForImageClassification
         if not any_task and architecture in MODELS and task_of(architecture).name == "audio-classification":
             raise ValueError(f"{name!r} is a {architecture}, which classifies sounds. This command takes images.")
+        if not any_task and architecture in MODELS and stock_type(config) not in CLASSIFIERS:
+            task = task_of(architecture).name
+            raise ValueError(f"{name!r} is a {architecture}, for {task}. It does not predict classes of images.")
         with blaming(name, "model.safetensors"):
             check_sizes(name, config)
         with blaming(name, "config.json", config):
@@ -124,6 +117,8 @@ def load_model(
 
 def _auto_class_of(name: str, config: PreTrainedConfig, architecture: str) -> Any:
     """Return the class, in most cases an Auto class, that loads the model of a configuration."""
+    if architecture.endswith("ForPreTraining"):  # that of MAE has a decoder, which is left out
+        architecture = base_model_of(config) or architecture
     if architecture not in MODELS:
         raise ValueError(f"{name!r} is a {architecture}. {what_can_be_reduced()}")
     task = task_of(architecture)
@@ -240,104 +235,19 @@ def of_dataset(found: Mapping[str, Any], name: str) -> tuple[Any, Any]:
 def _load_splits(name: str, any_depth: bool = False) -> DatasetDict:
     if Path(name).is_dir():
         return load_image_folder(name, any_depth)
+    return load_hub_data(name)
+
+
+def load_hub_data(name: str) -> DatasetDict:
+    """Load all splits of a data set of the Hub."""
     try:
         found = load_dataset(name)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(f"{name!r} is no folder here, and the Hub has no such data set: {error}") from error
+    except (RuntimeError, DatasetGenerationError) as error:  # a script, which `datasets` no longer runs, or damage
+        raise ValueError(f"The data set {name!r} cannot be loaded: {error.__cause__ or error}") from error
     assert isinstance(found, DatasetDict)
     return found
-
-
-def load_image_folder(name: str | Path, any_depth: bool = False) -> DatasetDict:
-    """Load an image folder: either class folders, which become the split "train", or one folder of them per split.
-
-    There are splits if all subfolders with images hold only folders, and at least one is named like a split. The name
-    of a class or of a file never decides the split, as it does in `load_dataset("imagefolder")`: a class may be
-    "test tube".
-
-    Args:
-        name: The folder.
-        any_depth: Allow images beside class folders, or deeper than others. Then no image has a label.
-
-    Returns:
-        The splits.
-    """
-    folder = Path(name)
-    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    named = [path for path in inner if path.name.lower() in SPLITS]
-    filled = [path for path in inner if next(find_in(path), None) is not None]
-    parts = {"train": [folder]}
-    if set(named) & set(filled) and all(_holds_folders_only(path) for path in filled):
-        parts = defaultdict(list)
-        for path in sorted({*named, *filled}):
-            parts[SPLITS.get(path.name.lower(), re.sub(r"\W", "_", path.name))].append(path)
-    images = []
-    for split, paths in parts.items():
-        # The list is complete, so that is_image refuses any name that is not UTF-8.
-        inside = [(path, file) for path in paths for file in find_in(path)]
-        images += inside
-        if not inside:
-            raise ValueError(
-                f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
-                f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."
-            )
-    endings = (*ARCHIVES, *OTHER_SUFFIXES)
-    other = next((file for paths in parts.values() for path in paths for file in files_in(path, endings)), None)
-    if other is not None and other.name.lower().endswith(ARCHIVES):
-        raise ValueError(f"{other} is an archive, and its pictures would count beside the others. Move it away.")
-    if other is not None:
-        raise ValueError(
-            f"{other} is of a kind that is not read, and would count beside the pictures. Convert it or move it away."
-        )
-    for path, place in sorted({(path, file.parent) for path, file in images}):
-        if any(part.startswith("__") for part in place.relative_to(path).parts):
-            raise ValueError(
-                f"{place} would be left out, because a name that begins with __ stands for files of a program. Rename "
-                "it."
-            )
-    files = {}
-    for split, paths in parts.items():  # resolved, because labels need paths of one depth
-        places = [place for path in map(Path.resolve, paths) for place in (path, *linked_folders(path))]
-        files[split] = [f"{glob.escape(str(place))}/**" for place in places]
-    try:
-        found = load_dataset("imagefolder", data_files=files)
-    except DatasetGenerationError as error:
-        raise ValueError(f"{folder} cannot be read as a folder of images: {error.__cause__ or error}") from error
-    if not any_depth and "label" not in next(iter(found.values())).features:
-        _check_depth(folder, images)
-    return found
-
-
-def _check_depth(folder: Path, images: list[tuple[Path, Path]]) -> None:
-    """Raise a ValueError if there are class folders, but not all images are in one, so that `datasets` takes none."""
-    if any(file.name in METADATA for path in {path for path, _ in images} for file in path.rglob("metadata.*")):
-        return
-    depths = [len(file.relative_to(path).parts) for path, file in images]
-    classes = {file.parent for (_, file), depth in zip(images, depths, strict=True) if depth > 1}
-    if len(classes) < 2 or len(set(depths)) == 1:
-        return
-    usual = Counter(depth for depth in depths if depth > 1).most_common(1)[0][0]
-    others = [str(file.relative_to(folder)) for (_, file), depth in zip(images, depths, strict=True) if depth != usual]
-    some = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-    raise ValueError(
-        f"{folder} has class folders, but these images are not in one of them: {some}. Move each into a class folder, "
-        "all equally deep, or move it away. If the images have no classes, put all of them into one folder, or give "
-        "tokenreduce tune --no-labels."
-    )
-
-
-def _holds_folders_only(folder: Path) -> bool:
-    inside = [path for path in folder.iterdir() if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES]
-    return bool(inside) and all(path.is_dir() for path in inside)
-
-
-def folder_split(name: str | Path, *wanted: str) -> Dataset:
-    """Return the first of the wanted splits that an image folder has."""
-    found = load_image_folder(name)
-    for split in wanted:
-        if split in found:
-            return found[split]
-    raise ValueError(f"{name} has no {' or '.join(wanted)} folder, only {', '.join(found)}.")
 
 
 def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list[str]]:
@@ -419,10 +329,14 @@ def check_decided(method: Method, share: float | None, settings: dict[str, Any])
 def contents(dataset: Dataset, image_column: str = "image") -> list[str]:
     """Return a digest of each image's file. It is the same for the same image under another name."""
     files = dataset.select_columns(image_column).cast_column(image_column, ImageFeature(decode=False))
-    return [
-        hashlib.sha256(file["bytes"] if file.get("bytes") else Path(file["path"]).read_bytes()).hexdigest()
-        for file in (row[image_column] for row in files)
-    ]
+    return [hashlib.sha256(_bytes_of(row[image_column])).hexdigest() for row in files]
+
+
+def _bytes_of(file: dict[str, Any]) -> bytes:
+    if file.get("bytes"):
+        return file["bytes"]
+    with xopen(file["path"], "rb") as stream:  # also of a file inside an archive
+        return stream.read()
 
 
 def undecoded(dataset: Dataset, image_column: str) -> Dataset:

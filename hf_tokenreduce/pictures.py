@@ -29,8 +29,13 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz", ".tar.bz2", ".tar.
 
 def is_image(file: Path) -> bool:
     """Return whether a file is an image by its name. Names with a dot in front are not: macOS leaves such files."""
-    if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith(".") or not file.is_file():
+    if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
         return False
+    try:
+        if not file.is_file():
+            return False
+    except PermissionError:  # a link into a folder that may not be read: whoever reads it is told
+        pass
     try:
         str(file).encode()
     except UnicodeEncodeError:
@@ -70,13 +75,22 @@ def _folders(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, li
     except OSError:  # not a folder
         return
     above = (*above, os.path.realpath(folder))
-    folders = [entry for entry in entries if entry.is_dir()]
-    yield folder, [entry.name for entry in entries if not entry.is_dir()]
+    folders = [entry for entry in entries if _is_folder(entry)]
+    inside = {entry.name for entry in folders}
+    yield folder, [entry.name for entry in entries if entry.name not in inside]
     for entry in folders:
         real = os.path.realpath(entry.path)
         ends = not any(Path(one).is_relative_to(real) for one in above)
         if ends and not entry.name.startswith("."):  # thumbnails and the like
             yield from _folders(entry.path, above)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link into a folder that may not be read, or to itself
+        logger.warning(f"{entry.path} cannot be followed, so it is left out: {error.strerror}.")
+        return False
 
 
 def upright(picture: Image.Image) -> Image.Image:
@@ -100,7 +114,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     picture = upright(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture)
-        if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+        if picture.mode == "F" or values.min() < 0 or values.max() > 65535 or 0 < values.max() < 257:
             raise ValueError(
                 f"a picture of mode {picture.mode!r} has no known range of values. Save it with 8 or 16 bits per pixel"
             )

@@ -15,6 +15,10 @@ from .options import app
 __all__ = ["app", "main", "making", "measuring", "publishing"]
 
 
+# Values of the --debug of transformers' TrainingArguments, which takes one.
+DEBUG_OF_TRAINER = ("underflow_overflow", "tpu_metrics_debug")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
@@ -25,9 +29,11 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: The arguments. None: those of this process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
+    following = [*arguments[1:], None]
+    ours = [i for i, word in enumerate(arguments) if word == "--debug" and following[i] not in DEBUG_OF_TRAINER]
+    debug = bool(ours)
     if debug:
-        arguments.remove("--debug")
+        arguments.pop(ours[0])
     else:
         _hide_messages_of_libraries()
     for stream in (sys.stdout, sys.stderr):  # a name that they cannot show must not stop a run, as it would on Windows

@@ -12,6 +12,7 @@ from PIL import Image
 from task_models import CASES
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
+import hf_tokenreduce_cli
 from hf_tokenreduce import ATSConfig, reduce_tokens
 from hf_tokenreduce.hub import check_folder
 from hf_tokenreduce.loading import load_model, load_pictures
@@ -246,13 +247,15 @@ def test_train(call, place):
         (["reduce", "MODEL", "-r", "bat", "--share", "0.05", "-o", "x"], "cannot be reached"),
         (["reduce", "MODEL", "-r", "bat", "--reduction-args", "{keep}", "-o", "x"], "are not JSON"),
         (["reduce", "MODEL", "-r", "bat", "--reduction-args", '{"keep": 1}', "-o", "x"], "BATConfig has no keep"),
-        (["evaluate", "MODEL", "MODEL"], ""),
-        (["show", "MODEL", "no-images", "-o", "x.png"], ""),
+        (["evaluate", "MODEL", "MODEL"], "holds no images"),
+        (["show", "MODEL", "photos", "-o", "x.png"], "is not reduced"),
+        (["show", "REDUCED", "no-images", "-o", "x.png"], "no-images is neither an image nor a folder of images"),
     ],
 )
-def test_errors_are_one_line(call, place, tmp_path, monkeypatch, arguments, message):
+def test_errors_are_one_line(call, place, reduced, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    arguments = [str(place / "model") if argument == "MODEL" else argument for argument in arguments]
+    models = {"MODEL": str(place / "model"), "REDUCED": str(reduced)}
+    arguments = [models.get(argument, argument) for argument in arguments]
     code, printed, errors = call(*arguments)
     assert code == 2 and not printed
     last = errors.strip().splitlines()[-1]
@@ -263,6 +266,13 @@ def test_errors_are_one_line(call, place, tmp_path, monkeypatch, arguments, mess
 def test_debug_shows_where_an_error_came_from(place):
     with pytest.raises(ValueError, match="There is no method"):
         main(["reduce", str(place / "model"), "-r", "tomme", "-o", "x", "--debug"])
+
+
+def test_trainer_has_a_debug_of_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(hf_tokenreduce_cli, "app", lambda args, **options: seen.append(args))
+    main(["train", "x", "--debug", "underflow_overflow", "--debug"])
+    assert seen == [["train", "x", "--debug", "underflow_overflow"]]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), AttributeError("a fault of ours"), KeyError("name")])

@@ -1,8 +1,12 @@
 """What a user types: folders of images whatever they are called, models that are whole, settings."""
 
+import zipfile
+
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError
 from helpers import SIZES, tiny_model
 from PIL import Image
 from transformers import (
@@ -11,14 +15,18 @@ from transformers import (
     ResNetForImageClassification,
     ViTConfig,
     ViTImageProcessor,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTMAEModel,
     ViTModel,
 )
 
 from hf_tokenreduce import ToMeConfig, loading, reduce_tokens
 from hf_tokenreduce.calibration import load_pixel_values
+from hf_tokenreduce.image_folders import folder_split, load_image_folder
 from hf_tokenreduce.loading import (
-    folder_split,
-    load_image_folder,
+    contents,
+    load_hub_data,
     load_images,
     load_model,
     load_pictures,
@@ -93,18 +101,18 @@ def test_folders_without_images_beside_the_splits_are_none(tmp_path):
 
 @pytest.mark.parametrize("name", ["photos.zip", "more/photos.tar.gz"])
 def test_archives_beside_class_folders_are_refused(tmp_path, name):
-    """`datasets` would take their pictures too, and then no image would have a class."""
+    """Their pictures may be what the user means."""
     for label in ("cat", "dog"):
         draw(tmp_path / label / "0.png")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{name} is an archive, and its pictures would count"):
+    with pytest.raises(ValueError, match=rf"{name} is an archive, and its pictures are not read"):
         load_image_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["favicon.ICO", "cat/film.mpg"])
 def test_other_kinds_of_pictures_are_refused(tmp_path, name):
-    """`datasets` takes them: beside the class folders, no image would have a class."""
+    """They would be left out without a word."""
     for label in ("cat", "dog"):
         draw(tmp_path / label / "0.png")
     (tmp_path / name).write_bytes(b"")
@@ -162,8 +170,58 @@ def test_class_folders_may_be_links(tmp_path, monkeypatch):
     )
 
 
+def test_links_brackets_and_files_beside_images(tmp_path):
+    """Each once made `datasets` lose images or classes without a word."""
+    for name in ("cat", "dog [old]"):
+        draw(tmp_path / "store" / "far" / "away" / name / "0.png")
+        draw(tmp_path / "photos [2024]" / "train" / name / "0.png")
+        (tmp_path / "photos [2024]" / "train" / name / "0.png.json").write_text("{}")
+    (tmp_path / "photos [2024]" / "val").symlink_to(tmp_path / "store" / "far" / "away")
+    (tmp_path / "photos [2024]" / "train" / "owl").symlink_to(tmp_path / "store" / "far" / "away" / "cat")
+    draw(tmp_path / "photos [2024]" / "test" / "cat" / "0.png")  # the first split by name has one class only
+    found = load_image_folder(tmp_path / "photos [2024]")
+    assert {split: part["label"] for split, part in found.items()} == {
+        "test": [0], "train": [0, 1, 2], "validation": [0, 1],
+    }  # fmt: skip
+    assert found["train"].features["label"].names == ["cat", "dog [old]", "owl"]
+    assert sorted(row["label"] for row in folder_stream(tmp_path / "photos [2024]" / "train")) == [0, 1, 2]
+
+
+def test_images_in_archives_of_the_hub_have_contents(tmp_path):
+    draw(tmp_path / "0.png")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.write(tmp_path / "0.png", "cat/0.png")
+    paths = [str(tmp_path / "0.png"), f"zip://cat/0.png::{tmp_path / 'photos.zip'}"]
+    first, second = contents(Dataset.from_dict({"image": paths}, features=Features({"image": ImageFeature()})))
+    assert first == second
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Dataset scripts are no longer supported"), DatasetGenerationError()])
+def test_data_sets_that_cannot_be_loaded(monkeypatch, error):
+    def fails(name):
+        raise error
+
+    monkeypatch.setattr(loading, "load_dataset", fails)
+    for load in (load_images, load_hub_data):
+        with pytest.raises(ValueError, match="The data set 'someone/photos' cannot be loaded"):
+            load("someone/photos")
+
+
+def test_encoders_without_a_classifier(tmp_path):
+    config = ViTMAEConfig(**SIZES, decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
+    ViTMAEForPreTraining(config).save_pretrained(tmp_path)
+    PROCESSOR.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), any_task=True)[0]
+    assert type(model).__name__ == "ViTMAEModel" and type(reduce_tokens(model, ToMeConfig())).__name__.endswith(
+        "MAEModel"
+    )
+    ViTMAEModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a ViTMAEModel, for image-feature-extraction\. It does not predict classes"):
+        load_model(str(tmp_path))
+
+
 def test_classes_are_not_lost_to_a_stray_image(tmp_path):
-    """`datasets` would leave out the classes of all images without a word."""
+    """Without classes nothing can be measured."""
     photos = tmp_path / "photos"
     for name in ("cat/0", "cat/1", "dog/0", "dog/1"):
         draw(photos / f"{name}.png")
@@ -191,9 +249,12 @@ def test_class_folders_that_would_be_left_out(tmp_path):
     for name in ("cat", "dog", "__other"):
         draw(tmp_path / "photos" / name / "0.png")
     (tmp_path / "photos" / "__pycache__").mkdir()
+    assert load_image_folder(tmp_path / "photos")["train"].features["label"].names == ["__other", "cat", "dog"]
+    (tmp_path / "photos" / "metadata.csv").write_text("file_name\ncat/0.png\ndog/0.png\n")
     with pytest.raises(ValueError, match=r"photos.__other would be left out, .* Rename it"):
         load_image_folder(tmp_path / "photos")
     (tmp_path / "photos" / "__other").rename(tmp_path / "photos" / "other")
+    (tmp_path / "photos" / "metadata.csv").unlink()
     (tmp_path / "photos").rename(tmp_path / "__photos")
     assert load_images(str(tmp_path / "__photos")).features["label"].names == ["cat", "dog", "other"]
 

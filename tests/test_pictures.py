@@ -14,7 +14,8 @@ from transformers import ViTImageProcessor
 
 from hf_tokenreduce.calibration import load_pixel_values
 from hf_tokenreduce.evaluation.reading import sample_pixels
-from hf_tokenreduce.loading import load_image_folder, load_pictures, undecoded
+from hf_tokenreduce.image_folders import load_image_folder
+from hf_tokenreduce.loading import load_pictures, undecoded
 from hf_tokenreduce.pictures import IMAGE_SUFFIXES, as_rgb, find_in, read_picture, spread
 from hf_tokenreduce.serve import read_image
 from hf_tokenreduce.training.augmentation import EvalTransform, TrainTransform, decoded
@@ -107,14 +108,15 @@ def test_only_formats_that_start_no_program_are_read(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV"])
 def test_usual_modes_are_pillows(mode):
-    picture = Image.effect_noise((9, 7), 90).convert("RGB").convert("RGB" if mode in ("LAB", "HSV") else mode)
+    picture = Image.effect_noise((9, 7), 90).convert("RGB").convert(mode)
+    assert as_rgb(picture).tobytes() == picture.convert("RGB").tobytes() != bytes(9 * 7 * 3)
     assert as_rgb(picture).mode == "RGB" and as_rgb(picture).size == (9, 7)
 
 
 @pytest.mark.parametrize(
     "picture",
-    [Image.new("F", (4, 4), 0.5), Image.new("I", (4, 4), 70_000), Image.new("I", (4, 4), -1)],
-    ids=["float", "large", "negative"],
+    [Image.new("F", (4, 4), 0.5), *(Image.new("I", (4, 4), value) for value in (70_000, -1, 255))],
+    ids=["float", "large", "negative", "of 8 bits"],
 )
 def test_values_without_a_known_range_are_refused(tmp_path, picture):
     with pytest.raises(ValueError, match="no known range of values"):
@@ -216,6 +218,16 @@ def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_tokenreduce.pictures.logger.warning", said.append)
     assert [file.name for file in find_in(tmp_path)] == ["a.png"]
     assert len(said) == 1 and "locked may not be read, so its images are left out" in said[0]
+
+
+def test_a_link_that_cannot_be_followed_is_told(tmp_path, monkeypatch):
+    """It once stopped the commands before their first image."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "round").symlink_to("round")
+    said = []
+    monkeypatch.setattr("hf_tokenreduce.pictures.logger.warning", said.append)
+    assert [file.name for file in find_in(tmp_path)] == ["a.png"]
+    assert len(said) == 1 and "round cannot be followed, so it is left out" in said[0]
 
 
 @pytest.mark.parametrize("size", [(1, 201), (2000, 9)])

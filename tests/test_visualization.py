@@ -21,6 +21,7 @@ from hf_tokenreduce.visualization import (
     write_page,
 )
 from hf_tokenreduce.visualization.drawing import PALE, resized_to_cells
+from hf_tokenreduce.visualization.page import _dense_logits
 
 
 SHOWN = [*ONE_OF_EACH, "dlvit-share"]
@@ -94,6 +95,11 @@ def test_the_model_is_left_as_it_was():
         token_maps(model, torch.randn(1, 4, 32, 32))
     assert not any(layer._forward_hooks for layer in model.base_model.layers)
     assert modes == [module.training for module in model.modules()]
+    dense = tiny_model().train()
+    dense.base_model.eval()
+    modes = [module.training for module in dense.modules()]
+    assert _dense_logits(dense, tiny_images()).shape == (3, 5)
+    assert modes == [module.training for module in dense.modules()]
 
 
 def test_shares_are_what_the_layers_compute():

@@ -22,7 +22,8 @@ from ..convert import with_reduction
 from ..evaluation import benchmark, evaluate_model, pareto_plot
 from ..files import model_folder, write_whole
 from ..hub import write_card
-from ..loading import load_image_folder, no_progress_bars
+from ..image_folders import load_image_folder
+from ..loading import no_progress_bars
 from ..methods import METHODS, Method
 from ..modeling.configuration_base import ReductionConfig
 from ..modeling.encoders import facts_of
@@ -216,7 +217,8 @@ def _fresh(folder: Path, image: Path) -> str:
         command = [sys.executable, "-c", FRESH, str(folder.resolve()), str(image.resolve())]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache)
     if done.returncode:
-        raise RuntimeError(f"{folder} does not load in a new process: {done.stderr.strip().splitlines()[-1]}")
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RuntimeError(f"{folder} does not load in a new process: {last}")
     return done.stdout.strip().splitlines()[-1]
 
 

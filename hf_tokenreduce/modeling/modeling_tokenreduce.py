@@ -237,9 +237,9 @@ class TokenReduceMixin(_StockModel):
 
     def _extended(self, output: Any, encoded: list[Encoded], num_items: Any, labels: Any) -> Any:
         """Add our fields to the stock model's output. The encoder ran once, or not at all if there are no images."""
-        packed = len(encoded) == 1 and encoded[0].lengths is not None
-        if packed and output.get("last_hidden_state") is not None:
-            output["last_hidden_state"] = self._without_padding(output["last_hidden_state"], encoded[0].lengths)
+        lengths = encoded[0].lengths if len(encoded) == 1 else None
+        if lengths is not None and output.get("last_hidden_state") is not None:
+            output["last_hidden_state"] = self._without_padding(output["last_hidden_state"], lengths)
         if RECORDER.get() is not None:
             return output  # the model with a head that this one is inside adds the fields
         values = dict(output.items())

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
 from transformers.utils import logging
 
 from ..hub.contents import short
-from ..loading import folder_split, of_dataset
+from ..image_folders import folder_split
+from ..loading import load_hub_data, of_dataset
 from .augmentation import BatchTransform, readable_rows
 
 
@@ -17,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 def load_data(data_args: Any, seed: int) -> tuple[Dataset, Dataset, list[str]]:
     if name := data_args.dataset_name:
-        data = dict(zip(("train", "validation"), of_dataset(load_dataset(name), name), strict=True))
+        data = dict(zip(("train", "validation"), of_dataset(load_hub_data(name), name), strict=True))
     elif data_args.train_dir:
         data = {"train": folder_split(data_args.train_dir, "train"), "validation": None}
     else:

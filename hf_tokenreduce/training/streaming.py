@@ -13,9 +13,13 @@ from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from datasets import Image as ImageFeature
 
 from ..hub.contents import short
+from ..image_folders import classes_by_folder
 from ..loading import of_dataset
 from ..pictures import find_in
 from .augmentation import decoded
+
+
+MOST_SHARDS = 1024  # of a folder of images: workers and processes share the shards of a stream
 
 
 def load_streams(data_args: Any) -> tuple[IterableDataset, IterableDataset, list[str] | None]:
@@ -50,12 +54,14 @@ def folder_stream(folder: str | Path) -> IterableDataset:
     shards = sorted(glob.escape(str(file.absolute())) for file in Path(folder).glob("*.tar"))
     if shards:
         return load_dataset("webdataset", data_files={"train": shards}, split="train", streaming=True)
-    files = sorted(glob.escape(str(file.absolute())) for file in find_in(folder))
-    if not files:
+    images = [(Path(folder), file) for file in find_in(folder)]
+    if not images:
         raise ValueError(f"{folder} holds neither .tar shards nor images. Give it one folder per class.")
     # A stream is only shuffled within a buffer, and here all images of a class would be neighbours.
-    random.Random(0).shuffle(files)
-    return load_dataset("imagefolder", data_files={"train": files}, split="train", streaming=True)
+    rows = classes_by_folder({"train": images})["train"]
+    order = list(range(len(rows)))
+    random.Random(0).shuffle(order)
+    return rows.select(order).to_iterable_dataset(num_shards=min(len(rows), MOST_SHARDS))
 
 
 def _class_names(stream: IterableDataset, data_args: Any) -> list[str] | None:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..files import write_whole
 from ..methods import method_of
 from ..modeling.encoders import encoder_of
+from ..modes import evaluating
 from ..tasks import class_scores, is_one_by_one, is_regression, score_text
 from .composing import Images, pictures_of, prepare_images
 from .drawing import draw_layer, draw_token_weights
@@ -159,14 +160,10 @@ def _embedded(picture: Image.Image) -> Picture:
 @torch.no_grad()
 def _dense_logits(dense: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     options = encoder_of(dense).size_arguments(pixel_values)
-    training = dense.training
-    dense.eval()
-    try:
+    with evaluating(dense):
         batches = [batch.to(dense.device, dense.dtype) for batch in pixel_values.split(32)]
         outputs = [dense(batch, **options) for batch in batches]
         return torch.cat([output.logits.float().cpu() for output in outputs])
-    finally:
-        dense.train(training)
 
 
 def _guesses(logits: Tensor | None, model: PreTrainedModel) -> list[Guess] | None:
