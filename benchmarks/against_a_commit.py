@@ -95,7 +95,7 @@ def compare(workers: dict, method: str, batches: list, rounds: int, ratios: list
             ratios.append(answers["new"][0] / answers["old"][0])
             if turn == 0:
                 difference = (answers["new"][1] - answers["old"][1]).abs().max().item()
-                apart[method] = max(apart[method], difference)
+                apart[method] = float(np.maximum(apart[method], difference))  # NaN stays
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -43,7 +43,9 @@ from cuda_timed import merging, profile, speed, speed_recorded, weighing
 from transformers.utils import logging
 
 import hf_tokenreduce
+from hf_tokenreduce.evaluation.resume import digest
 from hf_tokenreduce.evaluation.speed import device_name
+from hf_tokenreduce.files import refuse_other_settings
 
 
 HERE = Path(__file__).parent
@@ -66,7 +68,7 @@ READY_SHARE = 0.85  # what is not compiled after this share of its stage is not 
 def run_part(name: str, folder: Path, smoke: bool, index: int, count: int) -> None:
     """Run every `count`-th task of a part, from number `index` on, and write each result as it comes."""
     logging.set_verbosity_error()
-    known = {row["key"] for row in rows_of(name, folder)}
+    known = {row["key"] for row in rows_of(name, folder) if "found" in row}
     options = {"turns": folder / "turns"} if name == "compiled" and count > 1 else {}
     for key, task in list(PARTS[name](Bench(smoke), **options))[index::count]:
         if key in known:
@@ -87,7 +89,7 @@ def rows_of(part: str, folder: Path) -> list[dict[str, Any]]:
         for line in file.read_text().splitlines():
             with suppress(json.JSONDecodeError):  # a process that was killed while it wrote leaves half a line
                 rows.append(json.loads(line))
-    return rows
+    return list({row["key"]: row for row in rows}.values())  # what failed and was tried again counts once
 
 
 def run_stage(counts: dict[str, int], seconds: float, start: Callable[..., Any], folder: Path) -> dict[str, str]:
@@ -143,7 +145,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.part:
         run_part(args.part, folder, args.smoke, *args.slice)
         return
-    (folder / "about.json").write_text(json.dumps(about(args.smoke, args.minutes)))
+    now, before = about(args.smoke, args.minutes), folder / "about.json"
+    if before.is_file():  # numbers of other code must not get today's date
+        same = {name: now[name] for name in ("device", "torch", "transformers", "code")}
+        refuse_other_settings(folder, json.loads(before.read_text()), same)
+    before.write_text(json.dumps(now))
 
     def start(part: str, index: int, count: int) -> Any:
         command = [sys.executable, __file__, "--part", part, "--output_dir", str(args.output_dir)]
@@ -170,6 +176,7 @@ def about(smoke: bool, minutes: float) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "hf_tokenreduce": hf_tokenreduce.__version__,
+        "code": digest(file.read_bytes() for file in sorted(Path(hf_tokenreduce.__file__).parent.rglob("*.py"))),
         "python": platform.python_version(),
         "date": date.today().isoformat(),
         "minutes": minutes,

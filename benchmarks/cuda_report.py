@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hf_tokenreduce.methods import METHODS
 
 
@@ -66,19 +68,24 @@ def section(file: Path, link: str) -> list[str]:
     return lines
 
 
+def largest(errors: Iterable[float]) -> float:
+    """Return the largest error, which is NaN if one of them is: Python's `max` would pass over it."""
+    return float(np.max(list(errors)))
+
+
 def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     exact = {key.split(",")[0]: one for key, one in parts.get("correct", {}).items() if key.endswith("float32")}
     if exact:
         differing = [name for name, one in exact.items() if one.get("same_tokens", 1) < 1]
-        worst = max(one.get("error_of_same", one["error"]) for one in exact.values())
+        worst = largest(one.get("error_of_same", one["error"]) for one in exact.values())
         lines.append(
             f"- **Correct.** In float32, {len(exact) - 1} methods and the dense model give the CPU's logits: the "
             f"largest difference is {worst:.0e} of the largest logit."
         )
         recorded = [one["recorded"] for one in parts["correct"].values() if "recorded" in one]
         if recorded:
-            lines[-1] += f" Recorded models give the eager logits: the largest difference is {max(recorded):.0e}."
+            lines[-1] += f" Recorded models give the eager logits: the largest difference is {largest(recorded):.0e}."
         if differing:
             alike = min(exact[name]["same_tokens"] for name in differing)
             lines[-1] += (
@@ -99,7 +106,7 @@ def _facts(parts: dict[str, dict[str, Any]]) -> list[str]:
             f"{_title(key.split(', ')[-1])} {one['of_oracle']:.2f} ({one['over_eager']:.2f})"
             for key, one in compiled.items()
         ]
-        worst = max(compiled.values(), key=lambda one: one["error"])["error"]
+        worst = largest(one["error"] for one in compiled.values())
         slowest = max(one["seconds_to_compile"] for one in compiled.values())
         graphs, cell = max(one["graphs"] for one in compiled.values()), next(iter(compiled)).split(", ")[:2]
         lines.append(

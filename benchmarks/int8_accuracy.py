@@ -24,6 +24,7 @@ from hf_tokenreduce.evaluation.reading import batches
 from hf_tokenreduce.evaluation.resume import digest_of_data
 from hf_tokenreduce.files import known_settings, write_whole
 from hf_tokenreduce.loading import load_images, load_model
+from hf_tokenreduce.pictures import spread
 
 
 METHODS = ("dense", "tome", "topk", "evit", "bat", "sit", "ats", "ltmp")
@@ -55,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = list(range(len(images)))
     read = batches(images, rows, processor, batch_size=50, image_column="image", title="reading")
     pixels = torch.cat([pixel_values for _, pixel_values in read])
-    fitting, rest = rows[::2][:300], sorted(set(rows) - set(rows[::2][:300]))
+    fitting = [rows[::2][place] for place in spread(len(rows[::2]), 300)]  # of all classes
+    rest = sorted(set(rows) - set(fitting))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / f"int8-accuracy-{Path(args.model).name}.json"
     settings = {"share": args.share, "images": len(rest), "photos": digest_of_data(images, "image", labels.tolist())}
@@ -64,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = known_settings(file, settings)
     for method in args.methods:
         if method not in found["rows"]:
-            model = reduced(dense, method, args.share, pixels[fitting[:100]])
+            model = reduced(dense, method, args.share, pixels[[fitting[place] for place in spread(len(fitting), 100)]])
             found["rows"][method] = measure(model, pixels[fitting], pixels[rest], labels[rest])
             write_whole(file, json.dumps(found, indent=1) + "\n")
     print("| method | float32 % | 8 bits % | lost, points | interval | same class % |\n" + "|---" * 6 + "|")

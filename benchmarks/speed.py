@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_tokenreduce import DLViTConfig, SiTConfig, reduce_tokens
+from hf_tokenreduce import DLViTConfig, reduce_tokens
 from hf_tokenreduce.budget import reduce_to_share
 from hf_tokenreduce.evaluation import BenchmarkReport, benchmark
 from hf_tokenreduce.evaluation.runtimes import RUNTIMES
@@ -43,7 +43,7 @@ def models_of(dense: Any, share: float, images: torch.Tensor | None) -> dict[str
     models = {"dense": dense, "nothing reduced": reduce_tokens(dense, None)}
     models |= {name: reduce_tokens(dense, name, share=share) for name in EVEN}
     torch.manual_seed(0)  # for untrained networks: what they decide does not change the time
-    models["sit"] = reduce_tokens(dense, SiTConfig.for_budget(dense.config, share))
+    models["sit"] = reduce_tokens(dense, "sit", share=share)
     models["dlvit"] = reduce_tokens(dense, DLViTConfig.for_budget(dense.config, share, trained=True))
     if images is not None:
         for name in ("ats", "ltmp"):
@@ -77,6 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
         runtimes = "" if args.runtimes == ["eager"] else "-" + "-".join(args.runtimes)
         file = args.output_dir / f"speed-{size}{runtimes}.json"
         found = json.loads(file.read_text()) if file.is_file() else None
+        if found is not None:
+            check_same(found, size, args)
         for batch_size in args.batch_sizes:
             if found is None or all(row["batch_size"] != batch_size for row in found["rows"]):
                 found = joined(found, size, batch_size, args)
@@ -87,23 +89,28 @@ def main(arguments: list[str] | None = None) -> None:
 
 def joined(found: dict[str, Any] | None, size: str, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one more batch size, and return it together with what was found before on the same kind of machine."""
-    made = {"transformers": transformers.__version__, "vnni": has_vnni()}
-    if found is not None:
-        here = {**made, "device": device_name(torch.device("cpu")), "repeats": args.repeats}
-        there = {**found["settings"], **found}
-        differing = [
-            f"{name} is {there.get(name)} there and {it} here" for name, it in here.items() if there.get(name) != it
-        ]
-        if differing:
-            raise SystemExit(
-                f"The record of {size} takes no more batch sizes: {', '.join(differing)}. Give another --output_dir."
-            )
     report = measure(size, batch_size, args)
     if found is not None:
         report = combine([found, report])
     rows = sorted(report.rows, key=lambda row: row.batch_size)
     report = BenchmarkReport(report.settings, rows, report.left_out)
-    return {"date": date.today().isoformat(), **made, **report.to_dict()}
+    return {"date": date.today().isoformat(), **made(args), **report.to_dict()}
+
+
+def made(args: argparse.Namespace) -> dict[str, Any]:
+    """Name what the numbers of a record depend on, beside the settings of its report."""
+    return {"transformers": transformers.__version__, "vnni": has_vnni(), "share": args.share}
+
+
+def check_same(found: dict[str, Any], size: str, args: argparse.Namespace) -> None:
+    """Stop if a record was made on another machine or with other settings."""
+    here = {**made(args), "device": device_name(torch.device("cpu")), "repeats": args.repeats, "threads": args.threads}
+    there = {**found["settings"], **found}
+    differing = [
+        f"{name} is {there.get(name)} there and {it} here" for name, it in here.items() if there.get(name) != it
+    ]
+    if differing:
+        raise SystemExit(f"The record of {size} is another one: {', '.join(differing)}. Give another --output_dir.")
 
 
 def measure(size: str, batch_size: int, args: argparse.Namespace) -> BenchmarkReport:

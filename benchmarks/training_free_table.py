@@ -40,6 +40,7 @@ from hf_tokenreduce import export
 from hf_tokenreduce.budget import reduce_to_share
 from hf_tokenreduce.evaluation import benchmark
 from hf_tokenreduce.evaluation.accuracy import class_indices, paired_bootstrap, wilson_interval
+from hf_tokenreduce.evaluation.resume import digest_of_data
 from hf_tokenreduce.files import refuse_other_settings, write_whole
 from hf_tokenreduce.loading import load_images, load_model
 from hf_tokenreduce.methods import METHODS
@@ -82,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     file = args.output_dir / f"training-free-{args.rows}.json"
     args.output_dir.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    settings = {"rows": args.rows, "images": len(range(len(dataset))[ROWS[args.rows]]), **versions}
+    photos = digest_of_data(dataset, "image", list(dataset["label"]))
+    settings = {"rows": args.rows, "images": len(range(len(dataset))[ROWS[args.rows]]), "photos": photos, **versions}
     found: dict[str, Any] = {"settings": settings, "results": [], "speed": []}
     if file.is_file():
         found = json.loads(file.read_text())
