@@ -33,7 +33,8 @@ def in_short(results: Path) -> list[str]:
         "",
         "Even methods that keep 65 % of the multiply-adds, on two threads. A cell has the speed-up of the slowest and "
         "of the fastest method over the dense model in the same runtime. In brackets is their speed-up over the dense "
-        "model in PyTorch. The sections below have each method. In DeiT-S and ViT-B, SiT has its default layers, 5, 8 and 9. In DeiT-Tiny it has the layer that a share gives it.",
+        "model in PyTorch. The sections below have each method. In DeiT-S and ViT-B, SiT has its default layers, "
+        "5, 8 and 9. In DeiT-Tiny it has the layer that a share gives it.",
         "",
         f"| model | processor | images at once | {' | '.join(RUNTIMES.values())} |",
         rule(3 + len(RUNTIMES)),

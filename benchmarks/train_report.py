@@ -144,8 +144,8 @@ def to_markdown(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
         "seed, on the same images in the same order. The difference is to that control, in points, with its interval "
         f"of 95 % for other images and seeds. Trained in {precision} on {' and '.join(machines)}, evaluated "
         "in float32. The minutes are wall time, also of a machine that did other work meanwhile, of runs that were "
-        "not stopped. DL-ViT's first run of a seed also labels its images. "
-        f"{beside}By `benchmarks/train_table.py`. Its JSON files, one for each run, hold the result of "
+        f"not stopped. DL-ViT's first run of a seed also labels its images.{beside} "
+        "By `benchmarks/train_table.py`. Its JSON files, one for each run, hold the result of "
         "every image and the commands.",
         "",
         "| model | share asked for | multiply-adds | top-1 | difference | of each seed | epochs | minutes |",
