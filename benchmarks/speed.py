@@ -29,6 +29,8 @@ from hf_tokenreduce.evaluation.speed import device_name
 from hf_tokenreduce.evaluation.speed_report import combine
 from hf_tokenreduce.files import write_whole
 from hf_tokenreduce.loading import load_model, load_pictures
+from hf_tokenreduce.methods import METHODS
+from hf_tokenreduce.modeling.encoders import facts_of
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -43,7 +45,7 @@ def models_of(dense: Any, share: float, images: torch.Tensor | None) -> dict[str
     models = {"dense": dense, "nothing reduced": reduce_tokens(dense, None)}
     models |= {name: reduce_tokens(dense, name, share=share) for name in EVEN}
     torch.manual_seed(0)  # for untrained networks: what they decide does not change the time
-    models["sit"] = reduce_tokens(dense, "sit", share=share)
+    models["sit"] = reduce_tokens(dense, METHODS["sit"].at_share(facts_of(dense.config), share))
     models["dlvit"] = reduce_tokens(dense, DLViTConfig.for_budget(dense.config, share, trained=True))
     if images is not None:
         for name in ("ats", "ltmp"):
