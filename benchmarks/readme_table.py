@@ -39,7 +39,7 @@ def readme_table() -> str:
     """Make the table from the records."""
     free = json.loads((RESULTS / "training-free-odd.json").read_text())["results"]
     drops = {row["method"]: row for row in free if row["model"] == MODEL and row["share"] == SHARE and "drop" in row}
-    file = next(iter(sorted(RESULTS.glob("speed-deit-tiny-*onnx*.json"))))
+    file = next(iter(sorted(RESULTS.glob("speed-deit-tiny-eager-onnx*.json"))))
     speeds = {(row["method"], row["runtime"]): row for row in _of_batch(json.loads(file.read_text())["rows"])}
     trained = _trained(TRAINED) | {"sit": _trained(NEWER)["sit"]}
     lines = [
@@ -51,7 +51,7 @@ def readme_table() -> str:
         cells = [
             f"[{METHODS[name].title}](docs/methods/{name}.md)",
             _with_spread(drops[name]["drop"], drops[name]["drop_interval"]) if name in drops else "",
-            _with_spread(-trained[name]["difference"], trained[name]["interval"]) if name in trained else "",
+            _of_training(trained[name]) if name in trained else "",
             *(f"{speeds[name, way]['speedup']:.2f}" if (name, way) in speeds else "" for way in ("eager", "onnx")),
             needs,
             when,
@@ -63,6 +63,10 @@ def readme_table() -> str:
 def _trained(folder: Path) -> dict[str, dict[str, Any]]:
     runs = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     return {line["name"]: line for line in summarise(runs) if line["share"] == SHARE}
+
+
+def _of_training(line: dict[str, Any]) -> str:
+    return _with_spread(-line["difference"], line["interval"]) + ("\\*" if line["other_start"] else "")
 
 
 def _with_spread(drop: float, interval: list[float]) -> str:

@@ -57,13 +57,14 @@ def load_image_folder(name: str | Path, any_depth: bool = False) -> DatasetDict:
                 f"{folder} holds no images{'' if split == 'train' else ' for ' + split}. Give a folder of images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}), one folder per class; unpack archives and tables first."
             )
-    endings = (*ARCHIVES, *OTHER_SUFFIXES)
-    other = next((file for paths in parts.values() for path in paths for file in files_in(path, endings)), None)
-    if other is not None and other.name.lower().endswith(ARCHIVES):
-        raise ValueError(f"{other} is an archive, and its pictures are not read. Unpack it, or move it away.")
-    if other is not None:
-        raise ValueError(f"{other} is of a kind that is not read. Convert it or move it away.")
-    if any(file.name in METADATA for paths in parts.values() for path in paths for file in path.rglob("metadata.*")):
+    endings = (*ARCHIVES, *OTHER_SUFFIXES, *METADATA)
+    others = [file for paths in parts.values() for path in paths for file in files_in(path, endings)]
+    for file in others:
+        if file.name.lower().endswith(ARCHIVES):
+            raise ValueError(f"{file} is an archive, and its pictures are not read. Unpack it, or move it away.")
+        if file.suffix.lower() in OTHER_SUFFIXES:
+            raise ValueError(f"{file} is of a kind that is not read. Convert it or move it away.")
+    if any(file.name in METADATA for file in others):
         return _with_metadata(folder, parts, found)
     splits = classes_by_folder(found)
     if not any_depth and "label" not in next(iter(splits.values())).features:
