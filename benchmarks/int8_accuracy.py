@@ -60,7 +60,12 @@ def main(arguments: list[str] | None = None) -> None:
     rest = sorted(set(rows) - set(fitting))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / f"int8-accuracy-{Path(args.model).name}.json"
-    settings = {"share": args.share, "images": len(rest), "photos": digest_of_data(images, "image", labels.tolist())}
+    settings = {
+        "share": args.share,
+        "fitting": "evenly spread",
+        "images": len(rest),
+        "photos": digest_of_data(images, "image", labels.tolist()),
+    }
     found: dict[str, Any] = {**settings, "date": date.today().isoformat(), "rows": {}}
     if file.is_file():
         found = known_settings(file, settings)

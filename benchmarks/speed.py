@@ -79,13 +79,13 @@ def main(arguments: list[str] | None = None) -> None:
         runtimes = "" if args.runtimes == ["eager"] else "-" + "-".join(args.runtimes)
         file = args.output_dir / f"speed-{size}{runtimes}.json"
         found = json.loads(file.read_text()) if file.is_file() else None
-        if found is not None:
-            check_same(found, size, args)
         for batch_size in args.batch_sizes:
             if found is None or all(row["batch_size"] != batch_size for row in found["rows"]):
+                if found is not None:
+                    check_same(found, size, args)
                 found = joined(found, size, batch_size, args)
                 write_whole(file, json.dumps(found, indent=1) + "\n")
-        print(f"\n## {size}, {args.share:.0%} of the multiply-adds, {found['date']}\n")
+        print(f"\n## {size}, {found['share']:.0%} of the multiply-adds, {found['date']}\n")
         print(BenchmarkReport.from_dict(found).to_markdown())
 
 
@@ -112,7 +112,9 @@ def check_same(found: dict[str, Any], size: str, args: argparse.Namespace) -> No
         f"{name} is {there.get(name)} there and {it} here" for name, it in here.items() if there.get(name) != it
     ]
     if differing:
-        raise SystemExit(f"The record of {size} is another one: {', '.join(differing)}. Give another --output_dir.")
+        raise SystemExit(
+            f"The record of {size} was made in another way: {', '.join(differing)}. Give another --output_dir."
+        )
 
 
 def measure(size: str, batch_size: int, args: argparse.Namespace) -> BenchmarkReport:

@@ -1,6 +1,7 @@
 """Load folders of images, whose subfolders are classes or splits."""
 
 import glob
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -31,7 +32,8 @@ def load_image_folder(name: str | Path, any_depth: bool = False) -> DatasetDict:
 
     There are splits if all subfolders with images hold only folders, and at least one is named like a split. The name
     of a class or of a file never decides the split, as it does in `load_dataset("imagefolder")`: a class may be
-    "test tube". The class of an image is its folder, if there are at least two, and all images are equally deep.
+    "test tube". The folder of an image is its class. There must be at least two such folders, and all images must be
+    equally deep.
 
     Args:
         name: The folder.
@@ -41,7 +43,7 @@ def load_image_folder(name: str | Path, any_depth: bool = False) -> DatasetDict:
         The splits.
     """
     folder = Path(name)
-    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inner = sorted(path for path in folder.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
     named = [path for path in inner if path.name.lower() in SPLITS]
     filled = [path for path in inner if next(find_in(path), None) is not None]
     parts = {"train": [folder]}
@@ -73,8 +75,8 @@ def load_image_folder(name: str | Path, any_depth: bool = False) -> DatasetDict:
 
 
 def classes_by_folder(found: Mapping[str, Found]) -> DatasetDict:
-    """Make the data set of each split. The folder of an image is its class, if the images of all splits are equally
-    deep in at least two folders."""
+    """Make the data set of each split. The folder of an image is its class. There must be at least two such folders,
+    and the images of all splits must be equally deep; else there are no classes."""
     pairs = [pair for pairs in found.values() for pair in pairs]
     depths = {len(file.relative_to(path).parts) for path, file in pairs}
     classes = sorted({file.parent.name for _, file in pairs})
@@ -126,8 +128,8 @@ def _check_depth(folder: Path, images: Found) -> None:
 
 
 def _holds_folders_only(folder: Path) -> bool:
-    inside = [path for path in folder.iterdir() if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES]
-    return bool(inside) and all(path.is_dir() for path in inside)
+    inside = [path for path in folder.iterdir() if os.path.isdir(path) or path.suffix.lower() in IMAGE_SUFFIXES]
+    return bool(inside) and all(map(os.path.isdir, inside))
 
 
 def folder_split(name: str | Path, *wanted: str) -> Dataset:

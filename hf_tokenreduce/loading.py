@@ -79,7 +79,9 @@ def load_model(
             raise ValueError(f"{name!r} is a {architecture}, which classifies sounds. This command takes images.")
         if not any_task and architecture in MODELS and stock_type(config) not in CLASSIFIERS:
             task = task_of(architecture).name
-            raise ValueError(f"{name!r} is a {architecture}, for {task}. It does not predict classes of images.")
+            raise ValueError(
+                f"{name!r} is a {architecture}, for {task}. It does not predict classes. Give an image classifier."
+            )
         with blaming(name, "model.safetensors"):
             check_sizes(name, config)
         with blaming(name, "config.json", config):
@@ -238,16 +240,14 @@ def _load_splits(name: str, any_depth: bool = False) -> DatasetDict:
     return load_hub_data(name)
 
 
-def load_hub_data(name: str) -> DatasetDict:
-    """Load all splits of a data set of the Hub."""
+def load_hub_data(name: str, streaming: bool = False) -> Any:
+    """Load all splits of a data set of the Hub, or open them as streams."""
     try:
-        found = load_dataset(name)
+        return load_dataset(name, streaming=True) if streaming else load_dataset(name)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(f"{name!r} is no folder here, and the Hub has no such data set: {error}") from error
     except (RuntimeError, DatasetGenerationError) as error:  # a script, which `datasets` no longer runs, or damage
         raise ValueError(f"The data set {name!r} cannot be loaded: {error.__cause__ or error}") from error
-    assert isinstance(found, DatasetDict)
-    return found
 
 
 def load_pictures(names: list[str], limit: int) -> tuple[list[Image.Image], list[str]]:
@@ -335,7 +335,9 @@ def contents(dataset: Dataset, image_column: str = "image") -> list[str]:
 def _bytes_of(file: dict[str, Any]) -> bytes:
     if file.get("bytes"):
         return file["bytes"]
-    with xopen(file["path"], "rb") as stream:  # also of a file inside an archive
+    if "://" not in file["path"]:
+        return Path(file["path"]).read_bytes()
+    with xopen(file["path"], "rb") as stream:  # inside an archive
         return stream.read()
 
 

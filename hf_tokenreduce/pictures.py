@@ -23,19 +23,14 @@ IMAGE_SUFFIXES = {
 }  # fmt: skip
 
 
-# Each holds several pictures, which `datasets` would count beside those in folders.
+# Each holds several pictures, which are not read.
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def is_image(file: Path) -> bool:
     """Return whether a file is an image by its name. Names with a dot in front are not: macOS leaves such files."""
-    if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
+    if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith(".") or not os.path.isfile(file):
         return False
-    try:
-        if not file.is_file():
-            return False
-    except PermissionError:  # a link into a folder that may not be read: whoever reads it is told
-        pass
     try:
         str(file).encode()
     except UnicodeEncodeError:
@@ -75,22 +70,22 @@ def _folders(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, li
     except OSError:  # not a folder
         return
     above = (*above, os.path.realpath(folder))
-    folders = [entry for entry in entries if _is_folder(entry)]
-    inside = {entry.name for entry in folders}
-    yield folder, [entry.name for entry in entries if entry.name not in inside]
-    for entry in folders:
+    kinds = [(entry, _is_folder(entry)) for entry in entries]
+    yield folder, [entry.name for entry, is_folder in kinds if is_folder is False]
+    for entry in (entry for entry, is_folder in kinds if is_folder):
         real = os.path.realpath(entry.path)
         ends = not any(Path(one).is_relative_to(real) for one in above)
         if ends and not entry.name.startswith("."):  # thumbnails and the like
             yield from _folders(entry.path, above)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool | None:
+    """Return whether it is a folder. None: it is a link that cannot be followed."""
     try:
         return entry.is_dir()
     except OSError as error:  # a link into a folder that may not be read, or to itself
         logger.warning(f"{entry.path} cannot be followed, so it is left out: {error.strerror}.")
-        return False
+        return None
 
 
 def upright(picture: Image.Image) -> Image.Image:
@@ -114,7 +109,8 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     picture = upright(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture)
-        if picture.mode == "F" or values.min() < 0 or values.max() > 65535 or 0 < values.max() < 257:
+        of_8_bits = picture.mode == "I" and 0 < values.max() < 257  # all of it would become black
+        if picture.mode == "F" or values.min() < 0 or values.max() > 65535 or of_8_bits:
             raise ValueError(
                 f"a picture of mode {picture.mode!r} has no known range of values. Save it with 8 or 16 bits per pixel"
             )

@@ -15,7 +15,7 @@ from .options import app
 __all__ = ["app", "main", "making", "measuring", "publishing"]
 
 
-# Values of the --debug of transformers' TrainingArguments, which takes one.
+# Trainer has a --debug too. It takes one of these values.
 DEBUG_OF_TRAINER = ("underflow_overflow", "tpu_metrics_debug")
 
 

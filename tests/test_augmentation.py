@@ -336,7 +336,7 @@ def test_unreadable_images_stop_or_are_skipped(on_error):
     else:
         assert [batch["labels"].tolist() for batch in loader] == [[0, 1, 3], [4, 5, 6, 7]]
     lazy = Image.open(io.BytesIO(encoded(photograph(400, 400), "JPEG")[:-500]))
-    for image in (lazy, None):
+    for image in (lazy, None, Image.new("F", (40, 40), 0.5), Image.new("RGB", (1, 400))):
         transform = BatchTransform(EvalTransform(PROCESSORS["vit"]()), label_column_name=None, **settings)
         if on_error == "stop":
             with pytest.raises(ValueError, match="cannot be read"):

@@ -64,6 +64,18 @@ def test_every_hook_is_called_in_its_place(everywhere):
     assert (output.patch_map < 0).sum(dim=1).min() >= 12  # a dropped token may have been a fused one
 
 
+def test_hooks_of_an_idle_dropout_are_called():
+    model, seen = reduce_tokens(tiny_model(), ToMeConfig(r=7)), []
+    dropout = model.vit.layers[1].dropout
+    model(tiny_images())
+    for register, name in ((dropout.register_forward_pre_hook, "before"), (dropout.register_forward_hook, "after")):
+        handle = register(lambda *args, name=name: seen.append(name))
+        model(tiny_images())
+        handle.remove()
+    model(tiny_images())
+    assert sorted(set(seen)) == ["after", "before"] and len(seen) == 2 * seen.count("after")
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_selected_queries_attend_to_all_keys(everywhere, attention):
     stock = tiny_model(attn_implementation=attention)

@@ -126,6 +126,11 @@ def test_values_without_a_known_range_are_refused(tmp_path, picture):
         read_picture(tmp_path / "odd.tif")
 
 
+def test_a_dark_picture_of_16_bits_is_dark(tmp_path):
+    Image.fromarray(np.full((4, 4), 100, dtype=np.uint16)).save(tmp_path / "night.png")
+    assert read_picture(tmp_path / "night.png").getextrema() == ((0, 0),) * 3
+
+
 def test_at_most_so_many_images_are_that_many():
     assert [len(spread(count, 300)) for count in (299, 300, 301, 1000)] == [299, 300, 300, 300]
     pixels = torch.randn(7, 3, 32, 32)
@@ -220,14 +225,16 @@ def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     assert len(said) == 1 and "locked may not be read, so its images are left out" in said[0]
 
 
-def test_a_link_that_cannot_be_followed_is_told(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["round", "round.png"])
+def test_a_link_that_cannot_be_followed_is_told(tmp_path, monkeypatch, name):
     """It once stopped the commands before their first image."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "round").symlink_to("round")
+    (tmp_path / name).symlink_to(name)
     said = []
     monkeypatch.setattr("hf_tokenreduce.pictures.logger.warning", said.append)
     assert [file.name for file in find_in(tmp_path)] == ["a.png"]
-    assert len(said) == 1 and "round cannot be followed, so it is left out" in said[0]
+    assert len(said) == 1 and f"{name} cannot be followed, so it is left out" in said[0]
+    load_image_folder(tmp_path)
 
 
 @pytest.mark.parametrize("size", [(1, 201), (2000, 9)])

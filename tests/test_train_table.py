@@ -211,6 +211,9 @@ def test_differences_are_paired_by_seed(modules):
     same = [row("dense", 0, dense), row("tome", 0, dense, 0.65)]
     assert report.summarise(same)[1]["interval"] == (0.0, 0.0)
     assert not lines["tome"]["other_start"]
+    layers = [same[1] | {"seed": seed, "settings": {"layers": [4 + seed]}} for seed in (0, 1)]
+    with pytest.raises(SystemExit, match=r"tome at 0\.65 have different layers"):
+        report.summarise([same[0], *layers])
     assert report.summarise([same[0], same[1] | {"start": "of other weights"}])[1]["other_start"]
 
 

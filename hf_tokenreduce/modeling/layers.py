@@ -213,7 +213,7 @@ class ReducedLayer(nn.Module):
     def _through(self, names: tuple[str, ...], branch: Tensor, lengths: Any, drops: bool = True) -> Tensor:
         for name in names:
             part = getattr(self, name)
-            if type(part) is nn.Dropout and not part.training and not part._forward_hooks:
+            if type(part) is nn.Dropout and not (part.training or part._forward_hooks or part._forward_pre_hooks):
                 continue  # it does nothing, and to call it would take time in every layer
             if not drops and (isinstance(part, nn.Dropout) or hasattr(part, "drop_prob")):
                 continue

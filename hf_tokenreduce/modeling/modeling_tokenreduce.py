@@ -240,7 +240,7 @@ class TokenReduceMixin(_StockModel):
         lengths = encoded[0].lengths if len(encoded) == 1 else None
         if lengths is not None and output.get("last_hidden_state") is not None:
             output["last_hidden_state"] = self._without_padding(output["last_hidden_state"], lengths)
-        if RECORDER.get() is not None:
+        if RECORDER.get() is not None and not is_watched(self):
             return output  # the model with a head that this one is inside adds the fields
         values = dict(output.items())
         if len(encoded) == 1:

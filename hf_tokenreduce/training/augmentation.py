@@ -344,8 +344,10 @@ def decoded(image: Any) -> Image.Image:
         if image is None:
             raise ValueError("the row holds no image")
         if isinstance(image, (dict, str)):  # before 5.2, datasets refuses images that are decoded already
-            return decoded_picture(image)
+            image = decoded_picture(image)
         image.load()
+        if image.mode.startswith("I") or image.mode == "F" or is_too_narrow(image):
+            return as_rgb(image)  # which refuses some of them
     except Exception as error:  # parsers of Pillow raise many kinds: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"The image {name} cannot be read: {error}") from error
     return image

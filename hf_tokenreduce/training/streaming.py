@@ -3,7 +3,7 @@
 import glob
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,15 @@ from datasets import Image as ImageFeature
 
 from ..hub.contents import short
 from ..image_folders import classes_by_folder
-from ..loading import of_dataset
+from ..loading import load_hub_data, of_dataset, undecoded
 from ..pictures import find_in
 from .augmentation import decoded
-
-
-MOST_SHARDS = 1024  # of a folder of images: workers and processes share the shards of a stream
 
 
 def load_streams(data_args: Any) -> tuple[IterableDataset, IterableDataset, list[str] | None]:
     """Return the streams of training and validation, and the names of the classes if the data has them."""
     if data_args.dataset_name:
-        found = load_dataset(data_args.dataset_name, streaming=True)
+        found = load_hub_data(data_args.dataset_name, streaming=True)
         train, validation = of_dataset(found, data_args.dataset_name)
     elif data_args.train_dir:
         train, validation = folder_stream(data_args.train_dir), None
@@ -58,10 +55,15 @@ def folder_stream(folder: str | Path) -> IterableDataset:
     if not images:
         raise ValueError(f"{folder} holds neither .tar shards nor images. Give it one folder per class.")
     # A stream is only shuffled within a buffer, and here all images of a class would be neighbours.
-    rows = classes_by_folder({"train": images})["train"]
-    order = list(range(len(rows)))
-    random.Random(0).shuffle(order)
-    return rows.select(order).to_iterable_dataset(num_shards=min(len(rows), MOST_SHARDS))
+    found = classes_by_folder({"train": images})["train"]
+    rows = list(undecoded(found, "image"))
+    random.Random(0).shuffle(rows)
+    # Each row is a shard, so any number of workers and processes can share them.
+    return IterableDataset.from_generator(_each, features=found.features, gen_kwargs={"rows": rows})
+
+
+def _each(rows: list[Any]) -> Iterator[Any]:
+    yield from rows
 
 
 def _class_names(stream: IterableDataset, data_args: Any) -> list[str] | None:
