@@ -236,6 +236,7 @@ def test_a_checkpoint_that_is_cut_short(call, place, tmp_path):
     assert code == 2 and "cut short or broken" in errors and checkpoint.name in errors
 
 
+@pytest.mark.slow
 def test_two_comparisons_in_one_folder(place, tmp_path):
     """Both end, and the table has every setting."""
     data = shutil.copytree(place / "photos", tmp_path / "data")

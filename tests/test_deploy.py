@@ -225,6 +225,7 @@ def test_predict_labels_images_by_any_model(a_model, capsys):
     )
 
 
+@pytest.mark.slow
 def test_processes_that_are_launched_share_the_images(a_model):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tokenreduce_cli"]
     done = subprocess.run(
@@ -300,7 +301,7 @@ def test_the_readme_of_sounds_runs(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == model.config.id2label[model(heard).logits.argmax().item()]
 
 
-@pytest.mark.parametrize("format", ["onnx", "openvino", "torch"])
+@pytest.mark.parametrize("format", ["onnx", *map(slow, ("openvino", "torch"))])
 def test_the_readme_runs_without_a_processor(tmp_path, capsys, monkeypatch, format):
     model = reduce_tokens(tiny_model(num_hidden_layers=2), ToMeConfig(r=7))
     export(model, tmp_path / "graph", format=format)
@@ -421,6 +422,7 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypat
     assert not (tmp_path / "graph").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_after_graphs_of_openvino_are_dropped(tmp_path):
     """OpenVINO leaves a freed signal stack in place where two Cores are dropped in the order they were made in."""
     pytest.importorskip("nncf")

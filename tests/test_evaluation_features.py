@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from datasets import load_dataset
-from helpers import BASES, METHODS, ONE_OF_EACH, SIZES, reduce_tiny, tiny_model
+from helpers import BASES, METHODS, ONE_OF_EACH, SIZES, reduce_tiny, slow, tiny_model
 from PIL import Image
 from test_evaluation_neighbours import naive_votes
 from torch.nn import functional as F
@@ -128,9 +128,9 @@ def naive_features(name, model, image):
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        ("vit", "sit"), ("vit", "evit-no-fuse"), ("vit", "ats"), ("deit", "ltmp"), ("mae", "bat"), ("ijepa", "tome"),
-        ("dinov2", "tome"), ("dinov3", "evit"), ("beit", "ats"), ("clip", "tome"), ("clip-projection", "topk"),
-        ("siglip", "ltmp"),
+        ("vit", "sit"), ("vit", "ats"), ("deit", "ltmp"), ("mae", "bat"), ("dinov2", "tome"), ("dinov3", "evit"),
+        ("clip-projection", "topk"), ("siglip", "ltmp"),
+        *(slow(*case) for case in (("vit", "evit-no-fuse"), ("ijepa", "tome"), ("beit", "ats"), ("clip", "tome"))),
     ],
 )  # fmt: skip
 def test_everything_is_that_of_a_plain_loop(photos, processor, name, method):
@@ -346,6 +346,7 @@ def test_what_cannot_run_is_left_out_by_default(caplog, name):
     assert "SiT makes tokens that are mixtures" in caplog.text and "is left out" in caplog.text
 
 
+@pytest.mark.slow
 def test_images_of_another_size_than_the_models_own(tmp_path, photos, processor):
     """As those of DINOv2 are: its configuration says 518 pixels, its processor makes 224."""
     model = tiny_encoder("dinov2", image_size=56)

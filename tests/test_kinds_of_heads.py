@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from helpers import tiny_images, tiny_model
+from helpers import slow, tiny_images, tiny_model
 from PIL import Image
 from transformers import ViTImageProcessor
 
@@ -99,7 +99,7 @@ def test_8_bits_are_compared_by_what_the_head_decides(monkeypatch, head, found):
     assert compared == pytest.approx({**found, "images": 4})
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["numbers", *(slow(head) for head in HEADS if head != "numbers")])
 def test_the_readme_prints_what_the_head_says(tmp_path, monkeypatch, capsys, head):
     for package in ("openvino", "onnxscript", "nncf"):
         pytest.importorskip(package)

@@ -15,6 +15,7 @@ from helpers import (
     ONE_OF_EACH,
     enable_checkpointing,
     reduce_tiny,
+    slow,
     tiny_images,
     tiny_model,
 )
@@ -194,7 +195,7 @@ def test_a_filter_before_the_only_layer_is_counted_once(setting):
     assert torch.equal(*counts) and (counts[0] < 65).all()
 
 
-@pytest.mark.parametrize("method", ["tome", "evit", "bat", "sit", "dlvit-share", None])
+@pytest.mark.parametrize("method", ["tome", "sit", None, *map(slow, ("evit", "bat", "dlvit-share"))])
 def test_compiled(method):
     torch._dynamo.reset()
     stock = tiny_model()

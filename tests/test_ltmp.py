@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BACKBONES, tiny_images, tiny_model
+from helpers import BACKBONES, slow, tiny_images, tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -156,7 +156,7 @@ def test_the_budget_counts_the_mlp_that_the_model_has():
     assert share.item() == pytest.approx(shares_kept(config, counts, 65, None).item())
 
 
-@pytest.mark.parametrize("setting", KINDS[:3])
+@pytest.mark.parametrize("setting", [KINDS[0], *map(slow, KINDS[1:3])])
 def test_thresholds_alone_learn_to_meet_a_budget(setting):
     model = with_random_thresholds(setting, 3)
     model.requires_grad_(False)

@@ -187,7 +187,7 @@ def test_every_model_has_a_task_that_is_tried():
 
 
 @pytest.mark.parametrize(
-    "name", ["clip", "dinov3", "llava", *map(slow, ("siglip", "depth", "audio", "backbone", "audio-features"))]
+    "name", ["clip", "llava", *map(slow, ("dinov3", "siglip", "depth", "audio", "backbone", "audio-features"))]
 )
 def test_folders_are_checked_by_their_task(visited, name):
     """In a process each, so that no family lives on what another has brought along."""
