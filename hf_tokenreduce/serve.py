@@ -217,17 +217,15 @@ def read_image(file: str | Path, *, max_upload_mb: float = 10) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(
-                        f"The image has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 10**6} "
-                        "megapixels. Give a smaller image."
-                    )
-                return as_rgb(ImageOps.exif_transpose(image))
+                    raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+                picture = ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"The image has more than {MAX_PIXELS // 10**6} megapixels. Give a smaller image.") from error
-    except ValueError:
-        raise
+        raise ValueError(
+            f"The image has more than {MAX_PIXELS // 10**6} megapixels ({error}). Give a smaller image."
+        ) from error
     except Exception as error:  # the parsers of broken files raise many kinds
         raise ValueError(f"The file is not an image that can be read. Give one of: {', '.join(FORMATS)}.") from error
+    return as_rgb(picture)
 
 
 def build_app(

@@ -1,5 +1,6 @@
 """What a user types: folders of images whatever they are called, models that are whole, settings."""
 
+import json
 import zipfile
 from types import SimpleNamespace
 
@@ -233,9 +234,10 @@ def test_classes_are_not_lost_to_a_stray_image(tmp_path):
     with pytest.raises(ValueError, match=message):
         load_images(str(photos), labelled=False)
     assert load_images(str(photos), labelled=None).column_names == ["image"]  # where classes do not matter
-    (photos / "metadata.csv").write_text("file_name\nstray.png\ncat/0.png\n")
+    lines = [json.dumps({"file_name": str(file.relative_to(photos))}) for file in find_in(photos)]
+    (photos / "metadata.jsonl").write_text("\n".join(lines))
     assert load_image_folder(photos)["train"].column_names == ["image"]
-    (photos / "metadata.csv").unlink()
+    (photos / "metadata.jsonl").unlink()
     (photos / "stray.png").unlink()
     draw(photos / "dog" / "more" / "2.png")
     with pytest.raises(ValueError, match=r"dog.more.2\.png"):

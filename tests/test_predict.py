@@ -1,6 +1,7 @@
 """What `predict` does with images, models and processors that fail, and where it goes on."""
 
 import errno
+import inspect
 import json
 import os
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 from helpers import tiny_model
 from PIL import Image
-from transformers import BitImageProcessor, ViTImageProcessor, pipeline
+from transformers import BitImageProcessor, ImageClassificationPipeline, ViTImageProcessor, pipeline
 
 from hf_tokenreduce import ToMeConfig, reduce_tokens
 from hf_tokenreduce.predict import count_unlabelled, predict
@@ -265,6 +266,8 @@ def test_scores_are_those_of_a_pipeline(photos, several):
 
 
 def test_a_regression_head_tells_its_numbers(photos):
+    if "regression" not in inspect.getsource(ImageClassificationPipeline):
+        pytest.skip("the pipeline of this version of transformers takes numbers for scores of classes")
     model = tiny_model(num_labels=2)
     model.config.problem_type = "regression"
     classify = pipeline("image-classification", model=model, image_processor=PROCESSOR)

@@ -1,6 +1,7 @@
 """Up to a stand-in of the Hub and down again, in fresh processes with HF_ENDPOINT pointing to it."""
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from helpers import saved
 from hub_server import LFS_SUFFIXES, OWNER, STRANGER, HubServer
+from huggingface_hub import repocard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from task_models import save_case
@@ -145,6 +147,8 @@ def with_network(script, *arguments, home, endpoint):
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory):
     """The whole way, once."""
+    if '"https://huggingface.co/api/validate-yaml"' in inspect.getsource(repocard):
+        pytest.skip("this version of huggingface_hub has cards judged by the real Hub alone")
     torch.manual_seed(0)
     work = tmp_path_factory.mktemp("journey")
     model, folder = saved(work, "vit", "ltmp")
