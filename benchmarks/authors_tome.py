@@ -176,8 +176,8 @@ def table(results: Path) -> list[str]:
         "",
         f"{first['processor']}, {first['threads']} threads, float32, {versions}, r={first['r']}. Both get the same "
         "random weights and images, and take turns. Command: `python benchmarks/authors_tome.py --tome_dir FOLDER`. "
-        "The authors' code changes models of timm, which start fewer steps than those of transformers. The last column "
-        "shows what this is worth; it is part of the second column too.",
+        "The authors' code changes models of timm, which start fewer steps than those of transformers. The last "
+        "column shows what this is worth; it is part of the second column too.",
     ]
     for file, found in records.items():
         size, difference = file.stem.removeprefix("authors-tome-"), found["largest_difference"]
