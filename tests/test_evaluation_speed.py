@@ -309,11 +309,8 @@ def test_graphs_are_compared_with_the_graph_of_the_dense_model(runtime):
     for package in ("onnxruntime", "nncf"):
         pytest.importorskip(package)
     dense = tiny_model(num_hidden_layers=2)
-    models = {
-        "dense": dense,
-        "tome": reduce_tokens(dense, ToMeConfig(r=7)),
-        "ats": reduce_tokens(dense, ATSConfig(layers=(1,))),
-    }
+    settings = {"tome": ToMeConfig(r=7), "ats": ATSConfig(layers=(1,))}
+    models = {"dense": dense, **{name: reduce_tokens(dense, setting) for name, setting in settings.items()}}
     clock = FakeClock()  # a graph runs no module of PyTorch, so for the clock it takes no time: here it takes a second
     options = {"repeats": 1, "runtimes": ["eager", runtime], "timer": lambda call: clock(call) or 1.0}
     report = benchmark(models, tiny_images(4), batch_sizes=[2], **QUICK | options)
